@@ -1,0 +1,41 @@
+# Each target is one line of the real tool. `make build` makes what the others start from.
+PYTHON ?= python3
+V := .venv/bin
+# A GPU machine's own torch is used; elsewhere this pin is what arrives quickly.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test lint bench build clean
+
+$(V)/python:
+	$(PYTHON) -m venv $(shell $(PYTHON) -c "import torch; assert torch.version.cuda" 2>/dev/null && echo --system-site-packages) .venv
+	$(V)/python -c "import torch" 2>/dev/null || $(V)/pip install --quiet "$(TORCH)"
+
+$(V)/.built: $(V)/python setup.py pyproject.toml $(wildcard csrc/*)
+	$(V)/pip install --quiet "setuptools>=70" wheel "pybind11>=2.12" ninja
+	$(V)/pip install --quiet --no-build-isolation --editable ".[train]"
+	touch $@
+
+$(V)/.dev: $(V)/.built
+	$(V)/pip install --quiet --no-build-isolation --editable ".[train,dev]"
+	touch $@
+
+build: $(V)/.built
+
+demo: build
+	$(V)/dino-train pretrain --preset demo
+	$(V)/dino-train attention --checkpoint runs/demo
+
+test: $(V)/.dev
+	$(V)/python -m pytest
+
+lint: $(V)/.dev
+	$(V)/ruff check .
+	$(V)/ruff format --check .
+	$(V)/mypy
+	$(V)/clang-format --dry-run --Werror csrc/*
+
+bench: $(V)/.dev
+	$(V)/python -m pytest bench --benchmark-group-by=group
+
+clean:
+	rm -rf .venv build dist runs *.egg-info dino_kernels/*.so

@@ -1,0 +1,114 @@
+// Launchers of the CPU kernels, and what they share. No torch header anywhere: pointers, sizes, strides.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+namespace dino {
+
+enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+// Compiled once for the baseline and once for each wider instruction set; the loader picks at run time,
+// so that a wheel built on a new machine runs on an old one.
+#if defined(__x86_64__)
+#define DINO_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define DINO_MULTIVERSION
+#endif
+
+// Runs body(task) for task = 0 .. tasks-1 on `threads` threads. Tasks are handed out in order, so results
+// must not depend on which thread runs which task.
+void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body);
+
+struct DinoLossArgs {
+    const void* student;  // [V*B, K], row stride student_stride elements
+    const void* teacher;  // [2*B, K]
+    const float* center;  // [K]
+    void* grad;           // [V*B, K] contiguous, dtype of the student
+    float* batch_center;  // [K]
+    int64_t views, batch, outputs, student_stride, teacher_stride;
+    DType student_dtype, teacher_dtype;
+    float student_temp, teacher_temp;
+    int threads;
+};
+double dino_loss(const DinoLossArgs& args);
+
+struct EmaArgs {
+    float* const* targets;
+    const void* const* sources;
+    const int64_t* sizes;
+    const DType* source_dtypes;
+    int64_t count;
+    double momentum;
+    int threads;
+};
+void ema_update(const EmaArgs& args);
+
+// Denormal results become zero while it lives: each costs a hundred cycles on most CPUs, and a sharp
+// softmax over many outputs is full of them.
+class FlushDenormals {
+#if defined(__x86_64__)
+    unsigned saved = __builtin_ia32_stmxcsr();
+
+   public:
+    FlushDenormals() { __builtin_ia32_ldmxcsr(saved | 0x8040u); }
+    ~FlushDenormals() { __builtin_ia32_ldmxcsr(saved); }
+#else
+   public:
+    FlushDenormals() {}
+#endif
+};
+
+// --- 16-bit floats -----------------------------------------------------------------------------------
+// Bit arithmetic instead of F16C / AVX512-BF16 intrinsics: plain loops over it vectorise on every target.
+
+template <class To, class From>
+inline To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline float bf16_to_float(uint16_t h) { return bits_as<float>(uint32_t(h) << 16); }
+
+inline uint16_t float_to_bf16(float f) {
+    uint32_t u = bits_as<uint32_t>(f);
+    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);  // NaN stays NaN
+}
+
+inline float half_to_float(uint16_t h) {
+    // Shift exponent and mantissa into place; the product re-biases them and is exact for subnormals.
+    float magnitude = bits_as<float>(uint32_t(h & 0x7fffu) << 13) * 0x1p112f;
+    uint32_t u = bits_as<uint32_t>(magnitude);
+    u = (h & 0x7c00u) == 0x7c00u ? u | 0x7f800000u : u;  // infinity and NaN
+    return bits_as<float>(u | (uint32_t(h & 0x8000u) << 16));
+}
+
+inline uint16_t float_to_half(float f) {
+    uint32_t u = bits_as<uint32_t>(f), sign = (u >> 16) & 0x8000u;
+    u &= 0x7fffffffu;
+    // Subnormal halves: adding 0.5 aligns the mantissa so that the FPU does the rounding.
+    uint32_t small = bits_as<uint32_t>(bits_as<float>(u) + 0.5f) - 0x3f000000u;
+    uint32_t normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
+    uint32_t h = u < 0x38800000u ? small : normal;
+    h = u >= 0x477ff000u ? 0x7c00u : h;  // rounds to infinity
+    h = u > 0x7f800000u ? 0x7e00u : h;   // NaN
+    return uint16_t(sign | h);
+}
+
+// `count` values from `offset` on, as float: float32 is returned in place, others go through `scratch`.
+__attribute__((always_inline)) inline const float* load(const void* data, DType dtype, int64_t offset, int64_t count,
+                                                        float* scratch) {
+    if (dtype == DType::f32) return static_cast<const float*>(data) + offset;
+    const uint16_t* x = static_cast<const uint16_t*>(data) + offset;
+    if (dtype == DType::bf16)
+        for (int64_t i = 0; i < count; ++i) scratch[i] = bf16_to_float(x[i]);
+    else
+        for (int64_t i = 0; i < count; ++i) scratch[i] = half_to_float(x[i]);
+    return scratch;
+}
+
+}  // namespace dino

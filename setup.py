@@ -1,0 +1,99 @@
+"""Compiles csrc/ into dino_kernels._C with ninja: the C++ kernels always, the .cu files when nvcc is found.
+
+No torch header is used, so one build serves every torch version and nvcc needs no CUDA build of torch.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# -fopenmp-simd: vectorize annotated loops; no OpenMP library is linked (csrc/parallel.cpp says why).
+CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp-simd -fno-trapping-math -fno-math-errno -Wall"
+X86_FLAGS = " -mprefer-vector-width=512"  # in the AVX-512 versions; says nothing about the others
+NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden --threads 0"
+NVCC_ARCHS = ("80", "90a", "100")
+
+
+def pybind11_include() -> str:
+    """Headers of the pybind11 package, or else those inside torch (nothing else of torch is used)."""
+    for package in ("pybind11", "torch"):
+        spec = importlib.util.find_spec(package)
+        if spec and spec.origin:
+            include = Path(spec.origin).parent / "include"
+            if (include / "pybind11" / "pybind11.h").is_file():
+                return str(include)
+    sys.exit("dino-kernels: no pybind11 headers found. Run: pip install pybind11")
+
+
+def find_nvcc() -> str | None:
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if home and os.access(Path(home) / "bin" / "nvcc", os.X_OK):
+            return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def ninja_command() -> list[str]:
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    if shutil.which("ninja"):
+        return ["ninja"]
+    sys.exit("dino-kernels: ninja is not installed. Run: pip install ninja")
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).absolute()
+        build = Path(self.build_temp).absolute()
+        build.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(ninja_file(ext.sources, output))
+        subprocess.run([*ninja_command(), "-C", str(build)], check=True)
+
+
+def quote(path: str | Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def ninja_file(sources: list[str], output: Path) -> str:
+    nvcc = find_nvcc()
+    cuda = [source for source in sources if source.endswith(".cu")]
+    if not nvcc:
+        print("dino-kernels: nvcc not found, building the CPU kernels only", flush=True)
+    x86 = os.uname().machine == "x86_64"
+    includes = f'-I"{pybind11_include()}" -I"{sysconfig.get_paths()["include"]}"'
+    archs = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in NVCC_ARCHS)
+    link = "-shared -ldl -lpthread"
+    if cuda and nvcc:
+        link += f' -L"{Path(nvcc).parent.parent / "lib64"}" -lcudart_static -lrt'
+    lines = [
+        f"cxx = {os.environ.get('CXX', 'g++')}",
+        f"nvcc = {nvcc}",
+        "rule cpp",
+        f"  command = $cxx -MMD -MF $out.d {CXX_FLAGS + X86_FLAGS * x86} {includes} -c $in -o $out",
+        "  depfile = $out.d",
+        "rule cuda",
+        f"  command = $nvcc -MD -MF $out.d {NVCC_FLAGS} {archs} -c $in -o $out",
+        "  depfile = $out.d",
+        "rule link",
+        f"  command = $cxx $in -o $out {link}",
+    ]
+    objects = []
+    for source in sources:
+        rule = "cuda" if source in cuda else "cpp"
+        if rule == "cpp" or nvcc:
+            objects.append(f"{Path(source).name}.o")
+            lines.append(f"build {objects[-1]}: {rule} {quote(Path(source).absolute())}")
+    lines.append(f"build {quote(output)}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+here = Path(__file__).resolve().parent
+sources = sorted(str(p.relative_to(here)) for p in here.glob("csrc/*") if p.suffix in (".cpp", ".cu"))
+setup(ext_modules=[Extension("dino_kernels._C", sources)], cmdclass={"build_ext": NinjaBuild})
