@@ -1,0 +1,195 @@
+import pytest
+import torch
+from checks import DTYPES, assert_as_accurate, compile_kernel, use_backend
+
+from dino_kernels import dino_loss, dino_loss_reference
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def device(request, monkeypatch):
+    return use_backend(monkeypatch, "dino_loss", request.param, ["forward", "scale"])
+
+
+def inputs(batch, views, outputs, dtype=torch.float32, device="cpu", scale=0.3):
+    g = torch.Generator().manual_seed(batch * 1000 + outputs)
+    student = torch.randn(views * batch, outputs, generator=g) * scale
+    teacher = torch.randn(2 * batch, outputs, generator=g) * scale
+    center = torch.randn(outputs, generator=g) * 0.1
+    return student.to(device, dtype), teacher.to(device, dtype), center.to(device)
+
+
+def run(op, student, teacher, center, upstream=1.0, **temps):
+    student = student.detach().clone().requires_grad_()
+    loss, batch_center = op(student, teacher, center, **temps)
+    (loss * upstream).backward()
+    return loss.detach(), batch_center, student.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "batch, views, outputs", [(2, 10, 1024), (1, 2, 16), (3, 3, 37), (2, 5, 199), (5, 4, 507), (1, 10, 4133)]
+)
+def test_against_float64(device, dtype, batch, views, outputs):
+    x = inputs(batch, views, outputs, dtype, device)
+    actual = run(dino_loss, *x, upstream=1.7)
+    eager = run(dino_loss_reference, *x, upstream=1.7)
+    exact = run(dino_loss_reference, *(t.double() for t in x), upstream=1.7)
+    assert actual[0].dtype == actual[1].dtype == torch.float32 and actual[2].dtype == dtype
+    for ours, theirs, truth in zip(actual, eager, exact, strict=True):
+        assert ours.shape == truth.shape
+        assert_as_accurate(ours, theirs, truth, floor=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 1000.0])
+def test_flat_and_sharp_logits(device, scale):
+    """Denormal, underflowing and one-hot probabilities."""
+    x = inputs(2, 4, 1500, device=device, scale=scale)
+    exact = run(dino_loss_reference, *(t.double() for t in x))
+    for ours, truth in zip(run(dino_loss, *x), exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-6 * max(1, scale))
+
+
+def test_temperatures_as_floats_and_tensors(device):
+    x = inputs(2, 3, 300, device=device)
+    temps = {"student_temp": 0.2, "teacher_temp": 0.07}
+    exact = run(dino_loss_reference, *(t.double() for t in x), **temps)
+    as_tensors = {k: torch.tensor(v, device=device) for k, v in temps.items()}
+    for given in (temps, as_tensors):
+        for ours, truth in zip(run(dino_loss, *x, **given), exact, strict=True):
+            torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-7)
+
+
+def test_gradient_rows_sum_to_zero_and_a_perfect_student_gets_none(device):
+    student, teacher, center = inputs(2, 4, 800, device=device)
+    _, _, grad = run(dino_loss, student, teacher, center)
+    torch.testing.assert_close(grad.sum(dim=1), torch.zeros(8, device=device), rtol=0, atol=1e-5)
+    # Two equal teacher views, and a student whose tempered softmax equals the teacher's: at the minimum.
+    teacher = torch.cat([teacher[:2]] * 2)
+    perfect = ((teacher - center) / 0.04 * 0.1).repeat(2, 1)
+    _, _, grad = run(dino_loss, perfect, teacher, center)
+    assert grad.abs().max() < 1e-6
+
+
+def test_loss_is_ln_k_for_a_uniform_student(device):
+    _, teacher, center = inputs(2, 2, 640, device=device)
+    loss, batch_center, _ = run(dino_loss, torch.zeros(6, 640, device=device), teacher, center)
+    torch.testing.assert_close(loss.cpu(), torch.tensor(640.0).log())
+    torch.testing.assert_close(batch_center, teacher.mean(dim=0))
+
+
+def test_repeats_bitwise_and_reads_strided_rows(device):
+    student, teacher, center = inputs(3, 4, 333, device=device)
+    wide = torch.full((12, 400), float("nan"), device=device)
+    wide[:, 20:353] = student
+    rows = torch.full((12, 333), float("nan"), device=device)
+    rows[::2] = teacher
+    first = run(dino_loss, student, teacher, center)
+    for x in ((student, teacher, center), (wide[:, 20:353], rows[::2], center.view(1, -1))):
+        loss, batch_center = dino_loss(*x)
+        assert torch.equal(loss, first[0]) and torch.equal(batch_center, first[1])
+        assert torch.equal(run(dino_loss, *x)[2], first[2])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_any_number_of_threads_gives_the_same(threads):
+    x = inputs(2, 10, 5000)
+    expected = run(dino_loss, *x)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        actual = run(dino_loss, *x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(actual[1], expected[1]) and torch.equal(actual[2], expected[2])
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-7, atol=0)
+
+
+def test_keeps_one_tensor_for_backward_and_hands_it_over():
+    student, teacher, center = inputs(2, 3, 64)
+    student = student.requires_grad_()
+    loss, _ = dino_loss(student, teacher, center)
+    assert loss.grad_fn.grad.shape == student.shape and not loss.grad_fn.saved_tensors
+    kept = loss.grad_fn.grad.data_ptr()
+    loss.backward(retain_graph=True)
+    assert student.grad.data_ptr() == kept
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
+def test_nan_reaches_the_loss(device):
+    student, teacher, center = inputs(2, 3, 64, device=device)
+    student[1, 5] = float("nan")
+    assert dino_loss(student, teacher, center)[0].isnan()
+
+
+def test_opcheck_and_compile(device):
+    student, teacher, center = inputs(2, 4, 65, device=device)
+    temps = (torch.tensor(0.1, device=device), torch.tensor(0.04, device=device))
+    args = (student.requires_grad_(), teacher, center, *temps)
+    torch.library.opcheck(torch.ops.dino_kernels.dino_loss.default, args)
+    torch.library.opcheck(
+        torch.ops.dino_kernels.dino_loss_scale_.default,
+        (student.detach().clone(), torch.tensor(2.0, device=device)),
+    )
+
+    def doubled(student, teacher, center):
+        loss, batch_center = dino_loss(2 * student, teacher, center)
+        return 3 * loss, batch_center
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    for ours, truth in zip(
+        run(compiled, student, teacher, center), run(doubled, student, teacher, center), strict=True
+    ):
+        torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"student": torch.zeros(7, 8)},
+            r"student must have shape \[V\*B, K\] with V >= 2, B = 2 and K = 8.*\[7, 8\]",
+        ),
+        ({"student": torch.zeros(2, 8)}, "student must have shape"),
+        ({"student": torch.zeros(8, 9)}, "student must have shape"),
+        ({"student": torch.zeros(8, 8, dtype=torch.float64)}, "dtype float32, float16 or bfloat16.*float64"),
+        ({"student": torch.zeros(8, 8).T}, r"adjacent columns \(stride 1\)"),
+        ({"teacher": torch.zeros(3, 8)}, r"teacher must have shape \[2\*B, K\]"),
+        ({"teacher": torch.zeros(8)}, "teacher must have shape"),
+        ({"center": torch.zeros(9)}, r"center must have shape \[8\] or \[1, 8\]"),
+        ({"center": torch.zeros(8, dtype=torch.float16)}, "dtype float32"),
+        ({"center": torch.zeros(8, device="meta")}, "one device"),
+        ({"student_temp": 0.0}, "student_temp must be > 0, got 0.0"),
+        ({"teacher_temp": float("nan")}, "teacher_temp must be > 0"),
+        ({"teacher_temp": torch.ones(2)}, "teacher_temp must be a float or a 0-d tensor"),
+        ({"student_temp": torch.ones((), requires_grad=True)}, "without gradient"),
+    ],
+)
+def test_bad_input(change, message):
+    x = {"student": torch.zeros(8, 8), "teacher": torch.zeros(4, 8), "center": torch.zeros(8)}
+    dino_loss(**x)
+    with pytest.raises(ValueError, match=message):
+        dino_loss(**{**x, **change})
+
+
+def test_kernels_compile_for_hopper():
+    pointers = {"student": "*bf16", "teacher": "*bf16", "center": "*fp32", "student_temp": "*fp32"}
+    pointers |= {"teacher_temp": "*fp32", "stats": "*fp32", "grad": "*bf16", "losses": "*fp32"}
+    numbers = {
+        "batch": "i32",
+        "outputs": "i32",
+        "student_stride": "i32",
+        "teacher_stride": "i32",
+        "norm": "fp32",
+    }
+    block = {"BLOCK": "constexpr"}
+    teacher = {"teacher": "*bf16", "center": "*fp32", "temp": "*fp32", "stats": "*fp32", "outputs": "i32"}
+    mean = {"teacher": "*bf16", "mean": "*fp32", "rows": "i32", "outputs": "i32", "stride": "i32"}
+    scale = {"grad": "*bf16", "upstream": "*fp32", "size": "i32"}
+    for kernel, signature, size in (
+        ("_student_kernel", pointers | numbers | block, 2048),
+        ("_teacher_kernel", teacher | {"stride": "i32"} | block, 2048),
+        ("_mean_kernel", mean | block, 256),
+        ("_scale_kernel", scale | block, 4096),
+    ):
+        assert ".target sm_90" in compile_kernel("dino_loss", kernel, signature, {"BLOCK": size})
