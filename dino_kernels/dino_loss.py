@@ -87,10 +87,10 @@ def dino_loss_reference(
 
 
 def _check(student: Tensor, teacher: Tensor, center: Tensor) -> None:
-    for name, x in (("student", student), ("teacher", teacher)):
+    for name, views, x in (("student", "V", student), ("teacher", "2", teacher)):
         if x.ndim != 2 or x.dtype not in DTYPES or x.stride(1) != 1:
             raise ValueError(
-                f"{name} must have shape [{'V' if name == 'student' else 2}*B, K], dtype float32, float16 or bfloat16 and adjacent columns "
+                f"{name} must have shape [{views}*B, K], dtype float32, float16 or bfloat16 and adjacent columns "
                 f"(stride 1), got shape {list(x.shape)}, {x.dtype}, strides {list(x.stride())}"
             )
     rows, outputs = teacher.shape

@@ -35,29 +35,35 @@ def assert_as_accurate(actual, eager, exact, floor: float) -> None:
 
 
 _COMPILE = """
-import json, sys, importlib, triton
+import importlib, json, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-op, kernel, signature, constexprs, options, target = json.load(sys.stdin)
-fn = getattr(importlib.import_module("dino_kernels." + op), kernel)
-source = ASTSource(fn=fn, signature=signature, constexprs=constexprs)
-backend, arch, warp = target
-compiled = compile(source, target=GPUTarget(backend, arch, warp), options=options)
-print(compiled.asm["ptx" if backend == "cuda" else "amdgcn"])
+op, kernels, target = json.load(sys.stdin)
+module, assembly = importlib.import_module("dino_kernels." + op), {}
+for name, (tensors, constants, options) in kernels.items():
+    signature = {**tensors, **{constant: "constexpr" for constant in constants}}
+    source = ASTSource(fn=getattr(module, name), signature=signature, constexprs=constants)
+    assembly[name] = compile(source, target=GPUTarget(*target), options=options).asm
+print(json.dumps({name: asm["ptx" if "ptx" in asm else "amdgcn"] for name, asm in assembly.items()}))
 """
 
 
-def compile_kernel(op: str, kernel: str, signature: dict, constexprs: dict, options=None, target=("cuda", 90, 32)):
-    """Assembly of one Triton kernel compiled ahead of time; needs no GPU. In a process of its own, because in
-    this one the interpreter stands in for the compiler. Arguments in `constexprs` are "constexpr" in the signature.
+def compile_kernels(op: str, kernels: dict[str, tuple[dict, dict, dict]], target=("cuda", 90, 32)) -> dict[str, str]:
+    """Assembly of an op's Triton kernels by name, compiled ahead of time; needs no GPU.
+
+    Args:
+        op: module of dino_kernels.
+        kernels: name to (types of the tensors and sizes, values of the constants, options such as num_warps).
+        target: (backend, architecture, warp size).
+
+    In a process of its own, because in this one the interpreter stands in for the compiler.
     """
-    request = json.dumps([op, kernel, signature, constexprs, options or {}, target])
     done = subprocess.run(
         [sys.executable, "-c", _COMPILE],
-        input=request,
+        input=json.dumps([op, kernels, target]),
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return json.loads(done.stdout)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from checks import DTYPES, assert_as_accurate, compile_kernel, use_backend
+from checks import DTYPES, assert_as_accurate, compile_kernels, use_backend
 
 from dino_kernels import ema_update_, ema_update_reference_
 
@@ -124,12 +124,6 @@ def test_bad_input(targets, sources, momentum, message):
 
 
 def test_kernel_compiles_for_hopper():
-    signature = {
-        "table": "*i64",
-        "tensors": "i32",
-        "momentum": "*fp64",
-        "STEPS": "constexpr",
-        "BLOCK": "constexpr",
-    }
-    ptx = compile_kernel("ema_update", "_ema_kernel", signature, {"STEPS": 8, "BLOCK": 4096}, {"num_warps": 8})
-    assert ".target sm_90" in ptx
+    types = {"table": "*i64", "tensors": "i32", "momentum": "*fp64"}
+    kernels = {"_ema_kernel": (types, {"STEPS": 8, "BLOCK": 4096}, {"num_warps": 8})}
+    assert ".target sm_90" in compile_kernels("ema_update", kernels)["_ema_kernel"]

@@ -1,0 +1,145 @@
+import pytest
+import torch
+from checks import DTYPES, assert_as_accurate, compile_kernels, use_backend
+
+from dino_kernels import attention, attention_reference
+
+LENGTHS = [37, 1, 0, 64, 37, 37, 65, 130]
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def device(request, monkeypatch):
+    return use_backend(monkeypatch, "attention", request.param, ["forward", "backward"])
+
+
+def inputs(lengths, heads=2, channels=32, dtype=torch.float32, device="cpu"):
+    g = torch.Generator().manual_seed(sum(lengths))
+    qkv = torch.randn(sum(lengths), 3, heads, channels, generator=g).to(device, dtype)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return qkv, bounds
+
+
+def run(op, qkv, bounds, grad_out=None, **options):
+    qkv = qkv.detach().requires_grad_()
+    out = op(qkv, bounds, **options)
+    if grad_out is None:
+        g = torch.Generator().manual_seed(7)
+        grad_out = torch.randn(out.shape, generator=g).to(out.device)
+    return out.detach(), *torch.autograd.grad(out, qkv, grad_out.to(out.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [64, 40])
+def test_against_float64(device, dtype, channels):
+    qkv, bounds = inputs(LENGTHS, channels=channels, dtype=dtype, device=device)
+    eager = run(attention_reference, qkv, bounds)
+    exact = run(attention_reference, qkv.double(), bounds)
+    for ours, theirs, truth in zip(run(attention, qkv, bounds), eager, exact, strict=True):
+        assert ours.dtype == dtype and ours.shape == truth.shape
+        assert_as_accurate(ours, theirs, truth, floor=1e-6 if dtype == torch.float32 else 1e-3)
+
+
+def test_the_lengths_of_the_reference_setting(device):
+    qkv, bounds = inputs([197, 197, 37, 37, 37], heads=1, channels=64, device=device)
+    exact = run(attention_reference, qkv.double(), bounds)
+    for ours, truth in zip(run(attention, qkv, bounds), exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=2e-6)
+
+
+def test_scale_and_large_logits(device):
+    qkv, bounds = inputs([50, 70], device=device)
+    for scale in (0.0, 0.3, 40.0):
+        eager = run(attention_reference, qkv, bounds, scale=scale)
+        exact = run(attention_reference, qkv.double(), bounds, scale=scale)
+        for ours, theirs, truth in zip(run(attention, qkv, bounds, scale=scale), eager, exact, strict=True):
+            assert_as_accurate(ours, theirs, truth, floor=1e-5)
+
+
+def test_probabilities_sum_to_one_and_order_of_keys_is_irrelevant(device):
+    qkv, bounds = inputs([70], device=device)
+    ones = qkv.clone()
+    ones[:, 2] = 1
+    torch.testing.assert_close(attention(ones, bounds), torch.ones_like(ones[:, 2]))
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(0)).to(device)
+    shuffled = torch.stack([qkv[:, 0], qkv[order, 1], qkv[order, 2]], dim=1)
+    torch.testing.assert_close(attention(shuffled, bounds), attention(qkv, bounds), rtol=1e-5, atol=1e-6)
+
+
+def test_sequences_do_not_see_each_other(device):
+    qkv, bounds = inputs([40, 70, 37], device=device)
+    changed = qkv.clone()
+    changed[40:110] *= 3
+    before, after = attention(qkv, bounds), attention(changed, bounds)
+    assert torch.equal(before[:40], after[:40]) and torch.equal(before[110:], after[110:])
+    assert not torch.equal(before[40:110], after[40:110])
+
+
+def test_repeats_bitwise_and_reads_strided_input(device):
+    qkv, bounds = inputs([33, 80, 33], device=device)
+    first, second = run(attention, qkv, bounds), run(attention, qkv, bounds)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    wide = torch.full((146, 3, 5, 48), float("nan"), device=device)
+    wide[:, :, 1:3, 8:40] = qkv
+    sliced = run(attention, wide[:, :, 1:3, 8:40], bounds)
+    assert all(torch.equal(a, b) for a, b in zip(first, sliced, strict=True))
+
+
+def test_no_tokens(device):
+    qkv, bounds = inputs([0, 0], device=device)
+    out, grad = run(attention, qkv, bounds)
+    assert out.shape == (0, 2, 32) and grad.shape == (0, 3, 2, 32)
+
+
+def test_opcheck_and_compile(device):
+    qkv, bounds = inputs([5, 9, 5], device=device)
+    qkv.requires_grad_()
+    torch.library.opcheck(torch.ops.dino_kernels.attention.default, (qkv, bounds, 0.2))
+    out, lse = torch.ops.dino_kernels.attention(qkv.detach(), bounds, 0.2)
+    args = (torch.randn_like(out), qkv.detach(), out, lse, bounds, 0.2)
+    torch.library.opcheck(torch.ops.dino_kernels.attention_backward.default, args)
+
+    def doubled(qkv, bounds):
+        return 3 * attention(2 * qkv, bounds)
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    for ours, truth in zip(run(compiled, qkv, bounds), run(doubled, qkv, bounds), strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize(
+    "qkv, bounds, message",
+    [
+        (torch.zeros(4, 2, 1, 8), [0, 4], r"qkv must have shape \[T, 3, H, D\].*\[4, 2, 1, 8\]"),
+        (torch.zeros(4, 3, 1, 300), [0, 4], "D <= 256"),
+        (torch.zeros(4, 3, 1, 8).double(), [0, 4], "dtype float32, float16 or bfloat16.*float64"),
+        (torch.zeros(4, 3, 8, 2).transpose(2, 3), [0, 4], r"adjacent channels \(stride 1\)"),
+        (torch.zeros(4, 3, 1, 8, device="meta"), [0, 4], "one device, got meta and cpu"),
+        (torch.zeros(4, 3, 1, 8), [[0, 4]], r"cu_seqlens must have shape \[S\+1\] and dtype int32"),
+        (torch.zeros(4, 3, 1, 8), [0, 3], "cu_seqlens must rise from 0 to the number of tokens 4"),
+        (torch.zeros(4, 3, 1, 8), [1, 4], "must rise from 0"),
+        (torch.zeros(4, 3, 1, 8), [0, 3, 2, 4], "must rise from 0"),
+    ],
+)
+def test_bad_input(qkv, bounds, message):
+    with pytest.raises(ValueError, match=message):
+        attention(qkv, torch.tensor(bounds, dtype=torch.int32))
+
+
+def test_bounds_of_the_wrong_dtype():
+    with pytest.raises(ValueError, match=r"dtype int32, got \[2\], torch.int64"):
+        attention(torch.zeros(4, 3, 1, 8), torch.tensor([0, 4]))
+
+
+def test_kernels_compile_for_hopper_with_its_matrix_instruction():
+    sizes = {"sequences": "i32", "tokens": "i32", "scale": "fp32", "stride_t": "i32", "stride_3": "i32"}
+    sizes |= {"stride_h": "i32", "H": "i32", "D": "i32"}
+    constants = {"BLOCK": 64, "BLOCK_D": 64, "STEPS": 10, "PRECISION": "tf32", "WIDEN": False}
+    x, stats, bounds = "*bf16", "*fp32", {"cu_seqlens": "*i32"}
+    tensors = {
+        "_forward_kernel": {"qkv": x, **bounds, "out": x, "lse": stats},
+        "_query_kernel": {"grad_out": x, "qkv": x, "out": x, "lse": stats, "delta": stats, **bounds, "grad": x},
+        "_key_kernel": {"grad_out": x, "qkv": x, "lse": stats, "delta": stats, **bounds, "grad": x},
+    }
+    kernels = {name: (types | sizes, constants, {"num_warps": 4}) for name, types in tensors.items()}
+    for ptx in compile_kernels("attention", kernels).values():
+        assert "wgmma" in ptx
