@@ -1,0 +1,447 @@
+"""The networks of DINO: a backbone (ViT over packed multi-crop sequences, or ResNet-50) and its head.
+
+Dimensions: V crops (views) of B images, S = V*B sequences of 1 + patches tokens, T tokens of all
+sequences together, C = embed_dim, H heads of D = C / H channels, K = out_dim.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino_kernels import attention
+from dino_train.resnet import ResNet, resnet50
+
+
+class Size(NamedTuple):
+    embed_dim: int
+    depth: int
+    num_heads: int
+
+
+# vit_nano is ours, for demonstrations on a CPU; the others are the paper's (`vision_transformer.py:234`).
+VIT_SIZES = {
+    "vit_nano": Size(128, 4, 4),
+    "vit_tiny": Size(192, 12, 3),
+    "vit_small": Size(384, 12, 6),
+    "vit_base": Size(768, 12, 12),
+}
+ARCHS = (*VIT_SIZES, "resnet50")
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def project(self, x: Tensor) -> Tensor:
+        """[T, C] -> queries, keys and values [T, 3, H, D]."""
+        return self.qkv(x).view(len(x), 3, self.num_heads, -1)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> Tensor:
+        out = attention(self.project(x), cu_seqlens).flatten(1)
+        return self.proj(out if rows is None else out.index_select(0, rows))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block over packed tokens [T, C].
+
+    `drop_path` [2, T, 1] multiplies the attention and the MLP branch. With `rows` only these tokens are
+    carried past the attention and returned.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        hidden = int(dim * mlp_ratio)
+        layers = OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim))
+        self.mlp = nn.Sequential(layers)
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, drop_path: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        branch = self.attn(self.norm1(x), cu_seqlens, rows)
+        if rows is not None:
+            x = x.index_select(0, rows)
+            drop_path = None if drop_path is None else drop_path.index_select(1, rows)
+        if drop_path is None:
+            x = x + branch
+            return x + self.mlp(self.norm2(x))
+        x = torch.addcmul(x, branch, drop_path[0])
+        return torch.addcmul(x, self.mlp(self.norm2(x)), drop_path[1])
+
+
+class VisionTransformer(nn.Module):
+    """Vision transformer with class token, learned positions and drop path (`vision_transformer.py:135`).
+
+    Crops of all resolutions run through the blocks as one packed sequence of tokens. Past the attention
+    of the last block only class tokens are computed: nothing else reaches the output.
+
+    Args:
+        img_size: height and width in pixels that the position grid is made for (else interpolated).
+        patch_size: height and width of a patch in pixels; divides img_size.
+        embed_dim: channels C of a token.
+        depth: number of blocks.
+        num_heads: attention heads H; divides embed_dim.
+        mlp_ratio: hidden width of the MLP over embed_dim.
+        drop_path_rate: probability in [0, 1) that a sample skips a branch of the last block; it rises
+            linearly from 0 in the first. Identity in eval mode.
+
+    Raises:
+        ValueError: patch_size is below 1 or does not divide img_size; drop_path_rate is out of range.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        if patch_size < 1 or img_size < patch_size or img_size % patch_size:
+            raise ValueError(
+                f"patch_size must be at least 1 and divide img_size, got patch_size={patch_size} and "
+                f"img_size={img_size}"
+            )
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
+        assert embed_dim % num_heads == 0
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.drop_path_rate = drop_path_rate
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, embed_dim))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(_init_linear)
+
+    def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
+        """Normalized class tokens.
+
+        Args:
+            crops: images [B, 3, h, w], float, or a list of them of any mix of h, w and B. Pixels beyond
+                the last whole patch are ignored.
+
+        Returns:
+            [S, C], rows in the order of the list: all images of crop 0, all of crop 1, ...
+
+        Raises:
+            ValueError: an image has not 3 channels or is smaller than a patch.
+        """
+        x, cu_seqlens = self._embed([crops] if isinstance(crops, Tensor) else crops)
+        drop_path = self._drop_path(x, cu_seqlens) if self.training and self.drop_path_rate > 0 else None
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            rows = cu_seqlens[:-1] if i == last else None
+            x = block(x, cu_seqlens, None if drop_path is None else drop_path[i], rows)
+        return self.norm(x)
+
+    def features(self, images: Tensor, n: int = 1) -> list[Tensor]:
+        """Normalized tokens of the last n blocks, without drop path (`vision_transformer.py:225`).
+
+        Args:
+            images: [B, 3, h, w], float.
+            n: number of blocks, 1 to depth.
+
+        Returns:
+            n tensors [B, 1 + patches, C] in the order of the blocks, class token first.
+
+        Raises:
+            ValueError: n is out of range, or as in `forward`.
+        """
+        if not 1 <= n <= len(self.blocks):
+            raise ValueError(f"n must be from 1 to the number of blocks, {len(self.blocks)}, got {n}")
+        x, cu_seqlens = self._embed([images])
+        maps = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, cu_seqlens)
+            if len(self.blocks) - i <= n:
+                maps.append(self.norm(x).view(len(images), -1, self.embed_dim))
+        return maps
+
+    def attention_maps(self, images: Tensor) -> Tensor:
+        """The class token's attention in the last block, without drop path (`vision_transformer.py:216`).
+
+        Args:
+            images: [B, 3, h, w], float.
+
+        Returns:
+            [B, H, 1 + patches], float32 or float64, class token first; each row sums to one.
+
+        Raises:
+            ValueError: as in `forward`.
+        """
+        x, cu_seqlens = self._embed([images])
+        *body, last = self.blocks
+        for block in body:
+            x = block(x, cu_seqlens)
+        assert isinstance(last, Block)
+        q, k, _ = last.attn.project(last.norm1(x)).unflatten(0, (len(images), -1)).unbind(2)
+        logits = torch.einsum("bhd,bnhd->bhn", q[:, 0], k) * q.shape[-1] ** -0.5
+        return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    def _embed(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Tokens of all crops [T, C] in list order and their bounds cu_seqlens [S + 1], int32."""
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, crop in enumerate(crops):
+            _check_images(crop, self.patch_size)
+            by_shape.setdefault(crop.shape[2:], []).append(i)
+        tokens: dict[int, Tensor] = {}
+        for (h, w), indices in by_shape.items():
+            group = [crops[i] for i in indices]
+            patches = self.patch_embed(group[0] if len(group) == 1 else torch.cat(group))
+            cls_pos, patch_pos = self._positions(h, w).split((1, patches.shape[1]), dim=1)
+            cls = (self.cls_token + cls_pos).expand(len(patches), -1, -1)
+            x = torch.cat((cls, patches + patch_pos), dim=1)
+            tokens.update(zip(indices, x.split([len(crop) for crop in group]), strict=True))
+        pieces = [tokens[i] for i in range(len(crops))]
+        # Bounds are counted on the device from shapes known on the host: no copy, no synchronization.
+        bounds, total = [], 0
+        for count, length, _ in (piece.shape for piece in pieces):
+            end = total + count * length
+            bounds.append(torch.arange(total, end, length, dtype=torch.int32, device=pieces[0].device))
+            total = end
+        bounds.append(bounds[0].new_full((1,), total))
+        return torch.cat([piece.flatten(0, 1) for piece in pieces]), torch.cat(bounds)
+
+    def _positions(self, h: int, w: int) -> Tensor:
+        """Position embedding [1, 1 + patches, C] for images of h x w pixels (`vision_transformer.py:174`)."""
+        rows, cols = h // self.patch_size, w // self.patch_size
+        cells = self.pos_embed.shape[1] - 1
+        if rows * cols == cells and h == w:
+            return self.pos_embed
+        side = math.isqrt(cells)
+        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        # The 0.1 keeps rows and cols from being rounded down; it also shifts the sampled points a little,
+        # which published weights were trained with.
+        scale = ((rows + 0.1) / side, (cols + 0.1) / side)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+        return torch.cat((self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
+
+    def _drop_path(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Random 0 or 1 / keep of all branches [depth, 2, T, 1], the same for all tokens of a sequence.
+
+        Drawn for the whole forward at once: four launches in place of four for each branch.
+        """
+        depth, sequences = len(self.blocks), len(cu_seqlens) - 1
+        keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=x.device).view(-1, 1, 1)
+        scale = (torch.rand(depth, 2, sequences, device=x.device) < keep) / keep
+        lengths = cu_seqlens.diff()
+        return scale.to(x.dtype).repeat_interleave(lengths, dim=2, output_size=len(x)).unsqueeze(-1)
+
+
+class WeightNormLinear(nn.Module):
+    """x [N, in_dim] -> x W^T [N, out_dim] with rows W_k = g_k v_k / |v_k| (Salimans and Kingma 2016)."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
+        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # the default of nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+
+
+class DINOHead(nn.Module):
+    """MLP, L2 normalization, weight-normed linear layer (paper section 3.2, `vision_transformer.py:258`).
+
+    Args:
+        in_dim: channels of the backbone's features.
+        out_dim: number of outputs K.
+        use_bn: batch norm after the first two layers.
+        norm_last_layer: freeze the norms g of the last layer at 1, so that logits are cosines.
+        hidden_dim: width of the MLP.
+        bottleneck_dim: width of the normalized features.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for dim in (in_dim, hidden_dim):
+            layers.append(nn.Linear(dim, hidden_dim))
+            if use_bn:
+                layers.append(nn.BatchNorm1d(hidden_dim))
+            layers.append(nn.GELU())
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        self.apply(_init_linear)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        self.last_layer.weight_g.requires_grad_(not norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, in_dim] -> logits [N, K]."""
+        x = self.mlp(x)
+        # In 16 bit the rounded norm would scale all logits of a row alike.
+        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12)
+        return self.last_layer(x)
+
+
+class DINOModel(nn.Module):
+    """A student or a teacher: backbone and head (`utils.py:594`)."""
+
+    def __init__(self, backbone: nn.Module, head: DINOHead):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+        """Logits of all crops: a ViT takes them in one pass, a convnet each run of one size (`utils.py:612`).
+
+        Args:
+            crops: V tensors [B, 3, h, w], float.
+
+        Returns:
+            [V*B, K], rows in the order of the list.
+
+        Raises:
+            ValueError: an image has not 3 channels or is smaller than a patch.
+        """
+        if isinstance(self.backbone, VisionTransformer):
+            return self.head(self.backbone(crops))
+        for crop in crops:
+            _check_images(crop, 1)
+        runs = [torch.cat(list(run)) for _, run in groupby(crops, key=lambda crop: crop.shape[2:])]
+        return self.head(torch.cat([self.backbone(run) for run in runs]))
+
+
+def vit(arch: str, *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0) -> VisionTransformer:
+    """The ViT of a name in VIT_SIZES; arguments and errors as in `VisionTransformer`.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    if arch not in VIT_SIZES:
+        raise ValueError(f"unknown arch {arch!r}, choose one of {', '.join(VIT_SIZES)}")
+    size = VIT_SIZES[arch]._asdict()
+    return VisionTransformer(img_size, patch_size, drop_path_rate=drop_path_rate, **size)
+
+
+def build_model(
+    arch: str,
+    *,
+    patch_size: int,
+    out_dim: int,
+    img_size: int,
+    drop_path_rate: float,
+    use_bn_in_head: bool,
+    norm_last_layer: bool,
+    head_hidden_dim: int = 2048,
+    head_bottleneck_dim: int = 256,
+) -> DINOModel:
+    """A student or a teacher with fresh weights (`main_dino.py:162`).
+
+    Args:
+        arch: a name in ARCHS. resnet50 ignores patch_size, img_size and drop_path_rate.
+        patch_size, img_size, drop_path_rate: as in `VisionTransformer`.
+        out_dim, use_bn_in_head, norm_last_layer, head_hidden_dim, head_bottleneck_dim: as in `DINOHead`.
+
+    Raises:
+        ValueError: the arch is not known, or as in `VisionTransformer`.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"unknown arch {arch!r}, choose one of {', '.join(ARCHS)}")
+    backbone: VisionTransformer | ResNet
+    if arch == "resnet50":
+        backbone = resnet50()
+    else:
+        backbone = vit(arch, patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
+    head = DINOHead(
+        backbone.embed_dim,
+        out_dim,
+        use_bn=use_bn_in_head,
+        norm_last_layer=norm_last_layer,
+        hidden_dim=head_hidden_dim,
+        bottleneck_dim=head_bottleneck_dim,
+    )
+    return DINOModel(backbone, head)
+
+
+def load_backbone_weights(backbone: nn.Module, state: Mapping[str, Any], *, net: str = "teacher") -> None:
+    """Load a backbone from any format the reference publishes (`utils.py:72`, but strict).
+
+    Args:
+        backbone: a VisionTransformer or a ResNet; changed in place.
+        state: a state dict of the backbone or of a whole net, or a checkpoint with such dicts under
+            "teacher" and "student". Prefixes "module." and "backbone." are removed, entries of a head
+            or a classifier ("head.", "fc.") ignored.
+        net: which net of a checkpoint.
+
+    Raises:
+        ValueError: a checkpoint lacks `net`; weights are missing, unexpected or of another shape (a
+            pos_embed of another grid too).
+    """
+    if "teacher" in state or "student" in state:
+        if net not in state:
+            raise ValueError(f"the checkpoint has no {net!r}, only {', '.join(state)}")
+        state = state[net]
+    stripped = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
+    loaded = {key: value for key, value in stripped.items() if not key.startswith(("head.", "fc."))}
+    wanted = backbone.state_dict()
+    problems = [f"missing {key}" for key in wanted if key not in loaded]
+    problems += [f"unexpected {key}" for key in loaded if key not in wanted]
+    problems += [
+        f"{key} has shape {list(value.shape)}, expected {list(wanted[key].shape)}"
+        for key, value in loaded.items()
+        if key in wanted and value.shape != wanted[key].shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            "the weights do not fit this backbone, whose arch, patch size and image size must be those they "
+            f"were trained with: {'; '.join(problems[:5])}{more}"
+        )
+    backbone.load_state_dict(loaded)
+
+
+def _check_images(images: Tensor, min_size: int) -> None:
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"images must have shape [B, 3, height, width], got {list(images.shape)}; "
+            "the data pipeline converts every image to RGB, convert yours too"
+        )
+    if min(images.shape[2:]) < min_size:
+        h, w = images.shape[2:]
+        raise ValueError(
+            f"crops of {h}x{w} pixels are smaller than a patch of {min_size}x{min_size}; "
+            "use larger crops or a smaller patch_size"
+        )
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

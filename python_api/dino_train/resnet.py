@@ -1,0 +1,67 @@
+"""ResNet-50 without its classifier, under torchvision's state-dict names."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions around a shortcut; the stride is in the 3x3 ("v1.5")."""
+
+    def __init__(self, in_channels: int, width: int, stride: int):
+        super().__init__()
+        out_channels = 4 * width
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return F.relu(self.bn3(self.conv3(out)) + shortcut, inplace=True)
+
+
+class ResNet(nn.Module):
+    """Residual network of bottleneck blocks (He et al. 2016), features only.
+
+    Args:
+        blocks: number of bottlenecks in each of the four stages.
+    """
+
+    def __init__(self, blocks: tuple[int, int, int, int]):
+        super().__init__()
+        self.embed_dim = 2048
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = _stage(64, 64, blocks[0], stride=1)
+        self.layer2 = _stage(256, 128, blocks[1], stride=2)
+        self.layer3 = _stage(512, 256, blocks[2], stride=2)
+        self.layer4 = _stage(1024, 512, blocks[3], stride=2)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, h, w] -> globally average-pooled features [B, 2048]."""
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean(dim=(2, 3))
+
+
+def _stage(in_channels: int, width: int, depth: int, stride: int) -> nn.Sequential:
+    rest = [Bottleneck(4 * width, width, stride=1) for _ in range(depth - 1)]
+    return nn.Sequential(Bottleneck(in_channels, width, stride), *rest)
+
+
+def resnet50() -> ResNet:
+    """ResNet-50 without `fc` (the identity in the reference, `utils.py:604`); 23.5 M parameters."""
+    return ResNet((3, 4, 6, 3))

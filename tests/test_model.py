@@ -1,0 +1,448 @@
+"""The networks of dino_train against plain per-image forms; the reference's names and counts."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dino_train.model import DINOHead, DINOModel, VisionTransformer, build_model, load_backbone_weights, vit
+from dino_train.resnet import resnet50
+from torch import nn
+
+from dino_kernels import attention, attention_reference
+
+PATCH, DIM, DEPTH, HEADS = 4, 32, 3, 2
+# Square, interpolated, again the first size with another batch, not square, not whole patches.
+SIZES = [(2, 16, 16), (2, 8, 8), (1, 16, 16), (3, 8, 20), (2, 11, 14)]
+
+
+def small_vit(dtype=torch.float64, **kwargs):
+    torch.manual_seed(0)
+    model = VisionTransformer(16, PATCH, DIM, DEPTH, HEADS, **kwargs)
+    with torch.no_grad():  # biases and norms that differ from 0 and 1, weights that matter
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def attention_in_float64(monkeypatch):
+    """The op takes at most float32."""
+    ops = {torch.float64: attention_reference}
+    monkeypatch.setattr("dino_train.model.attention", lambda qkv, bounds: ops.get(qkv.dtype, attention)(qkv, bounds))
+
+
+def images(sizes=SIZES, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(b, 3, h, w, generator=generator, dtype=dtype) for b, h, w in sizes]
+
+
+def bicubic(cells, out):
+    """[out, cells]: weights of the cubic convolution (a = -0.75) sampled at steps of cells / (out + 0.1)."""
+    weights = torch.zeros(out, cells, dtype=torch.float64)
+    for i in range(out):
+        x = (i + 0.5) * cells / (out + 0.1) - 0.5
+        for tap in range(math.floor(x) - 1, math.floor(x) + 3):
+            t, a = abs(x - tap), -0.75
+            near, far = (a + 2) * t**3 - (a + 3) * t**2 + 1, a * (t**3 - 5 * t**2 + 8 * t - 4)
+            weights[i, min(max(tap, 0), cells - 1)] += near if t <= 1 else far
+    return weights
+
+
+def vit_by_hand(p, image, patch, heads, scales=None):
+    """One image [3, h, w] through the ViT of parameters p, token by token of the definition.
+
+    scales[i] = (attention, MLP) factors of the branches of block i. Returns the normalized tokens after
+    each block and the last block's attention [heads, N, N].
+    """
+    rows, cols = image.shape[1] // patch, image.shape[2] // patch
+    patches = image[:, : rows * patch, : cols * patch].reshape(3, rows, patch, cols, patch)
+    patches = patches.permute(1, 3, 0, 2, 4).reshape(rows * cols, -1)
+    x = patches @ p["patch_embed.proj.weight"].flatten(1).T + p["patch_embed.proj.bias"]
+    pos = p["pos_embed"][0]
+    side = round((len(pos) - 1) ** 0.5)
+    grid = pos[1:].reshape(side, side, -1)
+    if (rows, cols) != (side, side):
+        grid = torch.einsum("ia,jb,abc->ijc", bicubic(side, rows), bicubic(side, cols), grid)
+    x = torch.cat([p["cls_token"][0] + pos[:1], x + grid.flatten(0, 1)])
+
+    def linear(x, name):
+        return x @ p[name + ".weight"].T + p[name + ".bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * p[name + ".weight"] + p[name + ".bias"]
+
+    outputs = []
+    depth = sum(name.endswith("qkv.weight") for name in p)
+    for i in range(depth):
+        block = f"blocks.{i}."
+        attn_scale, mlp_scale = (1, 1) if scales is None else scales[i]
+        qkv = linear(norm(x, block + "norm1"), block + "attn.qkv")
+        q, k, v = qkv.reshape(len(x), 3, heads, -1).permute(1, 2, 0, 3)
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        x = x + attn_scale * linear((weights @ v).transpose(0, 1).flatten(1), block + "attn.proj")
+        hidden = linear(norm(x, block + "norm2"), block + "mlp.fc1")
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+        x = x + mlp_scale * linear(hidden, block + "mlp.fc2")
+        outputs.append(norm(x, "norm"))
+    return outputs, weights
+
+
+def by_hand(model, crops, scales=None):
+    p = dict(model.named_parameters())
+    return torch.stack([vit_by_hand(p, image, PATCH, HEADS, scales)[0][-1][0] for crop in crops for image in crop])
+
+
+def shapes(module):
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize(("patch", "cells"), [(16, 196), (8, 784)])
+def test_vit_names_and_shapes(patch, cells):
+    d = 384
+    expected: dict[str, tuple[int, ...]] = {"cls_token": (1, 1, d), "pos_embed": (1, 1 + cells, d)}
+    expected |= {"patch_embed.proj.weight": (d, 3, patch, patch), "patch_embed.proj.bias": (d,)}
+    expected |= {"norm.weight": (d,), "norm.bias": (d,)}
+    layers: dict[str, tuple[int, ...]] = {"norm1": (d,), "attn.qkv": (3 * d, d), "attn.proj": (d, d)}
+    layers |= {"norm2": (d,), "mlp.fc1": (4 * d, d), "mlp.fc2": (d, 4 * d)}
+    for i in range(12):
+        for name, shape in layers.items():
+            expected[f"blocks.{i}.{name}.weight"] = shape
+            expected[f"blocks.{i}.{name}.bias"] = shape[:1]
+    with torch.device("meta"):
+        assert shapes(vit("vit_small", patch_size=patch)) == expected
+
+
+def test_head_names_and_shapes():
+    plain: dict[str, tuple[int, ...]] = {"mlp.0.weight": (2048, 384), "mlp.0.bias": (2048,)}
+    plain |= {"mlp.2.weight": (2048, 2048), "mlp.2.bias": (2048,), "mlp.4.weight": (256, 2048), "mlp.4.bias": (256,)}
+    plain |= {"last_layer.weight_g": (1000, 1), "last_layer.weight_v": (1000, 256)}
+    rename = {"mlp.0": "mlp.0", "mlp.2": "mlp.3", "mlp.4": "mlp.6"}
+    with_bn = {rename.get(key[:5], key[:5]) + key[5:]: value for key, value in plain.items()}
+    for layer in ("mlp.1", "mlp.4"):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            with_bn[f"{layer}.{name}"] = (2048,)
+        with_bn[f"{layer}.num_batches_tracked"] = ()
+    with torch.device("meta"):
+        assert list(shapes(DINOHead(384, 1000)).items()) == list(plain.items())
+        assert shapes(DINOHead(384, 1000, use_bn=True)) == with_bn
+
+
+def test_resnet50_names_and_shapes():
+    expected: dict[str, tuple[int, ...]] = {}
+
+    def conv_bn(conv, bn, out, inp, size):
+        expected[conv + ".weight"] = (out, inp, size, size)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            expected[f"{bn}.{name}"] = (out,)
+        expected[bn + ".num_batches_tracked"] = ()
+
+    conv_bn("conv1", "bn1", 64, 3, 7)
+    channels = 64
+    for stage, depth in enumerate((3, 4, 6, 3)):
+        width = 64 * 2**stage
+        for block in range(depth):
+            name = f"layer{stage + 1}.{block}."
+            conv_bn(name + "conv1", name + "bn1", width, channels, 1)
+            conv_bn(name + "conv2", name + "bn2", width, width, 3)
+            conv_bn(name + "conv3", name + "bn3", 4 * width, width, 1)
+            if block == 0:
+                conv_bn(name + "downsample.0", name + "downsample.1", 4 * width, channels, 1)
+            channels = 4 * width
+    with torch.device("meta"):
+        model = resnet50()
+    assert shapes(model) == expected
+    assert len(expected) == 53 + 53 * 5 == 318
+    assert sum(p.numel() for p in model.parameters()) == 23_508_032
+
+
+def test_vit_parameter_counts():
+    for arch, count in {"vit_tiny": 5_524_416, "vit_small": 21_665_664, "vit_base": 85_798_656}.items():
+        with torch.device("meta"):
+            assert sum(p.numel() for p in vit(arch).parameters()) == count
+
+
+@pytest.mark.parametrize(("norm_last_layer", "regularized"), [(True, 55), (False, 56)])
+def test_number_of_regularized_tensors(norm_last_layer, regularized):
+    with torch.device("meta"):
+        model = small_model("vit_small", patch_size=16, img_size=224, norm_last_layer=norm_last_layer)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = [n for n, p in trained if n.endswith(".bias") or p.ndim == 1]
+    assert (len(trained) - len(plain), len(plain)) == (regularized, 102)
+
+
+def small_model(arch="vit_nano", **kwargs):
+    options = dict(patch_size=8, out_dim=50, img_size=32, drop_path_rate=0.1, use_bn_in_head=False)
+    options |= dict(norm_last_layer=True, head_hidden_dim=64, head_bottleneck_dim=16)
+    return build_model(arch, **{**options, **kwargs})
+
+
+def test_initialization():
+    torch.manual_seed(0)
+    p = dict(vit("vit_nano", patch_size=8).named_parameters())
+    for name in ("pos_embed", "blocks.0.attn.qkv.weight", "blocks.3.mlp.fc2.weight"):
+        assert abs(p[name].std().item() - 0.02) < 0.001
+    assert not any(v.any() for n, v in p.items() if n.endswith(".bias") and "patch_embed" not in n)
+    assert all((v == 1).all() for n, v in p.items() if "norm" in n and n.endswith(".weight"))
+    head = dict(DINOHead(64, 1000).named_parameters())
+    assert abs(head["mlp.2.weight"].std().item() - 0.02) < 0.001 and not head["mlp.2.bias"].any()
+    # torch's default for convolutions and linear layers: uniform within 1 / sqrt(fan in)
+    for weight, fan_in in ((p["patch_embed.proj.weight"], 3 * 8 * 8), (head["last_layer.weight_v"], 256)):
+        assert weight.abs().max() <= fan_in**-0.5 and abs(weight.std() * (3 * fan_in) ** 0.5 - 1) < 0.05
+    assert (head["last_layer.weight_g"] == 1).all()
+    conv = resnet50().state_dict()["layer2.1.conv3.weight"]  # Kaiming's normal, by fan out
+    assert abs(conv.std().item() * (512 / 2) ** 0.5 - 1) < 0.02
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_mixed_resolutions_equal_one_image_at_a_time(dtype, tolerance):
+    exact, model, crops = small_vit(), small_vit(dtype), images()
+    expected, out = by_hand(exact, crops), model([crop.to(dtype) for crop in crops])
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+    upstream = torch.randn_like(expected)
+    (expected * upstream).sum().backward()
+    (out * upstream.to(dtype)).sum().backward()
+    for got, want in zip(model.parameters(), exact.parameters(), strict=True):
+        assert (got.grad - want.grad).abs().max() < tolerance * want.grad.abs().max()
+    torch.testing.assert_close(model(crops[3].to(dtype)).double(), expected[5:8], rtol=0, atol=tolerance)
+
+
+def test_features_and_attention_maps():
+    model, crop = small_vit(drop_path_rate=0.5), images([(2, 12, 20)])[0]
+    p = dict(model.named_parameters())
+    outputs, weights = zip(*(vit_by_hand(p, image, PATCH, HEADS) for image in crop), strict=True)
+    for n in (1, 2, DEPTH):
+        for tokens, expected in zip(model.features(crop, n), list(zip(*outputs, strict=True))[-n:], strict=True):
+            torch.testing.assert_close(tokens, torch.stack(expected), rtol=0, atol=1e-10)
+    maps = model.attention_maps(crop)
+    torch.testing.assert_close(maps, torch.stack(weights)[:, :, 0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, HEADS, dtype=maps.dtype))
+
+
+@pytest.mark.parametrize(("h", "w"), [(96, 96), (64, 96), (224, 112), (100, 119), (224, 230)])
+def test_position_interpolation(h, w):
+    model = VisionTransformer(224, 16, 24, 1, 2).double()
+    grid = model.pos_embed[:, 1:].reshape(1, 14, 14, 24).permute(0, 3, 1, 2)
+    scale = ((h // 16 + 0.1) / 14, (w // 16 + 0.1) / 14)
+    expected = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+    got = model._positions(h, w)
+    assert torch.equal(got[:, :1], model.pos_embed[:, :1])
+    assert torch.equal(got[:, 1:], expected.permute(0, 2, 3, 1).reshape(1, -1, 24))
+    hand = torch.einsum("ia,jb,ncab->nijc", bicubic(14, h // 16), bicubic(14, w // 16), grid)
+    torch.testing.assert_close(got[:, 1:], hand.reshape(1, -1, 24), rtol=0, atol=1e-12)
+    assert model._positions(224, 224) is model.pos_embed
+
+
+def test_drop_path_is_drawn_for_each_sample_and_branch():
+    model, count = small_vit(drop_path_rate=0.4), 300
+    crops = [crop.expand(count, -1, -1, -1) for crop in images([(1, 8, 8), (1, 4, 8)])]
+    torch.manual_seed(3)
+    out = model(crops)
+    # rate rises as 0, 0.2, 0.4: block 0 keeps all, the others drop or scale by 1 / keep.
+    factors = [(1.0,), (0.0, 1 / 0.8), (0.0, 1 / 0.6)]
+    cases = list(product(*(product(f, f) for f in factors)))
+    for crop, rows in zip(crops, out.split(count), strict=True):
+        candidates = torch.cat([by_hand(model, [crop[:1]], case) for case in cases])
+        distance, chosen = torch.cdist(rows, candidates, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+        assert distance.max() < 1e-5  # keep is float32
+        drawn = torch.tensor(cases, dtype=torch.float64)[chosen]  # [count, depth, 2]
+        # five standard deviations of the mean of `count` draws with mean 1
+        for block, keep in ((1, 0.8), (2, 0.6)):
+            assert (drawn[:, block].mean(0) - 1).abs().max() < 5 * ((1 - keep) / keep / count) ** 0.5
+        drops = (drawn[:, 1:] == 0).flatten(1).double().T
+        drops = torch.cat([drops[:, 1:], drops[:, :-1]])  # each sample beside its neighbor
+        assert (torch.corrcoef(drops) - torch.eye(8)).abs().max() < 5 / count**0.5
+
+
+def test_drop_path_is_the_identity_in_eval_mode():
+    crops = images()
+    with_rate, without = small_vit(drop_path_rate=0.9), small_vit()
+    assert torch.equal(with_rate.eval()(crops), without(crops))
+    assert not torch.equal(with_rate.train()(crops), without(crops))
+
+
+def test_packing_does_not_mix_samples():
+    model, crops = small_vit(), images()
+    before = model(crops)
+    crops[1][1] += 1
+    changed = (model(crops) - before).abs().amax(1) > 1e-12
+    assert changed.nonzero().flatten().tolist() == [3]
+
+
+def test_bfloat16_autocast_is_close_to_float32():
+    torch.manual_seed(0)
+    model = small_model(drop_path_rate=0.3)
+    crops = images([(4, 32, 32), (4, 32, 32), (4, 16, 16)], torch.float32)
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(5)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = model(crops)
+            loss = -(logits.float() / 0.1).log_softmax(-1)[:, ::7].mean()
+        loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        results.append((logits, grads))
+    (logits, grads), (logits16, grads16) = results
+    assert logits16.dtype == torch.bfloat16 and grads16.dtype == torch.float32
+    assert (logits16.float() - logits).norm() < 0.02 * logits.norm()
+    assert (grads16 - grads).norm() < 0.05 * grads.norm()
+
+
+@pytest.mark.parametrize("use_bn", [True, False])
+@pytest.mark.parametrize("norm_last_layer", [True, False])
+def test_head_by_hand(norm_last_layer, use_bn):
+    torch.manual_seed(0)
+    sizes = dict(hidden_dim=48, bottleneck_dim=16)
+    head = DINOHead(24, 37, use_bn=use_bn, norm_last_layer=norm_last_layer, **sizes).double()
+    p = dict(head.named_parameters())
+    with torch.no_grad():
+        for name, parameter in p.items():
+            if name != "last_layer.weight_g" or not norm_last_layer:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    hidden = x = torch.randn(9, 24, dtype=torch.float64)
+    first, second, third = (0, 3, 6) if use_bn else (0, 2, 4)
+    for i in (first, second):
+        hidden = hidden @ p[f"mlp.{i}.weight"].T + p[f"mlp.{i}.bias"]
+        if use_bn:
+            hidden = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + 1e-5).sqrt()
+            hidden = hidden * p[f"mlp.{i + 1}.weight"] + p[f"mlp.{i + 1}.bias"]
+        hidden = F.gelu(hidden)
+    z = hidden @ p[f"mlp.{third}.weight"].T + p[f"mlp.{third}.bias"]
+    v, g = p["last_layer.weight_v"], p["last_layer.weight_g"]
+    expected = F.cosine_similarity(z[:, None], v[None], dim=2) * g.T
+    got = head(x)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    assert got.abs().max() <= 1 or not norm_last_layer
+    upstream = torch.randn_like(got)
+    trained = [parameter for parameter in p.values() if parameter.requires_grad]
+    assert len(trained) == 7 + 4 * use_bn + (not norm_last_layer)
+    expected_grads = torch.autograd.grad((expected * upstream).sum(), trained)
+    (got * upstream).sum().backward()
+    for parameter, grad in zip(trained, expected_grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-9, atol=1e-10)
+    assert g.requires_grad is not norm_last_layer and (g.grad is None) is norm_last_layer
+
+
+def test_resnet50_by_hand():
+    torch.manual_seed(0)
+    model = resnet50().double().eval()
+    s = model.state_dict()
+    for name, value in s.items():
+        if "running" in name or value.ndim == 1:
+            value.add_(torch.rand_like(value), alpha=0.1)
+
+    def conv_bn(x, conv, bn, stride=1):
+        weight = s[conv + ".weight"]
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+        stats = [s[f"{bn}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+        return F.batch_norm(x, *stats)
+
+    image = torch.randn(2, 3, 70, 64, dtype=torch.float64)
+    x = F.max_pool2d(conv_bn(image, "conv1", "bn1", 2).relu(), 3, 2, 1)
+    for stage, depth in enumerate((3, 4, 6, 3)):
+        for block in range(depth):
+            name = f"layer{stage + 1}.{block}."
+            stride = 2 if stage and not block else 1
+            out = conv_bn(x, name + "conv1", name + "bn1").relu()
+            out = conv_bn(out, name + "conv2", name + "bn2", stride).relu()
+            out = conv_bn(out, name + "conv3", name + "bn3")
+            x = conv_bn(x, name + "downsample.0", name + "downsample.1", stride) if block == 0 else x
+            x = (x + out).relu()
+    torch.testing.assert_close(model(image), x.mean((2, 3)), rtol=1e-9, atol=1e-9)
+
+
+def test_model_is_head_of_backbone():
+    backbone, crops = small_vit(), images()
+    model = DINOModel(backbone, DINOHead(DIM, 5, hidden_dim=8, bottleneck_dim=4).double())
+    torch.testing.assert_close(model(crops), model.head(by_hand(backbone, crops)))
+    assert {name.split(".")[0] for name in model.state_dict()} == {"backbone", "head"}
+
+
+def test_convnet_sees_one_run_of_equal_sizes_at_a_time():
+    class Backbone(nn.Module):
+        seen = []
+
+        def forward(self, x):
+            self.seen.append(tuple(x.shape))
+            return x.mean((2, 3))
+
+    model = DINOModel(Backbone(), DINOHead(3, 5, hidden_dim=8, bottleneck_dim=4).double())
+    crops = images([(2, 16, 16), (2, 16, 16), (2, 8, 8), (2, 8, 12), (2, 12, 12)])
+    expected = model.head(torch.cat([crop.mean((2, 3)) for crop in crops]))
+    torch.testing.assert_close(model(crops), expected)
+    assert Backbone.seen == [(4, 3, 16, 16), (2, 3, 8, 8), (2, 3, 8, 12), (2, 3, 12, 12)]
+
+
+def prefixed(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def nano(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return vit("vit_nano", **{"patch_size": 8, "img_size": 32, **kwargs})
+
+
+def test_load_every_published_format():
+    source, other = nano(1).state_dict(), nano(2).state_dict()
+    head = {"head.mlp.0.weight": torch.zeros(3), "head.last_layer.weight_g": torch.zeros(3)}
+    teacher = {**prefixed(source, "backbone."), **head}
+    student = prefixed({**prefixed(other, "backbone."), **head}, "module.")
+    checkpoint = {"teacher": teacher, "student": student, "epoch": 3, "args": None}
+    formats = [source, prefixed(source, "module."), {**source, "fc.bias": torch.zeros(3)}, teacher]
+    formats += [prefixed(teacher, "module."), checkpoint]
+    for state in formats:
+        model = nano(3)
+        load_backbone_weights(model, state)
+        assert all(torch.equal(value, source[key]) for key, value in model.state_dict().items())
+    model = nano(3)
+    load_backbone_weights(model, checkpoint, net="student")
+    assert all(torch.equal(value, other[key]) for key, value in model.state_dict().items())
+
+
+def test_load_errors():
+    source = nano().state_dict()
+    with pytest.raises(ValueError, match=r"no 'teacher', only student, epoch"):
+        load_backbone_weights(nano(), {"student": source, "epoch": 1})
+    missing = {key: value for key, value in source.items() if key not in ("norm.bias", "cls_token")}
+    with pytest.raises(ValueError, match=r"missing cls_token; missing norm\.bias$"):
+        load_backbone_weights(nano(), missing)
+    with pytest.raises(ValueError, match=r"unexpected extra\.weight$"):
+        load_backbone_weights(nano(), {**source, "extra.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"pos_embed has shape \[1, 17, 128\], expected \[1, 65, 128\]$"):
+        load_backbone_weights(nano(img_size=64), source)
+    target = nano(4)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match=r"missing .*; and \d+ more$") as error:
+        load_backbone_weights(target, {"conv1.weight": torch.zeros(64, 3, 7, 7)})
+    assert str(error.value).count("missing") == 5
+    assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
+
+
+def test_bad_input_messages():
+    with pytest.raises(ValueError, match="unknown arch 'vit_huge', choose one of vit_nano, .*resnet50"):
+        small_model("vit_huge")
+    with pytest.raises(ValueError, match="unknown arch 'resnet50', choose one of vit_nano, .*vit_base$"):
+        vit("resnet50")
+    for patch, size in ((0, 32), (-8, 32), (7, 32), (8, 0), (64, 32)):
+        with pytest.raises(ValueError, match=f"divide img_size, got patch_size={patch} and img_size={size}"):
+            nano(patch_size=patch, img_size=size)
+    for rate in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=rf"drop_path_rate must be in \[0, 1\), got {rate}"):
+            nano(drop_path_rate=rate)
+    with pytest.raises(ValueError, match="crops of 8x7 pixels are smaller than a patch of 8x8"):
+        nano()([torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 8, 7)])
+    gray = torch.zeros(2, 1, 32, 32)
+    with torch.device("meta"):
+        convnet = small_model("resnet50", use_bn_in_head=True, patch_size=7)  # of no use there
+    assert convnet.head.mlp[0].in_features == 2048 and isinstance(convnet.head.mlp[1], nn.BatchNorm1d)
+    for call in (nano(), nano().features, nano().attention_maps, lambda x: small_model()([x]), lambda x: convnet([x])):
+        with pytest.raises(ValueError, match=r"\[B, 3, height, width\], got \[2, 1, 32, 32\].*RGB"):
+            call(gray)
+    with pytest.raises(ValueError, match=r"got \[3, 32, 32\]"):
+        nano()([torch.zeros(3, 32, 32)])
+    for n in (0, 5):
+        with pytest.raises(ValueError, match=f"n must be from 1 to the number of blocks, 4, got {n}"):
+            nano().features(torch.zeros(1, 3, 32, 32), n)
