@@ -1,0 +1,105 @@
+"""Checkpoints that survive a kill, a full disk and a flipped bit.
+
+A file is complete or absent: it is written beside its place, synced, then renamed. The previous last.pt stays as
+previous.pt, and checksums decide which of the two is used.
+"""
+
+import argparse
+import logging
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_numpy_scalar = np.float64(0).__reduce__()[0]
+
+logger = logging.getLogger(__name__)
+
+# Harmless types in the reference's checkpoints: its arguments, and learning rates as numpy scalars.
+_REFERENCE_TYPES: list[Any] = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, _numpy_scalar]
+
+LAST, PREVIOUS = "last.pt", "previous.pt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what to do."""
+
+
+def save(state: dict[str, Any], path: Path, *, previous: Path | None = None) -> None:
+    """Write `state` to `path` atomically; a file that stood there moves to `previous` first, if given.
+
+    Raises:
+        CheckpointError: it could not be written (disk full, no permission); what was there before stands.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # or a power cut could undo the renames
+        finally:
+            os.close(directory)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as either
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with `weights_only=True`, tensors on the CPU.
+
+    Raises:
+        CheckpointError: no such file, damaged, or not a checkpoint that is safe to load.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # torch.load itself does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise CheckpointError(f"{path} is damaged (a checksum does not match)")
+        with torch.serialization.safe_globals(_REFERENCE_TYPES):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint at {path}") from None
+    except (OSError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({_first_line(error)})") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than tensors and plain values and is not loaded for safety "
+            f"({_first_line(error)})"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dictionary of weights")
+    return state
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The run's last checkpoint and its path; the one before where the last is damaged or missing (logged).
+
+    Raises:
+        CheckpointError: there is no usable one.
+    """
+    problems = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        try:
+            state = load(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            logger.warning("%s; using %s instead", problems[0], path)
+        return state, path
+    raise CheckpointError("; ".join(problems))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

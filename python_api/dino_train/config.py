@@ -1,0 +1,215 @@
+"""Every setting of pretraining, typed, documented and checked; and the recipes."""
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from dino_train.model import ARCHS
+
+EMBEDDED_DATA = Path(__file__).with_name("cifar10-5k.zip")
+
+_WORDS = {"on": True, "true": True, "1": True, "yes": True, "off": False, "false": False, "0": False, "no": False}
+
+# The reference's flags take a word: --norm_last_layer false
+Switch = Annotated[
+    bool,
+    tyro.conf.FlagConversionOff,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        instance_from_str=lambda words: _WORDS[words[0].lower()],
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value).lower()],
+    ),
+]
+
+
+def _default_workers() -> int:
+    return min(10, len(os.sched_getaffinity(0)))
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Complete DINO pretraining. Defaults are the reference's (main_dino.py:42-129)."""
+
+    preset: Literal["none", "vits16-vanilla", "vits16-boosted", "vitb16", "resnet50", "demo"] = "none"
+    """Published recipe whose values become the defaults; flags given beside it win."""
+    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])] = EMBEDDED_DATA
+    """Folder of images (any nesting; JPEG, PNG, WebP, BMP, TIFF) or a .zip of one. With folders train/ and val/
+    these are used; else a few images are held out. Default: 5,000 embedded CIFAR-10 images."""
+    output_dir: Path = Path("runs/dino")
+    """Folder for checkpoints, metrics and plots."""
+    resume: Switch = False
+    """Continue from last.pt in output_dir, in the middle of an epoch if that is where it stopped."""
+
+    arch: Literal[ARCHS] = "vit_small"  # type: ignore[valid-type]
+    """Backbone."""
+    patch_size: int = 16
+    """Side of a ViT's patch, in pixels."""
+    out_dim: int = 65536
+    """Number of outputs K of the head. 65536 suits large data sets; small ones train faster with fewer."""
+    norm_last_layer: Switch = True
+    """Keep the rows of the last layer at norm 1. Steadier; without it ViT-S gains a little."""
+    use_bn_in_head: Switch = False
+    """Batch norm in the projection head."""
+    head_hidden_dim: int = 2048
+    """Width of the projection head."""
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the student, probability at the last block."""
+
+    momentum_teacher: float = 0.996
+    """EMA momentum of the teacher at the start; it rises to 1 along a cosine. Higher for small batches."""
+    warmup_teacher_temp: float = 0.04
+    """Teacher temperature at the start."""
+    teacher_temp: float = 0.04
+    """Teacher temperature after its warm-up. Above 0.07 training becomes unstable."""
+    warmup_teacher_temp_epochs: int = 0
+    """Epochs of the teacher temperature's warm-up."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the networks (autocast); weights, statistics and loss stay float32."""
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """adamw for ViTs, sgd or lars for convnets."""
+    batch_size_per_gpu: int = 64
+    """Images a step."""
+    epochs: int = 100
+    """Passes over the data."""
+    lr: float = 0.0005
+    """Peak learning rate for a batch of 256; scaled by batch / 256."""
+    min_lr: float = 1e-6
+    """Learning rate at the end."""
+    warmup_epochs: int = 10
+    """Epochs of linear learning-rate warm-up (cut off where the run is shorter)."""
+    weight_decay: float = 0.04
+    """Weight decay at the start."""
+    weight_decay_end: float = 0.4
+    """Weight decay at the end, along a cosine."""
+    clip_grad: float = 3.0
+    """Largest L2 norm of each tensor's gradient; 0 turns it off."""
+    freeze_last_layer: int = 1
+    """Epochs during which the last layer is not trained."""
+
+    global_crops_scale: tuple[float, float] = (0.4, 1.0)
+    """Range of a global crop's area, as a fraction of the image."""
+    global_crops_size: int = 224
+    """Side of a global crop, in pixels."""
+    local_crops_number: int = 8
+    """Local crops an image."""
+    local_crops_scale: tuple[float, float] = (0.05, 0.4)
+    """Range of a local crop's area, as a fraction of the image."""
+    local_crops_size: int = 96
+    """Side of a local crop, in pixels."""
+
+    saveckp_freq: int = 20
+    """Keep a numbered checkpoint every so many epochs; last.pt is written after each. 0: last.pt only."""
+    save_minutes: float = 15.0
+    """Write last.pt at least this often within an epoch, in minutes."""
+    log_interval: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    knn_freq: int = 10
+    """Epochs between two k-NN evaluations (and one before and one after training), where the data has class
+    folders; 0 turns it off."""
+    seed: int = 0
+    """Seed of weights, shuffling and crops."""
+    num_workers: int = field(default_factory=_default_workers)
+    """Processes that read and crop images; 0 does it in the main process. Results do not depend on it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        least = {"patch_size": 1, "out_dim": 2, "head_hidden_dim": 1, "batch_size_per_gpu": 1, "epochs": 1}
+        least |= {"log_interval": 1, "global_crops_size": 1, "local_crops_size": 1}
+        for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "local_crops_number"):
+            least[name] = 0
+        for name in ("saveckp_freq", "save_minutes", "knn_freq", "num_workers", "seed", "lr", "clip_grad"):
+            least[name] = 0
+        for name, bound in least.items():
+            _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
+        for name in ("warmup_teacher_temp", "teacher_temp"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        _require(0 <= self.momentum_teacher <= 1, "momentum_teacher", self.momentum_teacher, "from 0 to 1")
+        _require(0 <= self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "from 0 to below 1")
+        for name in ("global_crops_scale", "local_crops_scale"):
+            low, high = getattr(self, name)
+            _require(0 < low <= high <= 1, name, (low, high), "two increasing fractions in (0, 1]")
+        if self.arch != "resnet50":
+            _require(
+                self.global_crops_size % self.patch_size == 0,
+                "global_crops_size",
+                self.global_crops_size,
+                f"a multiple of patch_size {self.patch_size}",
+            )
+            if self.local_crops_number:
+                _require(
+                    self.local_crops_size >= self.patch_size,
+                    "local_crops_size",
+                    self.local_crops_size,
+                    f"at least patch_size {self.patch_size}",
+                )
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values, which a checkpoint holds and `torch.load(weights_only=True)` reads."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def _require(fits: bool, name: str, value: object, wanted: str) -> None:
+    if not fits:
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+_VITS16 = {"arch": "vit_small", "patch_size": 16}
+
+# What --preset sets; flags beside it win.
+PRESETS: dict[str, dict[str, Any]] = {
+    # README of the reference, "vanilla DINO training": 8 GPUs x 64 images.
+    "vits16-vanilla": {**_VITS16, "epochs": 100},
+    # Its "boosting DINO performance": 16 GPUs x 64 images.
+    "vits16-boosted": {
+        **_VITS16,
+        "epochs": 300,
+        "teacher_temp": 0.07,
+        "warmup_teacher_temp_epochs": 30,
+        "norm_last_layer": False,
+    },
+    # Arguments published with the ViT-B/16 weights: 32 GPUs x 32 images.
+    "vitb16": {
+        "arch": "vit_base",
+        "patch_size": 16,
+        "epochs": 400,
+        "batch_size_per_gpu": 32,
+        "lr": 0.00075,
+        "min_lr": 2e-6,
+        "clip_grad": 0.3,
+        "freeze_last_layer": 3,
+        "teacher_temp": 0.07,
+        "warmup_teacher_temp_epochs": 50,
+        "global_crops_scale": (0.25, 1.0),
+        "local_crops_scale": (0.05, 0.25),
+        "local_crops_number": 10,
+    },
+    # README of the reference, "ResNet-50 and other convnets trainings": 8 GPUs x 64 images.
+    "resnet50": {
+        "arch": "resnet50",
+        "optimizer": "sgd",
+        "lr": 0.03,
+        "weight_decay": 1e-4,
+        "weight_decay_end": 1e-4,
+        "global_crops_scale": (0.14, 1.0),
+        "local_crops_scale": (0.05, 0.14),
+    },
+    "demo": {
+        "arch": "vit_nano",
+        "patch_size": 8,
+        "global_crops_size": 32,
+        "local_crops_size": 16,
+        "local_crops_number": 4,
+        "out_dim": 1024,
+        "head_hidden_dim": 512,
+        "epochs": 10,
+        "output_dir": Path("runs/demo"),
+    },
+}

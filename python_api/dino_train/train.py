@@ -1,0 +1,304 @@
+"""`dino-train pretrain`: the run around the step. Data, checkpoints, signals, evaluation, logging."""
+
+import hashlib
+import json
+import logging
+import math
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino_train import checkpoint
+from dino_train.augment import MultiCrop
+from dino_train.config import PretrainConfig
+from dino_train.data import BadImages, ImageFolder, crop_loader, require_batch, split
+from dino_train.evaluate import knn_accuracy, view_retrieval
+from dino_train.learner import Learner, NonFiniteLoss, StepResult
+from dino_train.watch import CollapseWatch, Metrics, Progress, plot_curves
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has written a checkpoint."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Run complete DINO pretraining (main_dino.py:131-300); returns the final checkpoint's path.
+
+    Raises:
+        DataError, CheckpointError, ValueError: with a message for the user.
+        NonFiniteLoss: the loss became NaN or infinite; the last good checkpoint stands.
+        Interrupted: SIGTERM or Ctrl-C, after a checkpoint was written.
+    """
+    run = Run(config)
+    with run.catch_signals():
+        run.train()
+    return config.output_dir / checkpoint.LAST
+
+
+class Run:
+    """One process's pretraining run."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.device = pick_device(config.device)
+        torch.manual_seed(config.seed)
+        self.train_images, self.held_out = split(config.data)
+        require_batch(len(self.train_images), config.batch_size_per_gpu)
+        self.steps_per_epoch = len(self.train_images) // config.batch_size_per_gpu
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.multicrop = MultiCrop(
+            config.global_crops_scale,
+            config.local_crops_scale,
+            config.local_crops_number,
+            config.global_crops_size,
+            config.local_crops_size,
+        )
+        self.learner = Learner(config, self.steps_per_epoch, self.device)
+        self.bad = BadImages(len(self.train_images), config.batch_size_per_gpu)
+        self.stop_signal: int | None = None
+        self.step = self._resume() if config.resume and self._has_checkpoint() else self._start_fresh()
+        self.last_saved = time.monotonic()
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def _has_checkpoint(self) -> bool:
+        names = (checkpoint.LAST, checkpoint.PREVIOUS)
+        return any((self.config.output_dir / name).exists() for name in names)
+
+    def _start_fresh(self) -> int:
+        folder = self.config.output_dir
+        if self._has_checkpoint():
+            raise ValueError(
+                f"{folder} holds a run already: add --resume true to continue it, or choose another --output-dir"
+            )
+        if self.config.resume:
+            logger.warning("no checkpoint in %s yet: starting from the beginning", folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config.plain(), indent=2) + "\n")
+        return 0
+
+    def _resume(self) -> int:
+        state, path = checkpoint.load_newest(self.config.output_dir)
+        saved = state["args"]
+        fixed = ("arch", "patch_size", "out_dim", "head_hidden_dim", "use_bn_in_head", "norm_last_layer")
+        for name in (*fixed, "global_crops_size", "optimizer"):
+            if saved[name] != getattr(self.config, name):
+                raise ValueError(
+                    f"the run in {self.config.output_dir} has {name} {saved[name]}, not "
+                    f"{getattr(self.config, name)}: pass the same settings to resume, or another --output-dir"
+                )
+        self.learner.load_state_dict(state)
+        step = state["step"]
+        if state["sampler"] != self._sampler_state():
+            step = state["epoch"] * self.steps_per_epoch
+            logger.warning(
+                "the images, batch size or seed differ from the interrupted run's: epoch %d starts again",
+                state["epoch"] + 1,
+            )
+        if path.name == checkpoint.PREVIOUS:  # or the next save would put the damaged one in its place
+            path.replace(path.with_name(checkpoint.LAST))
+        torch.set_rng_state(state["rng"]["torch"])
+        if self.device.type == "cuda" and state["rng"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        return step
+
+    def _sampler_state(self) -> dict[str, Any]:
+        """What the order of the images follows from, beside the step."""
+        names = hashlib.sha256("\n".join(self.train_images.names).encode("utf-8", "surrogateescape"))
+        return {
+            "seed": self.config.seed,
+            "batch_size": self.config.batch_size_per_gpu,
+            "images": len(self.train_images),
+            "names": names.hexdigest(),
+        }
+
+    def save(self) -> None:
+        """Write last.pt; keys of the reference (main_dino.py:276-284) and what an exact resume needs."""
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        state = {
+            **self.learner.state_dict(),
+            "epoch": self.step // self.steps_per_epoch,
+            "args": self.config.plain(),
+            "step": self.step,
+            "sampler": self._sampler_state(),
+            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+        }
+        folder = self.config.output_dir
+        checkpoint.save(state, folder / checkpoint.LAST, previous=folder / checkpoint.PREVIOUS)
+        epoch, within = divmod(self.step, self.steps_per_epoch)
+        if self.config.saveckp_freq and not within and epoch and epoch % self.config.saveckp_freq == 0:
+            checkpoint.save(state, folder / f"checkpoint{epoch:04d}.pt")
+        self.last_saved = time.monotonic()
+
+    def try_save(self) -> None:
+        """Save during training: a full disk must not end a run that may find room again later."""
+        try:
+            self.save()
+        except checkpoint.CheckpointError as error:
+            logger.warning("%s; training goes on", error)
+            self.last_saved = time.monotonic()
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    def catch_signals(self) -> "_Signals":
+        return _Signals(self)
+
+    def train(self) -> None:
+        config = self.config
+        self.progress = Progress(
+            self.step, self.total_steps, config.epochs, config.batch_size_per_gpu, config.log_interval
+        )
+        self.metrics = Metrics(config.output_dir, self.step)
+        self.watch = CollapseWatch(
+            config.out_dim, max(200, min(config.warmup_epochs, config.epochs // 2) * self.steps_per_epoch)
+        )
+        try:
+            self._describe()
+            if self.step == 0:
+                self.evaluate()
+            self._steps()
+            self.save()
+            self._summarize()
+        finally:
+            self.progress.close()
+            self.metrics.close()
+
+    def _steps(self) -> None:
+        config = self.config
+        loader = crop_loader(
+            self.train_images,
+            self.multicrop,
+            batch_size=config.batch_size_per_gpu,
+            seed=config.seed,
+            start_step=self.step,
+            total_steps=self.total_steps,
+            num_workers=config.num_workers,
+        )
+        for crops, bad in loader:
+            self.bad.add(bad)
+            try:
+                result = self.learner.step(self.step, [c.to(self.device, non_blocking=True) for c in crops])
+            except NonFiniteLoss as error:
+                raise NonFiniteLoss(
+                    f"{error}. Try a lower --lr, a smaller --clip-grad or --precision float32. "
+                    f"{config.output_dir / checkpoint.LAST} is from before"
+                ) from None
+            self.step += 1
+            self._log(result)
+            if self.step % self.steps_per_epoch == 0:
+                self.evaluate()
+                if self.step < self.total_steps:  # the end is saved by the caller, where a failure counts
+                    self.try_save()
+            elif time.monotonic() - self.last_saved >= 60 * config.save_minutes:
+                self.try_save()
+            if self.stop_signal is not None and self.step < self.total_steps:
+                self.save()
+                raise Interrupted(
+                    self.stop_signal,
+                    f"stopped at step {self.step} of {self.total_steps}; --resume true continues from "
+                    f"{config.output_dir / checkpoint.LAST}",
+                )
+
+    def _log(self, result: StepResult) -> None:
+        epoch = (self.step - 1) // self.steps_per_epoch
+        self.progress.update(self.step, epoch, result.loss, result.lr)
+        if self.step % self.config.log_interval and self.step != self.total_steps:
+            return
+        entropy, single_entropy = result.teacher_entropy()
+        self.metrics.write(
+            self.step,
+            epoch=epoch,
+            loss=result.loss,
+            lr=result.lr,
+            weight_decay=result.weight_decay,
+            momentum=result.momentum,
+            teacher_temp=result.teacher_temp,
+            teacher_entropy=entropy,
+            teacher_kl_to_uniform=math.log(self.config.out_dim) - entropy,
+            teacher_single_entropy=single_entropy,
+            images_per_second=self.progress.rate,
+        )
+        self.watch.update(self.step, result.loss, entropy, single_entropy)
+
+    def evaluate(self) -> None:
+        """View retrieval after every epoch, k-NN when it is due, of the teacher's backbone."""
+        config, backbone = self.config, self.learner.teacher.backbone
+        epoch, began = self.step // self.steps_per_epoch, time.monotonic()
+        values: dict[str, float] = {}
+        if len(self.held_out) > 1:
+            crops = replace(self.multicrop, local_crops_number=0)
+            values["retrieval"] = view_retrieval(
+                backbone, self.held_out, crops, seed=config.seed, num_workers=config.num_workers
+            )
+        due = config.knn_freq and (epoch % config.knn_freq == 0 or epoch == config.epochs)
+        if due and _labelled(self.train_images) and _labelled(self.held_out):
+            values |= knn_accuracy(
+                backbone,
+                self.train_images,
+                self.held_out,
+                config.global_crops_size,
+                num_workers=config.num_workers,
+            )
+        if values:
+            self.metrics.write(self.step, **values)
+            self.progress.say(f"after {epoch} epochs: " + "  ".join(f"{k} {v:.1f} %" for k, v in values.items()))
+        self.progress.skip(time.monotonic() - began)
+
+    def _describe(self) -> None:
+        config = self.config
+        parameters = sum(p.numel() for p in self.learner.student.parameters()) / 1e6
+        classes = f", {len(self.train_images.classes)} class folders" if _labelled(self.train_images) else ""
+        self.progress.say(
+            f"{len(self.train_images)} images to train on, {len(self.held_out)} held out{classes} ({config.data})\n"
+            f"{config.arch}, {parameters:.1f} M parameters with head, K = {config.out_dim}, "
+            f"{config.precision} on {self.device}\n"
+            f"{config.epochs} epochs of {self.steps_per_epoch} steps of {config.batch_size_per_gpu} images, "
+            f"2 + {config.local_crops_number} crops, from step {self.step}; output in {config.output_dir}"
+        )
+
+    def _summarize(self) -> None:
+        if self.bad.count:
+            self.progress.say(f"{self.bad.count} of {len(self.train_images)} images could not be read")
+        self.progress.say(f"curves: {plot_curves(self.config.output_dir)}")
+        self.progress.say(f"done: {self.config.output_dir / checkpoint.LAST}")
+
+
+def _labelled(images: ImageFolder) -> bool:
+    return images.labels is not None and len(images) > 0
+
+
+class _Signals:
+    """While it is entered, the first SIGTERM or Ctrl-C asks the run to stop after its step; a second Ctrl-C kills."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self.before[signum] = signal.signal(signum, self._ask)
+
+    def _ask(self, signum: int, frame: object) -> None:
+        self.run.stop_signal = signum
+        signal.signal(signum, self.before[signum])
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of --device; ValueError where cuda is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

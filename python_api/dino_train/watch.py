@@ -1,0 +1,179 @@
+"""What a person sees of a run: progress, metrics.jsonl, TensorBoard, warnings of a collapse, curves."""
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+
+class Metrics:
+    """Rows of a run, appended to metrics.jsonl and to TensorBoard where that is installed.
+
+    Args:
+        folder: the run's folder.
+        step: rows beyond it, written after the checkpoint that a run resumes from, are dropped.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        path = folder / METRICS
+        kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115  a line a write: nothing is lost with a kill
+        self._board = _tensorboard(folder, step)
+
+    def write(self, step: int, **values: Any) -> None:
+        """One row: the step after which it was measured, and what was measured."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    path = folder / METRICS
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _tensorboard(folder: Path, step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere a plain line every `interval` steps."""
+
+    def __init__(self, first: int, total: int, epochs: int, batch: int, interval: int) -> None:
+        self.first, self.total, self.epochs, self.batch, self.interval = first, total, epochs, batch, interval
+        self.start, self.bar = time.monotonic(), None
+        self.rate = 0.0
+        self._last = (first, self.start)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True)
+
+    def update(self, done: int, epoch: int, loss: float, lr: float) -> None:
+        """After step number `done`; `rate` is then the images a second since the last line."""
+        now = time.monotonic()
+        if self.bar:
+            self.bar.update(done - self.bar.n)
+        if done % self.interval and done != self.total:
+            return
+        step, then = self._last
+        self.rate = (done - step) * self.batch / max(now - then, 1e-9)
+        self._last = (done, now)
+        text = f"epoch {epoch + 1}/{self.epochs}  loss {loss:.4f}  lr {lr:.2e}  {self.rate:.1f} images/s"
+        if self.bar:
+            self.bar.set_description(text)
+        else:
+            remaining = (now - self.start) / (done - self.first) * (self.total - done)
+            print(f"step {done}/{self.total}  {text}  ETA {_duration(remaining)}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that does not tear the bar."""
+        if self.bar:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def skip(self, seconds: float) -> None:
+        """Leave what just ran (an evaluation) out of the images a second and of the ETA."""
+        self.start += seconds
+        self._last = (self._last[0], self._last[1] + seconds)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours}:{minutes % 60:02d}:{int(seconds) % 60:02d}"
+
+
+class CollapseWatch:
+    """Warns once when the teacher's output says nothing about the image, over `patience` log lines in a row.
+
+    Uniform: the loss stays at ln K. Constant: the mean output has no more entropy than a single one, so all
+    images get the same. Early in a run, and within the learning rate's warm-up, both are normal.
+    """
+
+    def __init__(self, outputs: int, quiet_steps: int, patience: int = 10) -> None:
+        self.log_k, self.quiet_steps, self.patience = math.log(outputs), quiet_steps, patience
+        self.counts = {"uniform": 0, "constant": 0}
+
+    def update(self, step: int, loss: float, entropy: float, single_entropy: float) -> None:
+        if step < self.quiet_steps:
+            return
+        signs = {
+            "uniform": abs(loss - self.log_k) < 1e-3 * self.log_k,
+            "constant": entropy - single_entropy < 1e-3 * self.log_k and entropy < 0.9 * self.log_k,
+        }
+        for kind, seen in signs.items():
+            self.counts[kind] = self.counts[kind] + 1 if seen else 0
+            if self.counts[kind] == self.patience:
+                logger.warning("%s", self._text(kind, step, loss, entropy))
+
+    def _text(self, kind: str, step: int, loss: float, entropy: float) -> str:
+        if kind == "uniform":
+            return (
+                f"step {step}: the loss stays at ln K = {self.log_k:.2f}, the outputs are uniform and nothing is "
+                "learned. Try a longer --warmup-teacher-temp-epochs, a lower --teacher-temp, another --lr"
+            )
+        return (
+            f"step {step}: the teacher gives every image the same output (entropy {entropy:.2f} of {self.log_k:.2f}): "
+            "the run is collapsing. Try a higher --momentum-teacher, a lower --lr, a smaller --out-dim"
+        )
+
+
+def plot_curves(folder: Path) -> Path:
+    """Draw loss, k-NN, view retrieval and teacher entropy of a run into curves.png."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(folder)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), constrained_layout=True)
+    panels = (
+        ("loss", ("loss",), "nats"),
+        ("k-NN and view retrieval", ("knn10", "knn20", "retrieval"), "%"),
+        ("teacher entropy", ("teacher_entropy", "teacher_single_entropy"), "nats"),
+    )
+    for axis, (title, names, unit) in zip(axes, panels, strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 40 else None)
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+from dino_train.augment import MultiCrop
+from dino_train.data import ImageFolder
+from dino_train.evaluate import extract_features, knn_accuracy, knn_classify, recall_at_1, view_retrieval
+from PIL import Image
+from torch import nn
+
+
+def unit(*rows):
+    return nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)
+
+
+def test_knn_by_hand():
+    train = unit([1, 0], [0.8, 0.6], [0, 1])
+    labels = torch.tensor([0, 1, 1])
+    scores = knn_classify(train, labels, unit([1, 0]), k=2, classes=3)
+    expected = torch.tensor([[np.exp(1 / 0.07), np.exp(0.8 / 0.07), 0.0]], dtype=torch.float32)
+    torch.testing.assert_close(scores, expected)
+    scores = knn_classify(train, labels, unit([0, 1]), k=50, classes=2)  # more neighbors than images: all vote
+    expected = torch.tensor([[1.0, np.exp(0.6 / 0.07) + np.exp(1 / 0.07)]], dtype=torch.float32)
+    torch.testing.assert_close(scores, expected)
+
+
+def test_knn_against_a_loop():
+    g = torch.Generator().manual_seed(0)
+    train = nn.functional.normalize(torch.randn(60, 5, generator=g), dim=1)
+    test = nn.functional.normalize(torch.randn(700, 5, generator=g), dim=1)
+    labels = torch.randint(0, 4, (60,), generator=g)
+    scores = knn_classify(train, labels, test, k=7, classes=4)
+    for row in (0, 511, 512, 699):
+        similarity = train @ test[row]
+        votes = [0.0] * 4
+        for i in sorted(range(60), key=lambda j: -similarity[j])[:7]:
+            votes[labels[i]] += np.exp(similarity[i].item() / 0.07)
+        np.testing.assert_allclose(scores[row], votes, rtol=1e-4)
+
+
+def test_recall_by_hand():
+    a = unit([1, 0], [0, 1], [-1, 0], [1, 1])
+    assert recall_at_1(a, a) == 100
+    assert recall_at_1(a, a[[1, 0, 2, 3]]) == 50
+
+
+class MeanColor(nn.Module):
+    """A backbone whose features are known: the mean color of the image, undone normalization."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.229, 0.224, 0.225]).view(1, 3))
+        self.shift = nn.Parameter(torch.tensor([0.485, 0.456, 0.406]).view(1, 3))
+
+    def forward(self, images):
+        assert not self.training
+        return images.mean(dim=(2, 3)) * self.scale + self.shift
+
+
+@pytest.fixture
+def folders(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 12), ("val", 5)):
+        for name, color in {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}.items():
+            for i in range(count):
+                pixels = np.clip(rng.normal(color, 20, (40, 50, 3)), 0, 255).astype(np.uint8)
+                path = tmp_path / part / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    return ImageFolder(tmp_path / "train"), ImageFolder(tmp_path / "val")
+
+
+def test_features_and_knn_of_a_known_backbone(folders, tmp_path):
+    train, val = folders
+    (tmp_path / "val/red/0.png").write_bytes(b"")
+    backbone = MeanColor().train()
+    features, labels, bad = extract_features(backbone, val, 16, batch_size=4)
+    assert backbone.training and bad.count == 1
+    assert features.shape == (14, 3) and labels.tolist() == [0] * 5 + [1] * 5 + [2] * 4
+    red = nn.functional.normalize(torch.tensor([[200.0, 30, 30]]), dim=1)
+    torch.testing.assert_close(features[10:], red.expand(4, 3), rtol=0, atol=0.02)
+    assert knn_accuracy(backbone, train, val, 16, ks=(5,)) == {"knn5": 100.0}
+
+
+def test_knn_without_labels_says_what_it_needs(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    images = ImageFolder(tmp_path)
+    with pytest.raises(ValueError, match="put each class's images in a folder of its own"):
+        knn_accuracy(MeanColor(), images, images, 8)
+
+
+def test_view_retrieval_is_perfect_for_constant_colors_and_chance_for_one_color(tmp_path):
+    crops = MultiCrop(local_crops_number=0, global_crops_size=16)
+    colors = np.random.default_rng(1).integers(0, 256, (40, 3))
+    for folder, pick in (("many", lambda i: colors[i]), ("one", lambda i: colors[0])):
+        (tmp_path / folder).mkdir()
+        for i in range(40):
+            Image.new("RGB", (20, 20), tuple(int(c) for c in pick(i))).save(tmp_path / folder / f"{i:02d}.png")
+
+    many, one = (ImageFolder(tmp_path / name) for name in ("many", "one"))
+    recalls = [view_retrieval(MeanColor(), many, crops, seed=seed) for seed in (0, 0)]
+    assert recalls[0] == recalls[1] >= 20  # color jitter moves colors, chance is 2.5
+    assert view_retrieval(MeanColor(), one, crops, seed=0) < 10

@@ -1,0 +1,335 @@
+"""The run around the step: resuming, signals, bad input, what is written."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dino_train import checkpoint, train
+from dino_train.config import PretrainConfig
+from dino_train.data import DataError
+from dino_train.learner import Learner, NonFiniteLoss
+from dino_train.train import pretrain
+from dino_train.watch import CollapseWatch, read_metrics
+from PIL import Image
+
+STEPS_PER_EPOCH = 5
+
+
+def make_images(folder: Path, n: int = 22, classes: int = 2) -> Path:
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        path = folder / f"class{i % classes}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path) -> PretrainConfig:
+    return PretrainConfig(
+        data=make_images(tmp_path / "images"),
+        output_dir=tmp_path / "run",
+        arch="vit_nano",
+        patch_size=8,
+        out_dim=64,
+        head_hidden_dim=16,
+        global_crops_size=16,
+        local_crops_size=8,
+        local_crops_number=1,
+        batch_size_per_gpu=4,
+        epochs=3,
+        warmup_epochs=1,
+        log_interval=2,
+        num_workers=0,
+        device="cpu",
+    )
+
+
+def final_weights(config: PretrainConfig) -> dict:
+    state = checkpoint.load(config.output_dir / "last.pt")
+    flat = {f"{net}.{k}": v for net in ("student", "teacher") for k, v in state[net].items()}
+    moments = {f"{i}.{k}": v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}
+    return flat | moments | {"center": state["dino_loss"]["center"], "step": state["step"]}
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])), name
+
+
+# A run in a process of its own that kills itself: before update number `step`, or amid the write of a checkpoint.
+_KILLED = """
+import json, os, pathlib, signal, sys
+from dino_train import checkpoint, train
+from dino_train.config import PretrainConfig
+values, step, amid_save = json.load(sys.stdin)
+for name in ("data", "output_dir"):
+    values[name] = pathlib.Path(values[name])
+update, rename = train.Learner.step, os.replace
+def dying_step(self, i, crops):
+    if i == step and not amid_save:
+        os.kill(os.getpid(), signal.SIGKILL)
+    self.current = train.Learner.current = i
+    return update(self, i, crops)
+def dying_rename(source, target):
+    if amid_save and str(target).endswith("last.pt") and train.Learner.current >= step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+train.Learner.step, os.replace = dying_step, dying_rename
+train.pretrain(PretrainConfig(**values))
+"""
+
+
+@pytest.mark.parametrize(
+    "step, amid_save, save_minutes",
+    [(2, False, 15.0), (9, False, 15.0), (13, False, 0.0), (9, True, 15.0)],
+    ids=["before-any-checkpoint", "late-in-epoch", "mid-epoch-checkpoint", "while-saving"],
+)
+def test_killed_and_resumed_ends_bitwise_the_same(config, step, amid_save, save_minutes, monkeypatch):
+    config = replace(config, save_minutes=save_minutes)
+    whole = replace(config, output_dir=config.output_dir / "whole", num_workers=1)
+    pretrain(whole)
+    values = {**config.plain(), "save_minutes": save_minutes}
+    done = subprocess.run([sys.executable, "-c", _KILLED], input=json.dumps([values, step, amid_save]), text=True)
+    assert done.returncode == -signal.SIGKILL
+    seen = []
+    update = Learner.step
+    monkeypatch.setattr(Learner, "step", lambda self, i, crops: seen.append(i) or update(self, i, crops))
+    pretrain(replace(config, resume=True))
+    first = {(2, 15.0): 0, (9, 15.0): 5, (13, 0.0): 13}[step, save_minutes]
+    assert seen == list(range(first, 15))
+    assert_same(final_weights(config), final_weights(whole))
+    steps = [[row["step"] for row in read_metrics(c.output_dir)] for c in (config, whole)]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signals_write_a_checkpoint_and_stop(config, signum, monkeypatch):
+    whole = replace(config, output_dir=config.output_dir / "whole")
+    pretrain(whole)
+    update = Learner.step
+
+    def interrupted(self, step, crops):
+        if step == 7:
+            os.kill(os.getpid(), signum)
+        return update(self, step, crops)
+
+    monkeypatch.setattr(Learner, "step", interrupted)
+    handler = signal.getsignal(signum)
+    with pytest.raises(train.Interrupted, match="stopped at step 8 of 15; --resume true continues") as stop:
+        pretrain(config)
+    assert stop.value.signum == signum and signal.getsignal(signum) is handler
+    assert checkpoint.load(config.output_dir / "last.pt")["step"] == 8
+    monkeypatch.setattr(Learner, "step", update)
+    pretrain(replace(config, resume=True))
+    assert_same(final_weights(config), final_weights(whole))
+
+
+def test_checkpoint_has_the_reference_keys_and_metrics_tell_the_run(config):
+    pretrain(replace(config, saveckp_freq=2, knn_freq=1))
+    state = torch.load(config.output_dir / "last.pt", weights_only=True)
+    assert {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"} <= state.keys()
+    assert state["epoch"] == 3 and state["dino_loss"]["center"].shape == (1, 64)
+    assert all(name.startswith(("backbone.", "head.")) for name in state["teacher"])
+    assert sorted(p.name for p in config.output_dir.glob("*.pt")) == ["checkpoint0002.pt", "last.pt", "previous.pt"]
+    rows = read_metrics(config.output_dir)
+    log = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in log] == [2, 4, 6, 8, 10, 12, 14, 15]
+    for row in log:
+        assert 0 < row["teacher_single_entropy"] <= row["teacher_entropy"] + 1e-4 <= np.log(64) + 1e-3
+        assert row["teacher_kl_to_uniform"] == pytest.approx(np.log(64) - row["teacher_entropy"])
+    evaluated = [row for row in rows if "knn10" in row]
+    assert [row["step"] for row in evaluated] == [0, 5, 10, 15]
+    assert (config.output_dir / "curves.png").stat().st_size > 10_000
+
+
+def test_weights_follow_the_seed_and_bfloat16_trains(config, monkeypatch):
+    losses = {}
+    monkeypatch.setattr(train, "plot_curves", lambda folder: folder)
+    for name, changes in {"a": {}, "b": {"seed": 1}, "c": {"precision": "bfloat16"}}.items():
+        c = replace(config, output_dir=config.output_dir / name, **changes)
+        pretrain(c)
+        losses[name] = [row["loss"] for row in read_metrics(c.output_dir) if "loss" in row]
+    assert losses["a"] != losses["b"]
+    assert losses["a"] == pytest.approx(losses["c"], rel=2e-2) and losses["a"] != losses["c"]
+
+
+def test_damaged_checkpoint_falls_back_to_the_previous(config, caplog):
+    pretrain(config)
+    last, previous = config.output_dir / "last.pt", config.output_dir / "previous.pt"
+    intact = last.read_bytes()
+    middle = len(intact) // 2
+    for damaged in (intact[:middle], intact[:middle] + bytes([intact[middle] ^ 1]) + intact[middle + 1 :], b""):
+        last.write_bytes(damaged)
+        caplog.clear()
+        state, path = checkpoint.load_newest(config.output_dir)
+        assert state["step"] == 10 and path == previous
+        assert "damaged" in caplog.text and "previous.pt instead" in caplog.text
+    pretrain(replace(config, resume=True))
+    assert checkpoint.load(last)["step"] == 15 and checkpoint.load(previous)["step"] == 10
+    last.write_bytes(b"")
+    previous.write_bytes(b"junk")
+    with pytest.raises(checkpoint.CheckpointError, match="last.pt is damaged.*previous.pt is damaged"):
+        pretrain(replace(config, resume=True))
+    assert previous.read_bytes() == b"junk"
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save({"step": 1}, path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # a write beyond 1 MiB fails, as on a full disk
+    try:
+        with pytest.raises(checkpoint.CheckpointError, match="cannot write .*last.pt"):
+            checkpoint.save({"step": 2, "x": torch.zeros(1 << 20)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert checkpoint.load(path) == {"step": 1}
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_training_goes_on_when_a_checkpoint_cannot_be_written(config, monkeypatch, caplog):
+    save, calls = checkpoint.save, []
+
+    def failing(state, path, **options):
+        calls.append(state["step"])
+        if state["step"] == 5:
+            raise checkpoint.CheckpointError("cannot write last.pt: No space left on device")
+        save(state, path, **options)
+
+    monkeypatch.setattr(checkpoint, "save", failing)
+    pretrain(config)
+    assert calls == [5, 10, 15] and "No space left on device; training goes on" in caplog.text
+
+
+def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(config, monkeypatch):
+    update = Learner.step
+
+    def poisoned(self, step, crops):
+        return update(self, step, [c * float("nan") for c in crops] if step == 7 else crops)
+
+    monkeypatch.setattr(Learner, "step", poisoned)
+    message = r"loss is nan at step 7 \(epoch 1, lr .*\). Try a lower --lr, .*last.pt is from before"
+    with pytest.raises(NonFiniteLoss, match=message):
+        pretrain(config)
+    state = checkpoint.load(config.output_dir / "last.pt")
+    assert state["step"] == 5 and all(v.isfinite().all() for v in state["student"].values())
+
+
+def test_unreadable_images_are_named_once_skipped_and_counted(config, caplog, capsys):
+    (config.data / "class0" / "000.png").write_bytes(b"")
+    pretrain(config)
+    lines = [r.getMessage() for r in caplog.records if "000.png" in r.getMessage()]
+    held_out_names = train.split(config.data)[1].names
+    if "class0/000.png" not in held_out_names:
+        assert len(lines) == 1 and "empty" in lines[0]
+        assert "1 of 21 images could not be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data": Path("/nowhere")}, "/nowhere"),
+        ({"batch_size_per_gpu": 50}, "21 images are fewer than one batch of 50"),
+        ({"device": "cuda"}, "torch sees no GPU"),
+    ],
+)
+def test_bad_settings_say_what_is_wrong(config, changes, message):
+    if "device" in changes and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises((DataError, ValueError), match=message):
+        pretrain(replace(config, **changes))
+    assert not config.output_dir.exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"out_dim": 1}, "out_dim must be at least 2"),
+        ({"teacher_temp": 0.0}, "teacher_temp must be above 0"),
+        ({"momentum_teacher": 1.5}, "momentum_teacher must be from 0 to 1, got 1.5"),
+        ({"global_crops_scale": (0.5, 0.2)}, "global_crops_scale must be two increasing fractions"),
+        ({"global_crops_size": 20}, "global_crops_size must be a multiple of patch_size 8, got 20"),
+        ({"local_crops_size": 4}, "local_crops_size must be at least patch_size 8"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be from 0 to below 1"),
+    ],
+)
+def test_config_checks_itself(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)
+
+
+def test_a_second_run_does_not_overwrite_the_first_and_settings_must_match(config):
+    pretrain(config)
+    with pytest.raises(ValueError, match="holds a run already: add --resume true"):
+        pretrain(config)
+    with pytest.raises(ValueError, match="has out_dim 64, not 32"):
+        pretrain(replace(config, resume=True, out_dim=32))
+
+
+def test_resuming_with_other_images_starts_the_epoch_again(config, caplog):
+    pretrain(replace(config, epochs=1))
+    make_images(config.data, n=30)
+    pretrain(replace(config, resume=True, epochs=2))
+    assert "epoch 2 starts again" in caplog.text
+    assert checkpoint.load(config.output_dir / "last.pt")["step"] == 14  # 29 images: 7 steps an epoch
+
+
+def test_a_zip_trains_as_its_folder_does(config):
+    archive = config.data.with_suffix(".zip")
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in config.data.rglob("*.png"):
+            file.write(path, path.relative_to(config.data))
+    zipped = replace(config, data=archive, output_dir=config.output_dir / "zip")
+    pretrain(config)
+    pretrain(zipped)
+    assert_same(final_weights(config), final_weights(zipped))
+
+
+@pytest.mark.parametrize("arch, optimizer", [("resnet50", "sgd"), ("vit_nano", "lars")])
+def test_other_nets_and_optimizers_run(config, arch, optimizer):
+    torch.manual_seed(0)
+    config = replace(config, arch=arch, optimizer=optimizer, use_bn_in_head=True, lr=0.5, global_crops_size=32)
+    learner = Learner(config, 2, torch.device("cpu"))
+    before = {k: v.clone() for k, v in learner.teacher.state_dict().items()}
+    crops = [torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32), torch.randn(4, 3, 16, 16)]
+    for step in range(3):
+        learner.step(step, crops)
+    after = learner.teacher.state_dict()
+    assert not torch.equal(after["head.mlp.0.weight"], before["head.mlp.0.weight"])
+    # The teacher's batch norms follow its own batches, not the student's.
+    assert after["head.mlp.1.num_batches_tracked"] == 3
+    assert not torch.equal(after["head.mlp.1.running_mean"], learner.student.state_dict()["head.mlp.1.running_mean"])
+
+
+@pytest.mark.parametrize(
+    "loss, entropy, single, expected",
+    [
+        (np.log(64), np.log(64), np.log(64), "loss stays at ln K"),
+        (1.0, 0.5, 0.5, "same output"),
+        (3.0, 3.5, 1.0, None),
+    ],
+)
+def test_collapse_is_told_once_and_only_after_the_quiet_start(caplog, loss, entropy, single, expected):
+    watch = CollapseWatch(64, quiet_steps=100, patience=3)
+    for step in range(0, 100, 10):
+        watch.update(step, loss, entropy, single)
+    assert not caplog.records
+    for step in range(100, 200, 10):
+        watch.update(step, loss, entropy, single)
+    assert len(caplog.records) == (1 if expected else 0)
+    if expected:
+        assert expected in caplog.text
