@@ -1,0 +1,194 @@
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from dino_train import cli
+from dino_train.cli import main
+from dino_train.config import PRESETS, PretrainConfig
+from dino_train.model import build_model
+from dino_train.weights import load_trained
+from PIL import Image
+from safetensors import safe_open
+from test_train import make_images
+
+TINY = [
+    *("--arch", "vit_nano", "--patch-size", "8", "--out-dim", "64", "--head-hidden-dim", "16", "--epochs", "1"),
+    *("--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "1"),
+    *("--batch-size-per-gpu", "4", "--num-workers", "0", "--device", "cpu", "--log-interval", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    data = make_images(folder / "images", n=40)
+    assert main(["pretrain", "--data", str(data), "--output-dir", str(folder / "run"), *TINY]) == 0
+    return folder
+
+
+def parsed(monkeypatch, *words) -> PretrainConfig:
+    seen = []
+    monkeypatch.setattr(cli, "pretrain", seen.append)
+    assert main(["pretrain", *words]) == 0
+    return seen[0]
+
+
+def test_reference_flags_mean_what_they_did(monkeypatch):
+    flags = """
+        --arch vit_small --patch_size 16 --out_dim 4096 --norm_last_layer false --momentum_teacher 0.9995
+        --use_bn_in_head on --warmup_teacher_temp 0.03 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30
+        --weight_decay 0.05 --weight_decay_end 0.5 --clip_grad 0 --batch_size_per_gpu 32 --epochs 300
+        --freeze_last_layer 3 --lr 0.00075 --warmup_epochs 5 --min_lr 1e-5 --optimizer lars --drop_path_rate 0.2
+        --global_crops_scale 0.25 1 --local_crops_number 10 --local_crops_scale 0.05 0.25 --data_path /some/where
+        --output_dir out --saveckp_freq 7 --seed 3 --num_workers 4
+    """
+    words = flags.split()
+    config = parsed(monkeypatch, *words)
+    values = config.plain()
+    assert config.norm_last_layer is False and config.use_bn_in_head is True
+    assert values["data"] == "/some/where" and config.global_crops_scale == (0.25, 1.0)
+    for name, value in re.findall(r"--(\w+) ([\d.e-]+)\s", flags):
+        if not name.endswith("_scale"):
+            assert values[name] == float(value), name
+    dashed = parsed(monkeypatch, *[word.replace("_", "-") if word.startswith("--") else word for word in words])
+    assert dashed == config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_flags_win_over_them(monkeypatch, preset):
+    config = parsed(monkeypatch, "--preset", preset, "--epochs", "7")
+    for name, value in PRESETS[preset].items():
+        assert getattr(config, name) == (7 if name == "epochs" else value), name
+
+
+def test_defaults_are_the_references():
+    config = PretrainConfig()
+    assert (config.arch, config.patch_size, config.out_dim, config.lr) == ("vit_small", 16, 65536, 0.0005)
+    assert (config.momentum_teacher, config.weight_decay_end, config.clip_grad) == (0.996, 0.4, 3.0)
+
+
+def test_help_documents_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in PretrainConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+    assert "in pixels" in text and "(default: 65536)" in text
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--data", "/nowhere"], "error: .*/nowhere"),
+        (["--batch-size-per-gpu", "999"], "fewer than one batch of 999"),
+        (["--teacher-temp", "0"], "teacher_temp must be above 0"),
+        (["--global-crops-size", "20"], "multiple of patch_size 8"),
+        (["--output-dir", "DATA/class0/000.png"], "error: "),
+        (["--no-such-flag"], "no-such-flag"),
+    ],
+)
+def test_errors_are_short_and_say_what_is_wrong(run, tmp_path, capsys, words, message):
+    words = [word.replace("DATA", str(run / "images")) for word in words]
+    base = ["pretrain", "--data", str(run / "images"), "--output-dir", str(tmp_path / "out"), *TINY]
+    try:
+        code = main([*base, *words])
+    except SystemExit as stop:  # tyro's own
+        code = stop.code
+    error = " ".join(capsys.readouterr().err.split())
+    assert code in (1, 2) and re.search(message, error) and "Traceback" not in error, error
+
+
+def test_knn(run, capsys):
+    assert main(["knn", "--checkpoint", str(run / "run"), "--data", str(run / "images")]) == 0
+    assert capsys.readouterr().out.startswith("knn10 ")
+
+
+def test_attention_maps_have_the_inputs_size(run, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (50, 90, 3), np.uint8)).save(tmp_path / "wide.jpg")
+    (tmp_path / "broken.png").write_bytes(b"junk")
+    out = tmp_path / "maps"
+    words = ["attention", "--checkpoint", str(run / "run/last.pt"), "--output-dir", str(out)]
+    assert main([*words, "--image", str(tmp_path)]) == 0
+    heads = len(list(out.glob("wide_head?.png")))
+    assert heads == 4 and len(list(out.glob("wide_*_overlay.png"))) == heads + 1
+    for path in out.glob("wide_*.png"):
+        assert Image.open(path).size == (90, 50)
+    assert np.asarray(Image.open(out / "wide_head0.png")).std() > 5
+    assert (out / "sheet.png").exists()
+    assert main([*words, "--image", str(tmp_path / "broken.png")]) == 1
+    assert "none of the images could be read" in capsys.readouterr().err
+    assert main([*words, "--image", str(tmp_path / "wide.jpg")]) == 0
+
+
+def test_attention_takes_the_runs_own_images_by_default(run):
+    assert main(["attention", "--checkpoint", str(run / "run")]) == 0
+    assert (run / "run/attention/sheet.png").exists()
+
+
+def test_export_is_the_teachers_backbone(run, tmp_path):
+    path = tmp_path / "out/backbone.safetensors"
+    assert main(["export", "--checkpoint", str(run / "run"), "--output", str(path)]) == 0
+    state = torch.load(run / "run/last.pt", weights_only=True)["teacher"]
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["arch"] == "vit_nano" and file.metadata()["patch_size"] == "8"
+        names = {name for name in state if name.startswith("backbone.")}
+        assert {f"backbone.{name}" for name in file.keys()} == names  # noqa: SIM118
+        for name in file.keys():  # noqa: SIM118
+            assert torch.equal(file.get_tensor(name), state[f"backbone.{name}"])
+
+
+def test_published_formats_load(tmp_path, capsys):
+    torch.manual_seed(0)
+    settings = {"patch_size": 16, "out_dim": 32, "img_size": 224, "drop_path_rate": 0.0, "head_hidden_dim": 8}
+    net = build_model("vit_tiny", **settings, use_bn_in_head=False, norm_last_layer=True).eval()
+    image = torch.randn(1, 3, 224, 224)
+    expected = net.backbone(image)
+    full = {
+        "student": {f"module.{k}": torch.zeros_like(v) for k, v in net.state_dict().items()},
+        "teacher": net.state_dict(),
+        "optimizer": {"param_groups": [{"lr": np.float64(0.1)}]},
+        "epoch": 100,
+        "args": argparse.Namespace(arch="vit_tiny", patch_size=16, data_path="/x"),
+    }
+    torch.save(full, tmp_path / "checkpoint.pth")
+    torch.save(net.backbone.state_dict(), tmp_path / "backbone.pth")
+    assert torch.equal(load_trained(tmp_path / "checkpoint.pth").backbone(image), expected)
+    assert torch.equal(load_trained(tmp_path / "backbone.pth", arch="vit_tiny").backbone(image), expected)
+    assert main(["export", "--checkpoint", str(tmp_path / "backbone.pth")]) == 1
+    assert "does not tell its architecture: add --arch" in capsys.readouterr().err
+    assert main(["export", "--checkpoint", str(tmp_path / "nothing.pth")]) == 1
+    assert "no checkpoint at" in capsys.readouterr().err
+    torch.save({"evil": os.system}, tmp_path / "evil.pth")
+    assert main(["export", "--checkpoint", str(tmp_path / "evil.pth")]) == 1
+    assert "not loaded for safety" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_ctrl_c_in_a_real_process_exits_cleanly(run, tmp_path, workers):
+    words = ["pretrain", "--data", str(run / "images"), "--output-dir", str(tmp_path / "run"), *TINY]
+    words += ["--epochs", "10000", "--num-workers", workers, "--knn-freq", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dino_train.cli", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and "loss" in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert "--resume true continues" in errors
+    step = torch.load(tmp_path / "run/last.pt", weights_only=True)["step"]
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert step > 0 and rows[-1]["step"] <= step

@@ -1,0 +1,138 @@
+"""The borders between the parts, and what a build and an import must and must not need."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ALLOWED = {
+    "dino_kernels": {"torch", "triton", "numpy", "dino_kernels"},
+    "python_api": {"torch", "numpy", "PIL", "tyro", "tqdm", "matplotlib", "safetensors", "dino_kernels", "dino_train"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add((node.module or "").partition(".")[0])
+    return names - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_python_imports_stay_within_their_border(part):
+    files = list((ROOT / part).rglob("*.py"))
+    assert files
+    for path in files:
+        assert imported(path) <= ALLOWED[part], path
+
+
+def test_csrc_includes_no_torch_header():
+    for path in (ROOT / "csrc").iterdir():
+        for header in re.findall(r'#include [<"](.*)[>"]', path.read_text()):
+            assert not re.match(r"(torch|ATen|c10)\b", header), f"{path}: {header}"
+
+
+def test_no_file_outgrows_the_house():
+    for path in [p for d in ("csrc", "dino_kernels", "python_api", "bench") for p in (ROOT / d).rglob("*.*")]:
+        if path.suffix in (".py", ".cpp", ".h", ".cu"):
+            assert len(path.read_text().splitlines()) <= 450, path
+
+
+def test_importing_the_ops_loads_none_of_the_trainers_libraries():
+    code = "import sys, dino_kernels; print(*sys.modules)"
+    modules = subprocess.check_output([sys.executable, "-c", code], text=True, cwd="/").split()
+    assert not {"dino_train", "PIL", "tyro", "matplotlib", "safetensors"} & set(modules)
+
+
+def test_every_op_is_registered_with_a_fake_and_a_gpu_kernel():
+    import torch
+
+    import dino_kernels  # noqa: F401
+
+    for op in ("dino_loss", "dino_loss_scale_", "ema_update_", "attention", "attention_backward"):
+        name = f"dino_kernels::{op}"
+        for key in ("CPU", "CUDA", "Meta"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
+
+
+def test_an_extension_that_does_not_load_says_how_to_build_it(tmp_path):
+    shutil.copytree(ROOT / "dino_kernels", tmp_path / "dino_kernels", ignore=shutil.ignore_patterns("*.so"))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import dino_kernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert "python setup.py build_ext --inplace" in done.stderr
+
+
+class TestBuild:
+    """setup.py in a copy of the tree; nothing is downloaded."""
+
+    @pytest.fixture
+    def tree(self, tmp_path):
+        for name in ("setup.py", "pyproject.toml", "README.md"):
+            shutil.copy(ROOT / name, tmp_path)
+        for name in ("csrc", "dino_kernels"):
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        (tmp_path / "python_api/dino_train").mkdir(parents=True)
+        return tmp_path
+
+    def build(self, tree, **env):
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=tree, env={**os.environ, **env}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    def call(self, tree, expression):
+        code = f"import torch, dino_kernels._C as c; assert c.__file__.startswith({str(tree)!r}); print({expression})"
+        return subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tree).strip()
+
+    def test_without_nvcc_and_with_torchs_pybind11(self, tree, monkeypatch):
+        """CPU only, in one line; and pybind11's headers out of torch where the package is absent."""
+        hide = tree / "hide"
+        hide.mkdir()
+        (hide / "sitecustomize.py").write_text(
+            "import importlib.util as u\nfind = u.find_spec\n"
+            "u.find_spec = lambda name, *a: None if name == 'pybind11' else find(name, *a)\n"
+        )
+        tools = tree / "tools"
+        tools.mkdir()
+        for tool in ("g++", "sh", "as", "ld"):
+            (tools / tool).symlink_to(shutil.which(tool))
+        source = (tree / "setup.py").read_text()
+        (tree / "setup.py").write_text(source.replace('"/usr/local/cuda"', '"/nowhere"'))
+        output = self.build(tree, PATH=str(tools), CUDA_HOME="", PYTHONPATH=str(hide))
+        assert output.count("nvcc not found, building the CPU kernels only") == 1
+        assert "torch/include" in output
+        assert "dino_loss" in self.call(tree, "dir(c)")
+
+    @pytest.mark.skipif(
+        not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()), reason="nvcc is not installed"
+    )
+    def test_cuda_sources_are_compiled_where_nvcc_is(self, tree):
+        (tree / "csrc/answer.cu").write_text(
+            "__global__ void kernel(int* x) { *x = 42; }\n"
+            "int answer() { return cudaFuncSetCacheConfig(kernel, cudaFuncCachePreferL1) == cudaSuccess ? 2 : 1; }\n"
+        )
+        bindings = (tree / "csrc/bindings.cpp").read_text()
+        bindings = bindings.replace(
+            "PYBIND11_MODULE(_C, m) {", 'int answer();\nPYBIND11_MODULE(_C, m) {\n m.def("answer", &answer);'
+        )
+        (tree / "csrc/bindings.cpp").write_text(bindings)
+        self.build(tree)
+        assert self.call(tree, "c.answer()") in "12"  # linked, importable and callable with or without a driver
+
+    @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the versions are those of x86-64")
+    def test_kernels_have_a_version_for_old_and_for_new_processors(self):
+        import dino_kernels._C as compiled
+
+        symbols = subprocess.check_output(["nm", "--demangle", compiled.__file__], text=True)
+        for function in ("student_stats", "student_gradient", "teacher_probabilities", "mean_columns", "update"):
+            for version in ("default", "arch_x86_64_v3", "arch_x86_64_v4"):
+                assert re.search(rf"{function}\(.*\[clone \.{version}\]", symbols), (function, version)
