@@ -26,8 +26,9 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, *, scale: float | None = None) ->
 
     Args:
         qkv: queries, keys, values [T, 3, H, D]; float32, float16 or bfloat16; adjacent channels (stride 1), the
-            other dimensions may be strided; D at most 256.
-        cu_seqlens: bounds of the sequences [S+1], int32, on qkv's device: from 0 to T, never falling.
+            other dimensions may be strided; D from 1 to 256.
+        cu_seqlens: bounds of the sequences [S+1], int32, contiguous, on qkv's device: from 0 to T, never
+            falling.
         scale: factor on the logits; D ** -0.5 by default.
 
     Returns:
@@ -37,14 +38,16 @@ def attention(qkv: Tensor, cu_seqlens: Tensor, *, scale: float | None = None) ->
         ValueError: a shape, dtype or device that does not fit the above. The bounds' values are checked on the
             CPU only: on a GPU that would wait for the device.
     """
-    if qkv.ndim != 4 or qkv.shape[1] != 3 or qkv.dtype not in DTYPES or qkv.stride(3) != 1 or qkv.shape[3] > 256:
+    fits = qkv.ndim == 4 and qkv.shape[1] == 3 and 1 <= qkv.shape[3] <= 256
+    if not fits or qkv.dtype not in DTYPES or qkv.stride(3) != 1:
         raise ValueError(
-            "qkv must have shape [T, 3, H, D] with D <= 256, dtype float32, float16 or bfloat16 and adjacent channels "
-            f"(stride 1), got shape {list(qkv.shape)}, {qkv.dtype}, strides {list(qkv.stride())}"
+            "qkv must have shape [T, 3, H, D] with 1 <= D <= 256, dtype float32, float16 or bfloat16 and adjacent "
+            f"channels (stride 1), got shape {list(qkv.shape)}, {qkv.dtype}, strides {list(qkv.stride())}"
         )
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or not len(cu_seqlens):
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or not len(cu_seqlens) or cu_seqlens.stride(0) != 1:
         raise ValueError(
-            f"cu_seqlens must have shape [S+1] and dtype int32, got {list(cu_seqlens.shape)}, {cu_seqlens.dtype}"
+            "cu_seqlens must have shape [S+1], dtype int32 and stride 1, "
+            f"got {list(cu_seqlens.shape)}, {cu_seqlens.dtype}, strides {list(cu_seqlens.stride())}"
         )
     if qkv.device != cu_seqlens.device:
         raise ValueError(f"qkv and cu_seqlens must be on one device, got {qkv.device} and {cu_seqlens.device}")
@@ -327,15 +330,18 @@ def _launch(qkv, cu_seqlens):
     """(grid, constants) of all three kernels."""
     tokens, _, heads, channels = qkv.shape
     sequences = len(cu_seqlens) - 1
-    block = 64
+    block_d, wide = max(16, triton.next_power_of_2(channels)), qkv.dtype == torch.float32
+    # Rows of 512 bytes and more: half the block, or the tiles outgrow Hopper's 227 KiB of shared memory. float32
+    # has no tensor cores here ("ieee"): blocks of 64 would spill kilobytes of registers a thread.
+    block = (32 if wide else 64) // (2 if block_d * qkv.element_size() > 256 else 1)
     grid = (triton.cdiv(tokens, block) + sequences, heads)
     return grid, {
         "BLOCK": block,
-        "BLOCK_D": max(16, triton.next_power_of_2(channels)),
+        "BLOCK_D": block_d,
         "STEPS": sequences.bit_length(),
-        "PRECISION": "ieee" if qkv.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if wide else "tf32",
         "WIDEN": triton.knobs.runtime.interpret,
-        "num_warps": 4,
+        "num_warps": 8 if wide or block_d > 64 else 4,
     }
 
 
@@ -352,6 +358,7 @@ def _forward_triton(qkv, cu_seqlens, scale):
 
 
 def _backward_triton(grad_out, qkv, out, lse, cu_seqlens, scale):
+    assert grad_out.is_contiguous() and out.is_contiguous() and lse.is_contiguous()
     grad, delta = qkv.new_empty(qkv.shape), torch.empty_like(lse)
     tokens, _, heads, channels = qkv.shape
     if tokens:

@@ -84,6 +84,22 @@ def test_repeats_bitwise_and_reads_strided_input(device):
     assert all(torch.equal(a, b) for a, b in zip(first, sliced, strict=True))
 
 
+def test_lse_is_the_natural_logarithm_on_every_backend(device):
+    qkv, bounds = inputs([33, 80], device=device)
+    _, lse = torch.ops.dino_kernels.attention(qkv, bounds, 0.3)
+    sequences = qkv.double().split([33, 80])
+    exact = [(0.3 * torch.einsum("ihd,jhd->hij", x[:, 0], x[:, 1])).logsumexp(dim=-1) for x in sequences]
+    torch.testing.assert_close(lse.double(), torch.cat(exact, dim=1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 96, 256])
+def test_narrow_and_wide_heads(device, channels):
+    qkv, bounds = inputs([40, 17], heads=1, channels=channels, device=device)
+    exact = run(attention_reference, qkv.double(), bounds)
+    for ours, truth in zip(run(attention, qkv, bounds), exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=5e-6)
+
+
 def test_no_tokens(device):
     qkv, bounds = inputs([0, 0], device=device)
     out, grad = run(attention, qkv, bounds)
@@ -110,11 +126,12 @@ def test_opcheck_and_compile(device):
     "qkv, bounds, message",
     [
         (torch.zeros(4, 2, 1, 8), [0, 4], r"qkv must have shape \[T, 3, H, D\].*\[4, 2, 1, 8\]"),
-        (torch.zeros(4, 3, 1, 300), [0, 4], "D <= 256"),
+        (torch.zeros(4, 3, 1, 300), [0, 4], "1 <= D <= 256"),
+        (torch.zeros(4, 3, 1, 0), [0, 4], "1 <= D <= 256"),
         (torch.zeros(4, 3, 1, 8).double(), [0, 4], "dtype float32, float16 or bfloat16.*float64"),
         (torch.zeros(4, 3, 8, 2).transpose(2, 3), [0, 4], r"adjacent channels \(stride 1\)"),
         (torch.zeros(4, 3, 1, 8, device="meta"), [0, 4], "one device, got meta and cpu"),
-        (torch.zeros(4, 3, 1, 8), [[0, 4]], r"cu_seqlens must have shape \[S\+1\] and dtype int32"),
+        (torch.zeros(4, 3, 1, 8), [[0, 4]], r"cu_seqlens must have shape \[S\+1\], dtype int32"),
         (torch.zeros(4, 3, 1, 8), [0, 3], "cu_seqlens must rise from 0 to the number of tokens 4"),
         (torch.zeros(4, 3, 1, 8), [1, 4], "must rise from 0"),
         (torch.zeros(4, 3, 1, 8), [0, 3, 2, 4], "must rise from 0"),
@@ -125,9 +142,16 @@ def test_bad_input(qkv, bounds, message):
         attention(qkv, torch.tensor(bounds, dtype=torch.int32))
 
 
-def test_bounds_of_the_wrong_dtype():
-    with pytest.raises(ValueError, match=r"dtype int32, got \[2\], torch.int64"):
-        attention(torch.zeros(4, 3, 1, 8), torch.tensor([0, 4]))
+@pytest.mark.parametrize(
+    "bounds, message",
+    [
+        (torch.tensor([0, 4]), r"dtype int32 and stride 1, got \[2\], torch.int64"),
+        (torch.tensor([0, 9, 4, 9], dtype=torch.int32)[::2], r"stride 1, got \[2\], torch.int32, strides \[2\]"),
+    ],
+)
+def test_bounds_of_the_wrong_dtype_or_stride(bounds, message):
+    with pytest.raises(ValueError, match=message):
+        attention(torch.zeros(4, 3, 1, 8), bounds)
 
 
 def test_kernels_compile_for_hopper_with_its_matrix_instruction():

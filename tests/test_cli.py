@@ -178,7 +178,7 @@ def test_ctrl_c_in_a_real_process_exits_cleanly(run, tmp_path, workers):
     words = ["pretrain", "--data", str(run / "images"), "--output-dir", str(tmp_path / "run"), *TINY]
     words += ["--epochs", "10000", "--num-workers", workers, "--knn-freq", "0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dino_train.cli", *words],
+        [sys.executable, "-m", "dino_train", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     metrics = tmp_path / "run/metrics.jsonl"

@@ -167,7 +167,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dino-train: error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

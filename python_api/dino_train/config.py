@@ -201,15 +201,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "global_crops_scale": (0.14, 1.0),
         "local_crops_scale": (0.05, 0.14),
     },
+    # For minutes on a CPU. Measured on the embedded images (float32, 2 cores, k-NN with k = 10, from 24 to 25 % with
+    # random weights): 96 wide, 3 deep, K = 128 as here: 31.5 % after 20 epochs, 32.1 % after 24; K = 512 with twice
+    # the rate: 27.7 % after 24; 128 wide, 2 deep, K = 256: 30.0 % after 24; 128 wide, 4 deep, after 12 epochs: 27.9 %
+    # with K = 128, 28.0 % with K = 512, 25.8 % with the reference's crop scales, 25.8 % with a momentum of 0.9.
     "demo": {
         "arch": "vit_nano",
         "patch_size": 8,
         "global_crops_size": 32,
+        "global_crops_scale": (0.5, 1.0),
         "local_crops_size": 16,
+        "local_crops_scale": (0.2, 0.6),
         "local_crops_number": 4,
-        "out_dim": 1024,
-        "head_hidden_dim": 512,
-        "epochs": 10,
+        "out_dim": 128,
+        "head_hidden_dim": 256,
+        "drop_path_rate": 0.0,
+        "momentum_teacher": 0.97,
+        "lr": 0.004,
+        "warmup_epochs": 1,
+        "freeze_last_layer": 0,
+        "epochs": 16,
+        "knn_freq": 4,
         "output_dir": Path("runs/demo"),
     },
 }

@@ -26,7 +26,7 @@ class Size(NamedTuple):
 
 # vit_nano is ours, for demonstrations on a CPU; the others are the paper's (`vision_transformer.py:234`).
 VIT_SIZES = {
-    "vit_nano": Size(128, 4, 4),
+    "vit_nano": Size(96, 3, 3),
     "vit_tiny": Size(192, 12, 3),
     "vit_small": Size(384, 12, 6),
     "vit_base": Size(768, 12, 12),
