@@ -120,7 +120,7 @@ def test_attention_maps_have_the_inputs_size(run, tmp_path, capsys):
     words = ["attention", "--checkpoint", str(run / "run/last.pt"), "--output-dir", str(out)]
     assert main([*words, "--image", str(tmp_path)]) == 0
     heads = len(list(out.glob("wide_head?.png")))
-    assert heads == 4 and len(list(out.glob("wide_*_overlay.png"))) == heads + 1
+    assert heads == 3 and len(list(out.glob("wide_*_overlay.png"))) == heads + 1
     for path in out.glob("wide_*.png"):
         assert Image.open(path).size == (90, 50)
     assert np.asarray(Image.open(out / "wide_head0.png")).std() > 5

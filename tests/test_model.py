@@ -182,7 +182,7 @@ def small_model(arch="vit_nano", **kwargs):
 def test_initialization():
     torch.manual_seed(0)
     p = dict(vit("vit_nano", patch_size=8).named_parameters())
-    for name in ("pos_embed", "blocks.0.attn.qkv.weight", "blocks.3.mlp.fc2.weight"):
+    for name in ("pos_embed", "blocks.0.attn.qkv.weight", "blocks.2.mlp.fc2.weight"):
         assert abs(p[name].std().item() - 0.02) < 0.001
     assert not any(v.any() for n, v in p.items() if n.endswith(".bias") and "patch_embed" not in n)
     assert all((v == 1).all() for n, v in p.items() if "norm" in n and n.endswith(".weight"))
@@ -411,7 +411,7 @@ def test_load_errors():
         load_backbone_weights(nano(), missing)
     with pytest.raises(ValueError, match=r"unexpected extra\.weight$"):
         load_backbone_weights(nano(), {**source, "extra.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"pos_embed has shape \[1, 17, 128\], expected \[1, 65, 128\]$"):
+    with pytest.raises(ValueError, match=r"pos_embed has shape \[1, 17, 96\], expected \[1, 65, 96\]$"):
         load_backbone_weights(nano(img_size=64), source)
     target = nano(4)
     before = {key: value.clone() for key, value in target.state_dict().items()}
@@ -444,5 +444,5 @@ def test_bad_input_messages():
     with pytest.raises(ValueError, match=r"got \[3, 32, 32\]"):
         nano()([torch.zeros(3, 32, 32)])
     for n in (0, 5):
-        with pytest.raises(ValueError, match=f"n must be from 1 to the number of blocks, 4, got {n}"):
+        with pytest.raises(ValueError, match=f"n must be from 1 to the number of blocks, 3, got {n}"):
             nano().features(torch.zeros(1, 3, 32, 32), n)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dino_train.config import PretrainConfig
 from dino_train.learner import Learner
 
-STEPS_PER_EPOCH, EPOCHS, BATCH, HEADS, PATCH = 2, 5, 4, 4, 8
+STEPS_PER_EPOCH, EPOCHS, BATCH, HEADS, PATCH = 2, 5, 4, 3, 8
 
 
 class PlainDINO:

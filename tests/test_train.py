@@ -229,13 +229,18 @@ def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(config, monke
 
 
 def test_unreadable_images_are_named_once_skipped_and_counted(config, caplog, capsys):
-    (config.data / "class0" / "000.png").write_bytes(b"")
-    pretrain(config)
-    lines = [r.getMessage() for r in caplog.records if "000.png" in r.getMessage()]
-    held_out_names = train.split(config.data)[1].names
-    if "class0/000.png" not in held_out_names:
-        assert len(lines) == 1 and "empty" in lines[0]
-        assert "1 of 21 images could not be read" in capsys.readouterr().out
+    make_images(config.data, n=60)  # so that three are held out
+    train_images, held_out = train.split(config.data)
+    broken = [train_images.names[3], train_images.names[8], held_out.names[0]]
+    for name in broken:
+        (config.data / name).write_bytes(b"")
+    pretrain(replace(config, knn_freq=1))
+    lines = [r.getMessage() for r in caplog.records]
+    for name in broken:
+        assert [line for line in lines if name in line] == [f"skipped unreadable image {name}: empty file"]
+    output = capsys.readouterr().out
+    assert "2 of 57 training images could not be read" in output
+    assert "1 of 3 held-out images could not be read" in output
 
 
 @pytest.mark.parametrize(

@@ -70,13 +70,15 @@ def load(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
-    except (OSError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({_first_line(error)})") from error
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged, or holds more than tensors and plain values and is not loaded for safety "
             f"({_first_line(error)})"
         ) from error
+    except Exception as error:  # damaged files raise nearly anything: EOFError, struct.error, KeyError, ...
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({_first_line(error)})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dictionary of weights")
     return state

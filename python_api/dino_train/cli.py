@@ -91,7 +91,7 @@ class Attention(_Weights):
         loaded = []
         for name, load in self._choose(trained):
             try:
-                loaded.append((Path(name).stem, load()))
+                loaded.append((str(Path(name).with_suffix("")).replace("/", "_"), load()))
             except UnreadableImage as error:
                 logging.warning("skipped %s", error)
         if not loaded:

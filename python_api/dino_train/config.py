@@ -220,7 +220,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 0.004,
         "warmup_epochs": 1,
         "freeze_last_layer": 0,
-        "epochs": 16,
+        "epochs": 18,
         "knn_freq": 4,
         "output_dir": Path("runs/demo"),
     },

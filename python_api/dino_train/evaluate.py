@@ -15,14 +15,14 @@ RETRIEVAL_IMAGES = 256  # enough to tell 1 % from 3 %, few enough for every epoc
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module, images: ImageFolder, size: int, *, batch_size: int = 128, num_workers: int = 0
-) -> tuple[Tensor, Tensor, BadImages]:
+    backbone: nn.Module, images: ImageFolder, bad: BadImages, size: int, *, batch_size: int = 128, num_workers: int = 0
+) -> tuple[Tensor, Tensor]:
     """L2-normalized features [n, C] float32 and labels [n] of the readable images, on the backbone's device.
 
-    Images are resized, center-cropped to `size` pixels and normalized (eval_knn.py:36-41).
+    Images are resized, center-cropped to `size` pixels and normalized (eval_knn.py:36-41); what cannot be read is
+    added to `bad`.
     """
     device = next(backbone.parameters()).device
-    bad = BadImages(len(images), 0)
     features, labels = [], []
     was_training = backbone.training
     backbone.eval()
@@ -34,7 +34,7 @@ def extract_features(
     backbone.train(was_training)
     if not features:
         raise ValueError(f"none of {len(images)} images could be read")
-    return torch.cat(features), torch.cat(labels), bad
+    return torch.cat(features), torch.cat(labels)
 
 
 def knn_classify(train_features: Tensor, train_labels: Tensor, features: Tensor, *, k: int, classes: int) -> Tensor:
@@ -63,18 +63,20 @@ def knn_accuracy(
     test: ImageFolder,
     size: int,
     *,
+    bad: tuple[BadImages, BadImages] | None = None,
     ks: Iterable[int] = (10, 20),
     num_workers: int = 0,
 ) -> dict[str, float]:
-    """Top-1 accuracy in percent by k: {"knn10": 33.1, ...}.
+    """Top-1 accuracy in percent by k: {"knn10": 33.1, ...}. `bad` keeps the unreadable images of train and test.
 
     Raises:
         ValueError: the images lie in no class folders, or none can be read.
     """
     if train.labels is None or test.labels is None:
         raise ValueError("k-NN needs labels: put each class's images in a folder of its own")
-    train_features, train_labels, _ = extract_features(backbone, train, size, num_workers=num_workers)
-    test_features, test_labels, _ = extract_features(backbone, test, size, num_workers=num_workers)
+    train_bad, test_bad = bad or (BadImages(len(train), 0), BadImages(len(test), 0))
+    train_features, train_labels = extract_features(backbone, train, train_bad, size, num_workers=num_workers)
+    test_features, test_labels = extract_features(backbone, test, test_bad, size, num_workers=num_workers)
     result = {}
     for k in ks:
         scores = knn_classify(train_features, train_labels, test_features, k=k, classes=len(train.classes))
@@ -90,7 +92,7 @@ def recall_at_1(queries: Tensor, candidates: Tensor) -> float:
 
 @torch.no_grad()
 def view_retrieval(
-    backbone: nn.Module, images: ImageFolder, multicrop: MultiCrop, *, seed: int, num_workers: int = 0
+    backbone: nn.Module, images: ImageFolder, bad: BadImages, multicrop: MultiCrop, *, seed: int, num_workers: int = 0
 ) -> float:
     """Recall at 1, in percent, of finding an image's global crop 2 by its global crop 1 among <= 256 images.
 
@@ -111,7 +113,8 @@ def view_retrieval(
     was_training = backbone.training
     backbone.eval()
     views: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for crops, _ in loader:
+    for crops, unreadable in loader:
+        bad.add(unreadable)
         for view, crop in zip(views, crops[:2], strict=True):
             view.append(F.normalize(backbone(crop.to(device)).float(), dim=1))
     backbone.train(was_training)

@@ -65,6 +65,7 @@ class Run:
         )
         self.learner = Learner(config, self.steps_per_epoch, self.device)
         self.bad = BadImages(len(self.train_images), config.batch_size_per_gpu)
+        self.bad_held_out = BadImages(len(self.held_out), 0)
         self.stop_signal: int | None = None
         self.step = self._resume() if config.resume and self._has_checkpoint() else self._start_fresh()
         self.last_saved = time.monotonic()
@@ -238,7 +239,7 @@ class Run:
         if len(self.held_out) > 1:
             crops = replace(self.multicrop, local_crops_number=0)
             values["retrieval"] = view_retrieval(
-                backbone, self.held_out, crops, seed=config.seed, num_workers=config.num_workers
+                backbone, self.held_out, self.bad_held_out, crops, seed=config.seed, num_workers=config.num_workers
             )
         due = config.knn_freq and (epoch % config.knn_freq == 0 or epoch == config.epochs)
         if due and _labelled(self.train_images) and _labelled(self.held_out):
@@ -247,6 +248,7 @@ class Run:
                 self.train_images,
                 self.held_out,
                 config.global_crops_size,
+                bad=(self.bad, self.bad_held_out),
                 num_workers=config.num_workers,
             )
         if values:
@@ -267,8 +269,9 @@ class Run:
         )
 
     def _summarize(self) -> None:
-        if self.bad.count:
-            self.progress.say(f"{self.bad.count} of {len(self.train_images)} images could not be read")
+        for name, bad in (("training", self.bad), ("held-out", self.bad_held_out)):
+            if bad.count:
+                self.progress.say(f"{bad.count} of {bad.n_images} {name} images could not be read")
         self.progress.say(f"curves: {plot_curves(self.config.output_dir)}")
         self.progress.say(f"done: {self.config.output_dir / checkpoint.LAST}")
 
