@@ -143,8 +143,11 @@ void mean_columns(const DinoLossArgs& a, int64_t begin, int64_t count) {
 // Loss and gradient of views [begin, end) of image b; returns the sum over its pairs.
 double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end) {
     FlushDenormals flush;
-    std::vector<float> scratch(3 * a.outputs), block_max((a.outputs + kBlock - 1) / kBlock);
+    // Kept by the thread: fresh memory would cost its page faults at every image.
+    thread_local std::vector<float> scratch;
+    scratch.resize(3 * a.outputs + (a.outputs + kBlock - 1) / kBlock);
     float *q[2] = {scratch.data(), scratch.data() + a.outputs}, *exps = scratch.data() + 2 * a.outputs;
+    float* block_max = exps + a.outputs;
     for (int u = 0; u < 2; ++u) {
         int64_t offset = (u * a.batch + b) * a.teacher_stride;
         teacher_probabilities({a.teacher, a.teacher_dtype, offset, a.outputs, 1 / a.teacher_temp}, a.center, q[u]);
@@ -160,9 +163,9 @@ double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end)
         int64_t pairs = v < 2 ? 1 : 2;
         const float* target = v == 0 ? q[1] : q[0];
         Row row{a.student, a.student_dtype, (v * a.batch + b) * a.student_stride, a.outputs, float(inv_temp)};
-        Stats stats = student_stats(row, target, exps, block_max.data());
+        Stats stats = student_stats(row, target, exps, block_max);
         loss += double(pairs) * stats.lse - stats.dot * inv_temp;
-        student_gradient(row, target, exps, block_max.data(), stats.lse, double(pairs) * scale, scale, a.grad,
+        student_gradient(row, target, exps, block_max, stats.lse, double(pairs) * scale, scale, a.grad,
                          (v * a.batch + b) * a.outputs);
     }
     return loss;

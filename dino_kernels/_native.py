@@ -1,5 +1,8 @@
-"""The compiled module dino_kernels._C and the numbers that Python and C++ agree on."""
+"""The compiled module dino_kernels._C, the numbers that Python and C++ agree on, and memory for results."""
 
+import weakref
+
+import numpy as np
 import torch
 
 try:
@@ -13,4 +16,28 @@ except ImportError as error:
 # enum class DType in csrc/kernels.h
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-__all__ = ["DTYPES", "_C"]
+__all__ = ["DTYPES", "_C", "reused_empty"]
+
+_spare: list[np.ndarray] = []  # at most one buffer, waiting for the next tensor of its size
+
+
+def reused_empty(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialized CPU tensor in the memory of the last one of its size that nobody holds any more.
+
+    torch's CPU allocator returns large blocks to the system; faulting 40 MiB of pages in again costs as much as
+    computing them. Kept between calls: one buffer.
+    """
+    size = shape.numel() * dtype.itemsize
+    try:
+        buffer = _spare.pop()
+    except IndexError:  # none, or another thread was faster
+        buffer = np.empty(0, np.uint8)
+    if buffer.nbytes != size:
+        buffer = np.empty(size, np.uint8)
+    holder = buffer[:]  # lives as long as the tensor's storage
+    weakref.finalize(holder, _give_back, buffer).atexit = False
+    return torch.empty(0, dtype=dtype).set_(torch.from_numpy(holder).untyped_storage(), 0, shape)
+
+
+def _give_back(buffer: np.ndarray) -> None:
+    _spare[:] = [buffer]

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dino_kernels._native import _C, DTYPES
+from dino_kernels._native import _C, DTYPES, reused_empty
 
 __all__ = ["dino_loss", "dino_loss_reference"]
 
@@ -180,7 +180,7 @@ _loss.register_autograd(_backward, setup_context=_setup)
 
 def _forward_cpu(student, teacher, center, student_temp, teacher_temp):
     center = center.contiguous()
-    grad = torch.empty(student.shape, dtype=student.dtype)
+    grad = reused_empty(student.shape, student.dtype)
     batch_center = torch.empty_like(center)
     batch = teacher.shape[0] // 2
     loss = _C.dino_loss(
