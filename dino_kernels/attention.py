@@ -126,32 +126,44 @@ _attention.register_autograd(_backward, setup_context=_setup)
 # (torch's scaled_dot_product_attention was measured slower than these at 37 and 197 tokens.)
 
 
-def _groups(tokens: int, cu_seqlens: Tensor) -> list[tuple[int, int, int]]:
-    """Runs of neighboring sequences of one length: (first token, number of sequences, length)."""
+_Group = tuple[slice | Tensor, int]  # rows of all sequences of one length, and how many sequences
+
+
+def _groups(tokens: int, cu_seqlens: Tensor) -> list[_Group]:
+    """Sequences by length: neighbors as a slice, which costs no copy, scattered ones by their row numbers."""
     bounds = cu_seqlens.tolist()
-    lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
-    if bounds[0] != 0 or bounds[-1] != tokens or any(length < 0 for length in lengths):
+    begins: dict[int, list[int]] = {}
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        begins.setdefault(end - begin, []).append(begin)
+    if bounds[0] != 0 or bounds[-1] != tokens or min(begins, default=0) < 0:
         raise ValueError(
             f"cu_seqlens must rise from 0 to the number of tokens {tokens}, got {bounds[:8]}...{bounds[-1]}"
         )
-    groups: list[tuple[int, int, int]] = []
-    for begin, length in zip(bounds, lengths, strict=False):
-        if groups and groups[-1][2] == length:
-            groups[-1] = (groups[-1][0], groups[-1][1] + 1, length)
-        elif length:
-            groups.append((begin, 1, length))
+    begins.pop(0, None)
+    groups: list[_Group] = []
+    for length, firsts in begins.items():
+        if firsts[-1] - firsts[0] == length * (len(firsts) - 1):
+            groups.append((slice(firsts[0], firsts[-1] + length), len(firsts)))
+        else:
+            rows = torch.tensor(firsts)[:, None] + torch.arange(length)
+            groups.append((rows.flatten(), len(firsts)))
     return groups
 
 
-def _heads(x: Tensor, group: tuple[int, int, int]) -> Tensor:
-    """A group's rows of x [T, H, D] as a view [sequences, H, length, D]."""
-    begin, count, length = group
-    return x[begin : begin + count * length].unflatten(0, (count, length)).transpose(1, 2)
+def _read(x: Tensor, group: _Group) -> Tensor:
+    """A group's rows of x [T, H, D] as [sequences * H, length, D]: one copy, where torch's products would make many."""
+    rows, count = group
+    return x[rows].unflatten(0, (count, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _batch(x: Tensor, group: tuple[int, int, int]) -> Tensor:
-    """The same as [sequences * H, length, D]: a copy, made once where torch's products would make it each time."""
-    return _heads(x, group).flatten(0, 1)
+def _write(x: Tensor, group: _Group, values: Tensor) -> None:
+    """The inverse of `_read`."""
+    rows, count = group
+    values = values.unflatten(0, (count, -1))
+    if isinstance(rows, slice):
+        x[rows].unflatten(0, (count, -1)).transpose(1, 2).copy_(values)
+    else:
+        x[rows] = values.transpose(1, 2).flatten(0, 1).to(x.dtype)
 
 
 def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -162,28 +174,26 @@ def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def _forward_cpu(qkv, cu_seqlens, scale):
     out, lse = _outputs(qkv)
     for group in _groups(len(qkv), cu_seqlens):
-        q, k, v = (_batch(x, group) for x in qkv.unbind(1))
+        q, k, v = (_read(x, group) for x in qkv.unbind(1))
         p = _logits(q, k, scale)
         high = p.amax(dim=-1, keepdim=True)
         total = p.sub_(high).exp_().sum(dim=-1, keepdim=True)
-        rows = (p.to(v.dtype) @ v).float().div_(total)  # dividing here touches D columns, not `length`
-        _heads(out, group).copy_(rows.view(group[1], -1, *rows.shape[1:]))
-        row_lse = total.log_().add_(high)
-        _heads(lse.T.unsqueeze(-1), group).copy_(row_lse.view(group[1], -1, *row_lse.shape[1:]))
+        _write(out, group, (p.to(v.dtype) @ v).float().div_(total))  # dividing here touches D columns, not `length`
+        _write(lse.T.unsqueeze(-1), group, total.log_().add_(high))
     return out, lse
 
 
 def _backward_cpu(grad_out, qkv, out, lse, cu_seqlens, scale):
     grad = qkv.new_empty(qkv.shape)
     for group in _groups(len(qkv), cu_seqlens):
-        q, k, v = (_batch(x, group) for x in qkv.unbind(1))
-        do = _batch(grad_out, group)
-        p = _logits(q, k, scale).sub_(_batch(lse.T.unsqueeze(-1), group)).exp_()
-        delta = (do.float() * _batch(out, group)).sum(dim=-1, keepdim=True)
+        q, k, v = (_read(x, group) for x in qkv.unbind(1))
+        do = _read(grad_out, group)
+        p = _logits(q, k, scale).sub_(_read(lse.T.unsqueeze(-1), group)).exp_()
+        delta = (do.float() * _read(out, group)).sum(dim=-1, keepdim=True)
         ds = (do @ v.transpose(1, 2)).float().sub_(delta).mul_(p).to(q.dtype)
         grads = (ds @ k).mul_(scale), (ds.transpose(1, 2) @ q).mul_(scale), p.to(v.dtype).transpose(1, 2) @ do
         for whole, part in zip(grad.unbind(1), grads, strict=True):
-            _heads(whole, group).copy_(part.view(group[1], -1, *part.shape[1:]))
+            _write(whole, group, part)
     return grad
 
 
