@@ -37,4 +37,4 @@ def test_attention(benchmark, op, dtype):
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(step, rounds=20, warmup_rounds=3)
+    benchmark.pedantic(step, rounds=50, warmup_rounds=5)

@@ -38,4 +38,4 @@ def test_loss(benchmark, op, dtype, batch):
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(step, rounds=20, warmup_rounds=3)
+    benchmark.pedantic(step, rounds=50, warmup_rounds=5)

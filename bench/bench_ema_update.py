@@ -30,4 +30,4 @@ def test_ema(benchmark, op):
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(step, rounds=30, warmup_rounds=3)
+    benchmark.pedantic(step, rounds=100, warmup_rounds=5)

@@ -2,6 +2,9 @@
 // An image's rows are one task: its two teacher rows become probabilities in a scratch that
 // stays in cache while all views of the image are read once from memory and their gradients written once.
 #include <sys/mman.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -13,8 +16,9 @@
 namespace dino {
 namespace {
 
-constexpr int64_t kBlock = 1024;    // elements a block: a few blocks fit the first-level cache
-constexpr int64_t kColumns = 4096;  // columns a task of the batch center
+constexpr int64_t kBlock = 1024;       // elements a block: a few blocks fit the first-level cache
+constexpr int64_t kCached = 16 << 20;  // bytes of gradient that a last-level cache may still hold for its reader
+constexpr int64_t kColumns = 4096;     // columns a task of the batch center
 
 // exp(x) for x <= 0 within 2 ulp: 2^n * p(r), x = n ln 2 + r. Below -87 it stays at the smallest normal
 // float.
@@ -84,6 +88,10 @@ Stats student_stats(const Row& row, const float* q, float* exps, float* block_ma
     for (int64_t k = 0; k < row.outputs; k += kBlock) {
         int64_t n = std::min(kBlock, row.outputs - k);
         const float* s = load(row.data, row.dtype, row.offset + k, n, scratch);
+        // The next block is on its way while this one is computed; the hardware stops at page ends.
+        int64_t width = row.dtype == DType::f32 ? 4 : 2;
+        const char* next = static_cast<const char*>(row.data) + (row.offset + k + n) * width;
+        for (int64_t i = 0; i < std::min(kBlock, row.outputs - k - n) * width; i += 64) __builtin_prefetch(next + i);
         float highest = max, sum = 0, dot = 0;
 #pragma omp simd reduction(max : highest)
         for (int64_t j = 0; j < n; ++j) {
@@ -105,23 +113,37 @@ Stats student_stats(const Row& row, const float* q, float* exps, float* block_ma
     return {max + std::log(total), total_dot};
 }
 
+// Copies to memory that nobody reads soon: past the caches, which would first fetch what is overwritten.
+inline void store(void* to, const void* from, int64_t bytes, bool stream) {
+#if defined(__x86_64__)
+    if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0 && bytes % 16 == 0) {
+        for (int64_t i = 0; i < bytes / 16; ++i)
+            _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_load_si128(static_cast<const __m128i*>(from) + i));
+        return;
+    }
+#endif
+    std::memcpy(to, from, size_t(bytes));
+}
+
 // grad = (pairs * softmax(row / temp) - q) * scale, in the dtype of the row
 DINO_MULTIVERSION
 void student_gradient(const Row& row, const float* q, const float* exps, const float* block_max, double lse,
-                      double prob_scale, double q_scale, void* grad, int64_t grad_offset) {
-    float out[kBlock];
+                      double prob_scale, double q_scale, void* grad, int64_t grad_offset, bool stream) {
+    alignas(64) float out[kBlock];
+    alignas(64) uint16_t out16[kBlock];
+    int64_t width = row.dtype == DType::f32 ? 4 : 2;
+    char* g = static_cast<char*>(grad) + grad_offset * width;
     float minus_q = -float(q_scale);
     for (int64_t k = 0; k < row.outputs; k += kBlock) {
         int64_t n = std::min(kBlock, row.outputs - k);
         float factor = float(prob_scale * std::exp(double(block_max[k / kBlock]) - lse));
-        float* g = row.dtype == DType::f32 ? static_cast<float*>(grad) + grad_offset + k : out;
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) g[j] = factor * exps[k + j] + minus_q * q[k + j];
-        uint16_t* g16 = static_cast<uint16_t*>(grad) + grad_offset + k;
+        for (int64_t j = 0; j < n; ++j) out[j] = factor * exps[k + j] + minus_q * q[k + j];
         if (row.dtype == DType::bf16)
-            for (int64_t j = 0; j < n; ++j) g16[j] = float_to_bf16(out[j]);
+            for (int64_t j = 0; j < n; ++j) out16[j] = float_to_bf16(out[j]);
         else if (row.dtype == DType::f16)
-            for (int64_t j = 0; j < n; ++j) g16[j] = float_to_half(out[j]);
+            for (int64_t j = 0; j < n; ++j) out16[j] = float_to_half(out[j]);
+        store(g + k * width, row.dtype == DType::f32 ? static_cast<void*>(out) : out16, n * width, stream);
     }
 }
 
@@ -140,6 +162,10 @@ void mean_columns(const DinoLossArgs& a, int64_t begin, int64_t count) {
     for (int64_t j = 0; j < count; ++j) mean[j] /= rows;
 }
 
+int64_t gradient_bytes(const DinoLossArgs& a) {
+    return a.views * a.batch * a.outputs * (a.student_dtype == DType::f32 ? 4 : 2);
+}
+
 // Loss and gradient of views [begin, end) of image b; returns the sum over its pairs.
 double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end) {
     FlushDenormals flush;
@@ -154,7 +180,7 @@ double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end)
     }
     double inv_temp = 1.0 / a.student_temp, loss = 0;
     double scale = inv_temp / double((2 * a.views - 2) * a.batch);
-    bool summed = false;
+    bool summed = false, stream = gradient_bytes(a) > kCached;
     for (int64_t v = begin; v < end; ++v) {
         if (v >= 2 && !summed) {  // from here on both teacher views are targets
             for (int64_t k = 0; k < a.outputs; ++k) q[0][k] += q[1][k];
@@ -166,8 +192,11 @@ double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end)
         Stats stats = student_stats(row, target, exps, block_max);
         loss += double(pairs) * stats.lse - stats.dot * inv_temp;
         student_gradient(row, target, exps, block_max, stats.lse, double(pairs) * scale, scale, a.grad,
-                         (v * a.batch + b) * a.outputs);
+                         (v * a.batch + b) * a.outputs, stream);
     }
+#if defined(__x86_64__)
+    _mm_sfence();  // streamed stores are seen by other threads only after it
+#endif
     return loss;
 }
 
@@ -182,7 +211,7 @@ void use_huge_pages(void* data, size_t bytes) {
 }  // namespace
 
 double dino_loss(const DinoLossArgs& a) {
-    use_huge_pages(a.grad, size_t(a.views * a.batch * a.outputs) * (a.student_dtype == DType::f32 ? 4 : 2));
+    use_huge_pages(a.grad, size_t(gradient_bytes(a)));
     parallel_for((a.outputs + kColumns - 1) / kColumns, a.threads, [&](int64_t task) {
         mean_columns(a, task * kColumns, std::min(kColumns, a.outputs - task * kColumns));
     });
