@@ -35,7 +35,7 @@ lint: $(V)/.dev
 	$(V)/clang-format --dry-run --Werror csrc/*
 
 bench: $(V)/.dev
-	$(V)/python -m pytest bench --benchmark-group-by=group
+	$(V)/python -m pytest bench
 
 clean:
 	rm -rf .venv build dist runs *.egg-info dino_kernels/*.so
