@@ -94,6 +94,7 @@ def test_help_documents_every_field(capsys):
         (["--global-crops-size", "20"], "multiple of patch_size 8"),
         (["--output-dir", "DATA/class0/000.png"], "error: "),
         (["--no-such-flag"], "no-such-flag"),
+        (["--norm-last-layer", "maybe"], "expected true or false.*got maybe"),
     ],
 )
 def test_errors_are_short_and_say_what_is_wrong(run, tmp_path, capsys, words, message):

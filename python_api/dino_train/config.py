@@ -14,6 +14,13 @@ EMBEDDED_DATA = Path(__file__).with_name("cifar10-5k.zip")
 
 _WORDS = {"on": True, "true": True, "1": True, "yes": True, "off": False, "false": False, "0": False, "no": False}
 
+
+def _switch(words: list[str]) -> bool:
+    if words[0].lower() not in _WORDS:
+        raise ValueError(f"expected true or false (or on, off, yes, no, 1, 0), got {words[0]}")
+    return _WORDS[words[0].lower()]
+
+
 # The reference's flags take a word: --norm_last_layer false
 Switch = Annotated[
     bool,
@@ -21,7 +28,7 @@ Switch = Annotated[
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="{true,false}",
-        instance_from_str=lambda words: _WORDS[words[0].lower()],
+        instance_from_str=_switch,
         is_instance=lambda value: isinstance(value, bool),
         str_from_instance=lambda value: [str(value).lower()],
     ),
