@@ -6,11 +6,12 @@ TORCH ?= torch==2.13.0
 
 .PHONY: demo test lint bench build clean
 
-$(V)/python:
+$(V)/.torch:
 	$(PYTHON) -m venv $(shell $(PYTHON) -c "import torch; assert torch.version.cuda" 2>/dev/null && echo --system-site-packages) .venv
 	$(V)/python -c "import torch" 2>/dev/null || $(V)/pip install --quiet "$(TORCH)"
+	touch $@
 
-$(V)/.built: $(V)/python setup.py pyproject.toml $(wildcard csrc/*)
+$(V)/.built: $(V)/.torch setup.py pyproject.toml $(wildcard csrc/*)
 	$(V)/pip install --quiet "setuptools>=70" wheel "pybind11>=2.12" ninja
 	$(V)/pip install --quiet --no-build-isolation --editable ".[train]"
 	touch $@
@@ -22,16 +23,16 @@ $(V)/.dev: $(V)/.built
 build: $(V)/.built
 
 demo: build
-	$(V)/dino-train pretrain --preset demo
+	$(V)/dino-train pretrain --preset demo --resume
 	$(V)/dino-train attention --checkpoint runs/demo
 
 test: $(V)/.dev
 	$(V)/python -m pytest
 
 lint: $(V)/.dev
-	$(V)/ruff check .
-	$(V)/ruff format --check .
-	$(V)/mypy
+	$(V)/python -m ruff check .
+	$(V)/python -m ruff format --check .
+	$(V)/python -m mypy
 	$(V)/clang-format --dry-run --Werror csrc/*
 
 bench: $(V)/.dev

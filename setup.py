@@ -57,6 +57,14 @@ class NinjaBuild(build_ext):
         subprocess.run([*ninja_command(), "-C", str(build)], check=True)
 
 
+def known_archs(nvcc: str | None) -> list[str]:
+    """Those of NVCC_ARCHS that this nvcc compiles for."""
+    if not nvcc:
+        return []
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    return [arch for arch in NVCC_ARCHS if f"compute_{arch.rstrip('a')}" in listed]
+
+
 def quote(path: str | Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -68,7 +76,7 @@ def ninja_file(sources: list[str], output: Path) -> str:
         print("dino-kernels: nvcc not found, building the CPU kernels only", flush=True)
     x86 = os.uname().machine == "x86_64"
     includes = f'-I"{pybind11_include()}" -I"{sysconfig.get_paths()["include"]}"'
-    archs = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in NVCC_ARCHS)
+    archs = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known_archs(nvcc))
     link = "-shared -ldl -lpthread"
     if cuda and nvcc:
         link += f' -L"{Path(nvcc).parent.parent / "lib64"}" -lcudart_static -lrt'

@@ -11,8 +11,10 @@ enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 // Compiled once for the baseline and once for each wider instruction set; the loader picks at run time,
 // so that a wheel built on a new machine runs on an old one.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && __GNUC__ >= 12
 #define DINO_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#elif defined(__x86_64__)  // older compilers know no levels here, only single features
+#define DINO_MULTIVERSION __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
 #define DINO_MULTIVERSION
 #endif

@@ -76,7 +76,8 @@ def _attention(qkv: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, T
 
 @_attention.register_kernel("cuda")
 def _(qkv, cu_seqlens, scale):
-    return _forward_triton(qkv, cu_seqlens, scale)
+    with torch.cuda.device(qkv.device):  # Triton launches on the current device
+        return _forward_triton(qkv, cu_seqlens, scale)
 
 
 @_attention.register_fake
@@ -93,7 +94,8 @@ def _attention_backward(
 
 @_attention_backward.register_kernel("cuda")
 def _(grad_out, qkv, out, lse, cu_seqlens, scale):
-    return _backward_triton(grad_out, qkv, out, lse, cu_seqlens, scale)
+    with torch.cuda.device(qkv.device):
+        return _backward_triton(grad_out, qkv, out, lse, cu_seqlens, scale)
 
 
 @_attention_backward.register_fake
@@ -123,7 +125,7 @@ _attention.register_autograd(_backward, setup_context=_setup)
 
 
 # --- CPU: torch's products over groups of equal length -----------------------------------------------
-# (torch's scaled_dot_product_attention was measured slower than these at 37 and 197 tokens.)
+# (Against them torch's scaled_dot_product_attention takes 2.5 times as long in bfloat16, 0.8 times in float32.)
 
 
 _Group = tuple[slice | Tensor, int]  # rows of all sequences of one length, and how many sequences

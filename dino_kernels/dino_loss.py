@@ -37,7 +37,8 @@ def dino_loss(
     Formula in the module's docstring; Caron et al. 2021, section 3.1 and algorithm 1, main_dino.py:379-416.
     Statistics are float32; a repeated call is bitwise equal. Gradients flow to `student` alone, as in the
     reference. The forward pass keeps one tensor, that gradient; the first backward pass takes it over, so
-    a second backward through the same call (retain_graph) is refused.
+    a second backward through the same call (retain_graph) is refused. It has the dtype of `student`: a float16
+    gradient is rounded before a loss scale reaches it, so prefer bfloat16 or float32.
 
     Args:
         student: logits [V*B, K], view-major, V >= 2; float32, float16 or bfloat16; rows may be strided.
@@ -135,7 +136,8 @@ def _loss(
 
 @_loss.register_kernel("cuda")
 def _(student, teacher, center, student_temp, teacher_temp):
-    return _forward_triton(student, teacher, center, student_temp, teacher_temp)
+    with torch.cuda.device(student.device):  # Triton launches on the current device
+        return _forward_triton(student, teacher, center, student_temp, teacher_temp)
 
 
 @_loss.register_fake
@@ -151,7 +153,8 @@ def _scale_(grad: Tensor, upstream: Tensor) -> None:
 
 @_scale_.register_kernel("cuda")
 def _(grad, upstream):
-    _scale_triton(grad, upstream)
+    with torch.cuda.device(grad.device):
+        _scale_triton(grad, upstream)
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -86,7 +86,8 @@ def _update_(targets: list[Tensor], sources: list[Tensor], momentum: Tensor) -> 
 
 @_update_.register_kernel("cuda")
 def _(targets, sources, momentum):
-    _update_triton(targets, sources, momentum)
+    with torch.cuda.device(targets[0].device):  # Triton launches on the current device
+        _update_triton(targets, sources, momentum)
 
 
 @_update_.register_fake

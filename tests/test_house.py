@@ -127,7 +127,7 @@ class TestBuild:
         )
         (tree / "csrc/bindings.cpp").write_text(bindings)
         self.build(tree)
-        assert self.call(tree, "c.answer()") in "12"  # linked, importable and callable with or without a driver
+        assert self.call(tree, "c.answer()") in ("1", "2")  # linked, importable and callable with or without a driver
 
     @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the versions are those of x86-64")
     def test_kernels_have_a_version_for_old_and_for_new_processors(self):
@@ -135,5 +135,5 @@ class TestBuild:
 
         symbols = subprocess.check_output(["nm", "--demangle", compiled.__file__], text=True)
         for function in ("student_stats", "student_gradient", "teacher_probabilities", "mean_columns", "update"):
-            for version in ("default", "arch_x86_64_v3", "arch_x86_64_v4"):
+            for version in ("default", "(arch_x86_64_v3|avx2)", "(arch_x86_64_v4|avx512f)"):
                 assert re.search(rf"{function}\(.*\[clone \.{version}\]", symbols), (function, version)

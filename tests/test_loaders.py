@@ -206,7 +206,7 @@ def test_a_loader_that_is_still_in_use_does_not_keep_the_process_from_ending(roo
         "    start_step=0, total_steps=99, num_workers=2)\n"
         "steps = iter(loader); next(steps); steps.itself = steps"
     )
-    subprocess.run([sys.executable, "-c", code, str(root)], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", code, str(root)], check=True, timeout=120)
 
 
 def test_a_forked_process_opens_the_zip_anew(tmp_path):

@@ -126,7 +126,7 @@ def test_signals_write_a_checkpoint_and_stop(config, signum, monkeypatch):
 
     monkeypatch.setattr(Learner, "step", interrupted)
     handler = signal.getsignal(signum)
-    with pytest.raises(train.Interrupted, match="stopped at step 8 of 15; --resume true continues") as stop:
+    with pytest.raises(train.Interrupted, match="stopped at step 8 of 15; --resume continues") as stop:
         pretrain(config)
     assert stop.value.signum == signum and signal.getsignal(signum) is handler
     assert checkpoint.load(config.output_dir / "last.pt")["step"] == 8
@@ -279,7 +279,7 @@ def test_config_checks_itself(config, changes, message):
 
 def test_a_second_run_does_not_overwrite_the_first_and_settings_must_match(config):
     pretrain(config)
-    with pytest.raises(ValueError, match="holds a run already: add --resume true"):
+    with pytest.raises(ValueError, match="holds a run already: add --resume"):
         pretrain(config)
     with pytest.raises(ValueError, match="has out_dim 64, not 32"):
         pretrain(replace(config, resume=True, out_dim=32))

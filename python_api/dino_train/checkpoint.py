@@ -20,7 +20,9 @@ _numpy_scalar = np.float64(0).__reduce__()[0]
 logger = logging.getLogger(__name__)
 
 # Harmless types in the reference's checkpoints: its arguments, and learning rates as numpy scalars.
-_REFERENCE_TYPES: list[Any] = [argparse.Namespace, np.dtype, np.dtypes.Float64DType, _numpy_scalar]
+_REFERENCE_TYPES: list[Any] = [argparse.Namespace, np.dtype, np.dtypes.Float64DType]
+# numpy 1 and 2 name the function that rebuilds a scalar differently; a file has the name of its writer's.
+_REFERENCE_TYPES += [(_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
@@ -70,7 +72,7 @@ def load(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
-    except CheckpointError:
+    except (CheckpointError, MemoryError, OSError):  # the latter two may pass: the file is not damaged
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(

@@ -48,7 +48,7 @@ class _Weights:
 class Knn(_Weights):
     """Weighted k-NN accuracy of a trained backbone on images in class folders."""
 
-    data: Path = EMBEDDED_DATA
+    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])] = EMBEDDED_DATA
     """Folder or .zip with train/<class>/ and val/<class>/, or <class>/ (then a few images are held out)."""
     nb_knn: tuple[int, ...] = (10, 20)
     """Numbers of neighbors."""
@@ -88,16 +88,17 @@ class Attention(_Weights):
             self.output_dir or (self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent) / "attention"
         )
         size = self.image_size or max(trained.image_size, min(480, 2 * trained.image_size))
-        loaded = []
+        loaded: dict[str, Image] = {}
         for name, load in self._choose(trained):
             try:
-                loaded.append((str(Path(name).with_suffix("")).replace("/", "_"), load()))
+                stem = str(Path(name).with_suffix("")).replace("/", "_")
+                loaded[stem if stem not in loaded else f"{stem}_{len(loaded)}"] = load()
             except UnreadableImage as error:
                 logging.warning("skipped %s", error)
         if not loaded:
-            raise ValueError("none of the images could be read")
-        written = [path for stem, image in loaded for path in write_maps(backbone, image, folder / stem, size)]
-        sheet(backbone, [image for _, image in loaded], size).save(folder / "sheet.png")
+            raise ValueError("none of the images could be read; name some with --image")
+        written = [path for stem, image in loaded.items() for path in write_maps(backbone, image, folder / stem, size)]
+        sheet(backbone, list(loaded.values()), size).save(folder / "sheet.png")
         print(f"{len(written)} maps and sheet.png in {folder}")
 
     def _choose(self, trained: Trained) -> Iterator[tuple[str, Callable[[], Image]]]:

@@ -50,7 +50,7 @@ class PretrainConfig:
     these are used; else a few images are held out. Default: 5,000 embedded CIFAR-10 images."""
     output_dir: Path = Path("runs/dino")
     """Folder for checkpoints, metrics and plots."""
-    resume: Switch = False
+    resume: bool = False
     """Continue from last.pt in output_dir, in the middle of an epoch if that is where it stopped."""
 
     arch: Literal[ARCHS] = "vit_small"  # type: ignore[valid-type]

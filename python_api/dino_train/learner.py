@@ -150,8 +150,8 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; takes the reference's names ("module.backbone...") too."""
+        """The inverse of `state_dict`."""
         for name, net in (("student", self.student), ("teacher", self.teacher)):
-            net.load_state_dict({k.removeprefix("module."): v for k, v in state[name].items()})
+            net.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.center = state["dino_loss"]["center"].to(self.device)

@@ -18,7 +18,7 @@ from dino_train.config import PretrainConfig
 from dino_train.data import BadImages, ImageFolder, crop_loader, require_batch, split
 from dino_train.evaluate import knn_accuracy, view_retrieval
 from dino_train.learner import Learner, NonFiniteLoss, StepResult
-from dino_train.watch import CollapseWatch, Metrics, Progress, plot_curves
+from dino_train.watch import CollapseWatch, Metrics, Progress, plot_curves, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Run:
         folder = self.config.output_dir
         if self._has_checkpoint():
             raise ValueError(
-                f"{folder} holds a run already: add --resume true to continue it, or choose another --output-dir"
+                f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir"
             )
         if self.config.resume:
             logger.warning("no checkpoint in %s yet: starting from the beginning", folder)
@@ -90,7 +90,9 @@ class Run:
 
     def _resume(self) -> int:
         state, path = checkpoint.load_newest(self.config.output_dir)
-        saved = state["args"]
+        saved = state.get("args")
+        if not isinstance(saved, dict) or not {"step", "sampler", "rng"} <= state.keys():
+            raise checkpoint.CheckpointError(f"{path} was not written by dino-train and cannot be resumed from")
         fixed = ("arch", "patch_size", "out_dim", "head_hidden_dim", "use_bn_in_head", "norm_last_layer")
         for name in (*fixed, "global_crops_size", "optimizer"):
             if saved[name] != getattr(self.config, name):
@@ -106,11 +108,14 @@ class Run:
                 "the images, batch size or seed differ from the interrupted run's: epoch %d starts again",
                 state["epoch"] + 1,
             )
-        if path.name == checkpoint.PREVIOUS:  # or the next save would put the damaged one in its place
-            path.replace(path.with_name(checkpoint.LAST))
+        last = path.with_name(checkpoint.LAST)
+        if path != last:  # or the next save would put the damaged one in the place of the good one
+            if last.exists():
+                last.replace(last.with_name("last.damaged.pt"))
+            path.replace(last)
         torch.set_rng_state(state["rng"]["torch"])
         if self.device.type == "cuda" and state["rng"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+            torch.cuda.set_rng_state(state["rng"]["cuda"][0], self.device)
         return step
 
     def _sampler_state(self) -> dict[str, Any]:
@@ -125,7 +130,11 @@ class Run:
 
     def save(self) -> None:
         """Write last.pt; keys of the reference (main_dino.py:276-284) and what an exact resume needs."""
-        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        if not torch.stack(torch._foreach_norm(list(self.learner.student.parameters()))).isfinite().all():
+            raise NonFiniteLoss(
+                f"the weights are not finite after step {self.step}; they are not saved. {self._advice()}"
+            )
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         state = {
             **self.learner.state_dict(),
             "epoch": self.step // self.steps_per_epoch,
@@ -135,10 +144,10 @@ class Run:
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
         }
         folder = self.config.output_dir
-        checkpoint.save(state, folder / checkpoint.LAST, previous=folder / checkpoint.PREVIOUS)
         epoch, within = divmod(self.step, self.steps_per_epoch)
         if self.config.saveckp_freq and not within and epoch and epoch % self.config.saveckp_freq == 0:
-            checkpoint.save(state, folder / f"checkpoint{epoch:04d}.pt")
+            checkpoint.save(state, folder / f"checkpoint{epoch:04d}.pt")  # first: a resumed run does not come back here
+        checkpoint.save(state, folder / checkpoint.LAST, previous=folder / checkpoint.PREVIOUS)
         self.last_saved = time.monotonic()
 
     def try_save(self) -> None:
@@ -165,10 +174,9 @@ class Run:
         )
         try:
             self._describe()
-            if self.step == 0:
+            if self.step % self.steps_per_epoch == 0 and not self._evaluated():
                 self.evaluate()
             self._steps()
-            self.save()
             self._summarize()
         finally:
             self.progress.close()
@@ -190,25 +198,33 @@ class Run:
             try:
                 result = self.learner.step(self.step, [c.to(self.device, non_blocking=True) for c in crops])
             except NonFiniteLoss as error:
-                raise NonFiniteLoss(
-                    f"{error}. Try a lower --lr, a smaller --clip-grad or --precision float32. "
-                    f"{config.output_dir / checkpoint.LAST} is from before"
-                ) from None
+                raise NonFiniteLoss(f"{error}. {self._advice()}") from None
             self.step += 1
             self._log(result)
             if self.step % self.steps_per_epoch == 0:
-                self.evaluate()
-                if self.step < self.total_steps:  # the end is saved by the caller, where a failure counts
-                    self.try_save()
+                # Saved before the evaluation, which can take long; a failure counts at the end only.
+                self.save() if self.step == self.total_steps else self.try_save()
+                if self.stop_signal is None:
+                    self.evaluate()
             elif time.monotonic() - self.last_saved >= 60 * config.save_minutes:
                 self.try_save()
             if self.stop_signal is not None and self.step < self.total_steps:
                 self.save()
                 raise Interrupted(
                     self.stop_signal,
-                    f"stopped at step {self.step} of {self.total_steps}; --resume true continues from "
+                    f"stopped at step {self.step} of {self.total_steps}; --resume continues from "
                     f"{config.output_dir / checkpoint.LAST}",
                 )
+
+    def _advice(self) -> str:
+        return (
+            "Try a lower --lr, a smaller --clip-grad or --precision float32. "
+            f"{self.config.output_dir / checkpoint.LAST} is from before"
+        )
+
+    def _evaluated(self) -> bool:
+        rows = read_metrics(self.config.output_dir)
+        return any(row["step"] == self.step and ("retrieval" in row or "knn10" in row) for row in rows)
 
     def _log(self, result: StepResult) -> None:
         epoch = (self.step - 1) // self.steps_per_epoch

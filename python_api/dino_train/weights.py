@@ -1,6 +1,5 @@
 """Trained backbones: out of a run or a published file, and into safetensors."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ def load_trained(
     state = checkpoint.load_newest(path)[0] if path.is_dir() else checkpoint.load(path)
     args = state.get("args", {})
     args = args if isinstance(args, dict) else vars(args)
-    arch = arch or args.get("arch")
+    arch = arch or args.get("arch", "").replace("deit_", "vit_") or None  # the reference's other name for its ViTs
     if arch is None:
         raise ValueError(f"{path} does not tell its architecture: add --arch and --patch-size")
     patch_size = patch_size or args.get("patch_size", 16)
@@ -72,7 +71,7 @@ def export(trained: Trained, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(tensors, temporary, metadata={"dino": json.dumps(metadata), **metadata})
+        save_file(tensors, temporary, metadata=metadata)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
