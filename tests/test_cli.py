@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -58,6 +59,7 @@ def test_reference_flags_mean_what_they_did(monkeypatch):
     for name, value in re.findall(r"--(\w+) ([\d.e-]+)\s", flags):
         if not name.endswith("_scale"):
             assert values[name] == float(value), name
+    assert parsed(monkeypatch, "--resume").resume and not config.resume
     dashed = parsed(monkeypatch, *[word.replace("_", "-") if word.startswith("--") else word for word in words])
     assert dashed == config
 
@@ -131,6 +133,15 @@ def test_attention_maps_have_the_inputs_size(run, tmp_path, capsys):
     assert main([*words, "--image", str(tmp_path / "wide.jpg")]) == 0
 
 
+def test_images_of_one_name_keep_their_own_maps(run, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (20, 20)).save(tmp_path / folder / "x.png")
+    words = ["attention", "--checkpoint", str(run / "run"), "--output-dir", str(tmp_path / "maps")]
+    assert main([*words, "--image", str(tmp_path / "a/x.png"), str(tmp_path / "b/x.png")]) == 0
+    assert len(list((tmp_path / "maps").glob("*_mean.png"))) == 2
+
+
 def test_attention_takes_the_runs_own_images_by_default(run):
     assert main(["attention", "--checkpoint", str(run / "run")]) == 0
     assert (run / "run/attention/sheet.png").exists()
@@ -159,11 +170,15 @@ def test_published_formats_load(tmp_path, capsys):
         "teacher": net.state_dict(),
         "optimizer": {"param_groups": [{"lr": np.float64(0.1)}]},
         "epoch": 100,
-        "args": argparse.Namespace(arch="vit_tiny", patch_size=16, data_path="/x"),
+        "args": argparse.Namespace(arch="deit_tiny", patch_size=16, data_path="/x"),
     }
     torch.save(full, tmp_path / "checkpoint.pth")
     torch.save(net.backbone.state_dict(), tmp_path / "backbone.pth")
     assert torch.equal(load_trained(tmp_path / "checkpoint.pth").backbone(image), expected)
+    with zipfile.ZipFile(tmp_path / "checkpoint.pth") as new, zipfile.ZipFile(tmp_path / "numpy1.pth", "w") as old:
+        for name in new.namelist():  # as numpy 1 named its scalars
+            old.writestr(name, new.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert torch.equal(load_trained(tmp_path / "numpy1.pth").backbone(image), expected)
     assert torch.equal(load_trained(tmp_path / "backbone.pth", arch="vit_tiny").backbone(image), expected)
     assert main(["export", "--checkpoint", str(tmp_path / "backbone.pth")]) == 1
     assert "does not tell its architecture: add --arch" in capsys.readouterr().err

@@ -338,3 +338,44 @@ def test_collapse_is_told_once_and_only_after_the_quiet_start(caplog, loss, entr
     assert len(caplog.records) == (1 if expected else 0)
     if expected:
         assert expected in caplog.text
+
+
+def test_a_passing_read_error_does_not_cost_the_last_checkpoint(config, monkeypatch):
+    pretrain(config)
+
+    def failing(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint.torch, "load", failing)
+    with pytest.raises(MemoryError):
+        pretrain(replace(config, resume=True))
+    monkeypatch.undo()
+    assert checkpoint.load(config.output_dir / "last.pt")["step"] == 15
+
+
+def test_weights_that_are_not_finite_are_not_saved(config, monkeypatch):
+    update = Learner.step
+
+    def poisoned(self, step, crops):
+        result = update(self, step, crops)
+        if step == 9:
+            with torch.no_grad():
+                next(self.student.parameters()).fill_(float("inf"))
+        return result
+
+    monkeypatch.setattr(Learner, "step", poisoned)
+    with pytest.raises(NonFiniteLoss, match="weights are not finite after step 10; they are not saved"):
+        pretrain(config)
+    assert checkpoint.load(config.output_dir / "last.pt")["step"] == 5
+
+
+def test_resuming_a_finished_run_changes_nothing_and_a_foreign_checkpoint_is_refused(config):
+    pretrain(config)
+    before, rows = final_weights(config), read_metrics(config.output_dir)
+    pretrain(replace(config, resume=True))
+    assert_same(final_weights(config), before)
+    assert read_metrics(config.output_dir) == rows
+    state = checkpoint.load(config.output_dir / "last.pt")
+    torch.save({k: state[k] for k in ("student", "teacher", "epoch")}, config.output_dir / "last.pt")
+    with pytest.raises(checkpoint.CheckpointError, match="was not written by dino-train"):
+        pretrain(replace(config, resume=True))
