@@ -89,7 +89,7 @@ Stats student_stats(const Row& row, const float* q, float* exps, float* block_ma
         int64_t n = std::min(kBlock, row.outputs - k);
         const float* s = load(row.data, row.dtype, row.offset + k, n, scratch);
         // The next block is on its way while this one is computed; the hardware stops at page ends.
-        int64_t width = row.dtype == DType::f32 ? 4 : 2;
+        int64_t width = width_of(row.dtype);
         const char* next = static_cast<const char*>(row.data) + (row.offset + k + n) * width;
         for (int64_t i = 0; i < std::min(kBlock, row.outputs - k - n) * width; i += 64) __builtin_prefetch(next + i);
         float highest = max, sum = 0, dot = 0;
@@ -131,7 +131,7 @@ void student_gradient(const Row& row, const float* q, const float* exps, const f
                       double prob_scale, double q_scale, void* grad, int64_t grad_offset, bool stream) {
     alignas(64) float out[kBlock];
     alignas(64) uint16_t out16[kBlock];
-    int64_t width = row.dtype == DType::f32 ? 4 : 2;
+    int64_t width = width_of(row.dtype);
     char* g = static_cast<char*>(grad) + grad_offset * width;
     float minus_q = -float(q_scale);
     for (int64_t k = 0; k < row.outputs; k += kBlock) {
@@ -162,9 +162,7 @@ void mean_columns(const DinoLossArgs& a, int64_t begin, int64_t count) {
     for (int64_t j = 0; j < count; ++j) mean[j] /= rows;
 }
 
-int64_t gradient_bytes(const DinoLossArgs& a) {
-    return a.views * a.batch * a.outputs * (a.student_dtype == DType::f32 ? 4 : 2);
-}
+int64_t gradient_bytes(const DinoLossArgs& a) { return a.views * a.batch * a.outputs * width_of(a.student_dtype); }
 
 // Loss and gradient of views [begin, end) of image b; returns the sum over its pairs.
 double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end) {

@@ -9,6 +9,8 @@ namespace dino {
 
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 
+inline int64_t width_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }  // bytes
+
 // Compiled once for the baseline and once for each wider instruction set; the loader picks at run time,
 // so that a wheel built on a new machine runs on an old one.
 #if defined(__x86_64__) && __GNUC__ >= 12

@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class Run:
                 )
         self.learner.load_state_dict(state)
         step = state["step"]
-        if state["sampler"] != self._sampler_state():
+        if state["sampler"] != self._sampler_state:
             step = state["epoch"] * self.steps_per_epoch
             logger.warning(
                 "the images, batch size or seed differ from the interrupted run's: epoch %d starts again",
@@ -118,6 +119,7 @@ class Run:
             torch.cuda.set_rng_state(state["rng"]["cuda"][0], self.device)
         return step
 
+    @cached_property
     def _sampler_state(self) -> dict[str, Any]:
         """What the order of the images follows from, beside the step."""
         names = hashlib.sha256("\n".join(self.train_images.names).encode("utf-8", "surrogateescape"))
@@ -140,7 +142,7 @@ class Run:
             "epoch": self.step // self.steps_per_epoch,
             "args": self.config.plain(),
             "step": self.step,
-            "sampler": self._sampler_state(),
+            "sampler": self._sampler_state,
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
         }
         folder = self.config.output_dir
