@@ -1,0 +1,163 @@
+"""What every Triton kernel needs on each chip, from ahead-of-time compilation: no GPU is used.
+
+    python bench/resources.py [--targets sm_90 ...] [--ops dino_loss ...] [--output bench/results]
+
+Each op is run on meta tensors at the shapes of the reference setting (64 images, 2 crops of 224 and 8 of 96 pixels,
+K = 65536), with every launch turned into a compilation: what is listed is what would be launched, tile shapes and
+specializations included. Prints the table; writes resources.json and resources.md into the folder given.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import tempfile
+import warnings
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+TARGETS = {  # (backend, architecture, threads a warp), bytes of shared memory a program may use
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
+}
+MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
+IMAGES, OUTPUTS = 64, 65536
+LENGTHS = [197] * 2 * IMAGES + [37] * 8 * IMAGES
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def dino_loss() -> None:
+    module = import_module("dino_kernels.dino_loss")
+    center, temp = meta(OUTPUTS, dtype=torch.float32), meta(dtype=torch.float32)
+    _, _, grad = module._forward_triton(meta(10 * IMAGES, OUTPUTS), meta(2 * IMAGES, OUTPUTS), center, temp, temp)
+    module._scale_triton(grad, temp)
+
+
+def attention() -> None:
+    module = import_module("dino_kernels.attention")
+    qkv, bounds = meta(sum(LENGTHS), 3, 6, 64), meta(len(LENGTHS) + 1, dtype=torch.int32)
+    out, lse = module._forward_triton(qkv, bounds, 0.125)
+    module._backward_triton(out, qkv, out, lse, bounds, 0.125)
+
+
+def ema_update() -> None:
+    module = import_module("dino_kernels.ema_update")
+    weights = [meta(384, 384, dtype=torch.float32)] * 150
+    module._update_triton(weights, weights, meta(dtype=torch.float64))
+
+
+OPS = (dino_loss, attention, ema_update)
+
+
+class Driver:
+    """Stands in for a GPU: enough for Triton to compile for it."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_ops(names: list[str], target: str) -> list[dict]:
+    """The rows of one target; call it once a process, since Triton keeps what it compiled."""
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    triton.runtime.driver.set_active(Driver(TARGETS[target][0]))
+    rows: dict[str, dict] = {}
+    launch = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        constants = {k: v for k, v in kwargs.items() if k.isupper()}
+        row = {"op": op.__name__, "kernel": self.__name__.strip("_"), "constants": constants, "target": target}
+        row |= {"warps": compiled.metadata.num_warps, **resources(compiled)}
+        rows.setdefault(json.dumps(row, default=str), row)
+
+    JITFunction.run = compile_only
+    for op in OPS:
+        if op.__name__ in names:
+            op()
+    JITFunction.run = launch
+    return list(rows.values())
+
+
+def resources(compiled) -> dict:
+    """Registers a thread, bytes of spills a thread, shared memory and matrix instruction of a compiled kernel."""
+    assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    matrix = next((name for name in MATRIX_INSTRUCTIONS if name in assembly), None)
+    if "cubin" in compiled.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack, local = (int(re.findall(rf"{key}:(\d+)", report)[-1]) for key in ("REG", "STACK", "LOCAL"))
+        spills = stack + local
+    else:
+        # Scalar registers spill into lanes of vector registers, never to memory: not counted.
+        registers, spills = (
+            int(re.findall(rf"\.{key}:\s+(\d+)", assembly)[-1]) for key in ("vgpr_count", "vgpr_spill_count")
+        )
+    return {
+        "registers": registers,
+        "spills": spills,
+        "shared_bytes": compiled.metadata.shared,
+        "matrix_instruction": matrix,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        f"# Resources of the Triton kernels, compiled with Triton {triton.__version__} without a GPU",
+        "",
+        "Made by `make resources` at the reference setting (64 images, 2 + 8 crops of 224 and 96 pixels, ViT-S, bf16).",
+        "Registers and spilled bytes are a thread's, shared memory is a program's (limit: "
+        + ", ".join(f"{name} {limit:,}" for name, (_, limit) in TARGETS.items()) + ").",
+        "",
+        "| op | kernel | constants | target | warps | registers | spills | shared bytes | matrix instruction |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        cells = {**row, "constants": " ".join(f"{k}={v}" for k, v in row["constants"].items())}
+        lines.append("| " + " | ".join("-" if cell is None else str(cell) for cell in cells.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    ops = [op.__name__ for op in OPS]
+    parser.add_argument("--ops", nargs="+", choices=ops, default=ops)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        rows = [
+            row for part in pool.map(partial(compile_ops, options.ops), options.targets, chunksize=1) for row in part
+        ]
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "resources.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (options.output / "resources.md").write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

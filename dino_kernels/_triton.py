@@ -1,0 +1,31 @@
+"""What the Triton kernels of all ops share."""
+
+import triton
+import triton.language as tl
+
+__all__ = ["scalar", "shared_memory"]
+
+
+@triton.jit
+def scalar(x):
+    """The value of a kernel argument that is a number or the address of a 0-d tensor."""
+    if x.dtype.is_ptr():
+        x = tl.load(x)
+    return x
+
+
+# Bytes of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of
+# technical specifications) or AMD architecture; an unknown chip is taken for the smallest.
+_SHARED = {
+    **dict.fromkeys((80, 87), 163 << 10),
+    **dict.fromkeys((86, 89, 120, 121), 99 << 10),
+    **dict.fromkeys((90, 100, 103), 227 << 10),
+    "gfx950": 160 << 10,
+}
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory a program may use on the current chip: tiles are chosen to fit."""
+    if triton.knobs.runtime.interpret:
+        return 227 << 10
+    return _SHARED.get(triton.runtime.driver.active.get_current_target().arch, 64 << 10)
