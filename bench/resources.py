@@ -40,9 +40,11 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def dino_loss() -> None:
     module = import_module("dino_kernels.dino_loss")
-    center, temp = meta(OUTPUTS, dtype=torch.float32), meta(dtype=torch.float32)
-    _, _, grad = module._forward_triton(meta(10 * IMAGES, OUTPUTS), meta(2 * IMAGES, OUTPUTS), center, temp, temp)
-    module._scale_triton(grad, temp)
+    center = meta(OUTPUTS, dtype=torch.float32)
+    for temp in (torch.tensor(0.1), meta(dtype=torch.float32)):  # a number and the address of one
+        student = meta(10 * IMAGES, OUTPUTS)
+        module._forward_triton(student, meta(2 * IMAGES, OUTPUTS), center, temp, temp, student)
+    module._scale_triton(student, temp)
 
 
 def attention() -> None:

@@ -19,13 +19,14 @@ std::vector<T*> pointers(const std::vector<uintptr_t>& addresses) {
 
 double dino_loss(uintptr_t student, uintptr_t teacher, uintptr_t center, uintptr_t grad, uintptr_t batch_center,
                  int64_t views, int64_t batch, int64_t outputs, int64_t student_stride, int64_t teacher_stride,
-                 int student_dtype, int teacher_dtype, double student_temp, double teacher_temp, int threads) {
+                 int64_t grad_stride, int student_dtype, int teacher_dtype, double student_temp, double teacher_temp,
+                 int threads) {
     py::gil_scoped_release unlocked;
     return dino::dino_loss({reinterpret_cast<const void*>(student), reinterpret_cast<const void*>(teacher),
                             reinterpret_cast<const float*>(center), reinterpret_cast<void*>(grad),
                             reinterpret_cast<float*>(batch_center), views, batch, outputs, student_stride,
-                            teacher_stride, dino::DType(student_dtype), dino::DType(teacher_dtype), float(student_temp),
-                            float(teacher_temp), threads});
+                            teacher_stride, grad_stride, dino::DType(student_dtype), dino::DType(teacher_dtype),
+                            float(student_temp), float(teacher_temp), threads});
 }
 
 void ema_update(const std::vector<uintptr_t>& targets, const std::vector<uintptr_t>& sources,

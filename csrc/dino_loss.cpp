@@ -190,7 +190,7 @@ double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end)
         Stats stats = student_stats(row, target, exps, block_max);
         loss += double(pairs) * stats.lse - stats.dot * inv_temp;
         student_gradient(row, target, exps, block_max, stats.lse, double(pairs) * scale, scale, a.grad,
-                         (v * a.batch + b) * a.outputs, stream);
+                         (v * a.batch + b) * a.grad_stride, stream);
     }
 #if defined(__x86_64__)
     _mm_sfence();  // streamed stores are seen by other threads only after it
@@ -209,7 +209,7 @@ void use_huge_pages(void* data, size_t bytes) {
 }  // namespace
 
 double dino_loss(const DinoLossArgs& a) {
-    use_huge_pages(a.grad, size_t(gradient_bytes(a)));
+    if (a.grad != a.student) use_huge_pages(a.grad, size_t(gradient_bytes(a)));
     parallel_for((a.outputs + kColumns - 1) / kColumns, a.threads, [&](int64_t task) {
         mean_columns(a, task * kColumns, std::min(kColumns, a.outputs - task * kColumns));
     });

@@ -2,8 +2,16 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["scalar", "shared_memory"]
+__all__ = ["argument", "scalar", "shared_memory"]
+
+
+def argument(setting: Tensor) -> Tensor | float:
+    """A 0-d tensor as a kernel takes it: from the host its value, which needs no upload, else the tensor itself."""
+    if setting.device.type == "cpu" and not triton.knobs.runtime.interpret:
+        return setting.item()
+    return setting
 
 
 @triton.jit

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES, reused_empty
+from dino_kernels._triton import argument, scalar
 
 __all__ = ["dino_loss", "dino_loss_reference"]
 
@@ -31,6 +32,7 @@ def dino_loss(
     *,
     student_temp: float | Tensor = 0.1,
     teacher_temp: float | Tensor = 0.04,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy between centered, sharpened teacher outputs and student outputs over all pairs of views.
 
@@ -46,6 +48,8 @@ def dino_loss(
         center: [K] or [1, K], float32.
         student_temp: temperature > 0, a float or a 0-d tensor (read on its device: no synchronization).
         teacher_temp: the same for the teacher.
+        inplace: write the gradient over `student`, whose logits are lost, and so need no memory of that size.
+            Under torch.compile the memory is the compiler's to plan, and `student` stays as it was.
 
     Returns:
         loss: float32 scalar, the mean over the 2V-2 pairs and B.
@@ -53,15 +57,18 @@ def dino_loss(
             the loss as in the reference: center = 0.9 * center + 0.1 * batch_center.
 
     Raises:
-        ValueError: a shape, dtype, device or temperature that does not fit the above.
+        ValueError: a shape, dtype, device or temperature that does not fit the above; `inplace` with rows of
+            `student` that overlap.
     """
-    _check(student, teacher, center)
-    student_temp = _temperature("student_temp", student_temp, student.device)
-    teacher_temp = _temperature("teacher_temp", teacher_temp, student.device)
-    loss, batch_center, _ = torch.ops.dino_kernels.dino_loss(
-        student, teacher.detach(), center.detach().view(-1), student_temp, teacher_temp
-    )
-    return loss, batch_center
+    check_outputs(student, teacher, center)
+    student_temp = temperature("student_temp", student_temp, student.device)
+    teacher_temp = temperature("teacher_temp", teacher_temp, student.device)
+    inputs = student, teacher.detach(), center.detach().view(-1), student_temp, teacher_temp
+    if inplace and student.stride(0) < student.shape[1]:
+        raise ValueError(f"inplace needs rows of student that do not overlap, got strides {list(student.stride())}")
+    if inplace and not torch.compiler.is_compiling():
+        return _InPlace.apply(*inputs)
+    return torch.ops.dino_kernels.dino_loss(*inputs)[:2]
 
 
 def dino_loss_reference(
@@ -87,7 +94,7 @@ def dino_loss_reference(
     )
 
 
-def _check(student: Tensor, teacher: Tensor, center: Tensor) -> None:
+def check_outputs(student: Tensor, teacher: Tensor, center: Tensor) -> None:
     for name, views, x in (("student", "V", student), ("teacher", "2", teacher)):
         if x.ndim != 2 or x.dtype not in DTYPES or x.stride(1) != 1:
             raise ValueError(
@@ -113,14 +120,15 @@ def _check(student: Tensor, teacher: Tensor, center: Tensor) -> None:
         )
 
 
-def _temperature(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+def temperature(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    """`value` as a 0-d float32 tensor: on `device`, or, if it was a float, on the host, which costs no launch."""
     if isinstance(value, Tensor):
         if value.ndim or value.requires_grad or value.device != device:
             raise ValueError(f"{name} must be a float or a 0-d tensor on {device} without gradient, got {value}")
         return value.float()
     if not value > 0:
         raise ValueError(f"{name} must be > 0, got {value}")
-    return torch.full((), value, dtype=torch.float32, device=device)
+    return torch.full((), value, dtype=torch.float32)
 
 
 # --- registration ------------------------------------------------------------------------------------
@@ -131,18 +139,39 @@ def _loss(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, batch_center, gradient of the loss with respect to student, in its dtype)"""
-    return _forward_cpu(student, teacher, center, student_temp, teacher_temp)
+    grad = reused_empty(student.shape, student.dtype)
+    return *_forward_cpu(student, teacher, center, student_temp, teacher_temp, grad), grad
 
 
 @_loss.register_kernel("cuda")
 def _(student, teacher, center, student_temp, teacher_temp):
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     with torch.cuda.device(student.device):  # Triton launches on the current device
-        return _forward_triton(student, teacher, center, student_temp, teacher_temp)
+        return *_forward_triton(student, teacher, center, student_temp, teacher_temp, grad), grad
 
 
 @_loss.register_fake
 def _(student, teacher, center, student_temp, teacher_temp):
     return center.new_empty(()), torch.empty_like(center), student.new_empty(student.shape)
+
+
+@torch.library.custom_op("dino_kernels::dino_loss_", mutates_args=("student",), device_types="cpu")
+def _loss_(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(loss, batch_center); the gradient takes the place of student."""
+    return _forward_cpu(student, teacher, center, student_temp, teacher_temp, student)
+
+
+@_loss_.register_kernel("cuda")
+def _(student, teacher, center, student_temp, teacher_temp):
+    with torch.cuda.device(student.device):
+        return _forward_triton(student, teacher, center, student_temp, teacher_temp, student)
+
+
+@_loss_.register_fake
+def _(student, teacher, center, student_temp, teacher_temp):
+    return center.new_empty(()), torch.empty_like(center)
 
 
 @torch.library.custom_op("dino_kernels::dino_loss_scale_", mutates_args=("grad",), device_types="cpu")
@@ -158,10 +187,9 @@ def _(grad, upstream):
 
 
 def _setup(ctx, inputs, output) -> None:
-    grad = output[2]
-    ctx.mark_non_differentiable(output[1], grad)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or autograd fills a zero tensor the size of the gradient
-    ctx.grad = grad
+    ctx.grad = output[2]
 
 
 def _backward(ctx, upstream, *_):
@@ -178,12 +206,23 @@ def _backward(ctx, upstream, *_):
 _loss.register_autograd(_backward, setup_context=_setup)
 
 
+class _InPlace(torch.autograd.Function):
+    """`_loss_` with its gradient: torch.library has no autograd formula for an op that writes its input."""
+
+    @staticmethod
+    def forward(ctx, student, *others):
+        loss, batch_center = torch.ops.dino_kernels.dino_loss_(student, *others)
+        _setup(ctx, None, (loss, batch_center, student.detach()))
+        return loss, batch_center
+
+    backward = staticmethod(_backward)
+
+
 # --- CPU ---------------------------------------------------------------------------------------------
 
 
-def _forward_cpu(student, teacher, center, student_temp, teacher_temp):
+def _forward_cpu(student, teacher, center, student_temp, teacher_temp, grad):
     center = center.contiguous()
-    grad = reused_empty(student.shape, student.dtype)
     batch_center = torch.empty_like(center)
     batch = teacher.shape[0] // 2
     loss = _C.dino_loss(
@@ -197,13 +236,14 @@ def _forward_cpu(student, teacher, center, student_temp, teacher_temp):
         student.shape[1],
         student.stride(0),
         teacher.stride(0),
+        grad.stride(0),
         DTYPES[student.dtype],
         DTYPES[teacher.dtype],
         float(student_temp),
         float(teacher_temp),
         torch.get_num_threads(),
     )
-    return torch.tensor(loss, dtype=torch.float32), batch_center, grad
+    return torch.tensor(loss, dtype=torch.float32), batch_center
 
 
 def _scale_cpu(grad, upstream):
@@ -211,119 +251,151 @@ def _scale_cpu(grad, upstream):
         grad.mul_(upstream)
 
 
-# --- GPU ---------------------------------------------------------------------------------------------
+# --- GPU: a column sweep of the teacher, then a program a student row ---------------------------------
+
+_LOG2_E = tl.constexpr(1.4426950408889634)  # the exponential of the hardware is exp2
+_LOWEST = tl.constexpr(-1e30)  # finite, so that a lane which saw nothing gives no NaN
 
 
 @triton.jit
-def _teacher_kernel(teacher, center, temp, stats, outputs, stride, BLOCK: tl.constexpr):
-    """stats[row] = (max, 1 / sum of exp(x - max)) of x = (row - center) / temp; one program a row."""
-    row = tl.program_id(0)
-    scale = 1.0 / tl.load(temp)
-    high = tl.full((BLOCK,), -1e38, tl.float32)  # finite, so that a lane which saw nothing gives no NaN
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, outputs, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        mask = k < outputs
-        t = tl.load(teacher + row.to(tl.int64) * stride + k, mask, other=0.0).to(tl.float32)
-        x = tl.where(mask, (t - tl.load(center + k, mask, other=0.0)) * scale, float("-inf"))
-        higher = tl.maximum(high, x)
-        total = total * tl.exp(high - higher) + tl.exp(x - higher)
-        high = higher
+def _teacher_kernel(
+    teacher, center, temp, partials, batch_center, arrived, rows, outputs, stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Mean of a block of columns, and of each row over them (max, sum of exp((x - max) / temp)), x = row - center.
+
+    partials [rows, 2, programs]. Also sets the counter of the next kernel to zero.
+    """
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    k = block * COLUMNS + tl.arange(0, COLUMNS)
+    scale = _LOG2_E / scalar(temp)
+    c = tl.load(center + k, k < outputs, other=0.0)
+    mean = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, rows, ROWS):
+        r = start + tl.arange(0, ROWS)
+        mask = (r < rows)[:, None] & (k < outputs)[None, :]
+        t = tl.load(teacher + r[:, None].to(tl.int64) * stride + k[None, :], mask, other=0.0).to(tl.float32)
+        mean += tl.sum(t, axis=0)
+        x = tl.where(mask, t - c[None, :], float("-inf"))
+        high = tl.maximum(tl.max(x, axis=1), _LOWEST)
+        at = partials + r.to(tl.int64) * 2 * blocks + block
+        tl.store(at, high, r < rows)
+        tl.store(at + blocks, tl.sum(tl.exp2((x - high[:, None]) * scale), axis=1), r < rows)
+    tl.store(batch_center + k, mean / rows, k < outputs)
+    if block == 0:
+        tl.store(arrived, 0)
+
+
+@triton.jit
+def _row_statistics(partials, row, scale, blocks, BLOCKS: tl.constexpr):
+    """(max, 1 / sum) of a teacher row from its partial ones."""
+    i = tl.arange(0, BLOCKS)
+    at = partials + row.to(tl.int64) * 2 * blocks + i
+    high = tl.load(at, i < blocks, other=_LOWEST)
     top = tl.max(high, axis=0)
-    tl.store(stats + 2 * row, top)
-    tl.store(stats + 2 * row + 1, 1.0 / tl.sum(total * tl.exp(high - top), axis=0))
-
-
-@triton.jit
-def _targets(teacher, center, stats, scale, row, other_row, both, stride, k, mask):
-    """qbar of one view: probabilities of teacher `row`, and of `other_row` where both are its targets."""
-    c = tl.load(center + k, mask, other=0.0)
-    t = tl.load(teacher + row.to(tl.int64) * stride + k, mask, other=0.0).to(tl.float32)
-    q = tl.exp((t - c) * scale - tl.load(stats + 2 * row)) * tl.load(stats + 2 * row + 1)
-    if both:
-        t = tl.load(teacher + other_row.to(tl.int64) * stride + k, mask, other=0.0).to(tl.float32)
-        q += tl.exp((t - c) * scale - tl.load(stats + 2 * other_row)) * tl.load(stats + 2 * other_row + 1)
-    return q
+    return top, 1.0 / tl.sum(tl.load(at + blocks, i < blocks, other=0.0) * tl.exp2((high - top) * scale), axis=0)
 
 
 @triton.jit
 def _student_kernel(
-    student, teacher, center, student_temp, teacher_temp, stats, grad, losses,
-    batch, outputs, student_stride, teacher_stride, norm, BLOCK: tl.constexpr,
+    student, teacher, center, student_temp, teacher_temp, partials, grad, losses, loss, arrived,
+    batch, outputs, student_stride, teacher_stride, grad_stride, blocks, norm,
+    BLOCKS: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Loss and gradient of one student row a program: statistics in one sweep, the gradient in a second."""
-    row = tl.program_id(0)
+    """Loss and gradient of one student row a program: log-sum-exp in one sweep, targets and gradient in a second.
+
+    Rows are taken from the last to the first, and each from its end in the second sweep: what was written or read
+    last is still in a cache.
+    """
+    rows = tl.num_programs(0)
+    row = rows - 1 - tl.program_id(0)
     view, image = row // batch, row % batch
     both = view >= 2
     first = tl.where(view == 0, batch + image, image)  # view 0 learns from 1, view 1 from 0, others from both
     pairs = tl.where(both, 2.0, 1.0)
-    scale = 1.0 / tl.load(student_temp)
-    teacher_scale = 1.0 / tl.load(teacher_temp)
+    scale = 1.0 / scalar(student_temp)
+    log2_scale = scale * _LOG2_E
+    teacher_scale = _LOG2_E / scalar(teacher_temp)
     student += row.to(tl.int64) * student_stride
-    grad += row.to(tl.int64) * outputs
-    high = tl.full((BLOCK,), -1e38, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    dot = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, outputs, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        mask = k < outputs
-        s = tl.load(student + k, mask, other=0.0).to(tl.float32) * scale
-        q = _targets(teacher, center, stats, teacher_scale, first, batch + image, both, teacher_stride, k, mask)
-        dot += tl.where(mask, q * s, 0.0)
-        x = tl.where(mask, s, float("-inf"))
-        higher = tl.maximum(high, x)
-        total = total * tl.exp(high - higher) + tl.exp(x - higher)
+    grad += row.to(tl.int64) * grad_stride
+    first_teacher = teacher + first.to(tl.int64) * teacher_stride
+    second_teacher = teacher + (batch + image).to(tl.int64) * teacher_stride
+    # Differences are taken before the temperature: exact, where x / temp would already have lost digits.
+    tile = tl.arange(0, STEP)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    high = tl.full((LANES,), _LOWEST, tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for start in range(0, outputs, STEP * LANES):
+        k = start + tile
+        x = tl.load(student + k, k < outputs, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(high, tl.max(x, axis=0))
+        total *= tl.exp2((high - higher) * log2_scale)
+        total += tl.sum(tl.exp2((x - higher[None, :]) * log2_scale), axis=0)
         high = higher
     top = tl.max(high, axis=0)
-    total_exp = tl.sum(total * tl.exp(high - top), axis=0)
-    tl.store(losses + row, (pairs * (top + tl.log(total_exp)) - tl.sum(dot, axis=0)) * norm)
-    for start in range(0, outputs, BLOCK):
-        k = start + tl.arange(0, BLOCK)
+    total_exp = tl.sum(total * tl.exp2((high - top) * log2_scale), axis=0)
+    weight = pairs / total_exp
+    first_top, first_weight = _row_statistics(partials, first, teacher_scale, blocks, BLOCKS)
+    second_top, second_weight = _row_statistics(partials, batch + image, teacher_scale, blocks, BLOCKS)
+    dot = tl.zeros((LANES,), tl.float32)
+    last = (outputs - 1) // LANES
+    for i in range(0, last + 1):
+        k = (last - i) * LANES + tl.arange(0, LANES)
         mask = k < outputs
-        s = tl.load(student + k, mask, other=0.0).to(tl.float32) * scale
-        q = _targets(teacher, center, stats, teacher_scale, first, batch + image, both, teacher_stride, k, mask)
-        g = (tl.exp(s - top) * (pairs / total_exp) - q) * (scale * norm)
+        c = tl.load(center + k, mask, other=0.0)
+        t = tl.load(first_teacher + k, mask, other=0.0).to(tl.float32)
+        q = tl.exp2((t - c - first_top) * teacher_scale) * first_weight
+        if both:
+            t = tl.load(second_teacher + k, mask, other=0.0).to(tl.float32)
+            q += tl.exp2((t - c - second_top) * teacher_scale) * second_weight
+        s = tl.load(student + k, mask, other=0.0).to(tl.float32)
+        dot += tl.where(mask, q * s, 0.0)
+        g = (tl.exp2((s - top) * log2_scale) * weight - q) * (scale * norm)
         tl.store(grad + k, g.to(grad.dtype.element_ty), mask)
+    row_loss = pairs * (top * scale + tl.log(total_exp)) - tl.sum(dot, axis=0) * scale
+    tl.store(losses + row, row_loss * norm)
+    tl.debug_barrier()
+    # The count tells which program is the last; that one adds the losses up, in the order of the rows.
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == rows - 1:
+        sums = tl.zeros((1024,), tl.float32)
+        for start in range(0, rows, 1024):
+            r = start + tl.arange(0, 1024)
+            sums += tl.load(losses + r, r < rows, other=0.0, volatile=True)
+        tl.store(loss, tl.sum(sums, axis=0))
 
 
 @triton.jit
-def _mean_kernel(teacher, mean, rows, outputs, stride, BLOCK: tl.constexpr):
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = k < outputs
-    total = tl.zeros((BLOCK,), tl.float32)
-    for row in range(rows):
-        total += tl.load(teacher + tl.cast(row, tl.int64) * stride + k, mask, other=0.0).to(tl.float32)
-    tl.store(mean + k, total / rows, mask)
-
-
-@triton.jit
-def _scale_kernel(grad, upstream, size, BLOCK: tl.constexpr):
+def _scale_kernel(grad, upstream, columns, stride, BLOCK: tl.constexpr):
     factor = tl.load(upstream)
     if factor != 1.0:
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        g = tl.load(grad + i, i < size, other=0.0).to(tl.float32)
-        tl.store(grad + i, (g * factor).to(grad.dtype.element_ty), i < size)
+        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at = grad + tl.program_id(0).to(tl.int64) * stride + k
+        g = tl.load(at, k < columns, other=0.0).to(tl.float32)
+        tl.store(at, (g * factor).to(grad.dtype.element_ty), k < columns)
 
 
-def _forward_triton(student, teacher, center, student_temp, teacher_temp):
+def _forward_triton(student, teacher, center, student_temp, teacher_temp, grad):
     center = center.contiguous()
     (rows, outputs), batch = student.shape, teacher.shape[0] // 2
-    stats = center.new_empty(2 * batch, 2)
-    losses = center.new_empty(rows)
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    temps = argument(student_temp), argument(teacher_temp)
+    blocks = triton.cdiv(outputs, 256)
+    partials = center.new_empty(2 * batch, 2, blocks)
+    losses, loss = center.new_empty(rows), center.new_empty(())
+    arrived = center.new_empty((), dtype=torch.int32)
     batch_center = torch.empty_like(center)
-    block = min(2048, triton.next_power_of_2(outputs))
-    _mean_kernel[(triton.cdiv(outputs, 256),)](teacher, batch_center, 2 * batch, outputs, teacher.stride(0), BLOCK=256)
-    _teacher_kernel[(2 * batch,)](
-        teacher, center, teacher_temp, stats, outputs, teacher.stride(0), BLOCK=block, num_warps=8
-    )
-    _student_kernel[(rows,)](
-        student, teacher, center, student_temp, teacher_temp, stats, grad, losses,
-        batch, outputs, student.stride(0), teacher.stride(0), 1 / ((2 * rows // batch - 2) * batch),
-        BLOCK=block, num_warps=8,
+    _teacher_kernel[(blocks,)](
+        teacher, center, temps[1], partials, batch_center, arrived, 2 * batch, outputs, teacher.stride(0),
+        ROWS=32, COLUMNS=256, num_warps=8,
     )  # fmt: skip
-    return losses.sum(), batch_center, grad
+    _student_kernel[(rows,)](
+        student, teacher, center, *temps, partials, grad, losses, loss, arrived,
+        batch, outputs, student.stride(0), teacher.stride(0), grad.stride(0), blocks,
+        1 / ((2 * rows // batch - 2) * batch),
+        BLOCKS=triton.next_power_of_2(blocks), STEP=4, LANES=min(2048, triton.next_power_of_2(outputs)), num_warps=8,
+    )  # fmt: skip
+    return loss, batch_center
 
 
 def _scale_triton(grad, upstream):
-    _scale_kernel[(triton.cdiv(grad.numel(), 4096),)](grad, upstream, grad.numel(), BLOCK=4096)
+    rows, columns = grad.shape
+    grid = (rows, triton.cdiv(columns, 4096))
+    _scale_kernel[grid](grad, upstream, columns, grad.stride(0), BLOCK=4096)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from checks import DTYPES, assert_as_accurate, compile_kernels, use_backend
+from checks import DTYPES, assert_as_accurate, use_backend
 
 from dino_kernels import dino_loss, dino_loss_reference
 
@@ -47,6 +47,39 @@ def test_upstream_gradient_scales_the_stored_one(device, dtype):
     scaled = run(dino_loss, *x, upstream=-1.7)[2]
     # One rounding to the dtype apart: Triton's interpreter cuts bfloat16 off where everything else rounds.
     torch.testing.assert_close(scaled.float(), once.float() * -1.7, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("outputs", [128, 262144])
+def test_fewest_and_most_outputs(device, outputs):
+    x = inputs(1, 3, outputs, device=device)
+    exact = run(dino_loss_reference, *(t.double() for t in x))
+    for ours, truth in zip(run(dino_loss, *x), exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_place_gives_the_same_in_the_memory_of_the_logits(device, dtype):
+    student, teacher, center = inputs(3, 4, 333, dtype, device)
+    expected = run(dino_loss, student, teacher, center, upstream=-1.7)
+    wide = torch.ones(12, 400, dtype=dtype, device=device)
+    wide[:, 20:353] = student
+    logits = wide[:, 20:353].detach().requires_grad_()
+    loss, batch_center = dino_loss(logits, teacher, center, inplace=True)
+    (loss * -1.7).backward()
+    for ours, truth in zip((loss.detach(), batch_center, logits.grad), expected, strict=True):
+        assert torch.equal(ours, truth)
+    assert torch.equal(wide[:, 20:353], logits.grad)
+    assert (wide[:, :20] == 1).all() and (wide[:, 353:] == 1).all()
+
+
+def test_in_place_is_refused_where_the_logits_are_still_needed(device):
+    student, teacher, center = inputs(2, 3, 64, device=device)
+    logits = student.requires_grad_().exp()  # its backward reads its result
+    loss, _ = dino_loss(logits, teacher, center, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(ValueError, match=r"rows of student that do not overlap, got strides \[0, 1\]"):
+        dino_loss(teacher[:1].expand(6, -1), teacher, center, inplace=True)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 1000.0])
@@ -140,16 +173,19 @@ def test_opcheck_and_compile(device):
         torch.ops.dino_kernels.dino_loss_scale_.default,
         (student.detach().clone(), torch.tensor(2.0, device=device)),
     )
+    torch.library.opcheck(
+        torch.ops.dino_kernels.dino_loss_.default, (student.detach().clone(), teacher, center, *temps)
+    )
 
-    def doubled(student, teacher, center):
-        loss, batch_center = dino_loss(2 * student, teacher, center)
+    def doubled(student, teacher, center, inplace=False):
+        loss, batch_center = dino_loss(2 * student, teacher, center, inplace=inplace)
         return 3 * loss, batch_center
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
-    for ours, truth in zip(
-        run(compiled, student, teacher, center), run(doubled, student, teacher, center), strict=True
-    ):
-        torch.testing.assert_close(ours, truth)
+    expected = run(doubled, student, teacher, center)
+    for inplace in (False, True):
+        for ours, truth in zip(run(compiled, student, teacher, center, inplace=inplace), expected, strict=True):
+            torch.testing.assert_close(ours, truth)
 
 
 @pytest.mark.parametrize(
@@ -179,19 +215,3 @@ def test_bad_input(change, message):
     dino_loss(**x)
     with pytest.raises(ValueError, match=message):
         dino_loss(**{**x, **change})
-
-
-def test_kernels_compile_for_hopper():
-    x, f, n = "*bf16", "*fp32", "i32"
-    tensors = {
-        "_student_kernel": {
-            **{"student": x, "teacher": x, "center": f, "student_temp": f, "teacher_temp": f, "stats": f, "grad": x},
-            **{"losses": f, "batch": n, "outputs": n, "student_stride": n, "teacher_stride": n, "norm": "fp32"},
-        },
-        "_teacher_kernel": {"teacher": x, "center": f, "temp": f, "stats": f, "outputs": n, "stride": n},
-        "_mean_kernel": {"teacher": x, "mean": f, "rows": n, "outputs": n, "stride": n},
-        "_scale_kernel": {"grad": x, "upstream": f, "size": n},
-    }
-    kernels = {name: (types, {"BLOCK": 2048}, {"num_warps": 8}) for name, types in tensors.items()}
-    for ptx in compile_kernels("dino_loss", kernels).values():
-        assert ".target sm_90" in ptx

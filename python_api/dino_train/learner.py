@@ -125,7 +125,9 @@ class Learner:
             with torch.no_grad():  # the teacher stays in train mode: its batch norms see its own batches
                 teacher_output = self.teacher(crops[:2])
             student_output = self.student(crops)
-        loss, batch_center = dino_loss(student_output, teacher_output, self.center, teacher_temp=teacher_temp)
+        loss, batch_center = dino_loss(
+            student_output, teacher_output, self.center, teacher_temp=teacher_temp, inplace=True
+        )
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteLoss(f"the loss is {value} at step {step} (epoch {epoch}, lr {self.lr[step]:.3g})")
