@@ -29,6 +29,19 @@ double dino_loss(uintptr_t student, uintptr_t teacher, uintptr_t center, uintptr
                             float(student_temp), float(teacher_temp), threads});
 }
 
+double dino_head_loss(uintptr_t student_z, uintptr_t teacher_z, uintptr_t student_w, uintptr_t teacher_w,
+                      uintptr_t center, uintptr_t grad_z, uintptr_t grad_w, uintptr_t batch_center, int64_t views,
+                      int64_t batch, int64_t outputs, int64_t channels, int dtype, double student_temp,
+                      double teacher_temp, int threads) {
+    py::gil_scoped_release unlocked;
+    return dino::dino_head_loss({reinterpret_cast<const void*>(student_z), reinterpret_cast<const void*>(teacher_z),
+                                 reinterpret_cast<const void*>(student_w), reinterpret_cast<const void*>(teacher_w),
+                                 reinterpret_cast<const float*>(center), reinterpret_cast<void*>(grad_z),
+                                 reinterpret_cast<void*>(grad_w), reinterpret_cast<float*>(batch_center), views, batch,
+                                 outputs, channels, dino::DType(dtype), float(student_temp), float(teacher_temp),
+                                 threads});
+}
+
 void ema_update(const std::vector<uintptr_t>& targets, const std::vector<uintptr_t>& sources,
                 const std::vector<int64_t>& sizes, const std::vector<int>& source_dtypes, double momentum,
                 int threads) {
@@ -40,10 +53,64 @@ void ema_update(const std::vector<uintptr_t>& targets, const std::vector<uintptr
     dino::ema_update({t.data(), s.data(), sizes.data(), dtypes.data(), int64_t(sizes.size()), momentum, threads});
 }
 
+void add_layer_norm(uintptr_t x, uintptr_t branch, uintptr_t scale, uintptr_t weight, uintptr_t bias, uintptr_t total,
+                    uintptr_t normed, uintptr_t mean, uintptr_t rstd, int64_t tokens, int64_t channels, int x_dtype,
+                    int branch_dtype, double eps, int threads) {
+    py::gil_scoped_release unlocked;
+    dino::add_layer_norm(
+        {reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(branch), reinterpret_cast<const float*>(scale),
+         reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias), reinterpret_cast<void*>(total),
+         reinterpret_cast<void*>(normed), reinterpret_cast<float*>(mean), reinterpret_cast<float*>(rstd), tokens,
+         channels, dino::DType(x_dtype), dino::DType(branch_dtype), float(eps), threads});
+}
+
+void add_layer_norm_backward(uintptr_t grad_total, uintptr_t grad_normed, uintptr_t total, uintptr_t mean,
+                             uintptr_t rstd, uintptr_t weight, uintptr_t scale, uintptr_t grad_x, uintptr_t grad_branch,
+                             uintptr_t partial, int64_t tokens, int64_t channels, int64_t groups, int x_dtype,
+                             int branch_dtype, int threads) {
+    py::gil_scoped_release unlocked;
+    dino::add_layer_norm_backward({reinterpret_cast<const void*>(grad_total),
+                                   reinterpret_cast<const void*>(grad_normed), reinterpret_cast<const void*>(total),
+                                   reinterpret_cast<const float*>(mean), reinterpret_cast<const float*>(rstd),
+                                   reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(scale),
+                                   reinterpret_cast<void*>(grad_x), reinterpret_cast<void*>(grad_branch),
+                                   reinterpret_cast<float*>(partial), tokens, channels, groups, dino::DType(x_dtype),
+                                   dino::DType(branch_dtype), threads});
+}
+
+void bias_gelu(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t tokens, int64_t channels, int dtype, int threads) {
+    py::gil_scoped_release unlocked;
+    dino::bias_gelu({reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(bias),
+                     reinterpret_cast<void*>(out), tokens, channels, dino::DType(dtype), threads});
+}
+
+void bias_gelu_backward(uintptr_t grad_out, uintptr_t x, uintptr_t bias, uintptr_t grad_x, uintptr_t partial,
+                        int64_t tokens, int64_t channels, int64_t groups, int dtype, int threads) {
+    py::gil_scoped_release unlocked;
+    dino::bias_gelu_backward({reinterpret_cast<const void*>(grad_out), reinterpret_cast<const void*>(x),
+                              reinterpret_cast<const float*>(bias), reinterpret_cast<void*>(grad_x),
+                              reinterpret_cast<float*>(partial), tokens, channels, groups, dino::DType(dtype),
+                              threads});
+}
+
+void drop_path_add(uintptr_t x, uintptr_t branch, uintptr_t scale, uintptr_t out, int64_t tokens, int64_t channels,
+                   int out_dtype, int branch_dtype, int threads) {
+    py::gil_scoped_release unlocked;
+    dino::drop_path_add({reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(branch),
+                         reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out), tokens, channels,
+                         dino::DType(out_dtype), dino::DType(branch_dtype), threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled CPU kernels of dino_kernels.";
     m.def("dino_loss", &dino_loss);
+    m.def("dino_head_loss", &dino_head_loss);
     m.def("ema_update", &ema_update);
+    m.def("add_layer_norm", &add_layer_norm);
+    m.def("add_layer_norm_backward", &add_layer_norm_backward);
+    m.def("bias_gelu", &bias_gelu);
+    m.def("bias_gelu_backward", &bias_gelu_backward);
+    m.def("drop_path_add", &drop_path_add);
 }

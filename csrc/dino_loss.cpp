@@ -20,22 +20,6 @@ constexpr int64_t kBlock = 1024;       // elements a block: a few blocks fit the
 constexpr int64_t kCached = 16 << 20;  // bytes of gradient that a last-level cache may still hold for its reader
 constexpr int64_t kColumns = 4096;     // columns a task of the batch center
 
-// exp(x) for x <= 0 within 2 ulp: 2^n * p(r), x = n ln 2 + r. Below -87 it stays at the smallest normal
-// float.
-__attribute__((always_inline)) inline float exp_negative(float x) {
-    constexpr float kRound = 0x1.8p23f;  // adding it leaves round(x) in the low mantissa bits
-    x = x < -87.0f ? -87.0f : x;
-    float shifted = x * 0x1.715476p0f + kRound, n = shifted - kRound;
-    float r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
-    float p = 0x1.6c16c2p-10f;
-    p = p * r + 0x1.111112p-7f;
-    p = p * r + 0x1.555556p-5f;
-    p = p * r + 0x1.555556p-3f;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
-    return p * bits_as<float>((bits_as<uint32_t>(shifted) - bits_as<uint32_t>(kRound) + 127u) << 23);
-}
-
 struct Row {
     const void* data;
     DType dtype;

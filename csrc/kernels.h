@@ -38,6 +38,19 @@ struct DinoLossArgs {
 };
 double dino_loss(const DinoLossArgs& args);
 
+struct DinoHeadLossArgs {
+    const void *student_z, *teacher_z;  // [V*B, D], [2*B, D], contiguous as all of these
+    const void *student_w, *teacher_w;  // [K, D]
+    const float* center;                // [K]
+    void *grad_z, *grad_w;              // [V*B, D]; [K, D], or null where it is not wanted
+    float* batch_center;                // [K]
+    int64_t views, batch, outputs, channels;
+    DType dtype;  // of rows, weights and gradients
+    float student_temp, teacher_temp;
+    int threads;
+};
+double dino_head_loss(const DinoHeadLossArgs& args);
+
 struct EmaArgs {
     float* const* targets;
     const void* const* sources;
@@ -48,6 +61,63 @@ struct EmaArgs {
     int threads;
 };
 void ema_update(const EmaArgs& args);
+
+struct AddLayerNormArgs {
+    const void *x, *branch;  // [T, C] contiguous, as all of these
+    const float* scale;      // [T], or null for ones
+    const float *weight, *bias;
+    void *total, *normed;  // [T, C], dtypes of x and of branch
+    float *mean, *rstd;    // [T]
+    int64_t tokens, channels;
+    DType x_dtype, branch_dtype;
+    float eps;
+    int threads;
+};
+void add_layer_norm(const AddLayerNormArgs& args);
+
+struct AddLayerNormBackwardArgs {
+    const void *grad_total, *grad_normed;  // [T, C]; grad_total may be null
+    const void* total;                     // [T, C]
+    const float *mean, *rstd;              // [T]
+    const float *weight, *scale;           // [C]; [T], or null for ones
+    void *grad_x, *grad_branch;            // [T, C]; grad_branch null where it would equal grad_x
+    float* partial;                        // [groups, 2, C]: gradients of weight and bias
+    int64_t tokens, channels, groups;
+    DType x_dtype, branch_dtype;
+    int threads;
+};
+void add_layer_norm_backward(const AddLayerNormBackwardArgs& args);
+
+struct BiasGeluArgs {
+    const void* x;      // [T, C] contiguous, as all of these
+    const float* bias;  // [C]
+    void* out;          // [T, C]
+    int64_t tokens, channels;
+    DType dtype;
+    int threads;
+};
+void bias_gelu(const BiasGeluArgs& args);
+
+struct BiasGeluBackwardArgs {
+    const void *grad_out, *x;  // [T, C]
+    const float* bias;         // [C]
+    void* grad_x;              // [T, C]
+    float* partial;            // [groups, C]: gradients of the bias
+    int64_t tokens, channels, groups;
+    DType dtype;
+    int threads;
+};
+void bias_gelu_backward(const BiasGeluBackwardArgs& args);
+
+struct DropPathAddArgs {
+    const void *x, *branch;  // [T, C] contiguous; x may be null
+    const float* scale;      // [T]
+    void* out;               // [T, C], dtype of x
+    int64_t tokens, channels;
+    DType out_dtype, branch_dtype;
+    int threads;
+};
+void drop_path_add(const DropPathAddArgs& args);
 
 // Denormal results become zero while it lives: each costs a hundred cycles on most CPUs, and a sharp
 // softmax over many outputs is full of them.
@@ -113,6 +183,36 @@ __attribute__((always_inline)) inline const float* load(const void* data, DType 
     else
         for (int64_t i = 0; i < count; ++i) scratch[i] = half_to_float(x[i]);
     return scratch;
+}
+
+// The inverse of load: `count` floats to `offset`, rounded to the dtype.
+__attribute__((always_inline)) inline void store(void* data, DType dtype, int64_t offset, int64_t count,
+                                                 const float* from) {
+    if (dtype == DType::f32) {
+        std::memcpy(static_cast<float*>(data) + offset, from, size_t(count) * sizeof(float));
+        return;
+    }
+    uint16_t* to = static_cast<uint16_t*>(data) + offset;
+    if (dtype == DType::bf16)
+        for (int64_t i = 0; i < count; ++i) to[i] = float_to_bf16(from[i]);
+    else
+        for (int64_t i = 0; i < count; ++i) to[i] = float_to_half(from[i]);
+}
+
+// exp(x) for x <= 0 within 2 ulp: 2^n * p(r), x = n ln 2 + r. Below -87 it stays at the smallest normal
+// float.
+__attribute__((always_inline)) inline float exp_negative(float x) {
+    constexpr float kRound = 0x1.8p23f;  // adding it leaves round(x) in the low mantissa bits
+    x = x < -87.0f ? -87.0f : x;
+    float shifted = x * 0x1.715476p0f + kRound, n = shifted - kRound;
+    float r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+    float p = 0x1.6c16c2p-10f;
+    p = p * r + 0x1.111112p-7f;
+    p = p * r + 0x1.555556p-5f;
+    p = p * r + 0x1.555556p-3f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    return p * bits_as<float>((bits_as<uint32_t>(shifted) - bits_as<uint32_t>(kRound) + 127u) << 23);
 }
 
 }  // namespace dino

@@ -1,14 +1,26 @@
 """Fused kernels for DINO pretraining: native C++ on the CPU, Triton on the GPU."""
 
+from dino_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from dino_kernels.attention import attention, attention_reference
+from dino_kernels.bias_gelu import bias_gelu, bias_gelu_reference
+from dino_kernels.dino_head_loss import dino_head_loss, dino_head_loss_reference
 from dino_kernels.dino_loss import dino_loss, dino_loss_reference
+from dino_kernels.drop_path_add import drop_path_add, drop_path_add_reference
 from dino_kernels.ema_update import ema_update_, ema_update_reference_
 
 __all__ = [
+    "add_layer_norm",
+    "add_layer_norm_reference",
     "attention",
     "attention_reference",
+    "bias_gelu",
+    "bias_gelu_reference",
+    "dino_head_loss",
+    "dino_head_loss_reference",
     "dino_loss",
     "dino_loss_reference",
+    "drop_path_add",
+    "drop_path_add_reference",
     "ema_update_",
     "ema_update_reference_",
 ]

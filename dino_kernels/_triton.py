@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["argument", "scalar", "shared_memory"]
+__all__ = ["argument", "operand", "scalar", "shared_memory"]
 
 
 def argument(setting: Tensor) -> Tensor | float:
@@ -20,6 +20,12 @@ def scalar(x):
     if x.dtype.is_ptr():
         x = tl.load(x)
     return x
+
+
+@triton.jit
+def operand(x, WIDEN: tl.constexpr):
+    """An operand of tl.dot in its own dtype, for the tensor cores; the interpreter multiplies float32 only."""
+    return x.to(tl.float32) if WIDEN else x
 
 
 # Bytes of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of

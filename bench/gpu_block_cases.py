@@ -1,0 +1,216 @@
+"""Cases of gpu.py inside a transformer block: attention and the fusions around it. See gpu_cases.py."""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from gpu_report import OURS
+from gpu_setting import Case, Provider, Sizes, compiled, differentiated, generator, random
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import dino_kernels
+
+# --- attention ---------------------------------------------------------------------------------------
+
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def sdpa(backend: SDPBackend, *qkv: Tensor) -> Tensor:
+    """[S, L, H, D], the layout the kernels like best."""
+    with sdpa_kernel([backend]):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+
+
+def naive(*qkv: Tensor) -> Tensor:
+    """As vision_transformer.py:81-92."""
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    return ((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v).transpose(1, 2)
+
+
+def attention(device: str, sizes: Sizes, groups: tuple[tuple[int, int], ...], backward: bool) -> Case:
+    """Sequences of (how many, how long) of each group in one call of ours; the peers take a call a group.
+
+    Peers get and give queries, keys and values as tensors of their own, each in its best layout: they are spared the
+    slices and the joining of gradients that a packed projection would cost them.
+    """
+    g, heads, channels = generator(device), sizes.heads, sizes.width // sizes.heads
+    tokens = sum(count * length for count, length in groups)
+    packed = random(g, tokens, 3, heads, channels).to(torch.bfloat16)
+    grad_out = random(g, tokens, heads, channels).to(torch.bfloat16)
+    lengths = [length for count, length in groups for _ in range(count)]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+
+    def split(x: Tensor) -> list[Tensor]:
+        """[T, ...] to a [S, L, ...] a group."""
+        parts = x.split([count * length for count, length in groups])
+        return [part.unflatten(0, group) for part, group in zip(parts, groups, strict=True)]
+
+    def provider(forward: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor], view: Callable) -> Provider:
+        """Returns the outputs, or a view of the inputs' gradients through a graph that the first call builds."""
+        inputs = [x.detach().requires_grad_(backward) for x in inputs]
+        if not backward:
+            return lambda: (forward(*inputs),)
+        graph = cache(lambda: forward(*inputs))
+        return lambda: (view(torch.autograd.grad(graph(), inputs, grads, retain_graph=True)),)
+
+    def by_group(op, dtype=torch.bfloat16) -> Provider:
+        inputs = [x.contiguous().to(dtype) for part in split(packed) for x in part.unbind(2)]
+
+        def forward(*xs):
+            return [op(*xs[i : i + 3]) for i in range(0, len(xs), 3)]
+
+        return provider(forward, inputs, split(grad_out.to(dtype)), view=list)
+
+    def varlen(q, k, v):
+        from torch.nn.attention.varlen import varlen_attn
+
+        return [varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths))]
+
+    def joined(grads) -> list[Tensor]:
+        """Gradients of q, k, v of all groups, as `by_group` orders them."""
+        return [x for parts in zip(*map(split, grads), strict=True) for x in parts]
+
+    ours = partial(dino_kernels.attention, cu_seqlens=bounds)
+    providers = {
+        OURS: provider(lambda qkv: [ours(qkv)], [packed], [grad_out], lambda grads: joined(grads[0].unbind(1))),
+        "reference": by_group(naive),
+        **{f"SDPA {name}": by_group(partial(sdpa, backend)) for name, backend in SDPA.items()},
+        "varlen_attn": provider(varlen, [x.contiguous() for x in packed.unbind(1)], [grad_out], joined),
+    }
+    return Case(
+        op=f"attention, {'backward' if backward else 'forward'}",
+        shape=" + ".join(f"{count} x {length}" for count, length in groups) + f" tokens, {heads} heads of {channels}",
+        dtype="bfloat16",
+        bytes=(16 if backward else 8) * tokens * heads * channels,
+        flops=(10 if backward else 4) * heads * channels * sum(length**2 for length in lengths),
+        results=("grad",) if backward else ("out",),
+        providers=providers,
+        exact=by_group(naive, torch.float64),
+    )
+
+
+# --- fusions of a transformer block ------------------------------------------------------------------
+
+
+def stream(device: str, sizes: Sizes) -> tuple[torch.Generator, Tensor, Tensor]:
+    """A float32 residual stream of all tokens of a step, as autocast keeps it, and a bfloat16 branch."""
+    g = generator(device)
+    tokens = sizes.images * (2 * sizes.tokens[0] + (sizes.views - 2) * sizes.tokens[1])
+    return g, random(g, tokens, sizes.width), random(g, tokens, sizes.width).to(torch.bfloat16)
+
+
+def add_layer_norm(device: str, sizes: Sizes) -> Case:
+    g, x, branch = stream(device, sizes)
+    inputs = x, branch, 1 + random(g, sizes.width) / 10, random(g, sizes.width)
+    grads = random(g, *x.shape), random(g, *x.shape).to(branch.dtype)
+
+    def plain(norm, x, branch, weight, bias):
+        total = x + branch
+        return total, norm(total, weight, bias).to(branch.dtype)
+
+    def torch_norm(total, weight, bias):
+        return F.layer_norm(total, weight.shape, weight, bias, 1e-6)
+
+    def liger_norm(total, weight, bias):
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        return LigerLayerNormFunction.apply(total, weight, bias, 1e-6)
+
+    reference = partial(plain, torch_norm)
+    return Case(
+        op="add_layer_norm, forward + backward",
+        shape=str(list(x.shape)),
+        dtype="float32 stream, bfloat16 branch",
+        bytes=28 * x.numel(),  # forward 4 + 2 read, 4 + 2 written; backward 4 + 4 + 2 read, 4 + 2 written
+        flops=0,
+        results=("total", "normed", "grad x", "grad branch", "grad weight", "grad bias"),
+        providers={
+            OURS: lambda: differentiated(dino_kernels.add_layer_norm, inputs, grads),
+            "reference": lambda: differentiated(reference, inputs, grads),
+            "compiled reference": partial(differentiated, compiled(reference), inputs, grads),
+            "add + Liger layer norm": lambda: differentiated(partial(plain, liger_norm), inputs, grads),
+        },
+        exact=lambda: differentiated(reference, [i.double() for i in inputs], [i.double() for i in grads]),
+    )
+
+
+def bias_gelu(device: str, sizes: Sizes) -> Case:
+    g, stream_x, _ = stream(device, sizes)
+    x, grad = (random(g, len(stream_x), 4 * sizes.width).to(torch.bfloat16) for _ in range(2))
+    bias = random(g, 4 * sizes.width).to(torch.bfloat16)
+    biased = x + bias
+
+    def reference(x, bias):
+        return [F.gelu(x + bias)]
+
+    def of_biased():
+        out, grad_x = differentiated(lambda y: [F.gelu(y)], [biased], [grad])
+        return out, grad_x, grad_x.sum(dim=0)
+
+    return Case(
+        op="bias_gelu, forward + backward",
+        shape=str(list(x.shape)),
+        dtype="bfloat16",
+        bytes=10 * x.numel(),
+        flops=0,
+        results=("out", "grad x", "grad bias"),
+        providers={
+            OURS: lambda: differentiated(lambda *xs: [dino_kernels.bias_gelu(*xs)], [x, bias], [grad]),
+            "reference": lambda: differentiated(reference, [x, bias], [grad]),
+            "compiled reference": partial(differentiated, compiled(reference), [x, bias], [grad]),
+            "gelu, bias added by the product": of_biased,
+        },
+        exact=lambda: differentiated(reference, [x.double(), bias.double()], [grad.double()]),
+    )
+
+
+def drop_path_add(device: str, sizes: Sizes) -> Case:
+    g, x, branch = stream(device, sizes)
+    scale = (torch.rand(len(x), generator=g, device=device) < 0.9) / 0.9
+    grad = random(g, *x.shape)
+
+    def reference(x, branch, scale=scale[:, None]):
+        return [x + scale * branch]
+
+    def addcmul(x, branch):
+        return [torch.addcmul(x, branch, scale[:, None])]
+
+    return Case(
+        op="drop_path_add, forward + backward",
+        shape=str(list(x.shape)),
+        dtype="float32 stream, bfloat16 branch",
+        bytes=16 * x.numel(),  # forward 4 + 2 read, 4 written; backward 4 read, 2 written
+        flops=0,
+        results=("out", "grad x", "grad branch"),
+        providers={
+            OURS: lambda: differentiated(lambda *xs: [dino_kernels.drop_path_add(*xs, scale)], [x, branch], [grad]),
+            "reference": lambda: differentiated(reference, [x, branch], [grad]),
+            "compiled reference": partial(differentiated, compiled(reference), [x, branch], [grad]),
+            "addcmul": lambda: differentiated(addcmul, [x, branch], [grad]),
+        },
+        exact=lambda: differentiated(reference, [x.double(), branch.double()], [grad.double()]),
+    )
+
+
+def attention_cases(sizes: Sizes, heads: str, kinds: Sequence[str]) -> dict[str, Callable[[str], Case]]:
+    crops, locals_ = 2 * sizes.images, (sizes.views - 2) * sizes.images
+    groups = {
+        "197": ((crops, sizes.tokens[0]),),
+        "37": ((locals_, sizes.tokens[1]),),
+        "packed": ((crops, sizes.tokens[0]), (locals_, sizes.tokens[1])),
+        "785": ((sizes.images, sizes.tokens[2]),),
+    }
+    return {
+        f"attention {kind} {heads} {way}": partial(
+            attention, sizes=sizes, groups=groups[kind], backward=way == "backward"
+        )
+        for kind in kinds
+        for way in ("forward", "backward")
+    }

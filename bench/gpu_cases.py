@@ -1,0 +1,182 @@
+"""What gpu.py measures: each op of dino_kernels beside its peers, at the reference setting or at toy sizes.
+
+A case's providers all compute the same results from the same inputs, which a test checks at toy sizes and every run
+checks at its own: a provider is a function without arguments, the first is ours, "reference" is the plain form in the
+same dtype. Each has its own state where the op writes in place. Losses and updates are here, the rest in
+gpu_block_cases.py.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from bench_dino_loss import einsum_form
+from gpu_block_cases import add_layer_norm, attention_cases, bias_gelu, drop_path_add
+from gpu_report import OURS
+from gpu_setting import Case, Provider, Sizes, compiled, generator, name_of, random
+
+import dino_kernels
+
+# --- loss --------------------------------------------------------------------------------------------
+
+
+def dino_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
+    """Logits to loss, batch center and the logits' gradient."""
+    g, outputs = generator(device), sizes.outputs
+    rows, teachers = sizes.views * sizes.images, 2 * sizes.images
+    # As large as cosines of a 256-wide bottleneck, which a weight-normed last layer gives.
+    student, teacher = ((random(g, n, outputs) / 16).to(dtype) for n in (rows, teachers))
+    center = random(g, outputs) / 100
+    spare = student.clone()  # overwritten by its gradient
+
+    def run(op, student=student, teacher=teacher, center=center):
+        student = student.detach().requires_grad_()
+        loss, batch_center = op(student, teacher, center)
+        return loss.detach(), batch_center, *torch.autograd.grad(loss, student)
+
+    reference = dino_kernels.dino_loss_reference
+    providers = {
+        OURS: partial(run, dino_kernels.dino_loss),
+        f"{OURS}, in place": partial(run, partial(dino_kernels.dino_loss, inplace=True), spare),
+        "reference": partial(run, reference),
+        "einsum": partial(run, einsum_form),
+        "compiled reference": partial(run, compiled(reference)),
+        "compiled einsum": partial(run, compiled(einsum_form)),
+    }
+    return Case(
+        op="dino_loss, forward + backward",
+        shape=f"student [{rows}, {outputs}], teacher [{teachers}, {outputs}]",
+        dtype=name_of(dtype),
+        bytes=(2 * rows + teachers) * outputs * dtype.itemsize + 8 * outputs,
+        flops=0,
+        results=("loss", "batch center", "grad"),
+        providers=providers,
+        exact=lambda: run(reference, student.double(), teacher.double(), center.double()),
+    )
+
+
+def dino_head_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
+    """Bottleneck rows to loss, batch center and the gradients of rows and last layer.
+
+    A "span" starts from the float32 direction and length of the last layer, as the reference does: weight norm of
+    both nets, casts, products, loss, and the backward pass to direction and length.
+    """
+    g, outputs, channels = generator(device), sizes.outputs, sizes.bottleneck
+    rows, teachers = sizes.views * sizes.images, 2 * sizes.images
+    zs = [F.normalize(random(g, n, channels), dim=-1).to(dtype) for n in (rows, teachers)]
+    directions = [random(g, outputs, channels) for _ in range(2)]
+    lengths = [torch.ones(outputs, 1, device=device) for _ in range(2)]
+    center = random(g, outputs) / 100
+
+    def weights(directions, lengths):
+        return [torch._weight_norm(v, length, 0).to(dtype) for v, length in zip(directions, lengths, strict=True)]
+
+    layers = weights(directions, lengths)
+
+    def run(op, zs=zs, layers=layers, center=center):
+        z, weight = (x.detach().requires_grad_() for x in (zs[0], layers[0]))
+        loss, batch_center = op(z, zs[1], weight, layers[1], center)
+        return loss.detach(), batch_center, *torch.autograd.grad(loss, [z, weight])
+
+    def span(op):
+        z, v, length = (x.detach().requires_grad_() for x in (zs[0], directions[0], lengths[0]))
+        weight, weight_teacher = weights([v, directions[1]], [length, lengths[1]])
+        loss, batch_center = op(z, zs[1], weight, weight_teacher, center)
+        return loss.detach(), batch_center, *torch.autograd.grad(loss, [z, weight, v, length])[:2]
+
+    def einsum(z, teacher_z, weight, weight_teacher, center):
+        return einsum_form(F.linear(z, weight), F.linear(teacher_z, weight_teacher), center)
+
+    ours, reference = dino_kernels.dino_head_loss, dino_kernels.dino_head_loss_reference
+    stored = partial(ours, store_logits=True)
+    providers = {
+        OURS: partial(run, ours),
+        f"{OURS}, stored logits": partial(run, stored),
+        f"{OURS}, span": partial(span, ours),
+        f"{OURS}, stored logits, span": partial(span, stored),
+        "reference": partial(run, reference),
+        "reference span": partial(span, reference),
+        "einsum span": partial(span, einsum),
+        "compiled einsum": partial(run, compiled(einsum)),
+    }
+    return Case(
+        op="dino_head_loss, forward + backward",
+        shape=f"z [{rows}, {channels}] and [{teachers}, {channels}], W [{outputs}, {channels}]",
+        dtype=name_of(dtype),
+        bytes=((2 * rows + teachers) * channels + 3 * outputs * channels) * dtype.itemsize + 8 * outputs,
+        flops=3 * 2 * (rows + teachers) * outputs * channels,  # logits, gradient of the rows, of the layer
+        results=("loss", "batch center", "grad z", "grad W"),
+        providers=providers,
+        exact=lambda: run(reference, [z.double() for z in zs], [w.double() for w in layers], center.double()),
+    )
+
+
+# --- updates -----------------------------------------------------------------------------------------
+
+
+def parameter_shapes(sizes: Sizes) -> list[tuple[int, ...]]:
+    """Of a ViT with patches of 16 pixels and its head."""
+    w, hidden, bottleneck = sizes.width, sizes.hidden, sizes.bottleneck
+    block = [(w,), (w,), (3 * w, w), (3 * w,), (w, w), (w,), (w,), (w,), (4 * w, w), (4 * w,), (w, 4 * w), (w,)]
+    backbone = [(1, 1, w), (1, sizes.tokens[0], w), (w, 3, 16, 16), (w,), *(block * sizes.depth), (w,), (w,)]
+    head = [(hidden, w), (hidden,), (hidden, hidden), (hidden,), (bottleneck, hidden), (bottleneck,)]
+    return [*backbone, *head, (sizes.outputs, bottleneck)]
+
+
+def ema_update(device: str, sizes: Sizes) -> Case:
+    g, shapes = generator(device), parameter_shapes(sizes)
+    targets, sources = ([random(g, *shape) for shape in shapes] for _ in range(2))
+    momentum = 0.996
+    on_device = torch.tensor(momentum, dtype=torch.float64, device=device)
+
+    def provider(op, momentum) -> Provider:
+        own = [t.clone() for t in targets]
+
+        def run():
+            op(own, sources, momentum)
+            return (own,)
+
+        return run
+
+    def exact():
+        own = [t.double() for t in targets]
+        dino_kernels.ema_update_reference_(own, [s.double() for s in sources], momentum)
+        return (own,)
+
+    parameters = sum(t.numel() for t in targets)
+    return Case(
+        op="ema_update_",
+        shape=f"{len(shapes)} tensors, {parameters / 1e6:.4g} M parameters",
+        dtype="float32",
+        bytes=12 * parameters,
+        flops=0,
+        results=("targets",),
+        providers={
+            OURS: provider(dino_kernels.ema_update_, on_device),
+            "reference": provider(dino_kernels.ema_update_reference_, momentum),
+            "_foreach_lerp_": provider(torch._foreach_lerp_, 1 - momentum),
+        },
+        exact=exact,
+    )
+
+
+# --- all of them -------------------------------------------------------------------------------------
+
+
+def all_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
+    """Name to a function of the device, in the order of importance: what the time budget cuts off is the end."""
+    base = sizes.base()
+    return {
+        "dino_loss bfloat16": partial(dino_loss, sizes=sizes, dtype=torch.bfloat16),
+        "ema_update ViT-S": partial(ema_update, sizes=sizes),
+        **attention_cases(sizes, "6 heads", ["197", "37", "packed"]),
+        "dino_head_loss bfloat16": partial(dino_head_loss, sizes=sizes, dtype=torch.bfloat16),
+        "add_layer_norm": partial(add_layer_norm, sizes=sizes),
+        "bias_gelu": partial(bias_gelu, sizes=sizes),
+        "drop_path_add": partial(drop_path_add, sizes=sizes),
+        **attention_cases(sizes, "6 heads", ["785"]),
+        "dino_loss float16": partial(dino_loss, sizes=sizes, dtype=torch.float16),
+        **attention_cases(base, "12 heads", ["197", "37", "packed"]),
+        "ema_update ViT-B": partial(ema_update, sizes=base),
+    }

@@ -1,0 +1,75 @@
+"""What all cases of gpu.py share: the sizes of the reference setting, what a case is, how inputs are made."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Result = Tensor | Sequence[Tensor]
+Provider = Callable[[], Sequence[Result]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """By default the reference setting: ViT-S/16, 64 images a GPU, 2 crops of 224 pixels and 8 of 96."""
+
+    images: int = 64
+    views: int = 10
+    outputs: int = 65536
+    bottleneck: int = 256
+    hidden: int = 2048
+    width: int = 384
+    heads: int = 6
+    depth: int = 12
+    tokens: tuple[int, int, int] = (197, 37, 785)  # of a crop of 224 pixels, of 96, of 224 with patches of 8
+
+    def base(self) -> "Sizes":
+        """ViT-B is ViT-S twice as wide."""
+        return replace(self, width=2 * self.width, heads=2 * self.heads)
+
+
+TOY = Sizes(images=2, views=4, outputs=200, bottleneck=16, hidden=24, width=32, heads=2, depth=1, tokens=(9, 5, 17))
+
+
+@dataclass
+class Case:
+    """One op at one shape and dtype.
+
+    bytes and flops: what must be moved and computed at least, whoever does it.
+    results: names of what each provider returns; a list of tensors counts as one.
+    exact: the same results in float64.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    bytes: int
+    flops: int
+    results: tuple[str, ...]
+    providers: dict[str, Provider]
+    exact: Provider
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile of a peer; without a GPU traced only, since compiling for a CPU would take minutes."""
+    return torch.compile(function, backend="inductor" if torch.cuda.is_available() else "aot_eager")
+
+
+def generator(device: str) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
+
+
+def random(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=g, device=g.device)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def differentiated(op: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs of op and the gradients of its inputs."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outs = op(*inputs)
+    return [*(x.detach() for x in outs), *torch.autograd.grad(outs, inputs, grads)]

@@ -1,0 +1,296 @@
+"""The residual sum of a transformer block and the layer norm that reads it, in one pass.
+
+    total  = x + scale * branch                                   scale: one factor a token, of drop path
+    normed = xhat * weight + bias,    xhat = (total - mean) * rstd,    rstd = 1 / sqrt(var + eps)
+
+total is rounded to its dtype first and normalized as rounded: later layers, the statistics and the backward pass all
+see the same number. Backward, with g = dL/dnormed * weight and means over the channels:
+
+    dL/dx      = dL/dtotal + rstd * (g - mean(g) - xhat * mean(g * xhat)),    dL/dbranch = scale * dL/dx
+    dL/dweight = sum over tokens of dL/dnormed * xhat,                        dL/dbias   = sum of dL/dnormed
+
+Dimensions: T tokens, C channels. The sums over tokens are formed by a fixed number of programs, each over its own rows
+in a fixed order, and then over the programs: no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dino_kernels._native import _C, DTYPES
+from dino_kernels.drop_path_add import check_residual
+
+__all__ = ["add_layer_norm", "add_layer_norm_reference"]
+
+
+def add_layer_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, *, scale: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Adds a branch to the residual stream and normalizes the sum; gradients to x, branch, weight and bias.
+
+    Formula in the module's docstring; the sums of vision_transformer.py:111-112 with the norms that read them,
+    :108 and :112. Statistics are float32; a repeated call is bitwise equal.
+
+    Args:
+        x: residual stream [T, C], 1 <= C <= 4096; float32, float16 or bfloat16; contiguous.
+        branch: [T, C], of any of the three dtypes, not necessarily that of x; contiguous.
+        weight: [C], float32, contiguous.
+        bias: [C], float32, contiguous.
+        scale: drop path's factor of each token [T] or [T, 1], float32, contiguous, without gradient: 0 (dropped) or
+            1 / keep. None for 1.
+        eps: added to the variance, > 0.
+
+    Returns:
+        total: x + scale * branch [T, C], in the dtype of x.
+        normed: [T, C], in the dtype of branch.
+
+    Raises:
+        ValueError: a shape, dtype, device, stride or eps that does not fit the above.
+    """
+    check_residual(x, branch, scale)
+    channels = x.shape[1]
+    if channels > 4096:
+        raise ValueError(f"x must have at most 4096 channels, got shape {list(x.shape)}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if list(value.shape) != [channels] or value.dtype != torch.float32 or not value.is_contiguous():
+            raise ValueError(
+                f"{name} must have shape [{channels}], dtype float32 and be contiguous, "
+                f"got {list(value.shape)}, {value.dtype}, strides {list(value.stride())}"
+            )
+        if value.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} as x, got {value.device}")
+    if not eps > 0:
+        raise ValueError(f"eps must be > 0, got {eps}")
+    return torch.ops.dino_kernels.add_layer_norm(x, branch, weight, bias, scale, eps)[:2]
+
+
+def add_layer_norm_reference(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, *, scale: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`add_layer_norm` in plain PyTorch."""
+    total = (x + (branch if scale is None else scale.view(-1, 1) * branch)).to(x.dtype)
+    normed = torch.nn.functional.layer_norm(total.to(weight.dtype), weight.shape, weight, bias, eps)
+    return total, normed.to(branch.dtype)
+
+
+# --- registration ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("dino_kernels::add_layer_norm", mutates_args=(), device_types="cpu")
+def _norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(total, normed, mean [T] float32, rstd [T] float32)"""
+    return _forward_cpu(x, branch, weight, bias, scale, eps)
+
+
+@_norm.register_kernel("cuda")
+def _(x, branch, weight, bias, scale, eps):
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        return _forward_triton(x, branch, weight, bias, scale, eps)
+
+
+@_norm.register_fake
+def _(x, branch, weight, bias, scale, eps):
+    return _outputs(x, branch)
+
+
+@torch.library.custom_op("dino_kernels::add_layer_norm_backward", mutates_args=(), device_types="cpu")
+def _norm_backward(
+    grad_total: Tensor | None,
+    grad_normed: Tensor,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of branch (empty where it would equal that of x), and of weight and bias [2, C]."""
+    return _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale)
+
+
+@_norm_backward.register_kernel("cuda")
+def _(grad_total, grad_normed, total, mean, rstd, weight, scale):
+    with torch.cuda.device(total.device):
+        return _backward_triton(grad_total, grad_normed, total, mean, rstd, weight, scale)
+
+
+@_norm_backward.register_fake
+def _(grad_total, grad_normed, total, mean, rstd, weight, scale):
+    return *_gradients(grad_normed, total, scale), weight.new_empty(2, len(weight))
+
+
+def _outputs(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean = x.new_empty(len(x), dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(branch), mean, torch.empty_like(mean)
+
+
+def _gradients(grad_normed: Tensor, total: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    same = scale is None and total.dtype == grad_normed.dtype
+    return torch.empty_like(total), grad_normed.new_empty(0) if same else torch.empty_like(grad_normed)
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, branch, weight, _, scale, _ = inputs
+    total, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.branch_dtype = branch.dtype
+    ctx.save_for_backward(total, mean, rstd, weight, scale)
+
+
+def _backward(ctx, grad_total, grad_normed, *_):
+    total, mean, rstd, weight, scale = ctx.saved_tensors
+    if grad_normed is None:  # nobody used the normalized output
+        scaled = grad_total if scale is None else grad_total * scale.view(-1, 1)
+        return grad_total, scaled.to(ctx.branch_dtype), None, None, None, None
+    grad_x, grad_branch, sums = torch.ops.dino_kernels.add_layer_norm_backward(
+        None if grad_total is None else grad_total.contiguous(),
+        grad_normed.contiguous(),
+        total,
+        mean,
+        rstd,
+        weight,
+        scale,
+    )
+    if scale is None and grad_x.dtype == ctx.branch_dtype:
+        grad_branch = grad_x
+    return grad_x, grad_branch, sums[0], sums[1], None, None
+
+
+_norm.register_autograd(_backward, setup_context=_setup)
+
+
+# --- CPU ---------------------------------------------------------------------------------------------
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _forward_cpu(x, branch, weight, bias, scale, eps):
+    outputs = _outputs(x, branch)
+    _C.add_layer_norm(
+        *(_address(t) for t in (x, branch, scale, weight, bias, *outputs)),
+        *x.shape,
+        DTYPES[x.dtype],
+        DTYPES[branch.dtype],
+        eps,
+        torch.get_num_threads(),
+    )
+    return outputs
+
+
+def _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale):
+    grad_x, grad_branch = _gradients(grad_normed, total, scale)
+    groups = min(256, len(total))  # whatever the number of threads, so that the sums do not depend on it
+    partial = weight.new_empty(groups, 2, len(weight))
+    _C.add_layer_norm_backward(
+        *(_address(t) for t in (grad_total, grad_normed, total, mean, rstd, weight, scale)),
+        *(_address(t) for t in (grad_x, grad_branch if grad_branch.numel() else None, partial)),
+        *total.shape,
+        groups,
+        DTYPES[total.dtype],
+        DTYPES[grad_normed.dtype],
+        torch.get_num_threads(),
+    )
+    return grad_x, grad_branch, partial.sum(0)
+
+
+# --- GPU ---------------------------------------------------------------------------------------------
+
+_PROGRAMS = 528  # of the backward pass: four on each multiprocessor of an H100 or H200, and the same sums on any chip
+
+
+@triton.jit
+def _forward_kernel(
+    x, branch, weight, bias, scale, total, normed, mean, rstd, eps, T, C, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """ROWS whole rows a program."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    at = rows[:, None].to(tl.int64) * C + c[None, :]
+    mask = (rows < T)[:, None] & (c < C)[None, :]
+    t = tl.load(x + at, mask, other=0.0).to(tl.float32)
+    b = tl.load(branch + at, mask, other=0.0).to(tl.float32)
+    if scale is not None:
+        b *= tl.load(scale + rows, rows < T, other=0.0)[:, None]
+    rounded = (t + b).to(total.dtype.element_ty)
+    tl.store(total + at, rounded, mask)
+    t = rounded.to(tl.float32)
+    m = tl.sum(t, axis=1) / C
+    centered = tl.where(mask, t - m[:, None], 0.0)
+    r = tl.rsqrt(tl.sum(centered * centered, axis=1) / C + eps)
+    tl.store(mean + rows, m, rows < T)
+    tl.store(rstd + rows, r, rows < T)
+    w = tl.load(weight + c, c < C, other=0.0)[None, :]
+    y = centered * r[:, None] * w + tl.load(bias + c, c < C, other=0.0)[None, :]
+    tl.store(normed + at, y.to(normed.dtype.element_ty), mask)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_total, grad_normed, total, mean, rstd, weight, scale, grad_x, grad_branch, partial, T, C,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Every so many blocks of ROWS rows a program, and their share of the gradients of weight and bias."""
+    c = tl.arange(0, BLOCK)
+    w = tl.load(weight + c, c < C, other=0.0)[None, :]
+    grad_w = tl.zeros((ROWS, BLOCK), tl.float32)
+    grad_b = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        at = rows[:, None].to(tl.int64) * C + c[None, :]
+        mask = (rows < T)[:, None] & (c < C)[None, :]
+        g = tl.load(grad_normed + at, mask, other=0.0).to(tl.float32)
+        t = tl.load(total + at, mask, other=0.0).to(tl.float32)
+        m = tl.load(mean + rows, rows < T, other=0.0)[:, None]
+        r = tl.load(rstd + rows, rows < T, other=0.0)[:, None]
+        xhat = (t - m) * r
+        grad_w += g * xhat
+        grad_b += g
+        g *= w
+        mean_g = (tl.sum(g, axis=1) / C)[:, None]
+        mean_gx = (tl.sum(g * xhat, axis=1) / C)[:, None]
+        d = (g - mean_g - xhat * mean_gx) * r
+        if grad_total is not None:
+            d += tl.load(grad_total + at, mask, other=0.0).to(tl.float32)
+        tl.store(grad_x + at, d.to(grad_x.dtype.element_ty), mask)
+        if grad_branch is not None:
+            if scale is not None:
+                d *= tl.load(scale + rows, rows < T, other=0.0)[:, None]
+            tl.store(grad_branch + at, d.to(grad_branch.dtype.element_ty), mask)
+    sums = partial + tl.program_id(0) * 2 * C + c
+    tl.store(sums, tl.sum(grad_w, axis=0), c < C)
+    tl.store(sums + C, tl.sum(grad_b, axis=0), c < C)
+
+
+def _tile(channels: int) -> dict[str, int]:
+    """16 elements a thread: rows short of 2048 channels share a program."""
+    block = triton.next_power_of_2(channels)
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": max(4, block // 512)}
+
+
+def _forward_triton(x, branch, weight, bias, scale, eps):
+    outputs = _outputs(x, branch)
+    tokens, channels = x.shape
+    if tokens:
+        tile = _tile(channels)
+        grid = (triton.cdiv(tokens, tile["ROWS"]),)
+        _forward_kernel[grid](x, branch, weight, bias, scale, *outputs, eps, tokens, channels, **tile)
+    return outputs
+
+
+def _backward_triton(grad_total, grad_normed, total, mean, rstd, weight, scale):
+    grad_x, grad_branch = _gradients(grad_normed, total, scale)
+    tokens, channels = total.shape
+    tile = _tile(channels)
+    programs = min(_PROGRAMS, triton.cdiv(tokens, tile["ROWS"]))
+    partial = weight.new_empty(programs, 2, channels)
+    if tokens:
+        _backward_kernel[(programs,)](
+            grad_total, grad_normed, total, mean, rstd, weight, scale,
+            grad_x, grad_branch if grad_branch.numel() else None, partial, tokens, channels, **tile,
+        )  # fmt: skip
+    return grad_x, grad_branch, partial.sum(0)

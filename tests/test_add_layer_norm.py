@@ -1,0 +1,208 @@
+import importlib
+import re
+
+import pytest
+import torch
+from checks import DTYPES, assert_as_accurate, compile_kernels, use_backend
+
+from dino_kernels import add_layer_norm, add_layer_norm_reference
+
+# 16 bit: Triton's interpreter cuts bfloat16 off where everything else rounds.
+FLOORS = {d: 1e-6 if d == torch.float32 else torch.finfo(d).eps for d in DTYPES}
+NAMES = ("total", "normed", "x", "branch", "weight", "bias")
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def device(request, monkeypatch):
+    module = importlib.import_module("dino_kernels.add_layer_norm")
+    monkeypatch.setattr(module, "_PROGRAMS", 3)  # several rounds a program even for few rows
+    return use_backend(monkeypatch, "add_layer_norm", request.param, ["forward", "backward"])
+
+
+def inputs(tokens, channels, dtypes=(torch.float32, torch.float32), device="cpu", offset=1.0):
+    g = torch.Generator().manual_seed(tokens + channels)
+    x, branch = (torch.randn(tokens, channels, generator=g) + offset for _ in dtypes)
+    weight, bias = 1 + torch.randn(2, channels, generator=g) / 2
+    scale = (torch.rand(tokens, generator=g) < 0.7) / 0.7
+    x, branch = x.to(device, dtypes[0]), branch.to(device, dtypes[1])
+    return x, branch, weight.to(device), bias.to(device), scale.to(device)
+
+
+def run(op, x, branch, weight, bias, scale=None, upstream=(True, True), **options):
+    """Both outputs, then the gradients from a random upstream on those outputs that are named."""
+    leaves = [t.detach().requires_grad_() for t in (x, branch, weight, bias)]
+    outs = op(*leaves, scale=scale, **options)
+    g = torch.Generator().manual_seed(7)
+    grads = [torch.randn(out.shape, generator=g).to(out.device, out.dtype) for out in outs]
+    used, grads = (tuple(t for t, use in zip(ts, upstream, strict=True) if use) for ts in (outs, grads))
+    return *(out.detach() for out in outs), *torch.autograd.grad(used, leaves, grads, allow_unused=True)
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("branch_dtype", DTYPES)
+@pytest.mark.parametrize("tokens, channels", [(37, 384), (300, 37), (1, 7), (13, 507), (3, 4096)])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_against_float64(device, x_dtype, branch_dtype, tokens, channels, scaled):
+    *x, scale = inputs(tokens, channels, (x_dtype, branch_dtype), device)
+    scale = scale if scaled else None
+    actual, eager = run(add_layer_norm, *x, scale), run(add_layer_norm_reference, *x, scale)
+    exact = run(add_layer_norm_reference, *(t.double() for t in x), scale)
+    assert [t.dtype for t in actual] == [x_dtype, branch_dtype] * 2 + [torch.float32] * 2
+    for ours, theirs, truth in zip(actual, eager, exact, strict=True):
+        assert ours.shape == truth.shape
+        assert_as_accurate(ours, theirs, truth, floor=FLOORS[ours.dtype])
+
+
+def test_rows_have_the_bias_as_mean_and_the_weight_as_deviation(device):
+    x, branch, *_ = inputs(20, 199, device=device, offset=50.0)
+    weight, bias = (torch.full((199,), value, device=device) for value in (1.7, -0.3))
+    _, normed = add_layer_norm(x, branch, weight, bias)
+    torch.testing.assert_close(normed.mean(1), bias[:20], rtol=0, atol=1e-4)
+    torch.testing.assert_close(normed.std(1, correction=0), weight[:20], rtol=1e-4, atol=0)
+
+
+def test_the_norms_gradient_is_orthogonal_to_shifts_and_scalings_of_a_row(device):
+    x, branch, weight, bias, scale = inputs(20, 199, device=device)
+    total, _, grad, *_ = run(add_layer_norm, x, branch, weight, bias, scale, upstream=(False, True))
+    zero = torch.zeros(20, device=device)
+    torch.testing.assert_close(grad.sum(1), zero, rtol=0, atol=2e-5)
+    torch.testing.assert_close((grad * total).sum(1), zero, rtol=0, atol=2e-4)
+
+
+def test_dropped_rows_keep_x_and_give_the_branch_no_gradient(device):
+    x, branch, weight, bias, scale = inputs(50, 40, device=device)
+    dropped = scale == 0
+    assert dropped.any() and not dropped.all()
+    total, _, _, grad_branch, *_ = run(add_layer_norm, x, branch, weight, bias, scale)
+    assert torch.equal(total[dropped], x[dropped]) and not grad_branch[dropped].any()
+    assert not torch.equal(total[~dropped], x[~dropped]) and grad_branch[~dropped].all()
+
+
+@pytest.mark.parametrize("branch_dtype", [torch.float32, torch.float16])
+def test_no_scale_equals_ones_and_a_column_a_vector(device, branch_dtype):
+    *x, scale = inputs(30, 65, (torch.float32, branch_dtype), device)
+    for one, other in ((None, torch.ones_like(scale)), (scale, scale[:, None])):
+        for a, b in zip(run(add_layer_norm, *x, one), run(add_layer_norm, *x, other), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float32, torch.float32)])
+@pytest.mark.parametrize("upstream", [(True, False), (False, True)])
+def test_either_upstream_may_be_missing(device, dtypes, scaled, upstream):
+    *x, scale = inputs(30, 65, dtypes, device)
+    scale = scale if scaled else None
+    actual = run(add_layer_norm, *x, scale, upstream)
+    eager = run(add_layer_norm_reference, *x, scale, upstream)
+    exact = run(add_layer_norm_reference, *(t.double() for t in x), scale, upstream)
+    for name, ours, theirs, truth in zip(NAMES, actual, eager, exact, strict=True):
+        assert (ours is None) == (truth is None), name
+        if truth is not None:
+            assert_as_accurate(ours, theirs, truth, floor=FLOORS[ours.dtype])
+
+
+def test_one_channel_is_all_mean(device):
+    *x, scale = inputs(30, 1, device=device)
+    total, normed, grad_x, _, grad_weight, _ = run(add_layer_norm, *x, scale, (False, True), eps=0.1)
+    torch.testing.assert_close(normed, x[3].expand(30, 1))
+    for zero in (grad_x, grad_weight):
+        torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-6)
+
+
+def test_large_means_and_eps(device):
+    """The variance is that of the centered row, not a difference of squares."""
+    *x, scale = inputs(10, 300, device=device, offset=500.0)
+    for eps in (1e-6, 0.5):
+        actual, eager = (run(op, *x, scale, eps=eps) for op in (add_layer_norm, add_layer_norm_reference))
+        exact = run(add_layer_norm_reference, *(t.double() for t in x), scale, eps=eps)
+        for ours, theirs, truth in zip(actual, eager, exact, strict=True):
+            assert_as_accurate(ours, theirs, truth, floor=1e-6)
+
+
+def test_repeats_bitwise_and_takes_an_expanded_upstream(device):
+    *x, scale = inputs(300, 70, device=device)
+    first, second = run(add_layer_norm, *x, scale), run(add_layer_norm, *x, scale)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    x[0].requires_grad_()
+    total, normed = add_layer_norm(*x, scale=scale)
+    (expanded,) = torch.autograd.grad(total.sum() + normed.sum(), x[0], retain_graph=True)
+    ones = torch.ones_like(total)
+    assert torch.equal(expanded, *torch.autograd.grad((total, normed), x[0], (ones, ones)))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_any_number_of_threads_gives_the_same(threads):
+    x = inputs(600, 50)
+    expected = run(add_layer_norm, *x)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        actual = run(add_layer_norm, *x)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(actual[:4], expected[:4], strict=True))
+    for ours, truth in zip(actual[4:], expected[4:], strict=True):  # torch adds up the groups
+        torch.testing.assert_close(ours, truth, rtol=1e-6, atol=1e-5)
+
+
+def test_no_tokens(device):
+    shapes = [t.shape for t in run(add_layer_norm, *inputs(0, 5, device=device))]
+    assert shapes == [(0, 5)] * 4 + [(5,)] * 2
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_opcheck_and_compile(device, scaled):
+    *x, scale = inputs(5, 9, (torch.float32, torch.float16), device)
+    scale = scale if scaled else None
+    args = (*(t.requires_grad_() for t in x), scale, 1e-6)
+    torch.library.opcheck(torch.ops.dino_kernels.add_layer_norm.default, args)
+    total, normed, mean, rstd = torch.ops.dino_kernels.add_layer_norm(*(t.detach() for t in x), scale, 1e-6)
+    for grad_total in (total, None):
+        args = (grad_total, normed, total, mean, rstd, x[2].detach(), scale)
+        torch.library.opcheck(torch.ops.dino_kernels.add_layer_norm_backward.default, args)
+
+    def doubled(x, branch, weight, bias, scale):
+        total, normed = add_layer_norm(2 * x, 2 * branch, weight, bias, scale=scale)
+        return 3 * total, 3 * normed
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    for upstream in ((True, True), (False, True)):
+        for ours, truth in zip(*(run(f, *x, scale, upstream) for f in (compiled, doubled)), strict=True):
+            torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(2, 3, 4)}, r"x must have shape \[T, C\] with C >= 1 \(flatten.*\[2, 3, 4\]"),
+        ({"x": torch.zeros(4, 6).T}, r"x must have.*contiguous.*strides \[1, 6\]"),
+        ({"branch": torch.zeros(6, 4).double()}, "dtype float32, float16 or bfloat16.*float64"),
+        ({"branch": torch.zeros(6, 5)}, r"branch must have the shape and device of x"),
+        ({"x": torch.zeros(1, 5000), "branch": torch.zeros(1, 5000)}, r"at most 4096 channels, got shape \[1, 5000\]"),
+        ({"weight": torch.zeros(5)}, r"weight must have shape \[4\], dtype float32.*got \[5\]"),
+        ({"bias": torch.zeros(4).half()}, "bias must have.*dtype float32.*float16"),
+        ({"bias": torch.zeros(8)[::2]}, r"be contiguous.*strides \[2\]"),
+        ({"weight": torch.zeros(4, device="meta")}, "weight must be on cpu as x, got meta"),
+        ({"scale": torch.zeros(4)}, r"scale must have shape \[6\] or \[6, 1\].*got \[4\]"),
+        ({"scale": torch.zeros(6, requires_grad=True)}, r"need no gradient \(detach it\)"),
+        ({"eps": 0.0}, "eps must be > 0, got 0.0"),
+    ],
+)
+def test_bad_input(change, message):
+    x = {name: torch.zeros(6, 4) for name in ("x", "branch")} | {name: torch.zeros(4) for name in ("weight", "bias")}
+    add_layer_norm(**x)
+    with pytest.raises(ValueError, match=message):
+        add_layer_norm(**{**x, **change})
+
+
+def test_kernels_compile_for_hopper_without_atomics():
+    sizes, options = {"T": "i32", "C": "i32"}, ({"ROWS": 4, "BLOCK": 512}, {"num_warps": 4})
+    wide = dict.fromkeys(("weight", "scale", "total", "mean", "rstd"), "*fp32")
+    forward = {"x": "*fp32", "branch": "*bf16", "bias": "*fp32", "normed": "*bf16", "eps": "fp32"}
+    backward = {"grad_total": "*fp32", "grad_normed": "*bf16", "grad_x": "*fp32", "grad_branch": "*bf16"}
+    kernels = {
+        "_forward_kernel": (wide | forward | sizes, *options),
+        "_backward_kernel": (wide | backward | sizes | {"partial": "*fp32"}, *options),
+    }
+    for ptx in compile_kernels("add_layer_norm", kernels).values():
+        assert ".target sm_90" in ptx and not re.search(r"\b(atom|red)\.", ptx)
