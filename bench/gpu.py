@@ -130,14 +130,14 @@ class HostTimer:
 
 
 class DeviceTimer:
-    """Times calls with CUDA events."""
+    """Times calls with CUDA events. `cuda` is torch.cuda; a test has its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, cuda, device: str) -> None:
         import torch
 
-        self.cuda = torch.cuda
-        size = max(4 * self.cuda.get_device_properties().L2_cache_size, 256 << 20)
-        self.buffer = torch.zeros(size // 4, device="cuda")
+        self.cuda = cuda
+        size = max(4 * cuda.get_device_properties(cuda.current_device()).L2_cache_size, 256 << 20)
+        self.buffer = torch.zeros(size // 4, device=device)
         self.start, self.end = (self.cuda.Event(enable_timing=True) for _ in range(2))
         self.synchronize = self.cuda.synchronize
 
@@ -270,7 +270,7 @@ def work(folder: Path, device: str, toy: bool, deadline: float) -> None:
 
     results = json.loads((folder / "results.json").read_text())
     cases = gpu_cases.all_cases(gpu_setting.TOY if toy else gpu_setting.Sizes())
-    timer = DeviceTimer() if device == "cuda" else HostTimer()
+    timer = DeviceTimer(torch.cuda, device) if device == "cuda" else HostTimer()
     if device == "cuda":
         results["header"]["gpu"] = torch.cuda.get_device_name()
     if results["ceilings"] is None:

@@ -31,7 +31,7 @@ TARGETS = {  # (backend, architecture, threads a warp), bytes of shared memory a
 }
 MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
 IMAGES, OUTPUTS = 64, 65536
-LENGTHS = [197] * 2 * IMAGES + [37] * 8 * IMAGES
+TOKENS = 2 * IMAGES * 197 + 8 * IMAGES * 37
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -57,22 +57,43 @@ def dino_head_loss() -> None:
 
 def attention() -> None:
     module = import_module("dino_kernels.attention")
-    qkv, bounds = meta(sum(LENGTHS), 3, 6, 64), meta(len(LENGTHS) + 1, dtype=torch.int32)
-    out, lse = module._forward_triton(qkv, bounds, 0.125)
-    module._backward_triton(out, qkv, out, lse, bounds, 0.125)
+    crops = [(2 * IMAGES, 197), (8 * IMAGES, 37)]
+    long = [(8, 257), (16, 785), (2, 4096)]
+    cases = [(crops, 64, torch.bfloat16), (crops + long, 64, torch.float16), (crops + long, 64, torch.float32)]
+    cases += [(crops + long, channels, torch.bfloat16) for channels in (32, 128)]
+    for groups, channels, dtype in cases:
+        flat = [n for group in groups for n in group]
+        qkv = meta(sum(count * length for count, length in groups), 3, 6, channels, dtype=dtype)
+        bounds = meta(sum(flat[::2]) + 1, dtype=torch.int32)
+        for known in (flat, []):
+            out, lse = module._forward_triton(qkv, bounds, known, 0.125)
+            module._backward_triton(out, qkv, out, lse, bounds, known, 0.125)
 
 
 def ema_update() -> None:
     module = import_module("dino_kernels.ema_update")
     weights = [meta(384, 384, dtype=torch.float32)] * 150
-    module._update_triton(weights, weights, meta(dtype=torch.float64))
+    for momentum in (torch.tensor(0.996), meta(dtype=torch.float64)):
+        module._update_triton(weights, weights, momentum)
+
+
+def adamw_ema() -> None:
+    module = import_module("dino_kernels.adamw_ema")
+    offsets = [384 * 384 * i for i in range(150)] + [384 * 384 * 149 + OUTPUTS * 256]
+    flat, copy = meta(offsets[-1], dtype=torch.float32), meta(offsets[-1])
+    steps, flags = meta(150, dtype=torch.int64), meta(150, dtype=torch.bool)
+    for setting in (torch.tensor(0.1, dtype=torch.float64), meta(dtype=torch.float64)):
+        module._step_triton(
+            flat, flat, flat, flat, flat, copy, copy, offsets, steps, flags, flags, meta(dtype=torch.int32),
+            setting, setting, setting, 3.0, 0.9, 0.999, 1e-8,
+        )  # fmt: skip
 
 
 def add_layer_norm() -> None:
     module = import_module("dino_kernels.add_layer_norm")
     for channels in (384, 768):
         affine = meta(2, channels, dtype=torch.float32)
-        branch, scale = meta(sum(LENGTHS), channels), meta(sum(LENGTHS), dtype=torch.float32)
+        branch, scale = meta(TOKENS, channels), meta(TOKENS, dtype=torch.float32)
         for dtype, factors in ((torch.float32, scale), (torch.float32, None), (torch.bfloat16, None)):
             total, normed, *stats = module._forward_triton(branch.to(dtype), branch, *affine, factors, 1e-6)
             module._backward_triton(total, normed, total, *stats, affine[0], factors)
@@ -81,19 +102,19 @@ def add_layer_norm() -> None:
 def bias_gelu() -> None:
     module = import_module("dino_kernels.bias_gelu")
     for channels in (1536, 3072):
-        x, bias = meta(sum(LENGTHS), channels), meta(channels, dtype=torch.float32)
+        x, bias = meta(TOKENS, channels), meta(channels, dtype=torch.float32)
         module._backward_triton(module._forward_triton(x, bias), x, bias)
 
 
 def drop_path_add() -> None:
     module = import_module("dino_kernels.drop_path_add")
     for dtype in (torch.float32, torch.bfloat16):
-        x, branch = meta(sum(LENGTHS), 384, dtype=dtype), meta(sum(LENGTHS), 384)
-        out = module._forward_triton(x, branch, meta(sum(LENGTHS), dtype=torch.float32))
-        module._backward_triton(out, meta(sum(LENGTHS), dtype=torch.float32), branch.dtype)
+        x, branch = meta(TOKENS, 384, dtype=dtype), meta(TOKENS, 384)
+        out = module._forward_triton(x, branch, meta(TOKENS, dtype=torch.float32))
+        module._backward_triton(out, meta(TOKENS, dtype=torch.float32), branch.dtype)
 
 
-OPS = (dino_loss, dino_head_loss, attention, ema_update, add_layer_norm, bias_gelu, drop_path_add)
+OPS = (dino_loss, dino_head_loss, attention, ema_update, adamw_ema, add_layer_norm, bias_gelu, drop_path_add)
 
 
 class Driver:

@@ -45,6 +45,7 @@ DINO_MULTIVERSION
 void backward_rows(const AddLayerNormBackwardArgs& a, int64_t begin, int64_t end, float* grad_weight,
                    float* grad_bias) {
     int64_t n = a.channels;
+    const float* weight = a.weight;
     std::vector<float> scratch(4 * n);
     float *buffer = scratch.data(), *out = buffer + 3 * n;
     std::fill(grad_weight, grad_weight + n, 0.0f);
@@ -56,10 +57,10 @@ void backward_rows(const AddLayerNormBackwardArgs& a, int64_t begin, int64_t end
         float mean = a.mean[row], rstd = a.rstd[row], mean_g = 0, mean_gx = 0;
 #pragma omp simd reduction(+ : mean_g, mean_gx)
         for (int64_t j = 0; j < n; ++j) {
-            float normal = (total[j] - mean) * rstd, weighted = grad[j] * a.weight[j];
-            out[j] = weighted;
-            mean_g += weighted;
-            mean_gx += weighted * normal;
+            float normal = (total[j] - mean) * rstd;
+            out[j] = grad[j] * weight[j];
+            mean_g += out[j];
+            mean_gx += out[j] * normal;
             grad_weight[j] += grad[j] * normal;
             grad_bias[j] += grad[j];
         }

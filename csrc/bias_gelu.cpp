@@ -10,6 +10,19 @@ namespace {
 constexpr int64_t kChunk = 1 << 14;  // elements a task of the forward pass
 constexpr int64_t kBlock = 1024;     // elements widened at a time from 16 bits
 
+// 2^y for -126 <= y <= 0 within 2 ulp: 2^n * p(y - n), n = round(y).
+__attribute__((always_inline)) inline float exp2_negative(float y) {
+    constexpr float kRound = 0x1.8p23f;  // adding it leaves n in the low mantissa bits
+    float shifted = y + kRound, f = y - (shifted - kRound);
+    float p = 0x1.5bba14p-10f;
+    p = p * f + 0x1.3cea88p-7f;
+    p = p * f + 0x1.c6b752p-5f;
+    p = p * f + 0x1.ebf9bcp-3f;
+    p = p * f + 0x1.62e42ap-1f;
+    p = p * f + 1.0f;
+    return bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(shifted) << 23));
+}
+
 // Q(a), the upper tail of the normal distribution, for 0 <= a <= 8.
 __attribute__((always_inline)) inline float upper_tail(float a) {
     float p = 9.62331868e-08f;
@@ -21,7 +34,7 @@ __attribute__((always_inline)) inline float upper_tail(float a) {
     p = p * a - 0.0526791997f;
     p = p * a - 0.459147513f;
     p = p * a - 1.15111184f;
-    return exp_negative(0x1.62e43p-1f * (p * a - 1.0f));
+    return exp2_negative(p * a - 1.0f);
 }
 
 __attribute__((always_inline)) inline float clamped_magnitude(float x) {
@@ -60,7 +73,7 @@ void backward_rows(const BiasGeluBackwardArgs& a, int64_t begin, int64_t end, fl
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j) {
                 float y = x[j] + bias[j], magnitude = clamped_magnitude(y);
-                float density = 0x1.988454p-2f * exp_negative(-0.5f * magnitude * magnitude);
+                float density = exp2_negative(-0.72134752f * magnitude * magnitude - 1.32574806f);
                 float slope = upper_tail(magnitude) - magnitude * density;  // of gelu at -|y|
                 out[j] = grad[j] * (y < 0.0f ? slope : 1.0f - slope);
                 sum[j] += out[j];

@@ -101,6 +101,38 @@ void drop_path_add(uintptr_t x, uintptr_t branch, uintptr_t scale, uintptr_t out
                          dino::DType(out_dtype), dino::DType(branch_dtype), threads});
 }
 
+// data: student, grad, both moments, teacher, both copies; dtypes: of grad and copies; segments: steps, decayed,
+// frozen; settings: lr, weight decay, momentum, clip, betas, eps.
+bool adamw_ema_step(const std::vector<uintptr_t>& data, const std::vector<int>& dtypes,
+                    const std::vector<int64_t>& offsets, const std::vector<uintptr_t>& segments,
+                    const std::vector<double>& settings, int threads) {
+    py::gil_scoped_release unlocked;
+    std::vector<float*> x = pointers<float>(data);
+    return dino::adamw_ema_step({x[0],
+                                 x[1],
+                                 x[2],
+                                 x[3],
+                                 x[4],
+                                 x[5],
+                                 x[6],
+                                 dino::DType(dtypes[0]),
+                                 dino::DType(dtypes[1]),
+                                 dino::DType(dtypes[2]),
+                                 offsets.data(),
+                                 int64_t(offsets.size()) - 1,
+                                 reinterpret_cast<int64_t*>(segments[0]),
+                                 reinterpret_cast<const bool*>(segments[1]),
+                                 reinterpret_cast<const bool*>(segments[2]),
+                                 settings[0],
+                                 settings[1],
+                                 settings[2],
+                                 settings[3],
+                                 settings[4],
+                                 settings[5],
+                                 settings[6],
+                                 threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -108,6 +140,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("dino_loss", &dino_loss);
     m.def("dino_head_loss", &dino_head_loss);
     m.def("ema_update", &ema_update);
+    m.def("adamw_ema_step", &adamw_ema_step);
     m.def("add_layer_norm", &add_layer_norm);
     m.def("add_layer_norm_backward", &add_layer_norm_backward);
     m.def("bias_gelu", &bias_gelu);

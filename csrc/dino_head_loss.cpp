@@ -89,17 +89,7 @@ void widen(const void* from, DType dtype, int64_t offset, int64_t rows, int64_t 
 
 DINO_MULTIVERSION
 void narrow(const float* from, int64_t from_row, int64_t rows, int64_t columns, void* to, DType dtype, int64_t offset) {
-    for (int64_t i = 0; i < rows; ++i) {
-        const float* x = from + i * from_row;
-        int64_t at = offset + i * columns;
-        uint16_t* out = static_cast<uint16_t*>(to) + at;
-        if (dtype == DType::f32)
-            std::copy_n(x, columns, static_cast<float*>(to) + at);
-        else if (dtype == DType::bf16)
-            for (int64_t j = 0; j < columns; ++j) out[j] = float_to_bf16(x[j]);
-        else
-            for (int64_t j = 0; j < columns; ++j) out[j] = float_to_half(x[j]);
-    }
+    for (int64_t i = 0; i < rows; ++i) store(to, dtype, offset + i * columns, columns, from + i * from_row);
 }
 
 // Rows of the bottleneck [count, D] and their transpose [D, width], padded with zeros.

@@ -62,6 +62,22 @@ struct EmaArgs {
 };
 void ema_update(const EmaArgs& args);
 
+struct AdamwEmaArgs {
+    float* student;  // flat, as all up to the copies
+    const void* grad;
+    float *exp_avg, *exp_avg_sq, *teacher;
+    void *student_16, *teacher_16;  // or null
+    DType grad_dtype, student_16_dtype, teacher_16_dtype;
+    const int64_t* offsets;  // [segments + 1]
+    int64_t segments;
+    int64_t* steps;                                                   // [segments]
+    const bool *decayed, *frozen;                                     // [segments]
+    double lr, weight_decay, momentum, clip_norm, beta1, beta2, eps;  // clip_norm 0: none
+    int threads;
+};
+// Whether a gradient's norm was not finite; then nothing was changed.
+bool adamw_ema_step(const AdamwEmaArgs& args);
+
 struct AddLayerNormArgs {
     const void *x, *branch;  // [T, C] contiguous, as all of these
     const float* scale;      // [T], or null for ones

@@ -1,5 +1,6 @@
 """Fused kernels for DINO pretraining: native C++ on the CPU, Triton on the GPU."""
 
+from dino_kernels.adamw_ema import adamw_ema_step_, adamw_ema_step_reference_
 from dino_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from dino_kernels.attention import attention, attention_reference
 from dino_kernels.bias_gelu import bias_gelu, bias_gelu_reference
@@ -9,6 +10,8 @@ from dino_kernels.drop_path_add import drop_path_add, drop_path_add_reference
 from dino_kernels.ema_update import ema_update_, ema_update_reference_
 
 __all__ = [
+    "adamw_ema_step_",
+    "adamw_ema_step_reference_",
     "add_layer_norm",
     "add_layer_norm_reference",
     "attention",

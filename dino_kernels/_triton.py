@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["argument", "operand", "scalar", "shared_memory"]
+__all__ = ["argument", "blend", "blend_arguments", "operand", "scalar", "shared_memory"]
 
 
 def argument(setting: Tensor) -> Tensor | float:
@@ -20,6 +20,22 @@ def scalar(x):
     if x.dtype.is_ptr():
         x = tl.load(x)
     return x
+
+
+def blend_arguments(momentum: Tensor) -> tuple[Tensor | float, float]:
+    """What `blend` takes for a momentum: its address, or it and its complement, formed in double precision."""
+    given = argument(momentum)
+    return (given, 0.0) if isinstance(given, Tensor) else (given, 1 - given)
+
+
+@triton.jit
+def blend(momentum, rest):
+    """(momentum, 1 - momentum) as float32; the complement is formed in the momentum's own precision."""
+    if momentum.dtype.is_ptr():
+        m = tl.load(momentum)
+        rest = (1 - m).to(tl.float32)
+        momentum = m.to(tl.float32)
+    return momentum, rest
 
 
 @triton.jit

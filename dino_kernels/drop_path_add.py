@@ -20,8 +20,8 @@ __all__ = ["drop_path_add", "drop_path_add_reference"]
 def drop_path_add(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
     """x + scale * branch, computed in float32; gradients to x and branch.
 
-    Stochastic depth (Huang et al. 2016), vision_transformer.py:27-35 with the sums of vision_transformer.py:111-112; the
-    caller draws the factors, the same for all tokens of an image. A repeated call is bitwise equal.
+    Stochastic depth (Huang et al. 2016), vision_transformer.py:27-35 with the sums of :111-112; the caller draws the
+    factors, the same for all tokens of an image. A repeated call is bitwise equal.
 
     Args:
         x: residual stream [T, C], C >= 1; float32, float16 or bfloat16; contiguous.

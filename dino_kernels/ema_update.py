@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
+from dino_kernels._triton import blend, blend_arguments
 
 __all__ = ["ema_update_", "ema_update_reference_"]
 
@@ -38,13 +39,7 @@ def ema_update_(targets: Iterable[Tensor], sources: Iterable[Tensor], momentum: 
     _check(targets, sources)
     if not targets:
         return
-    if not isinstance(momentum, Tensor):
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must be in [0, 1], got {momentum}")
-        momentum = torch.full((), momentum, dtype=torch.float64, device=targets[0].device)
-    elif momentum.ndim or momentum.device != targets[0].device:
-        raise ValueError(f"momentum must be a float or a 0-d tensor on {targets[0].device}, got {momentum}")
-    torch.ops.dino_kernels.ema_update_(targets, sources, momentum)
+    torch.ops.dino_kernels.ema_update_(targets, sources, momentum_tensor(momentum, targets[0].device))
 
 
 @torch.no_grad()
@@ -52,6 +47,17 @@ def ema_update_reference_(targets: Iterable[Tensor], sources: Iterable[Tensor], 
     """`ema_update_` in plain PyTorch, a tensor at a time as main_dino.py:349-350 does it."""
     for target, source in zip(targets, sources, strict=True):
         target.mul_(momentum).add_((1 - momentum) * source)
+
+
+def momentum_tensor(momentum: float | Tensor, device: torch.device) -> Tensor:
+    """`momentum` as a 0-d tensor: on `device`, or, if it was a float, on the host, which costs no launch."""
+    if isinstance(momentum, Tensor):
+        if momentum.ndim or momentum.device != device:
+            raise ValueError(f"momentum must be a float or a 0-d tensor on {device}, got {momentum}")
+        return momentum
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be in [0, 1], got {momentum}")
+    return torch.full((), momentum, dtype=torch.float64)
 
 
 def _check(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -115,7 +121,7 @@ _BLOCK = 4096  # elements a program
 
 
 @triton.jit
-def _ema_kernel(table, tensors, momentum, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+def _ema_kernel(table, tensors, momentum, rest, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     """One program a block of one tensor. Rows of table [5, tensors], int64: the tensor's first program, its
     size, the addresses of target and source, the source's dtype (numbers of DTYPES)."""
     program = tl.program_id(0)
@@ -137,9 +143,9 @@ def _ema_kernel(table, tensors, momentum, STEPS: tl.constexpr, BLOCK: tl.constex
         s = tl.load(source.to(tl.pointer_type(tl.float16)) + offset, mask).to(tl.float32)
     else:
         s = tl.load(source.to(tl.pointer_type(tl.bfloat16)) + offset, mask).to(tl.float32)
-    m = tl.load(momentum)
+    m, one_minus_m = blend(momentum, rest)
     t = tl.load(target + offset, mask)
-    tl.store(target + offset, m.to(tl.float32) * t + (1 - m).to(tl.float32) * s, mask)
+    tl.store(target + offset, m * t + one_minus_m * s, mask)
 
 
 @lru_cache(maxsize=8)
@@ -162,4 +168,4 @@ def _update_triton(targets, sources, momentum):
     if rows:
         table, programs = _table(rows, targets[0].device)
         steps = len(rows).bit_length()
-        _ema_kernel[(programs,)](table, len(rows), momentum, STEPS=steps, BLOCK=_BLOCK, num_warps=8)
+        _ema_kernel[(programs,)](table, len(rows), *blend_arguments(momentum), STEPS=steps, BLOCK=_BLOCK, num_warps=8)

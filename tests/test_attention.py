@@ -1,6 +1,6 @@
 import pytest
 import torch
-from checks import DTYPES, assert_as_accurate, compile_kernels, use_backend
+from checks import DTYPES, assert_as_accurate, use_backend
 
 from dino_kernels import attention, attention_reference
 
@@ -86,7 +86,7 @@ def test_repeats_bitwise_and_reads_strided_input(device):
 
 def test_lse_is_the_natural_logarithm_on_every_backend(device):
     qkv, bounds = inputs([33, 80], device=device)
-    _, lse = torch.ops.dino_kernels.attention(qkv, bounds, 0.3)
+    _, lse = torch.ops.dino_kernels.attention(qkv, bounds, [], 0.3)
     sequences = qkv.double().split([33, 80])
     exact = [(0.3 * torch.einsum("ihd,jhd->hij", x[:, 0], x[:, 1])).logsumexp(dim=-1) for x in sequences]
     torch.testing.assert_close(lse.double(), torch.cat(exact, dim=1), rtol=1e-6, atol=1e-6)
@@ -106,20 +106,56 @@ def test_no_tokens(device):
     assert out.shape == (0, 2, 32) and grad.shape == (0, 3, 2, 32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [32, 64, 128])
+def test_every_path_of_known_lengths(device, dtype, channels):
+    """A block and less, several blocks by one program (up to 320 tokens), several programs; empty groups."""
+    groups = [(1, 197), (3, 37), (0, 5), (2, 0), (2, 16), (1, 1), (1, 64), (1, 330)]
+    lengths = [length for count, length in groups for _ in range(count)]
+    qkv, bounds = inputs(lengths, heads=2 if channels == 32 else 1, channels=channels, dtype=dtype, device=device)
+    eager = run(attention_reference, qkv, bounds)
+    exact = run(attention_reference, qkv.double(), bounds)
+    ours = run(attention, qkv, bounds, groups=groups)
+    for mine, theirs, truth in zip(ours, eager, exact, strict=True):
+        assert_as_accurate(mine, theirs, truth, floor=1e-6 if dtype == torch.float32 else 1e-3)
+    again = run(attention, qkv, bounds, groups=groups)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+@pytest.mark.parametrize("length", [65, 145, 257, 320, 321])
+def test_lengths_around_the_borders_of_the_paths(device, length):
+    qkv, bounds = inputs([length, length], heads=1, channels=64, device=device)
+    exact = run(attention_reference, qkv.double(), bounds)
+    for ours, truth in zip(run(attention, qkv, bounds, groups=[(2, length)]), exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=2e-6)
+
+
 def test_opcheck_and_compile(device):
     qkv, bounds = inputs([5, 9, 5], device=device)
     qkv.requires_grad_()
-    torch.library.opcheck(torch.ops.dino_kernels.attention.default, (qkv, bounds, 0.2))
-    out, lse = torch.ops.dino_kernels.attention(qkv.detach(), bounds, 0.2)
-    args = (torch.randn_like(out), qkv.detach(), out, lse, bounds, 0.2)
-    torch.library.opcheck(torch.ops.dino_kernels.attention_backward.default, args)
+    for groups in ([], [1, 5, 1, 9, 1, 5]):
+        torch.library.opcheck(torch.ops.dino_kernels.attention.default, (qkv, bounds, groups, 0.2))
+        out, lse = torch.ops.dino_kernels.attention(qkv.detach(), bounds, groups, 0.2)
+        args = (torch.randn_like(out), qkv.detach(), out, lse, bounds, groups, 0.2)
+        torch.library.opcheck(torch.ops.dino_kernels.attention_backward.default, args)
 
     def doubled(qkv, bounds):
-        return 3 * attention(2 * qkv, bounds)
+        return 3 * attention(2 * qkv, bounds, groups=[(1, 5), (1, 9), (1, 5)])
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
     for ours, truth in zip(run(compiled, qkv, bounds), run(doubled, qkv, bounds), strict=True):
         torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("groups", [[(1, 5)], [(2, 3)], [(-1, 2), (3, 2)], [(1, 4), (1, 0)]])
+def test_groups_that_do_not_fit(groups):
+    with pytest.raises(ValueError, match="groups must be .number of sequences, tokens of each., together the 1 seq"):
+        attention(torch.zeros(4, 3, 1, 8), torch.tensor([0, 4], dtype=torch.int32), groups=groups)
+
+
+def test_groups_that_contradict_the_bounds():
+    with pytest.raises(ValueError, match="are not the lengths that cu_seqlens says"):
+        attention(torch.zeros(4, 3, 1, 8), torch.tensor([0, 1, 4], dtype=torch.int32), groups=[(2, 2)])
 
 
 @pytest.mark.parametrize(
@@ -152,18 +188,3 @@ def test_bad_input(qkv, bounds, message):
 def test_bounds_of_the_wrong_dtype_or_stride(bounds, message):
     with pytest.raises(ValueError, match=message):
         attention(torch.zeros(4, 3, 1, 8), bounds)
-
-
-def test_kernels_compile_for_hopper_with_its_matrix_instruction():
-    sizes = {"sequences": "i32", "tokens": "i32", "scale": "fp32", "stride_t": "i32", "stride_3": "i32"}
-    sizes |= {"stride_h": "i32", "H": "i32", "D": "i32"}
-    constants = {"BLOCK": 64, "BLOCK_D": 64, "STEPS": 10, "PRECISION": "tf32", "WIDEN": False}
-    x, stats, bounds = "*bf16", "*fp32", {"cu_seqlens": "*i32"}
-    tensors = {
-        "_forward_kernel": {"qkv": x, **bounds, "out": x, "lse": stats},
-        "_query_kernel": {"grad_out": x, "qkv": x, "out": x, "lse": stats, "delta": stats, **bounds, "grad": x},
-        "_key_kernel": {"grad_out": x, "qkv": x, "lse": stats, "delta": stats, **bounds, "grad": x},
-    }
-    kernels = {name: (types | sizes, constants, {"num_warps": 4}) for name, types in tensors.items()}
-    for ptx in compile_kernels("attention", kernels).values():
-        assert "wgmma" in ptx

@@ -81,9 +81,7 @@ def test_opcheck_and_compile(device):
     x, branch, scale = inputs(5, 9, (torch.float32, torch.bfloat16), device)
     args = (x.requires_grad_(), branch.requires_grad_(), scale)
     torch.library.opcheck(torch.ops.dino_kernels.drop_path_add.default, args)
-    torch.library.opcheck(
-        torch.ops.dino_kernels.drop_path_add_backward.default, (x.detach(), scale, torch.bfloat16)
-    )
+    torch.library.opcheck(torch.ops.dino_kernels.drop_path_add_backward.default, (x.detach(), scale, torch.bfloat16))
 
     def doubled(x, branch, scale):
         return 3 * drop_path_add(2 * x, 2 * branch, scale)

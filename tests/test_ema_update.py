@@ -1,6 +1,6 @@
 import pytest
 import torch
-from checks import DTYPES, assert_as_accurate, compile_kernels, use_backend
+from checks import DTYPES, assert_as_accurate, use_backend
 
 from dino_kernels import ema_update_, ema_update_reference_
 
@@ -121,9 +121,3 @@ def test_opcheck_and_compile(device):
 def test_bad_input(targets, sources, momentum, message):
     with pytest.raises(ValueError, match=message):
         ema_update_(targets, sources, momentum)
-
-
-def test_kernel_compiles_for_hopper():
-    types = {"table": "*i64", "tensors": "i32", "momentum": "*fp64"}
-    kernels = {"_ema_kernel": (types, {"STEPS": 8, "BLOCK": 4096}, {"num_warps": 8})}
-    assert ".target sm_90" in compile_kernels("ema_update", kernels)["_ema_kernel"]

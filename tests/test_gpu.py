@@ -1,29 +1,109 @@
-"""What only a GPU can show: the ops inside a captured CUDA graph, which proves that they never wait for the host."""
+"""What only a GPU can show: every op inside a captured CUDA graph, which proves that it never waits for the host."""
 
 import pytest
 import torch
 
-from dino_kernels import attention, dino_loss, ema_update_
+from dino_kernels import (
+    add_layer_norm,
+    attention,
+    bias_gelu,
+    dino_head_loss,
+    dino_loss,
+    drop_path_add,
+    ema_update_,
+)
 
 pytestmark = pytest.mark.gpu
 
 
-def test_ops_replay_in_a_cuda_graph():
-    student = torch.randn(20, 1000, device="cuda", requires_grad=True)
-    teacher, center = torch.randn(4, 1000, device="cuda"), torch.zeros(1000, device="cuda")
-    qkv = torch.randn(100, 3, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    bounds = torch.tensor([0, 37, 100], device="cuda", dtype=torch.int32)
-    target, source = torch.zeros(5000, device="cuda"), torch.ones(5000, device="cuda")
-    momentum = torch.tensor(0.5, device="cuda")
+def uniform(*shape, dtype=torch.float32):
+    return torch.rand(shape, device="cuda").to(dtype)
+
+
+def differentiated(op, *inputs):
+    """(inputs, step): outputs of op and the gradients of the inputs."""
 
     def step():
-        loss, _ = dino_loss(student, teacher, center)
-        out = attention(qkv, bounds)
-        grads = torch.autograd.grad([loss, out.float().sum()], [student, qkv])
-        ema_update_([target], [source], momentum)
-        return loss.detach(), out.detach(), *grads
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outs = op(*leaves)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        needed = [out for out in outs if out.requires_grad]
+        grads = torch.autograd.grad(needed, leaves, [torch.ones_like(out) for out in needed])
+        return *(out.detach() for out in outs), *grads
 
+    return inputs, step
+
+
+def loss(inplace):
+    teacher, center, temp = uniform(4, 1000), uniform(1000), torch.tensor(0.1, device="cuda")
+
+    def op(student):  # in place over the result of a sum, whose backward pass needs none of its values
+        return dino_loss(student + 1, teacher, center, student_temp=temp, inplace=inplace)
+
+    return differentiated(op, uniform(20, 1000))
+
+
+def head_loss(store_logits):
+    teacher_z, weight_teacher = uniform(4, 64, dtype=torch.bfloat16), uniform(1000, 64, dtype=torch.bfloat16)
+    center = uniform(1000)
+
+    def op(z, weight):
+        return dino_head_loss(z, teacher_z, weight, weight_teacher, center, store_logits=store_logits)
+
+    return differentiated(op, uniform(20, 64, dtype=torch.bfloat16), uniform(1000, 64, dtype=torch.bfloat16))
+
+
+def packed_attention():
+    bounds = torch.tensor([0, 37, 100], device="cuda", dtype=torch.int32)
+    return differentiated(lambda qkv: attention(qkv, bounds), uniform(100, 3, 2, 64, dtype=torch.bfloat16))
+
+
+def norm():
+    scale = uniform(50)
+    inputs = uniform(50, 384), uniform(50, 384, dtype=torch.bfloat16), uniform(384), uniform(384)
+    return differentiated(lambda *xs: add_layer_norm(*xs, scale=scale), *inputs)
+
+
+def gelu():
+    return differentiated(bias_gelu, uniform(50, 384, dtype=torch.bfloat16), uniform(384))
+
+
+def residual():
+    scale = uniform(50)
+    return differentiated(
+        lambda x, branch: drop_path_add(x, branch, scale), uniform(50, 384), uniform(50, 384, dtype=torch.bfloat16)
+    )
+
+
+def ema():
+    targets, sources = [uniform(5000), uniform(3, 7)], [uniform(5000), uniform(3, 7)]
+    momentum = torch.tensor(0.5, dtype=torch.float64, device="cuda")
+
+    def step():
+        ema_update_(targets, sources, momentum)
+        return ()
+
+    return (*targets, *sources, momentum), step
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: loss(False), id="dino_loss"),
+        pytest.param(lambda: loss(True), id="dino_loss in place"),
+        pytest.param(lambda: head_loss(False), id="dino_head_loss"),
+        pytest.param(lambda: head_loss(True), id="dino_head_loss with logits"),
+        pytest.param(packed_attention, id="attention"),
+        pytest.param(norm, id="add_layer_norm"),
+        pytest.param(gelu, id="bias_gelu"),
+        pytest.param(residual, id="drop_path_add"),
+        pytest.param(ema, id="ema_update_"),
+    ],
+)
+def test_op_replays_in_a_cuda_graph(make):
+    inputs, step = make()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compile and warm up outside the graph
         for _ in range(3):
             step()
@@ -31,11 +111,14 @@ def test_ops_replay_in_a_cuda_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    with torch.no_grad():  # new values in the same memory
-        student.normal_()
-        qkv.normal_()
-        target.zero_()
+    for x in inputs:  # new values in the same memory
+        x.uniform_()
+    before = [x.clone() for x in inputs]
     graph.replay()
-    torch.testing.assert_close(target, torch.full_like(target, 0.5))
-    for ours, eager in zip(captured, step(), strict=True):
-        assert torch.equal(ours, eager)
+    replayed = [x.clone() for x in (*captured, *inputs)]
+    for x, value in zip(inputs, before, strict=True):
+        x.copy_(value)
+    plain = step()
+    for ours, expected in zip(replayed, (*plain, *inputs), strict=True):
+        assert expected.isfinite().all()
+        assert torch.equal(ours, expected)

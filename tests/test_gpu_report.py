@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu
 import gpu_cases
@@ -194,6 +195,85 @@ def test_every_target_names_a_case_and_providers_that_exist(monkeypatch):
         results["cases"][name] = {"rows": gpu_report.finish_rows(rows, CEILINGS), "problem": ""}
     for part in parts:
         assert gpu_report.verdict(part, results)[1] in ("met", "not met"), part
+
+
+# --- the timer of a GPU, on one that only keeps a diary ------------------------------------------------
+
+
+class FakeCuda:
+    """As much of torch.cuda as the timer uses. Memory in use follows a list; each "event" takes 3 ms."""
+
+    def __init__(self):
+        self.diary, self.memory, self.mode = [], [], "default"
+
+    def get_device_properties(self, device):
+        return SimpleNamespace(L2_cache_size=50 << 20)
+
+    def current_device(self):
+        return 0
+
+    def Event(self, enable_timing):  # noqa: N802
+        note = self.diary.append
+        return SimpleNamespace(
+            record=lambda: note("event"), synchronize=lambda: note("wait"), elapsed_time=lambda end: 3.0
+        )
+
+    def synchronize(self):
+        self.diary.append("wait")
+
+    def _sleep(self, cycles):
+        self.diary.append(("sleep", cycles))
+
+    def reset_peak_memory_stats(self):
+        self.diary.append("reset")
+
+    def memory_allocated(self):
+        return self.memory.pop(0)
+
+    def max_memory_allocated(self):
+        return 10 << 20
+
+    def set_sync_debug_mode(self, mode):
+        self.mode = mode
+
+
+def test_the_timer_of_a_gpu():
+    cuda = FakeCuda()
+    assert all(hasattr(torch.cuda, name) for name in vars(FakeCuda) if not name.startswith("__"))
+    timer = gpu.DeviceTimer(cuda, "cpu")
+    assert timer.buffer.nbytes > 4 * (50 << 20)
+    assert timer.milliseconds(lambda: cuda.diary.append("call"), host_ms=2.0) == 3.0
+    assert cuda.diary == [("sleep", 6_400_000), "event", "call", "event", "wait"]
+    cuda.memory = [1 << 20, 3 << 20]
+    assert timer.memory(lambda: cuda.diary.append("again")) == {"peak_mib": 9.0, "kept_mib": 2.0}
+    assert cuda.diary[-4:] == ["wait", "reset", "again", "wait"]
+
+    def waits():
+        assert cuda.mode == "error"
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    assert timer.waits(waits) is True and timer.waits(lambda: None) is False and cuda.mode == "default"
+    with pytest.raises(ZeroDivisionError):
+        timer.waits(lambda: 1 / 0)
+    assert cuda.mode == "default"
+
+
+def test_a_run_on_a_gpu_builds_and_tests_first(tmp_path, monkeypatch):
+    test = {"file": "test_x.py", "passed": 3, "failed": 1, "skipped": 0, "seconds": 2.0, "problems": ["test_a: no"]}
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "build", lambda folder: "done, 5 s")
+    monkeypatch.setattr(gpu, "run_tests", lambda files, folder, seconds: [test])
+    monkeypatch.setattr(gpu, "run_cases", lambda folder, arguments, deadline: asked.append((arguments, deadline)))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path)])
+    assert gpu.main() == 1  # a test failed
+    ((arguments, deadline),) = asked
+    assert arguments == ["--device", "cuda"] and 0 < deadline - time.time() <= gpu.TOTAL_SECONDS < 9 * 60
+    text = (tmp_path / "results.md").read_text()
+    assert "* build: done, 5 s" in text and "test_a: no" in text and "not measured: not reached" in text
+    monkeypatch.setattr(gpu, "build", lambda folder: "failed, see build.log")
+    assert gpu.main() == 1 and len(asked) == 1
+    assert "failed, see build.log" in (tmp_path / "results.md").read_text()
 
 
 # --- what a run survives -----------------------------------------------------------------------------

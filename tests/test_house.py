@@ -58,7 +58,21 @@ def test_every_op_is_registered_with_a_fake_and_a_gpu_kernel():
 
     import dino_kernels  # noqa: F401
 
-    for op in ("dino_loss", "dino_loss_", "dino_loss_scale_", "dino_head_loss", "ema_update_", "attention", "attention_backward"):
+    for op in (
+        "dino_loss",
+        "dino_loss_",
+        "dino_loss_scale_",
+        "dino_head_loss",
+        "ema_update_",
+        "attention",
+        "attention_backward",
+        "add_layer_norm",
+        "add_layer_norm_backward",
+        "bias_gelu",
+        "bias_gelu_backward",
+        "drop_path_add",
+        "drop_path_add_backward",
+    ):
         name = f"dino_kernels::{op}"
         for key in ("CPU", "CUDA", "Meta"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)

@@ -1,0 +1,94 @@
+// Clip, AdamW, EMA and 16-bit copies over flat buffers: a pass for the norms of the gradient, a pass for the rest.
+// Formula in dino_kernels/adamw_ema.py.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+
+namespace dino {
+namespace {
+
+constexpr int64_t kChunk = 1 << 15;  // elements a task
+constexpr int64_t kBlock = 1024;     // elements at a time in the first-level cache
+
+struct Factors {
+    float clip, rate, inv_sqrt_correction2, decay;
+};
+
+DINO_MULTIVERSION
+double sum_of_squares(const void* grad, DType dtype, int64_t begin, int64_t count) {
+    float scratch[kBlock];
+    double total = 0;
+    for (int64_t i = 0; i < count; i += kBlock) {
+        int64_t n = std::min(kBlock, count - i);
+        const float* g = load(grad, dtype, begin + i, n, scratch);
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < n; ++j) sum += g[j] * g[j];
+        total += sum;
+    }
+    return total;
+}
+
+DINO_MULTIVERSION
+void update(const AdamwEmaArgs& a, int64_t begin, int64_t count, const Factors* f) {
+    float scratch[kBlock];
+    float beta1 = float(a.beta1), beta2 = float(a.beta2), rest1 = float(1 - a.beta1), rest2 = float(1 - a.beta2);
+    float momentum = float(a.momentum), rest = float(1 - a.momentum), eps = float(a.eps);
+    for (int64_t i = begin; i < begin + count; i += kBlock) {
+        int64_t n = std::min(kBlock, begin + count - i);
+        float *s = a.student + i, *m1 = a.exp_avg + i, *m2 = a.exp_avg_sq + i, *t = a.teacher + i;
+        if (f) {
+            const float* g = load(a.grad, a.grad_dtype, i, n, scratch);
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) {
+                float x = g[j] * f->clip;
+                m1[j] = beta1 * m1[j] + rest1 * x;
+                m2[j] = beta2 * m2[j] + rest2 * x * x;
+                s[j] = s[j] * f->decay - f->rate * m1[j] / (std::sqrt(m2[j]) * f->inv_sqrt_correction2 + eps);
+            }
+        }
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) t[j] = momentum * t[j] + rest * s[j];
+        if (a.student_16) store(a.student_16, a.student_16_dtype, i, n, s);
+        if (a.teacher_16) store(a.teacher_16, a.teacher_16_dtype, i, n, t);
+    }
+}
+
+}  // namespace
+
+bool adamw_ema_step(const AdamwEmaArgs& a) {
+    std::vector<int64_t> first_chunk(a.segments + 1, 0);
+    for (int64_t i = 0; i < a.segments; ++i)
+        first_chunk[i + 1] = first_chunk[i] + (a.offsets[i + 1] - a.offsets[i] + kChunk - 1) / kChunk;
+    auto locate = [&](int64_t chunk, int64_t& begin, int64_t& count) {
+        int64_t i = std::upper_bound(first_chunk.begin(), first_chunk.end(), chunk) - first_chunk.begin() - 1;
+        begin = a.offsets[i] + (chunk - first_chunk[i]) * kChunk;
+        count = std::min(kChunk, a.offsets[i + 1] - begin);
+        return i;
+    };
+    std::vector<double> squares(first_chunk.back());
+    parallel_for(first_chunk.back(), a.threads, [&](int64_t chunk) {
+        int64_t begin, count, i = locate(chunk, begin, count);
+        squares[chunk] = a.frozen[i] ? 0 : sum_of_squares(a.grad, a.grad_dtype, begin, count);
+    });
+    std::vector<Factors> factors(a.segments);
+    for (int64_t i = 0; i < a.segments; ++i) {
+        double total = 0;
+        for (int64_t chunk = first_chunk[i]; chunk < first_chunk[i + 1]; ++chunk) total += squares[chunk];
+        double norm = std::sqrt(total), n = double(a.steps[i] + 1);
+        if (!std::isfinite(norm)) return true;
+        factors[i] = {float(a.clip_norm > 0 ? std::min(1.0, a.clip_norm / (norm + 1e-6)) : 1.0),
+                      float(a.lr / (1 - std::pow(a.beta1, n))), float(1 / std::sqrt(1 - std::pow(a.beta2, n))),
+                      float(a.decayed[i] ? 1 - a.lr * a.weight_decay : 1.0)};
+    }
+    parallel_for(first_chunk.back(), a.threads, [&](int64_t chunk) {
+        int64_t begin, count, i = locate(chunk, begin, count);
+        update(a, begin, count, a.frozen[i] ? nullptr : &factors[i]);
+    });
+    for (int64_t i = 0; i < a.segments; ++i) a.steps[i] += !a.frozen[i];
+    return false;
+}
+
+}  // namespace dino

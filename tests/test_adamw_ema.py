@@ -1,0 +1,206 @@
+import pytest
+import torch
+from checks import DTYPES, assert_as_accurate, use_backend
+
+from dino_kernels import adamw_ema_step_, adamw_ema_step_reference_
+
+SIZES = [64, 1, 507, 37, 5000, 199, 16]  # odd ones: segments begin anywhere
+HYPER = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9, "clip_norm": 3.0}
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def device(request, monkeypatch):
+    return use_backend(monkeypatch, "adamw_ema", request.param, ["step"])
+
+
+def state(device="cpu", sizes=SIZES, dtype=torch.float32, frozen=(), grad_dtype=torch.float32):
+    """Arguments of a step: random weights, every second segment decayed, bfloat16 and float16 copies."""
+    offsets = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    g = torch.Generator().manual_seed(len(sizes))
+    x = {name: torch.randn(offsets[-1], generator=g) for name in ("student", "grad", "exp_avg", "teacher")}
+    x["exp_avg_sq"] = torch.rand(offsets[-1], generator=g)
+    x = {name: value.to(device, dtype) for name, value in x.items()}
+    x["grad"] = x["grad"].to(grad_dtype if dtype == torch.float32 else dtype)
+    count = len(sizes)
+    return x | {
+        "offsets": offsets,
+        "steps": torch.arange(count, device=device),
+        "decayed": torch.arange(count, device=device) % 2 == 0,
+        "frozen": torch.tensor([i in frozen for i in range(count)], device=device),
+        "nonfinite": torch.full((), 7, dtype=torch.int32, device=device),
+        "student_16": torch.zeros(offsets[-1], dtype=torch.bfloat16, device=device),
+        "teacher_16": torch.zeros(offsets[-1], dtype=torch.float16, device=device),
+    }
+
+
+def clone(x, dtype=None):
+    wide = {name for name, value in x.items() if isinstance(value, torch.Tensor) and value.dtype == torch.float32}
+    return {
+        name: value.clone().to(dtype if dtype and (name in wide or name == "grad") else value.dtype)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in x.items()
+    }
+
+
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [SIZES, [4096, 16, 8192 + 32]], ids=["odd", "aligned"])
+def test_against_float64(device, grad_dtype, sizes):
+    ours = state(device, sizes, frozen=(1,), grad_dtype=grad_dtype)
+    eager, exact = clone(ours), clone(ours, torch.float64)
+    for step in range(3):
+        hyper = HYPER | {"lr": 0.01 * (step + 1), "momentum": 0.9 + 0.03 * step}
+        adamw_ema_step_(**ours, **hyper)
+        adamw_ema_step_reference_(**eager, **hyper)
+        adamw_ema_step_reference_(**exact, **hyper)
+    for name in ("student", "exp_avg", "exp_avg_sq", "teacher"):
+        assert_as_accurate(ours[name], eager[name], exact[name], floor=3e-7)
+    assert torch.equal(ours["steps"], exact["steps"]) and ours["nonfinite"] == 0
+    # The copies round the new weights; Triton's interpreter cuts bfloat16 off.
+    torch.testing.assert_close(ours["student_16"].float(), ours["student"], rtol=2**-7, atol=1e-30)
+    torch.testing.assert_close(ours["teacher_16"], ours["teacher"].half(), rtol=0, atol=0)
+
+
+def test_against_torchs_adamw_clip_and_ema(device):
+    """Separate tensors, as main_dino.py trains them; the last one is frozen for two steps and starts counting then."""
+    sizes = [50, 300, 7]
+    x = state(device, sizes) | {"steps": torch.zeros(3, dtype=torch.int64, device=device)}
+    x["exp_avg"].zero_()
+    x["exp_avg_sq"].zero_()
+    x["decayed"] = torch.tensor([True, False, True], device=device)
+    parameters = [p.clone().double().requires_grad_() for p in x["student"].split(sizes)]
+    teachers = [t.clone().double() for t in x["teacher"].split(sizes)]
+    groups = [{"params": [parameters[0], parameters[2]], "weight_decay": 0.1}, {"params": [parameters[1]]}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
+    for step in range(5):
+        g = torch.Generator().manual_seed(step)
+        x["grad"].copy_(torch.randn(sum(sizes), generator=g))
+        x["frozen"][2] = step < 2
+        for p, grad in zip(parameters, x["grad"].double().split(sizes), strict=True):
+            p.grad = grad * (3.0 / (grad.norm() + 1e-6)).clamp(max=1)
+        if step < 2:
+            parameters[2].grad = None
+            x["grad"][-7:] = float("nan")  # whatever is there is ignored
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (step + 1)
+        optimizer.step()
+        adamw_ema_step_(**x, **(HYPER | {"lr": 0.01 * (step + 1)}))
+        for p, t, ours, ours_t in zip(
+            parameters, teachers, x["student"].split(sizes), x["teacher"].split(sizes), strict=True
+        ):
+            t.mul_(0.9).add_(0.1 * p.detach())
+            torch.testing.assert_close(ours.double(), p.detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(ours_t.double(), t, rtol=1e-5, atol=1e-6)
+    assert x["steps"].tolist() == [5, 5, 3]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_norm_that_is_not_finite_changes_nothing_but_the_flag(device, bad):
+    x = state(device)
+    x["grad"][100] = bad  # the square of 1e30 is infinite in float32
+    before = clone(x)
+    adamw_ema_step_(**x, **HYPER)
+    assert x["nonfinite"] == 1
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor) and name not in ("nonfinite", "grad"):
+            assert torch.equal(x[name], value), name
+    x["grad"][100] = 0.0
+    adamw_ema_step_(**x, **HYPER)
+    assert x["nonfinite"] == 0 and not torch.equal(x["student"], before["student"])
+
+
+def test_clips_only_what_is_too_long(device):
+    x = state(device, [100, 100])
+    x["grad"][:100] *= 100 / x["grad"][:100].norm()
+    x["grad"][100:] *= 0.5 / x["grad"][100:].norm()
+    free, clipped = clone(x), clone(x)
+    adamw_ema_step_(**free, **(HYPER | {"clip_norm": None}))
+    adamw_ema_step_(**clipped, **HYPER)
+    assert torch.equal(free["exp_avg"][100:], clipped["exp_avg"][100:])
+    moved = clipped["exp_avg"][:100] - 0.9 * x["exp_avg"][:100]
+    torch.testing.assert_close(moved.norm().item(), 0.1 * 3.0, rtol=1e-4, atol=0)
+
+
+def test_momentum_one_keeps_the_teacher_and_frozen_weights_still_reach_it(device):
+    x = state(device, frozen=range(len(SIZES)))
+    before = clone(x)
+    adamw_ema_step_(**x, **(HYPER | {"momentum": 1.0}))
+    assert torch.equal(x["teacher"], before["teacher"]) and torch.equal(x["student"], before["student"])
+    adamw_ema_step_(**x, **(HYPER | {"momentum": 0.0}))
+    assert torch.equal(x["teacher"], before["student"]) and torch.equal(x["steps"], before["steps"])
+    assert torch.equal(x["exp_avg"], before["exp_avg"]) and torch.equal(x["exp_avg_sq"], before["exp_avg_sq"])
+
+
+def test_settings_as_tensors_and_without_copies(device):
+    x = state(device) | {"student_16": None, "teacher_16": None}
+    given = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.996}
+    as_tensors = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in given.items()}
+    first, second = clone(x), clone(x)
+    adamw_ema_step_(**first, **given)
+    adamw_ema_step_(**second, **as_tensors)
+    for name in ("student", "exp_avg", "teacher"):
+        torch.testing.assert_close(first[name], second[name], rtol=1e-6, atol=1e-7)
+
+
+def test_repeats_bitwise(device):
+    first = state(device)
+    second = clone(first)
+    for x in (first, second):
+        adamw_ema_step_(**x, **HYPER)
+    for name, value in first.items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_any_number_of_threads_gives_the_same(threads):
+    expected, actual = (state(sizes=[200_000, 70_001, 3]) for _ in range(2))
+    adamw_ema_step_(**expected, **HYPER)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        adamw_ema_step_(**actual, **HYPER)
+    finally:
+        torch.set_num_threads(before)
+    for name in ("student", "exp_avg", "exp_avg_sq", "teacher", "student_16", "teacher_16"):
+        assert torch.equal(actual[name], expected[name])
+
+
+def test_opcheck_and_compile(device):
+    x = state(device, [5, 16])
+    args = [x[name] for name in ("student", "grad", "exp_avg", "exp_avg_sq", "teacher", "student_16", "teacher_16")]
+    args += [x[name] for name in ("offsets", "steps", "decayed", "frozen", "nonfinite")]
+    settings = [torch.tensor(value, device=device) for value in (0.01, 0.1, 0.9)]
+    torch.library.opcheck(torch.ops.dino_kernels.adamw_ema_step_.default, (*args, *settings, 3.0, 0.9, 0.999, 1e-8))
+    eager, compiled = state(device, [5, 16]), state(device, [5, 16])
+    adamw_ema_step_(**eager, **HYPER)
+    torch.compile(adamw_ema_step_, fullgraph=True, backend="aot_eager")(**compiled, **HYPER)
+    assert torch.equal(eager["student"], compiled["student"]) and torch.equal(eager["teacher"], compiled["teacher"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"student": torch.zeros(9).half()}, "student must be contiguous.*dtype float32, got.*float16"),
+        ({"grad": torch.zeros(8)}, r"grad must be contiguous, of shape \[9\].*got shape \[8\]"),
+        ({"grad": torch.zeros(9).double()}, "float32 or float16 or bfloat16.*float64"),
+        ({"exp_avg": torch.zeros(18)[::2]}, r"exp_avg must be contiguous.*strides \[2\]"),
+        ({"teacher": torch.zeros(9, device="meta")}, "teacher must be on cpu as student, got meta"),
+        ({"student_16": torch.zeros(9)}, "student_16 must be.*float16 or bfloat16"),
+        ({"offsets": [0, 5]}, r"offsets must rise from 0 to the number of elements 9, got \[0, 5\]"),
+        ({"offsets": [0, 7, 5, 9]}, "offsets must rise"),
+        ({"offsets": [0, 4, 4, 9]}, "offsets must rise"),
+        ({"steps": torch.zeros(2)}, r"steps must have shape \[2\], dtype int64"),
+        ({"frozen": torch.zeros(3, dtype=torch.bool)}, r"frozen must have shape \[2\], dtype bool.*got \[3\]"),
+        ({"nonfinite": torch.zeros((), dtype=torch.bool)}, r"nonfinite must have shape \[\], dtype int32"),
+        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
+        ({"weight_decay": torch.zeros(2)}, "weight_decay must be a float or a 0-d tensor"),
+        ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
+        ({"clip_norm": 0.0}, "clip_norm must be > 0 or None, got 0.0"),
+        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
+    ],
+)
+def test_bad_input(change, message):
+    x = state(sizes=[4, 5]) | HYPER
+    adamw_ema_step_(**x)
+    with pytest.raises(ValueError, match=message):
+        adamw_ema_step_(**{**x, **change})
