@@ -4,7 +4,7 @@ V := .venv/bin
 # A GPU machine's own torch is used; elsewhere this pin is what arrives quickly.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint bench gpu build clean
+.PHONY: demo test lint bench resources gpu build clean
 
 $(V)/.torch:
 	$(PYTHON) -m venv $(shell $(PYTHON) -c "import torch; assert torch.version.cuda" 2>/dev/null && echo --system-site-packages) .venv
@@ -37,6 +37,9 @@ lint: $(V)/.dev
 
 bench: $(V)/.dev
 	$(V)/python -m pytest bench
+
+resources: $(V)/.dev
+	$(V)/python bench/resources.py --output bench/results
 
 # On a machine with a GPU, with the Python that has its torch: no .venv and no network.
 OUT ?= gpu-results

@@ -77,7 +77,7 @@ def attention(device: str, sizes: Sizes, groups: tuple[tuple[int, int], ...], ba
         """Gradients of q, k, v of all groups, as `by_group` orders them."""
         return [x for parts in zip(*map(split, grads), strict=True) for x in parts]
 
-    ours = partial(dino_kernels.attention, cu_seqlens=bounds)
+    ours = partial(dino_kernels.attention, cu_seqlens=bounds, groups=groups)
     providers = {
         OURS: provider(lambda qkv: [ours(qkv)], [packed], [grad_out], lambda grads: joined(grads[0].unbind(1))),
         "reference": by_group(naive),

@@ -6,7 +6,7 @@ same dtype. Each has its own state where the op writes in place. Losses and upda
 gpu_block_cases.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from bench_dino_loss import einsum_form
 from gpu_block_cases import add_layer_norm, attention_cases, bias_gelu, drop_path_add
 from gpu_report import OURS
 from gpu_setting import Case, Provider, Sizes, compiled, generator, name_of, random
+from torch import Tensor
 
 import dino_kernels
 
@@ -161,6 +162,108 @@ def ema_update(device: str, sizes: Sizes) -> Case:
     )
 
 
+def adamw_ema(device: str, sizes: Sizes) -> Case:
+    """The phase after the backward pass: clip a tensor, AdamW, the teacher, bfloat16 copies of both nets."""
+    g, shapes = generator(device), parameter_shapes(sizes)
+    counts = [torch.Size(shape).numel() for shape in shapes]
+    padded = [(count + 15) // 16 * 16 for count in counts]  # as an arena aligns its segments
+    offsets = [sum(padded[:i]) for i in range(len(padded) + 1)]
+    begins = [random(g, *shape) / 16 for shape in shapes], [random(g, *shape) / 16 for shape in shapes]
+    grads = [random(g, *shape) / 100 for shape in shapes]
+    hyper = {"lr": 5e-4, "weight_decay": 0.04, "momentum": 0.996, "clip_norm": 3.0}
+
+    def flat(tensors: Sequence[Tensor], dtype=torch.float32) -> Tensor:
+        out = torch.zeros(offsets[-1], dtype=dtype, device=device)
+        for begin, x in zip(offsets, tensors, strict=False):
+            out[begin : begin + x.numel()] = x.flatten()
+        return out
+
+    def parts(x: Tensor) -> list[Tensor]:
+        return [x[begin : begin + n].view(shape) for begin, n, shape in zip(offsets, counts, shapes, strict=False)]
+
+    def fused(op, dtype=torch.float32, **settings) -> Provider:
+        student, teacher, grad = (flat(x, dtype) for x in (*begins, grads))
+        flags = torch.zeros(len(shapes), dtype=torch.bool, device=device)
+        arguments = {
+            "offsets": offsets,
+            "steps": torch.zeros(len(shapes), dtype=torch.int64, device=device),
+            "decayed": torch.tensor([len(shape) > 1 for shape in shapes], device=device),
+            "frozen": flags,
+            "nonfinite": torch.zeros((), dtype=torch.int32, device=device),
+            "student_16": torch.zeros_like(student, dtype=torch.bfloat16),
+            "teacher_16": torch.zeros_like(student, dtype=torch.bfloat16),
+        }
+        state = student, grad, torch.zeros_like(student), torch.zeros_like(student), teacher
+
+        def run():
+            op(*state, **arguments, **{**hyper, **settings})
+            return parts(student), parts(teacher)
+
+        return run
+
+    def separate(best: bool) -> Provider:
+        """torch's fused and for-each calls, or the loops of the reference."""
+        parameters = [x.clone().requires_grad_() for x in begins[0]]
+        teachers, weights = [x.clone() for x in begins[1]], [p.detach() for p in parameters]
+        copies = [torch.zeros_like(x, dtype=torch.bfloat16) for x in (*weights, *teachers)]
+        decayed = [p for p in parameters if p.ndim > 1]
+        groups = [{"params": decayed, "weight_decay": 0.04}, {"params": [p for p in parameters if p.ndim < 2]}]
+        kind = {"fused": True} if best else {"foreach": False}
+        optimizer = torch.optim.AdamW(groups, lr=hyper["lr"], weight_decay=0.0, **kind)
+
+        def run():
+            for p, grad in zip(parameters, grads, strict=True):
+                p.grad = grad  # clipping rewrites it, and does nothing more once it is short enough
+            if best:
+                clip_gradients(grads, hyper["clip_norm"])
+                optimizer.step()
+                torch._foreach_lerp_(teachers, weights, 1 - hyper["momentum"])
+                torch._foreach_copy_(copies, [*weights, *teachers])
+            else:
+                reference_phase(grads, optimizer, teachers, weights, copies, hyper)
+            return weights, teachers
+
+        return run
+
+    on_device = {name: torch.tensor(hyper[name], dtype=torch.float64, device=device) for name in list(hyper)[:3]}
+    return Case(
+        op="clip, AdamW, EMA, copies",
+        shape=f"{len(shapes)} tensors, {sum(counts) / 1e6:.4g} M parameters",
+        dtype="float32",
+        bytes=40 * sum(counts),
+        flops=0,
+        results=("student", "teacher"),
+        providers={
+            OURS: fused(dino_kernels.adamw_ema_step_, **on_device),
+            "reference": separate(best=False),
+            "torch fused": separate(best=True),
+        },
+        exact=fused(dino_kernels.adamw_ema_step_reference_, torch.float64),
+    )
+
+
+def clip_gradients(grads: list[Tensor], clip_norm: float) -> None:
+    scales = torch._foreach_norm(grads)
+    torch._foreach_add_(scales, 1e-6)
+    torch._foreach_reciprocal_(scales)
+    torch._foreach_mul_(scales, clip_norm)
+    torch._foreach_clamp_max_(scales, 1.0)
+    torch._foreach_mul_(grads, scales)
+
+
+def reference_phase(grads, optimizer, teachers, weights, copies, hyper) -> None:
+    """utils.py:132-141 (a question to the host for every tensor) and main_dino.py:340-350."""
+    for grad in grads:
+        coefficient = hyper["clip_norm"] / (grad.norm(2).item() + 1e-6)
+        if coefficient < 1:
+            grad.mul_(coefficient)
+    optimizer.step()
+    for t, s in zip(teachers, weights, strict=True):
+        t.mul_(hyper["momentum"]).add_((1 - hyper["momentum"]) * s)
+    for copy, x in zip(copies, (*weights, *teachers), strict=True):
+        copy.copy_(x)
+
+
 # --- all of them -------------------------------------------------------------------------------------
 
 
@@ -170,6 +273,7 @@ def all_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
     return {
         "dino_loss bfloat16": partial(dino_loss, sizes=sizes, dtype=torch.bfloat16),
         "ema_update ViT-S": partial(ema_update, sizes=sizes),
+        "adamw_ema ViT-S": partial(adamw_ema, sizes=sizes),
         **attention_cases(sizes, "6 heads", ["197", "37", "packed"]),
         "dino_head_loss bfloat16": partial(dino_head_loss, sizes=sizes, dtype=torch.bfloat16),
         "add_layer_norm": partial(add_layer_norm, sizes=sizes),
@@ -179,4 +283,5 @@ def all_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
         "dino_loss float16": partial(dino_loss, sizes=sizes, dtype=torch.float16),
         **attention_cases(base, "12 heads", ["197", "37", "packed"]),
         "ema_update ViT-B": partial(ema_update, sizes=base),
+        "adamw_ema ViT-B": partial(adamw_ema, sizes=base),
     }

@@ -159,8 +159,9 @@ def compile_ops(names: list[str], target: str) -> list[dict]:
 
 
 def resources(compiled) -> dict:
-    """Registers a thread, bytes of spills a thread, shared memory and matrix instruction of a compiled kernel."""
+    """Registers a thread, bytes of spills a thread, shared memory, matrix and atomic instructions of a kernel."""
     assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    atomics = len(re.findall(r"\b(?:atom|red)\.\w*global|global_atomic", assembly))
     matrix = next((name for name in MATRIX_INSTRUCTIONS if name in assembly), None)
     if "cubin" in compiled.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -180,6 +181,7 @@ def resources(compiled) -> dict:
         "spills": spills,
         "shared_bytes": compiled.metadata.shared,
         "matrix_instruction": matrix,
+        "atomics": atomics,
     }
 
 
@@ -191,8 +193,8 @@ def table(rows: list[dict]) -> str:
         "Registers and spilled bytes are a thread's, shared memory is a program's (limit: "
         + ", ".join(f"{name} {limit:,}" for name, (_, limit) in TARGETS.items()) + ").",
         "",
-        "| op | kernel | constants | target | warps | registers | spills | shared bytes | matrix instruction |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| op | kernel | constants | target | warps | registers | spills | shared bytes | matrix | atomics |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
         cells = {**row, "constants": " ".join(f"{k}={v}" for k, v in row["constants"].items())}

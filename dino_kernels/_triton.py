@@ -44,18 +44,12 @@ def operand(x, WIDEN: tl.constexpr):
     return x.to(tl.float32) if WIDEN else x
 
 
-# Bytes of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of
+# KiB of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of
 # technical specifications) or AMD architecture; an unknown chip is taken for the smallest.
-_SHARED = {
-    **dict.fromkeys((80, 87), 163 << 10),
-    **dict.fromkeys((86, 89, 120, 121), 99 << 10),
-    **dict.fromkeys((90, 100, 103), 227 << 10),
-    "gfx950": 160 << 10,
-}
+_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99, "gfx950": 160}
 
 
 def shared_memory() -> int:
     """Bytes of shared memory a program may use on the current chip: tiles are chosen to fit."""
-    if triton.knobs.runtime.interpret:
-        return 227 << 10
-    return _SHARED.get(triton.runtime.driver.active.get_current_target().arch, 64 << 10)
+    arch = 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
+    return _KIB.get(arch, 64) << 10

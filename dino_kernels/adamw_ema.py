@@ -58,7 +58,8 @@ def adamw_ema_step_(
     Args:
         student, exp_avg, exp_avg_sq, teacher: float32 [N], contiguous: weights, both moments, the teacher's weights.
         grad: [N], contiguous; float32, float16 or bfloat16. Zero where segments are padded.
-        offsets: S+1 bounds of the segments, rising from 0 to N, none empty. Multiples of 16 give the widest memory accesses.
+        offsets: S+1 bounds of the segments, rising from 0 to N, none empty; multiples of 16 give the widest
+            memory accesses.
         steps: int64 [S], how often each segment was updated; incremented.
         decayed: bool [S], where weight decay applies.
         frozen: bool [S], segments without gradient (the reference's last layer at first, weights that are never

@@ -74,8 +74,14 @@ def attention(
     return torch.ops.dino_kernels.attention(qkv, cu_seqlens, flat, scale)[0]
 
 
-def attention_reference(qkv: Tensor, cu_seqlens: Tensor, *, scale: float | None = None) -> Tensor:
-    """`attention` in plain PyTorch, a sequence at a time."""
+def attention_reference(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float | None = None,
+    groups: Sequence[tuple[int, int]] | None = None,
+) -> Tensor:
+    """`attention` in plain PyTorch, a sequence at a time; `groups` tells it nothing new."""
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     outs = []
     for sequence in qkv.split(cu_seqlens.diff().tolist()):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from checks import DTYPES, assert_as_accurate, compile_kernels, use_backend
+from checks import DTYPES, assert_as_accurate, use_backend
 
 from dino_kernels import drop_path_add, drop_path_add_reference
 
@@ -112,9 +112,3 @@ def test_bad_input(change, message):
     drop_path_add(**x)
     with pytest.raises(ValueError, match=message):
         drop_path_add(**{**x, **change})
-
-
-def test_kernel_compiles_for_hopper():
-    types = {"x": "*fp32", "branch": "*bf16", "scale": "*fp32", "out": "*fp32", "T": "i32", "C": "i32"}
-    kernels = {"_kernel": (types, {"ROWS": 16, "BLOCK": 128}, {"num_warps": 4})}
-    assert ".target sm_90" in compile_kernels("drop_path_add", kernels)["_kernel"]

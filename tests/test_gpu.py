@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dino_kernels import (
+    adamw_ema_step_,
     add_layer_norm,
     attention,
     bias_gelu,
@@ -86,6 +87,33 @@ def ema():
     return (*targets, *sources, momentum), step
 
 
+def optimizer():
+    flat = [uniform(5000) for _ in range(5)]
+    settings = [torch.tensor(value, dtype=torch.float64, device="cuda") for value in (0.01, 0.1, 0.9)]
+    options = {
+        "offsets": [0, 16, 5000],
+        "steps": torch.zeros(2, dtype=torch.int64, device="cuda"),
+        "decayed": torch.tensor([True, False], device="cuda"),
+        "frozen": torch.tensor([False, False], device="cuda"),
+        "nonfinite": torch.zeros((), dtype=torch.int32, device="cuda"),
+        "student_16": torch.zeros(5000, dtype=torch.bfloat16, device="cuda"),
+    }
+
+    def step():
+        options["steps"].zero_()  # or the replay would count on
+        lr, weight_decay, momentum = settings
+        adamw_ema_step_(*flat, **options, lr=lr, weight_decay=weight_decay, momentum=momentum, clip_norm=3.0)
+        return ()
+
+    return (*flat, *settings), step
+
+
+def known_attention():
+    bounds = torch.tensor([0, 37, 234], device="cuda", dtype=torch.int32)
+    op = lambda qkv: attention(qkv, bounds, groups=[(1, 37), (1, 197)])  # noqa: E731
+    return differentiated(op, uniform(234, 3, 2, 64, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -94,6 +122,8 @@ def ema():
         pytest.param(lambda: head_loss(False), id="dino_head_loss"),
         pytest.param(lambda: head_loss(True), id="dino_head_loss with logits"),
         pytest.param(packed_attention, id="attention"),
+        pytest.param(known_attention, id="attention of known lengths"),
+        pytest.param(optimizer, id="adamw_ema_step_"),
         pytest.param(norm, id="add_layer_norm"),
         pytest.param(gelu, id="bias_gelu"),
         pytest.param(residual, id="drop_path_add"),

@@ -7,7 +7,7 @@ sequences together, C = embed_dim, H heads of D = C / H channels, K = out_dim.
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,13 @@ VIT_SIZES = {
 ARCHS = (*VIT_SIZES, "resnet50")
 
 
+class Packing(NamedTuple):
+    """Bounds of the sequences [S + 1], int32, and the same on the host: (sequences, tokens of each)."""
+
+    cu_seqlens: Tensor
+    groups: list[tuple[int, int]]
+
+
 class PatchEmbed(nn.Module):
     def __init__(self, patch_size: int, embed_dim: int):
         super().__init__()
@@ -54,8 +61,8 @@ class Attention(nn.Module):
         """[T, C] -> queries, keys and values [T, 3, H, D]."""
         return self.qkv(x).view(len(x), 3, self.num_heads, -1)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> Tensor:
-        out = attention(self.project(x), cu_seqlens).flatten(1)
+    def forward(self, x: Tensor, packing: Packing, rows: Tensor | None) -> Tensor:
+        out = attention(self.project(x), packing.cu_seqlens, groups=packing.groups).flatten(1)
         return self.proj(out if rows is None else out.index_select(0, rows))
 
 
@@ -76,9 +83,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(layers)
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor, drop_path: Tensor | None = None, rows: Tensor | None = None
+        self, x: Tensor, packing: Packing, drop_path: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
-        branch = self.attn(self.norm1(x), cu_seqlens, rows)
+        branch = self.attn(self.norm1(x), packing, rows)
         if rows is not None:
             x = x.index_select(0, rows)
             drop_path = None if drop_path is None else drop_path.index_select(1, rows)
@@ -153,12 +160,11 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: an image has not 3 channels or is smaller than a patch.
         """
-        x, cu_seqlens = self._embed([crops] if isinstance(crops, Tensor) else crops)
-        drop_path = self._drop_path(x, cu_seqlens) if self.training and self.drop_path_rate > 0 else None
-        last = len(self.blocks) - 1
+        x, packing = self._embed([crops] if isinstance(crops, Tensor) else crops)
+        drop_path = self._drop_path(x, packing.cu_seqlens) if self.training and self.drop_path_rate > 0 else None
         for i, block in enumerate(self.blocks):
-            rows = cu_seqlens[:-1] if i == last else None
-            x = block(x, cu_seqlens, None if drop_path is None else drop_path[i], rows)
+            rows = packing.cu_seqlens[:-1] if i == len(self.blocks) - 1 else None
+            x = block(x, packing, None if drop_path is None else drop_path[i], rows)
         return self.norm(x)
 
     def features(self, images: Tensor, n: int = 1) -> list[Tensor]:
@@ -176,10 +182,10 @@ class VisionTransformer(nn.Module):
         """
         if not 1 <= n <= len(self.blocks):
             raise ValueError(f"n must be from 1 to the number of blocks, {len(self.blocks)}, got {n}")
-        x, cu_seqlens = self._embed([images])
+        x, packing = self._embed([images])
         maps = []
         for i, block in enumerate(self.blocks):
-            x = block(x, cu_seqlens)
+            x = block(x, packing)
             if len(self.blocks) - i <= n:
                 maps.append(self.norm(x).view(len(images), -1, self.embed_dim))
         return maps
@@ -196,17 +202,17 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: as in `forward`.
         """
-        x, cu_seqlens = self._embed([images])
+        x, packing = self._embed([images])
         *body, last = self.blocks
         for block in body:
-            x = block(x, cu_seqlens)
+            x = block(x, packing)
         assert isinstance(last, Block)
         q, k, _ = last.attn.project(last.norm1(x)).unflatten(0, (len(images), -1)).unbind(2)
         logits = torch.einsum("bhd,bnhd->bhn", q[:, 0], k) * q.shape[-1] ** -0.5
         return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
-    def _embed(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Tokens of all crops [T, C] in list order and their bounds cu_seqlens [S + 1], int32."""
+    def _embed(self, crops: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+        """Tokens of all crops [T, C] in list order and how they are packed."""
         by_shape: dict[torch.Size, list[int]] = {}
         for i, crop in enumerate(crops):
             _check_images(crop, self.patch_size)
@@ -221,13 +227,11 @@ class VisionTransformer(nn.Module):
             tokens.update(zip(indices, x.split([len(crop) for crop in group]), strict=True))
         pieces = [tokens[i] for i in range(len(crops))]
         # Bounds are counted on the device from shapes known on the host: no copy, no synchronization.
-        bounds, total = [], 0
-        for count, length, _ in (piece.shape for piece in pieces):
-            end = total + count * length
-            bounds.append(torch.arange(total, end, length, dtype=torch.int32, device=pieces[0].device))
-            total = end
-        bounds.append(bounds[0].new_full((1,), total))
-        return torch.cat([piece.flatten(0, 1) for piece in pieces]), torch.cat(bounds)
+        groups = [(len(piece), piece.shape[1]) for piece in pieces]
+        first = [0, *accumulate(count * length for count, length in groups)]
+        x = torch.cat([piece.flatten(0, 1) for piece in pieces])
+        bounds = [torch.arange(first[i], first[i + 1], n, device=x.device) for i, (_, n) in enumerate(groups)]
+        return x, Packing(F.pad(torch.cat(bounds), (0, 1), value=len(x)).int(), groups)
 
     def _positions(self, h: int, w: int) -> Tensor:
         """Position embedding [1, 1 + patches, C] for images of h x w pixels (`vision_transformer.py:174`)."""
@@ -239,8 +243,7 @@ class VisionTransformer(nn.Module):
         grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         # The 0.1 keeps rows and cols from being rounded down; it also shifts the sampled points a little,
         # which published weights were trained with.
-        scale = ((rows + 0.1) / side, (cols + 0.1) / side)
-        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+        grid = F.interpolate(grid, scale_factor=((rows + 0.1) / side, (cols + 0.1) / side), mode="bicubic")
         return torch.cat((self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
 
     def _drop_path(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -251,8 +254,7 @@ class VisionTransformer(nn.Module):
         depth, sequences = len(self.blocks), len(cu_seqlens) - 1
         keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=x.device).view(-1, 1, 1)
         scale = (torch.rand(depth, 2, sequences, device=x.device) < keep) / keep
-        lengths = cu_seqlens.diff()
-        return scale.to(x.dtype).repeat_interleave(lengths, dim=2, output_size=len(x)).unsqueeze(-1)
+        return scale.to(x.dtype).repeat_interleave(cu_seqlens.diff(), dim=2, output_size=len(x)).unsqueeze(-1)
 
 
 class WeightNormLinear(nn.Module):
