@@ -193,7 +193,8 @@ def _backward(ctx, upstream, *_):
     (grad_z, grad_weight), ctx.grads = ctx.grads, None
     if type(upstream) is Tensor:
         torch.ops.dino_kernels.dino_loss_scale_(grad_z, upstream)
-        torch.ops.dino_kernels.dino_loss_scale_(grad_weight, upstream)
+        if len(grad_weight):
+            torch.ops.dino_kernels.dino_loss_scale_(grad_weight, upstream)
     else:  # being traced, where a saved tensor may not be written
         grad_z, grad_weight = ((grad * upstream).to(grad.dtype) for grad in (grad_z, grad_weight))
     return grad_z, None, grad_weight if len(grad_weight) else None, None, None, None, None, None
