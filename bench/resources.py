@@ -79,12 +79,18 @@ def ema_update() -> None:
 
 def adamw_ema() -> None:
     module = import_module("dino_kernels.adamw_ema")
-    offsets = [384 * 384 * i for i in range(150)] + [384 * 384 * 149 + OUTPUTS * 256]
-    flat, copy = meta(offsets[-1], dtype=torch.float32), meta(offsets[-1])
     steps, flags = meta(150, dtype=torch.int64), meta(150, dtype=torch.bool)
-    for setting in (torch.tensor(0.1, dtype=torch.float64), meta(dtype=torch.float64)):
+    numbers, addresses = torch.tensor(0.1, dtype=torch.float64), meta(dtype=torch.float64)
+    for size, setting, dtype in (
+        (384 * 384, numbers, torch.float32),
+        (384 * 384, addresses, torch.bfloat16),
+        (383 * 383, addresses, torch.float32),  # segments begin at odd addresses
+        (383 * 383, addresses, torch.bfloat16),
+    ):
+        offsets = [size * i for i in range(150)] + [size * 149 + OUTPUTS * 256]
+        flat, grad, copy = (meta(offsets[-1], dtype=kind) for kind in (torch.float32, dtype, torch.bfloat16))
         module._step_triton(
-            flat, flat, flat, flat, flat, copy, copy, offsets, steps, flags, flags, meta(dtype=torch.int32),
+            flat, grad, flat, flat, flat, copy, copy, offsets, steps, flags, flags, meta(dtype=torch.int32),
             setting, setting, setting, 3.0, 0.9, 0.999, 1e-8,
         )  # fmt: skip
 

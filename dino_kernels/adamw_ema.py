@@ -273,7 +273,8 @@ _BLOCK = 4096  # elements a program
 
 @triton.jit
 def _locate(table, segments, STEPS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """(segment, offsets, mask) of a program's block. table [2, segments + 1]: first programs, first elements."""
+    """(segment, first element, offsets from it, mask) of a program's block. table [2, segments + 1]: first programs,
+    first elements. Offsets from a scalar need an address a tensor and not one an element."""
     program = tl.program_id(0)
     low = 0
     high = segments
@@ -282,13 +283,13 @@ def _locate(table, segments, STEPS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
         after = tl.load(table + middle) > program
         high = tl.where(after, middle, high)
         low = tl.where(after, low, middle)
-    begin = tl.load(table + segments + 1 + low)
-    end = tl.load(table + segments + 2 + low)
+    begin = tl.load(table + segments + 1 + low) + (program - tl.load(table + low)) * BLOCK
+    count = tl.minimum(tl.load(table + segments + 2 + low) - begin, BLOCK).to(tl.int32)
     if ALIGNED:  # lets the compiler access 16 bytes at a time
         begin = tl.multiple_of(begin, 16)
-        end = tl.multiple_of(end, 16)
-    i = begin + (program - tl.load(table + low)) * BLOCK + tl.arange(0, BLOCK)
-    return low, i, i < end
+        count = tl.multiple_of(count, 16)
+    i = tl.arange(0, BLOCK)
+    return low, begin, i, i < count
 
 
 @triton.jit
@@ -297,10 +298,10 @@ def _norm_kernel(
     STEPS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum of squares of a block's gradient; zero where it is frozen, whatever is there."""
-    segment, i, mask = _locate(table, segments, STEPS, ALIGNED, BLOCK)
+    segment, begin, i, mask = _locate(table, segments, STEPS, ALIGNED, BLOCK)
     total = 0.0
     if tl.load(frozen + segment) == 0:
-        g = tl.load(grad + i, mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + begin + i, mask, other=0.0).to(tl.float32)
         total = tl.sum(g * g, axis=0)
     tl.store(partials + tl.program_id(0), total)
     if tl.program_id(0) == 0:
@@ -343,26 +344,26 @@ def _update_kernel(
     STEPS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(nonfinite) == 0:
-        segment, i, mask = _locate(table, segments, STEPS, ALIGNED, BLOCK)
-        s = tl.load(student + i, mask, other=0.0)
+        segment, begin, i, mask = _locate(table, segments, STEPS, ALIGNED, BLOCK)
+        s = tl.load(student + begin + i, mask, other=0.0)
         if tl.load(frozen + segment) == 0:
             at = factors + 4 * segment
-            g = tl.load(grad + i, mask, other=0.0).to(tl.float32) * tl.load(at)
-            m1 = beta1 * tl.load(exp_avg + i, mask, other=0.0) + one_minus_beta1 * g
-            m2 = beta2 * tl.load(exp_avg_sq + i, mask, other=0.0) + one_minus_beta2 * g * g
+            g = tl.load(grad + begin + i, mask, other=0.0).to(tl.float32) * tl.load(at)
+            m1 = beta1 * tl.load(exp_avg + begin + i, mask, other=0.0) + one_minus_beta1 * g
+            m2 = beta2 * tl.load(exp_avg_sq + begin + i, mask, other=0.0) + one_minus_beta2 * g * g
             s = s * tl.load(at + 3) - tl.load(at + 1) * m1 / (tl.sqrt(m2) * tl.load(at + 2) + eps)
-            tl.store(exp_avg + i, m1, mask)
-            tl.store(exp_avg_sq + i, m2, mask)
-            tl.store(student + i, s, mask)
+            tl.store(exp_avg + begin + i, m1, mask)
+            tl.store(exp_avg_sq + begin + i, m2, mask)
+            tl.store(student + begin + i, s, mask)
             if tl.program_id(0) == tl.load(table + segment):  # once a segment; nobody reads it in this kernel
                 tl.store(steps + segment, tl.load(steps + segment) + 1)
         m, one_minus_m = blend(momentum, rest)
-        t = m * tl.load(teacher + i, mask, other=0.0) + one_minus_m * s
-        tl.store(teacher + i, t, mask)
+        t = m * tl.load(teacher + begin + i, mask, other=0.0) + one_minus_m * s
+        tl.store(teacher + begin + i, t, mask)
         if student_16 is not None:
-            tl.store(student_16 + i, s.to(student_16.dtype.element_ty), mask)
+            tl.store(student_16 + begin + i, s.to(student_16.dtype.element_ty), mask)
         if teacher_16 is not None:
-            tl.store(teacher_16 + i, t.to(teacher_16.dtype.element_ty), mask)
+            tl.store(teacher_16 + begin + i, t.to(teacher_16.dtype.element_ty), mask)
 
 
 @lru_cache(maxsize=8)

@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 from checks import DTYPES, assert_as_accurate, use_backend
@@ -44,7 +46,9 @@ def clone(x, dtype=None):
 
 
 @pytest.mark.parametrize("grad_dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [SIZES, [4096, 16, 8192 + 32]], ids=["odd", "aligned"])
+@pytest.mark.parametrize(
+    "sizes", [SIZES, [4096, 16, 8192 + 32], [7 * i % 13 + 1 for i in range(70)]], ids=["odd", "aligned", "many"]
+)
 def test_against_float64(device, grad_dtype, sizes):
     ours = state(device, sizes, frozen=(1,), grad_dtype=grad_dtype)
     eager, exact = clone(ours), clone(ours, torch.float64)
@@ -62,7 +66,7 @@ def test_against_float64(device, grad_dtype, sizes):
 
 
 def test_against_torchs_adamw_clip_and_ema(device):
-    """Separate tensors, as main_dino.py trains them; the last one is frozen for two steps and starts counting then."""
+    """Separate tensors on schedules, as main_dino.py trains them; the last is frozen for two steps and counts then."""
     sizes = [50, 300, 7]
     x = state(device, sizes) | {"steps": torch.zeros(3, dtype=torch.int64, device=device)}
     x["exp_avg"].zero_()
@@ -81,14 +85,16 @@ def test_against_torchs_adamw_clip_and_ema(device):
         if step < 2:
             parameters[2].grad = None
             x["grad"][-7:] = float("nan")  # whatever is there is ignored
+        lr, weight_decay, momentum = 0.01 * (step + 1), 0.1 + 0.05 * step, 0.9 + 0.02 * step
         for group in optimizer.param_groups:
-            group["lr"] = 0.01 * (step + 1)
+            group["lr"] = lr
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
         optimizer.step()
-        adamw_ema_step_(**x, **(HYPER | {"lr": 0.01 * (step + 1)}))
+        adamw_ema_step_(**x, **(HYPER | {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}))
         for p, t, ours, ours_t in zip(
             parameters, teachers, x["student"].split(sizes), x["teacher"].split(sizes), strict=True
         ):
-            t.mul_(0.9).add_(0.1 * p.detach())
+            t.mul_(momentum).add_((1 - momentum) * p.detach())
             torch.testing.assert_close(ours.double(), p.detach(), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(ours_t.double(), t, rtol=1e-5, atol=1e-6)
     assert x["steps"].tolist() == [5, 5, 3]
@@ -142,6 +148,18 @@ def test_settings_as_tensors_and_without_copies(device):
         torch.testing.assert_close(first[name], second[name], rtol=1e-6, atol=1e-7)
 
 
+def test_a_segment_of_more_blocks_than_are_summed_at_once(device, monkeypatch):
+    module = importlib.import_module("dino_kernels.adamw_ema")
+    monkeypatch.setattr(module, "_BLOCK", 16)
+    module._table.cache_clear()
+    ours = state(device, [3, 16 * 1030 + 5, 2])
+    ours["grad"][16 * 1030 :] *= 100  # what the last blocks hold decides how much is clipped
+    eager = clone(ours)
+    adamw_ema_step_(**ours, **HYPER)
+    adamw_ema_step_reference_(**eager, **HYPER)
+    torch.testing.assert_close(ours["exp_avg"], eager["exp_avg"], rtol=1e-5, atol=1e-7)
+
+
 def test_repeats_bitwise(device):
     first = state(device)
     second = clone(first)
@@ -163,6 +181,7 @@ def test_any_number_of_threads_gives_the_same(threads):
         torch.set_num_threads(before)
     for name in ("student", "exp_avg", "exp_avg_sq", "teacher", "student_16", "teacher_16"):
         assert torch.equal(actual[name], expected[name])
+    assert torch.equal(actual["student_16"], actual["student"].bfloat16())
 
 
 def test_opcheck_and_compile(device):

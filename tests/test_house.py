@@ -64,6 +64,7 @@ def test_every_op_is_registered_with_a_fake_and_a_gpu_kernel():
         "dino_loss_scale_",
         "dino_head_loss",
         "ema_update_",
+        "adamw_ema_step_",
         "attention",
         "attention_backward",
         "add_layer_norm",
