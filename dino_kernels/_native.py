@@ -36,7 +36,7 @@ def reused_empty(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         buffer = np.empty(size, np.uint8)
     holder = buffer[:]  # lives as long as the tensor's storage
     weakref.finalize(holder, _give_back, buffer).atexit = False
-    return torch.empty(0, dtype=dtype).set_(torch.from_numpy(holder).untyped_storage(), 0, shape)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=dtype, device="cpu").set_(torch.from_numpy(holder).untyped_storage(), 0, shape)  # type: ignore[call-overload]
 
 
 def _give_back(buffer: np.ndarray) -> None:

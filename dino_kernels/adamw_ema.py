@@ -13,7 +13,7 @@ Per segment that is not frozen, with its own step count n (from 1), and then for
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -199,7 +199,7 @@ def _rate(name: str, value: float | Tensor, device: torch.device) -> Tensor:
         return value
     if not value >= 0:
         raise ValueError(f"{name} must be >= 0, got {value}")
-    return torch.full((), value, dtype=torch.float64)
+    return torch.full((), value, dtype=torch.float64, device="cpu")
 
 
 # --- registration ------------------------------------------------------------------------------------
@@ -366,13 +366,13 @@ def _update_kernel(
             tl.store(teacher_16 + begin + i, t.to(teacher_16.dtype.element_ty), mask)
 
 
-@lru_cache(maxsize=8)
+@cache
 def _table(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
     """`_locate`'s table and the number of programs; kept, so that a training run uploads it once."""
     first = [0]
     for begin, end in zip(offsets, offsets[1:], strict=False):
         first.append(first[-1] + triton.cdiv(end - begin, _BLOCK))
-    return torch.tensor([first, offsets], dtype=torch.int64).to(device), first[-1]
+    return torch.tensor([first, offsets], dtype=torch.int64, device="cpu").to(device), first[-1]
 
 
 def _step_triton(

@@ -62,6 +62,8 @@ def attention(
         )
     if qkv.device != cu_seqlens.device:
         raise ValueError(f"qkv and cu_seqlens must be on one device, got {qkv.device} and {cu_seqlens.device}")
+    if len(cu_seqlens) == 1 and len(qkv):
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens {len(qkv)}, got no sequence")
     flat = [int(n) for group in groups or () for n in group]
     counts, lengths = flat[::2], flat[1::2]
     tokens = sum(count * length for count, length in zip(counts, lengths, strict=True))

@@ -230,4 +230,4 @@ def _forward_cpu(student_z, teacher_z, weight_student, weight_teacher, center, s
         float(teacher_temp),
         torch.get_num_threads(),
     )
-    return torch.tensor(loss, dtype=torch.float32), batch_center, grad_z, grad_weight
+    return torch.tensor(loss, dtype=torch.float32, device="cpu"), batch_center, grad_z, grad_weight

@@ -128,7 +128,7 @@ def temperature(name: str, value: float | Tensor, device: torch.device) -> Tenso
         return value.float()
     if not value > 0:
         raise ValueError(f"{name} must be > 0, got {value}")
-    return torch.full((), value, dtype=torch.float32)
+    return torch.full((), value, dtype=torch.float32, device="cpu")
 
 
 # --- registration ------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def _forward_cpu(student, teacher, center, student_temp, teacher_temp, grad):
         float(teacher_temp),
         torch.get_num_threads(),
     )
-    return torch.tensor(loss, dtype=torch.float32), batch_center
+    return torch.tensor(loss, dtype=torch.float32, device="cpu"), batch_center
 
 
 def _scale_cpu(grad, upstream):
@@ -378,6 +378,9 @@ def _forward_triton(student, teacher, center, student_temp, teacher_temp, grad):
     (rows, outputs), batch = student.shape, teacher.shape[0] // 2
     temps = argument(student_temp), argument(teacher_temp)
     blocks = triton.cdiv(outputs, 256)
+    # At least one lane a thread (512 on AMD): threads that share an element would race in place, reading it after
+    # another of them wrote its gradient.
+    lanes = max(512, min(2048, triton.next_power_of_2(outputs)))
     partials = center.new_empty(2 * batch, 2, blocks)
     losses, loss = center.new_empty(rows), center.new_empty(())
     arrived = center.new_empty((), dtype=torch.int32)
@@ -390,7 +393,7 @@ def _forward_triton(student, teacher, center, student_temp, teacher_temp, grad):
         student, teacher, center, *temps, partials, grad, losses, loss, arrived,
         batch, outputs, student.stride(0), teacher.stride(0), grad.stride(0), blocks,
         1 / ((2 * rows // batch - 2) * batch),
-        BLOCKS=triton.next_power_of_2(blocks), STEP=4, LANES=min(2048, triton.next_power_of_2(outputs)), num_warps=8,
+        BLOCKS=triton.next_power_of_2(blocks), STEP=4, LANES=lanes, num_warps=8,
     )  # fmt: skip
     return loss, batch_center
 

@@ -6,7 +6,7 @@ Read and written once: 12 bytes a float32 parameter, where two eager calls a ten
 """
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -57,7 +57,7 @@ def momentum_tensor(momentum: float | Tensor, device: torch.device) -> Tensor:
         return momentum
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be in [0, 1], got {momentum}")
-    return torch.full((), momentum, dtype=torch.float64)
+    return torch.full((), momentum, dtype=torch.float64, device="cpu")
 
 
 def _check(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -148,7 +148,7 @@ def _ema_kernel(table, tensors, momentum, rest, STEPS: tl.constexpr, BLOCK: tl.c
     tl.store(target + offset, m * t + one_minus_m * s, mask)
 
 
-@lru_cache(maxsize=8)
+@cache
 def _table(rows: tuple[tuple[int, int, int, int], ...], device: torch.device) -> tuple[Tensor, int]:
     """The kernel's table and its number of programs. Kept, since a training run asks for the same every step:
     no upload, and a captured CUDA graph finds it where it was."""
@@ -156,7 +156,7 @@ def _table(rows: tuple[tuple[int, int, int, int], ...], device: torch.device) ->
     for size, target, source, dtype in rows:
         columns.append((first, size, target, source, dtype))
         first += triton.cdiv(size, _BLOCK)
-    return torch.tensor(columns, dtype=torch.int64).T.contiguous().to(device), first
+    return torch.tensor(columns, dtype=torch.int64, device="cpu").T.contiguous().to(device), first
 
 
 def _update_triton(targets, sources, momentum):

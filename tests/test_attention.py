@@ -169,6 +169,7 @@ def test_groups_that_contradict_the_bounds():
         (torch.zeros(4, 3, 1, 8, device="meta"), [0, 4], "one device, got meta and cpu"),
         (torch.zeros(4, 3, 1, 8), [[0, 4]], r"cu_seqlens must have shape \[S\+1\], dtype int32"),
         (torch.zeros(4, 3, 1, 8), [0, 3], "cu_seqlens must rise from 0 to the number of tokens 4"),
+        (torch.zeros(4, 3, 1, 8), [0], "must rise from 0 to the number of tokens 4, got no sequence"),
         (torch.zeros(4, 3, 1, 8), [1, 4], "must rise from 0"),
         (torch.zeros(4, 3, 1, 8), [0, 3, 2, 4], "must rise from 0"),
     ],

@@ -158,6 +158,14 @@ def test_keeps_one_tensor_for_backward_and_hands_it_over():
         loss.backward()
 
 
+def test_a_default_device_elsewhere_changes_nothing():
+    x = inputs(2, 3, 64)
+    expected = run(dino_loss, *x)
+    with torch.device("meta"):
+        actual = run(dino_loss, *x)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 def test_nan_reaches_the_loss(device):
     student, teacher, center = inputs(2, 3, 64, device=device)
     student[1, 5] = float("nan")
