@@ -304,7 +304,8 @@ def work(folder: Path, device: str, toy: bool, deadline: float) -> None:
 
 def run_cases(folder: Path, arguments: list[str], deadline: float) -> None:
     """In a process of their own, and the rest in another where one breaks the device, hangs or dies."""
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    paths = [str(ROOT), str(ROOT / "python_api"), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, __file__, "--output", str(folder), "--deadline", str(deadline), *arguments]
     before = -1
     while True:

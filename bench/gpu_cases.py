@@ -12,6 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from bench_dino_loss import einsum_form
+from dino_train.optim import clip_gradients
 from gpu_block_cases import add_layer_norm, attention_cases, bias_gelu, drop_path_add
 from gpu_report import OURS
 from gpu_setting import Case, Provider, Sizes, compiled, generator, name_of, random
@@ -215,7 +216,7 @@ def adamw_ema(device: str, sizes: Sizes) -> Case:
             for p, grad in zip(parameters, grads, strict=True):
                 p.grad = grad  # clipping rewrites it, and does nothing more once it is short enough
             if best:
-                clip_gradients(grads, hyper["clip_norm"])
+                clip_gradients(parameters, hyper["clip_norm"])
                 optimizer.step()
                 torch._foreach_lerp_(teachers, weights, 1 - hyper["momentum"])
                 torch._foreach_copy_(copies, [*weights, *teachers])
@@ -240,15 +241,6 @@ def adamw_ema(device: str, sizes: Sizes) -> Case:
         },
         exact=fused(dino_kernels.adamw_ema_step_reference_, torch.float64),
     )
-
-
-def clip_gradients(grads: list[Tensor], clip_norm: float) -> None:
-    scales = torch._foreach_norm(grads)
-    torch._foreach_add_(scales, 1e-6)
-    torch._foreach_reciprocal_(scales)
-    torch._foreach_mul_(scales, clip_norm)
-    torch._foreach_clamp_max_(scales, 1.0)
-    torch._foreach_mul_(grads, scales)
 
 
 def reference_phase(grads, optimizer, teachers, weights, copies, hyper) -> None:

@@ -1,6 +1,7 @@
-"""The compiled module dino_kernels._C, the numbers that Python and C++ agree on, and memory for results."""
+"""The compiled module dino_kernels._C, the numbers it shares with Python, memory for results, and settings of ops."""
 
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ except ImportError as error:
 # enum class DType in csrc/kernels.h
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-__all__ = ["DTYPES", "_C", "reused_empty"]
+__all__ = ["DTYPES", "_C", "reused_empty", "setting"]
 
 _spare: list[np.ndarray] = []  # at most one buffer, waiting for the next tensor of its size
 
@@ -41,3 +42,20 @@ def reused_empty(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
 
 def _give_back(buffer: np.ndarray) -> None:
     _spare[:] = [buffer]
+
+
+def setting(
+    name: str, value: float | torch.Tensor, device: torch.device, allowed: str, fits: Callable[[float], bool]
+) -> torch.Tensor:
+    """`value` as a 0-d tensor: on `device`, or, if it was a float, float64 on the host, which costs no launch.
+
+    Raises:
+        ValueError: a tensor that is not 0-d or elsewhere; a float that does not fit, with `allowed` saying what does.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.ndim or value.device != device:
+            raise ValueError(f"{name} must be a float or a 0-d tensor on {device}, got {value}")
+        return value
+    if not fits(value):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+    return torch.full((), value, dtype=torch.float64, device="cpu")

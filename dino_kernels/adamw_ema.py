@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dino_kernels._native import _C, DTYPES
-from dino_kernels._triton import argument, blend, blend_arguments, scalar
+from dino_kernels._native import _C, DTYPES, setting
+from dino_kernels._triton import argument, blend, blend_arguments, owner, scalar
 from dino_kernels.ema_update import momentum_tensor
 
 __all__ = ["adamw_ema_step_", "adamw_ema_step_reference_"]
@@ -193,13 +193,7 @@ def _check_segments(student, offsets, steps, decayed, frozen, nonfinite) -> None
 
 
 def _rate(name: str, value: float | Tensor, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        if value.ndim or value.device != device:
-            raise ValueError(f"{name} must be a float or a 0-d tensor on {device}, got {value}")
-        return value
-    if not value >= 0:
-        raise ValueError(f"{name} must be >= 0, got {value}")
-    return torch.full((), value, dtype=torch.float64, device="cpu")
+    return setting(name, value, device, ">= 0", lambda rate: rate >= 0)
 
 
 # --- registration ------------------------------------------------------------------------------------
@@ -276,13 +270,7 @@ def _locate(table, segments, STEPS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
     """(segment, first element, offsets from it, mask) of a program's block. table [2, segments + 1]: first programs,
     first elements. Offsets from a scalar need an address a tensor and not one an element."""
     program = tl.program_id(0)
-    low = 0
-    high = segments
-    for _ in range(STEPS):  # the last segment whose first program is not after this one
-        middle = (low + high) // 2
-        after = tl.load(table + middle) > program
-        high = tl.where(after, middle, high)
-        low = tl.where(after, low, middle)
+    low = owner(table, segments, program, STEPS)
     begin = tl.load(table + segments + 1 + low) + (program - tl.load(table + low)) * BLOCK
     count = tl.minimum(tl.load(table + segments + 2 + low) - begin, BLOCK).to(tl.int32)
     if ALIGNED:  # lets the compiler access 16 bytes at a time
@@ -323,9 +311,7 @@ def _segment_kernel(
     norm = tl.sqrt(tl.sum(total, axis=0))
     if (norm - norm) != 0.0:  # infinite or NaN
         tl.store(nonfinite, 1)
-    factor = norm * 0.0 + 1.0
-    if clip_norm > 0.0:
-        factor = tl.minimum(clip_norm / (norm + 1e-6), 1.0)
+    factor = tl.where(clip_norm > 0.0, tl.minimum(clip_norm / (norm + 1e-6), 1.0), 1.0)
     n = (tl.load(steps + segment) + 1).to(tl.float64)
     correction1 = (1.0 - tl.exp(n * log_beta1)).to(tl.float32)
     correction2 = (1.0 - tl.exp(n * log_beta2)).to(tl.float32)
@@ -367,26 +353,21 @@ def _update_kernel(
 
 
 @cache
-def _table(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
-    """`_locate`'s table and the number of programs; kept, so that a training run uploads it once."""
-    first = [0]
+def _table(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, int, bool]:
+    """`_locate`'s table, the number of programs, whether segments are aligned; kept: a run uploads the table once."""
+    first, aligned = [0], all(offset % 16 == 0 for offset in offsets)
     for begin, end in zip(offsets, offsets[1:], strict=False):
         first.append(first[-1] + triton.cdiv(end - begin, _BLOCK))
-    return torch.tensor([first, offsets], dtype=torch.int64, device="cpu").to(device), first[-1]
+    return torch.tensor([first, offsets], dtype=torch.int64, device="cpu").to(device), first[-1], aligned
 
 
 def _step_triton(
     student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, offsets, steps, decayed, frozen,
     nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps,
 ):  # fmt: skip
-    table, blocks = _table(tuple(offsets), student.device)
+    table, blocks, aligned = _table(tuple(offsets), student.device)
     segments = len(offsets) - 1
-    layout = {
-        "STEPS": segments.bit_length(),
-        "ALIGNED": all(offset % 16 == 0 for offset in offsets),
-        "BLOCK": _BLOCK,
-        "num_warps": 8,
-    }
+    layout = {"STEPS": segments.bit_length(), "ALIGNED": aligned, "BLOCK": _BLOCK, "num_warps": 8}
     frozen, decayed = frozen.view(torch.uint8), decayed.view(torch.uint8)
     partials, factors = student.new_empty(blocks), student.new_empty(segments, 4)
     _norm_kernel[(blocks,)](grad, table, frozen, partials, nonfinite, segments, **layout)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES, reused_empty
 from dino_kernels.dino_head_loss_triton import forward_triton as _forward_triton
-from dino_kernels.dino_loss import dino_loss, dino_loss_reference, temperature
+from dino_kernels.dino_loss import check_center, dino_loss, dino_loss_reference, temperature
 
 __all__ = ["dino_head_loss", "dino_head_loss_reference"]
 
@@ -132,11 +132,7 @@ def _check(
             f"student_z must have shape [V*B, D] with V >= 2, B = {rows // 2} as in teacher_z and D = {channels} as in "
             f"weight_student, got {list(student_z.shape)}"
         )
-    if list(center.shape) not in ([outputs], [1, outputs]) or center.dtype != torch.float32:
-        raise ValueError(
-            f"center must have shape [{outputs}] or [1, {outputs}] and dtype float32, got {list(center.shape)}, "
-            f"{center.dtype}"
-        )
+    check_center(center, outputs)
     if student_z.is_cuda and student_z.dtype == torch.float32 and not store_logits:
         raise ValueError("on a GPU float32 needs store_logits=True, or pass the rows and weights in 16 bit")
     devices = {name: x.device for name, x in named.items()} | {"center": center.device}

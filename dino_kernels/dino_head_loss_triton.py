@@ -9,12 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dino_kernels._triton import argument, operand, scalar, shared_memory
+from dino_kernels._triton import LOG2_E, LOWEST, argument, operand, scalar, shared_memory
 
 __all__ = ["forward_triton"]
 
-_LOG2_E = tl.constexpr(1.4426950408889634)  # the exponential of the hardware is exp2
-_LOWEST = tl.constexpr(-1e30)  # finite, so that what saw nothing gives no NaN
 _SPLITS = 9  # shares of the outputs: at 768 rows of 256 channels in 16 bit all that is kept stays under 4 MB
 _LIFT = tl.constexpr(1024.0)  # keeps row weights of 1 / K out of float16's subnormal numbers
 
@@ -36,9 +34,9 @@ def _average_kernel(
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
-    scale = _LOG2_E / scalar(temp)
+    scale = LOG2_E / scalar(temp)
     q = _tile(z, r, d, rows, D, WIDEN)
-    high = tl.full((ROWS,), _LOWEST, tl.float32)
+    high = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     average = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(split * share, tl.minimum((split + 1) * share, outputs), BLOCK):
@@ -67,7 +65,7 @@ def _merge(averages, stats, row, all_rows, d, D, scale, splits, SPLITS: tl.const
     """(average, max, sum of exponentials) of a row over all outputs."""
     i = tl.arange(0, SPLITS)
     at = i.to(tl.int64) * all_rows + row
-    high = tl.load(stats + 2 * at, i < splits, other=_LOWEST)
+    high = tl.load(stats + 2 * at, i < splits, other=LOWEST)
     top = tl.max(high, axis=0)
     part = tl.load(stats + 2 * at + 1, i < splits, other=0.0) * tl.exp2((high - top) * scale)
     total = tl.sum(part, axis=0)
@@ -88,14 +86,14 @@ def _row_kernel(
     d = tl.arange(0, BLOCK_D)
     image = row % batch
     scale = 1.0 / scalar(student_temp)
-    teacher_scale = _LOG2_E / scalar(teacher_temp)
+    teacher_scale = LOG2_E / scalar(teacher_temp)
     at = row.to(tl.int64) * D + d
     if row < students:
         view = row // batch
         both = view >= 2
         first = students + tl.where(view == 0, batch + image, image)  # view 0 learns from 1, view 1 from 0
         pairs = tl.where(both, 2.0, 1.0)
-        average, top, total = _merge(averages, stats, row, all_rows, d, D, scale * _LOG2_E, splits, SPLITS)
+        average, top, total = _merge(averages, stats, row, all_rows, d, D, scale * LOG2_E, splits, SPLITS)
         target = _merge(averages, stats, first, all_rows, d, D, teacher_scale, splits, SPLITS)[0]
         if both:
             target += _merge(averages, stats, students + batch + image, all_rows, d, D, teacher_scale, splits, SPLITS)[
@@ -147,13 +145,13 @@ def _weight_kernel(
     w = _tile(student_weight, k, d, outputs, D, WIDEN)
     c = tl.zeros((BLOCK,), tl.float32)
     acc = _add_outer(
-        acc, w, c, student_z, tops, weighted, d, students, D, scale * _LOG2_E, ROWS, PRECISION, WIDEN
+        acc, w, c, student_z, tops, weighted, d, students, D, scale * LOG2_E, ROWS, PRECISION, WIDEN
     )  # fmt: skip
     w = _tile(teacher_weight, k, d, outputs, D, WIDEN)
     c = tl.load(center + k, k < outputs, other=0.0)
     acc = _add_outer(
         acc, w, c, teacher_z, tops + students, weighted + students.to(tl.int64) * D, d, teachers, D,
-        _LOG2_E / scalar(teacher_temp), ROWS, PRECISION, WIDEN,
+        LOG2_E / scalar(teacher_temp), ROWS, PRECISION, WIDEN,
     )  # fmt: skip
     at = grad + k[:, None].to(tl.int64) * D + d[None, :]
     mask = (k < outputs)[:, None] & (d < D)[None, :]

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dino_kernels._native import _C, DTYPES, reused_empty
-from dino_kernels._triton import argument, scalar
+from dino_kernels._native import _C, DTYPES, reused_empty, setting
+from dino_kernels._triton import LOG2_E, LOWEST, argument, scalar
 
 __all__ = ["dino_loss", "dino_loss_reference"]
 
@@ -60,7 +60,7 @@ def dino_loss(
         ValueError: a shape, dtype, device or temperature that does not fit the above; `inplace` with rows of
             `student` that overlap.
     """
-    check_outputs(student, teacher, center)
+    _check(student, teacher, center)
     student_temp = temperature("student_temp", student_temp, student.device)
     teacher_temp = temperature("teacher_temp", teacher_temp, student.device)
     inputs = student, teacher.detach(), center.detach().view(-1), student_temp, teacher_temp
@@ -94,7 +94,7 @@ def dino_loss_reference(
     )
 
 
-def check_outputs(student: Tensor, teacher: Tensor, center: Tensor) -> None:
+def _check(student: Tensor, teacher: Tensor, center: Tensor) -> None:
     for name, views, x in (("student", "V", student), ("teacher", "2", teacher)):
         if x.ndim != 2 or x.dtype not in DTYPES or x.stride(1) != 1:
             raise ValueError(
@@ -109,26 +109,26 @@ def check_outputs(student: Tensor, teacher: Tensor, center: Tensor) -> None:
             f"student must have shape [V*B, K] with V >= 2, B = {rows // 2} and K = {outputs} as in teacher "
             f"{list(teacher.shape)}, got {list(student.shape)}"
         )
-    if list(center.shape) not in ([outputs], [1, outputs]) or center.dtype != torch.float32:
-        raise ValueError(
-            f"center must have shape [{outputs}] or [1, {outputs}] and dtype float32, got {list(center.shape)}, "
-            f"{center.dtype}"
-        )
+    check_center(center, outputs)
     if not student.device == teacher.device == center.device:
         raise ValueError(
             f"student, teacher, center must be on one device, got {student.device}, {teacher.device}, {center.device}"
         )
 
 
+def check_center(center: Tensor, outputs: int) -> None:
+    if list(center.shape) not in ([outputs], [1, outputs]) or center.dtype != torch.float32:
+        raise ValueError(
+            f"center must have shape [{outputs}] or [1, {outputs}] and dtype float32, got {list(center.shape)}, "
+            f"{center.dtype}"
+        )
+
+
 def temperature(name: str, value: float | Tensor, device: torch.device) -> Tensor:
-    """`value` as a 0-d float32 tensor: on `device`, or, if it was a float, on the host, which costs no launch."""
-    if isinstance(value, Tensor):
-        if value.ndim or value.requires_grad or value.device != device:
-            raise ValueError(f"{name} must be a float or a 0-d tensor on {device} without gradient, got {value}")
-        return value.float()
-    if not value > 0:
-        raise ValueError(f"{name} must be > 0, got {value}")
-    return torch.full((), value, dtype=torch.float32, device="cpu")
+    """`setting` of a temperature, float32."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} must be a float or a 0-d tensor on {device} without gradient, got {value}")
+    return setting(name, value, device, "> 0", lambda temp: temp > 0).float()
 
 
 # --- registration ------------------------------------------------------------------------------------
@@ -253,9 +253,6 @@ def _scale_cpu(grad, upstream):
 
 # --- GPU: a column sweep of the teacher, then a program a student row ---------------------------------
 
-_LOG2_E = tl.constexpr(1.4426950408889634)  # the exponential of the hardware is exp2
-_LOWEST = tl.constexpr(-1e30)  # finite, so that a lane which saw nothing gives no NaN
-
 
 @triton.jit
 def _teacher_kernel(
@@ -268,7 +265,7 @@ def _teacher_kernel(
     """
     block, blocks = tl.program_id(0), tl.num_programs(0)
     k = block * COLUMNS + tl.arange(0, COLUMNS)
-    scale = _LOG2_E / scalar(temp)
+    scale = LOG2_E / scalar(temp)
     c = tl.load(center + k, k < outputs, other=0.0)
     mean = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, rows, ROWS):
@@ -277,7 +274,7 @@ def _teacher_kernel(
         t = tl.load(teacher + r[:, None].to(tl.int64) * stride + k[None, :], mask, other=0.0).to(tl.float32)
         mean += tl.sum(t, axis=0)
         x = tl.where(mask, t - c[None, :], float("-inf"))
-        high = tl.maximum(tl.max(x, axis=1), _LOWEST)
+        high = tl.maximum(tl.max(x, axis=1), LOWEST)
         at = partials + r.to(tl.int64) * 2 * blocks + block
         tl.store(at, high, r < rows)
         tl.store(at + blocks, tl.sum(tl.exp2((x - high[:, None]) * scale), axis=1), r < rows)
@@ -291,7 +288,7 @@ def _row_statistics(partials, row, scale, blocks, BLOCKS: tl.constexpr):
     """(max, 1 / sum) of a teacher row from its partial ones."""
     i = tl.arange(0, BLOCKS)
     at = partials + row.to(tl.int64) * 2 * blocks + i
-    high = tl.load(at, i < blocks, other=_LOWEST)
+    high = tl.load(at, i < blocks, other=LOWEST)
     top = tl.max(high, axis=0)
     return top, 1.0 / tl.sum(tl.load(at + blocks, i < blocks, other=0.0) * tl.exp2((high - top) * scale), axis=0)
 
@@ -314,15 +311,15 @@ def _student_kernel(
     first = tl.where(view == 0, batch + image, image)  # view 0 learns from 1, view 1 from 0, others from both
     pairs = tl.where(both, 2.0, 1.0)
     scale = 1.0 / scalar(student_temp)
-    log2_scale = scale * _LOG2_E
-    teacher_scale = _LOG2_E / scalar(teacher_temp)
+    log2_scale = scale * LOG2_E
+    teacher_scale = LOG2_E / scalar(teacher_temp)
     student += row.to(tl.int64) * student_stride
     grad += row.to(tl.int64) * grad_stride
     first_teacher = teacher + first.to(tl.int64) * teacher_stride
     second_teacher = teacher + (batch + image).to(tl.int64) * teacher_stride
     # Differences are taken before the temperature: exact, where x / temp would already have lost digits.
     tile = tl.arange(0, STEP)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    high = tl.full((LANES,), _LOWEST, tl.float32)
+    high = tl.full((LANES,), LOWEST, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     for start in range(0, outputs, STEP * LANES):
         k = start + tile

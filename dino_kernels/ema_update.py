@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dino_kernels._native import _C, DTYPES
-from dino_kernels._triton import blend, blend_arguments
+from dino_kernels._native import _C, DTYPES, setting
+from dino_kernels._triton import blend, blend_arguments, owner
 
 __all__ = ["ema_update_", "ema_update_reference_"]
 
@@ -50,14 +50,8 @@ def ema_update_reference_(targets: Iterable[Tensor], sources: Iterable[Tensor], 
 
 
 def momentum_tensor(momentum: float | Tensor, device: torch.device) -> Tensor:
-    """`momentum` as a 0-d tensor: on `device`, or, if it was a float, on the host, which costs no launch."""
-    if isinstance(momentum, Tensor):
-        if momentum.ndim or momentum.device != device:
-            raise ValueError(f"momentum must be a float or a 0-d tensor on {device}, got {momentum}")
-        return momentum
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be in [0, 1], got {momentum}")
-    return torch.full((), momentum, dtype=torch.float64, device="cpu")
+    """`setting` of a momentum, in its own precision."""
+    return setting("momentum", momentum, device, "in [0, 1]", lambda m: 0 <= m <= 1)
 
 
 def _check(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -125,13 +119,7 @@ def _ema_kernel(table, tensors, momentum, rest, STEPS: tl.constexpr, BLOCK: tl.c
     """One program a block of one tensor. Rows of table [5, tensors], int64: the tensor's first program, its
     size, the addresses of target and source, the source's dtype (numbers of DTYPES)."""
     program = tl.program_id(0)
-    low = 0
-    high = tensors
-    for _ in range(STEPS):  # the last tensor whose first program is not after this one
-        middle = (low + high) // 2
-        after = tl.load(table + middle) > program
-        high = tl.where(after, middle, high)
-        low = tl.where(after, low, middle)
+    low = owner(table, tensors, program, STEPS)
     offset = (program - tl.load(table + low)) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < tl.load(table + tensors + low)
     target = tl.load(table + 2 * tensors + low).to(tl.pointer_type(tl.float32))
