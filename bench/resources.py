@@ -120,7 +120,26 @@ def drop_path_add() -> None:
         module._backward_triton(out, meta(TOKENS, dtype=torch.float32), branch.dtype)
 
 
-OPS = (dino_loss, dino_head_loss, attention, ema_update, adamw_ema, add_layer_norm, bias_gelu, drop_path_add)
+def weight_norm() -> None:
+    module = import_module("dino_kernels.weight_norm")
+    v, g = meta(65536, 256, dtype=torch.float32), meta(65536, 1, dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        module._forward_triton(v.to(dtype), v, g)
+        module._backward_triton(v, g, v.to(dtype), v, g)
+        module._backward_triton(v, None, v.to(dtype), v, g)
+
+
+OPS = (
+    dino_loss,
+    dino_head_loss,
+    attention,
+    ema_update,
+    adamw_ema,
+    add_layer_norm,
+    bias_gelu,
+    drop_path_add,
+    weight_norm,
+)
 
 
 class Driver:

@@ -101,6 +101,20 @@ void drop_path_add(uintptr_t x, uintptr_t branch, uintptr_t scale, uintptr_t out
                          dino::DType(out_dtype), dino::DType(branch_dtype), threads});
 }
 
+void weight_norm(uintptr_t v, uintptr_t g, uintptr_t w, int64_t rows, int64_t channels, int dtype, int threads) {
+    py::gil_scoped_release unlocked;
+    dino::weight_norm({reinterpret_cast<const float*>(v), reinterpret_cast<const float*>(g), reinterpret_cast<void*>(w),
+                       rows, channels, dino::DType(dtype), threads});
+}
+
+void weight_norm_backward(uintptr_t grad_w, uintptr_t v, uintptr_t g, uintptr_t grad_v, uintptr_t grad_g, int64_t rows,
+                          int64_t channels, int dtype, int threads) {
+    py::gil_scoped_release unlocked;
+    dino::weight_norm_backward({reinterpret_cast<const void*>(grad_w), reinterpret_cast<const float*>(v),
+                                reinterpret_cast<const float*>(g), reinterpret_cast<float*>(grad_v),
+                                reinterpret_cast<float*>(grad_g), rows, channels, dino::DType(dtype), threads});
+}
+
 // data: student, grad, both moments, teacher, both copies; dtypes: of grad and copies; segments: steps, decayed,
 // frozen; settings: lr, weight decay, momentum, clip, betas, eps.
 bool adamw_ema_step(const std::vector<uintptr_t>& data, const std::vector<int>& dtypes,
@@ -146,4 +160,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("bias_gelu", &bias_gelu);
     m.def("bias_gelu_backward", &bias_gelu_backward);
     m.def("drop_path_add", &drop_path_add);
+    m.def("weight_norm", &weight_norm);
+    m.def("weight_norm_backward", &weight_norm_backward);
 }

@@ -8,6 +8,12 @@ from dino_kernels.dino_head_loss import dino_head_loss, dino_head_loss_reference
 from dino_kernels.dino_loss import dino_loss, dino_loss_reference
 from dino_kernels.drop_path_add import drop_path_add, drop_path_add_reference
 from dino_kernels.ema_update import ema_update_, ema_update_reference_
+from dino_kernels.weight_norm import (
+    weight_norm_,
+    weight_norm_backward_,
+    weight_norm_backward_reference_,
+    weight_norm_reference_,
+)
 
 __all__ = [
     "adamw_ema_step_",
@@ -26,4 +32,8 @@ __all__ = [
     "drop_path_add_reference",
     "ema_update_",
     "ema_update_reference_",
+    "weight_norm_",
+    "weight_norm_backward_",
+    "weight_norm_backward_reference_",
+    "weight_norm_reference_",
 ]

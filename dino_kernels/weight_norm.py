@@ -1,0 +1,191 @@
+"""Weight normalization of a linear layer, materialized in memory that the caller keeps, and its gradients.
+
+    w_k = g_k u_k,    u_k = v_k / |v_k|
+    dL/dg_k = dL/dw_k . u_k        dL/dv_k = g_k / |v_k| (dL/dw_k - (dL/dw_k . u_k) u_k)
+
+Dimensions: K rows of D channels. The weights change once a step, so the step writes w once (in 16 bit where it is
+multiplied so) in place of normalizing K D numbers in every forward; the backward pass reads v anew and adds into the
+gradients, which an optimizer's flat buffer holds.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dino_kernels._native import _C, DTYPES
+
+__all__ = ["weight_norm_", "weight_norm_backward_", "weight_norm_backward_reference_", "weight_norm_reference_"]
+
+
+def weight_norm_(out: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Writes the normalized rows to `out` and returns it; not differentiable, see `weight_norm_backward_`.
+
+    Salimans and Kingma 2016, equation 2; vision_transformer.py:276. Computed in float32; a row of zeros gives NaN,
+    as there. A repeated call is bitwise equal.
+
+    Args:
+        out: [K, D], 1 <= D <= 4096; float32, float16 or bfloat16; contiguous.
+        v: directions [K, D], float32, contiguous.
+        g: norms [K, 1], float32, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride that does not fit the above.
+    """
+    _check({"out": out, "v": v, "g": g}, {"out"})
+    torch.ops.dino_kernels.weight_norm_(out, v.detach(), g.detach())
+    return out
+
+
+def weight_norm_reference_(out: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """`weight_norm_` in plain PyTorch."""
+    return out.copy_(g * v / v.norm(dim=1, keepdim=True))
+
+
+def weight_norm_backward_(grad_v: Tensor, grad_g: Tensor | None, grad_w: Tensor, v: Tensor, g: Tensor) -> None:
+    """Adds the gradients of `weight_norm_`'s arguments into buffers.
+
+    Args:
+        grad_v: [K, D], float32, contiguous; added to.
+        grad_g: [K, 1], float32, contiguous; added to. None where the norms are not trained.
+        grad_w: gradient of the normalized rows [K, D], float32, float16 or bfloat16, contiguous.
+        v, g: as in `weight_norm_`.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride that does not fit the above.
+    """
+    _check({"v": v, "g": g, "grad_w": grad_w, "grad_v": grad_v, "grad_g": g if grad_g is None else grad_g}, {"grad_w"})
+    torch.ops.dino_kernels.weight_norm_backward_(grad_v, grad_g, grad_w, v.detach(), g.detach())
+
+
+@torch.no_grad()
+def weight_norm_backward_reference_(
+    grad_v: Tensor, grad_g: Tensor | None, grad_w: Tensor, v: Tensor, g: Tensor
+) -> None:
+    """`weight_norm_backward_` in plain PyTorch."""
+    norm = v.norm(dim=1, keepdim=True)
+    along = (grad_w * v / norm).sum(dim=1, keepdim=True)
+    grad_v += g / norm * (grad_w - along * v / norm)
+    if grad_g is not None:
+        grad_g += along
+
+
+def _check(named: dict[str, Tensor], any_width: set[str]) -> None:
+    """Tensors by name, "v" among them; float32 but for those of `any_width`; g's are columns."""
+    v = named["v"]
+    if v.ndim != 2 or not 1 <= v.shape[1] <= 4096:
+        raise ValueError(f"v must have shape [K, D] with 1 <= D <= 4096, got {list(v.shape)}")
+    for name, x in named.items():
+        shape = [len(v), 1] if name in ("g", "grad_g") else list(v.shape)
+        dtypes = tuple(DTYPES) if name in any_width else (torch.float32,)
+        if list(x.shape) != shape or x.dtype not in dtypes or not x.is_contiguous() or x.device != v.device:
+            raise ValueError(
+                f"{name} must be contiguous, of shape {shape} on {v.device} and dtype "
+                f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, got shape {list(x.shape)}, "
+                f"strides {list(x.stride())}, {x.dtype} on {x.device}"
+            )
+
+
+# --- registration ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("dino_kernels::weight_norm_", mutates_args=("out",), device_types="cpu")
+def _norm_(out: Tensor, v: Tensor, g: Tensor) -> None:
+    _forward_cpu(out, v, g)
+
+
+@_norm_.register_kernel("cuda")
+def _(out, v, g):
+    with torch.cuda.device(v.device):  # Triton launches on the current device
+        _forward_triton(out, v, g)
+
+
+@_norm_.register_fake
+def _(*_):
+    return None
+
+
+@torch.library.custom_op("dino_kernels::weight_norm_backward_", mutates_args=("grad_v", "grad_g"), device_types="cpu")
+def _backward_(grad_v: Tensor, grad_g: Tensor | None, grad_w: Tensor, v: Tensor, g: Tensor) -> None:
+    _backward_cpu(grad_v, grad_g, grad_w, v, g)
+
+
+@_backward_.register_kernel("cuda")
+def _(grad_v, *others):
+    with torch.cuda.device(grad_v.device):
+        _backward_triton(grad_v, *others)
+
+
+@_backward_.register_fake
+def _(*_):
+    return None
+
+
+# --- CPU ---------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(out, v, g):
+    _C.weight_norm(v.data_ptr(), g.data_ptr(), out.data_ptr(), *v.shape, DTYPES[out.dtype], torch.get_num_threads())
+
+
+def _backward_cpu(grad_v, grad_g, grad_w, v, g):
+    _C.weight_norm_backward(
+        grad_w.data_ptr(),
+        v.data_ptr(),
+        g.data_ptr(),
+        grad_v.data_ptr(),
+        0 if grad_g is None else grad_g.data_ptr(),
+        *v.shape,
+        DTYPES[grad_w.dtype],
+        torch.get_num_threads(),
+    )
+
+
+# --- GPU ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _forward_kernel(out, v, g, K, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """ROWS whole rows a program, here and below."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK)
+    at = rows[:, None].to(tl.int64) * D + d[None, :]
+    mask = (rows < K)[:, None] & (d < D)[None, :]
+    x = tl.load(v + at, mask, other=0.0)
+    scale = tl.load(g + rows, rows < K, other=0.0) / tl.sqrt(tl.sum(x * x, axis=1))
+    tl.store(out + at, (x * scale[:, None]).to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _backward_kernel(grad_v, grad_g, grad_w, v, g, K, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK)
+    at = rows[:, None].to(tl.int64) * D + d[None, :]
+    mask = (rows < K)[:, None] & (d < D)[None, :]
+    x = tl.load(v + at, mask, other=0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(x * x, axis=1))
+    unit = x * inverse[:, None]
+    dw = tl.load(grad_w + at, mask, other=0.0).to(tl.float32)
+    along = tl.sum(dw * unit, axis=1)
+    scale = tl.load(g + rows, rows < K, other=0.0) * inverse
+    tl.store(grad_v + at, tl.load(grad_v + at, mask) + scale[:, None] * (dw - along[:, None] * unit), mask)
+    if grad_g is not None:
+        tl.store(grad_g + rows, tl.load(grad_g + rows, rows < K) + along, rows < K)
+
+
+def _tile(channels: int) -> dict[str, int]:
+    """16 elements a thread."""
+    block = triton.next_power_of_2(channels)
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": max(4, block // 512)}
+
+
+def _forward_triton(out, v, g):
+    tile = _tile(v.shape[1])
+    if len(v):
+        _forward_kernel[(triton.cdiv(len(v), tile["ROWS"]),)](out, v, g, *v.shape, **tile)
+
+
+def _backward_triton(grad_v, grad_g, grad_w, v, g):
+    tile = _tile(v.shape[1])
+    if len(v):
+        _backward_kernel[(triton.cdiv(len(v), tile["ROWS"]),)](grad_v, grad_g, grad_w, v, g, *v.shape, **tile)
