@@ -1,16 +1,18 @@
 """One DINO training step, exactly the reference's: loss, center, clipping, optimizer, teacher."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dino_kernels import dino_loss, ema_update_
+from dino_kernels import dino_head_loss
+from dino_train.arena import AdamWithEMA, Arena, TorchWithEMA
 from dino_train.config import PretrainConfig
 from dino_train.model import DINOModel, build_model
-from dino_train.optim import LARS, clip_gradients, cosine_schedule, parameter_groups, teacher_temp_schedule
+from dino_train.optim import LARS, cosine_schedule, parameter_groups, teacher_temp_schedule
 
 CENTER_MOMENTUM = 0.9  # main_dino.py:365
 
@@ -21,22 +23,29 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass
 class StepResult:
-    """What a step tells: the loss, the settings it ran with, and how to look at the teacher's output."""
+    """What a step tells. Tensors stay on the device: reading them is the caller's choice."""
 
-    loss: float
+    loss_tensor: Tensor
     lr: float
     weight_decay: float
     momentum: float
     teacher_temp: float
-    teacher_output: Tensor
-    center: Tensor
+    teacher_z: Tensor
+    learner: "Learner"
 
+    @property
+    def loss(self) -> float:
+        return self.loss_tensor.item()
+
+    @torch.no_grad()
     def teacher_entropy(self) -> tuple[float, float]:
         """(entropy of the mean teacher output over the batch, mean entropy of a single output), in nats.
 
-        Both at ln K: outputs are uniform. Both equal below it: one constant output, whatever the image.
+        Both at ln K: outputs are uniform. Both equal below it: one constant output, whatever the image. Of the
+        teacher's last layer and the center as they are when this is called.
         """
-        q = ((self.teacher_output.float() - self.center) / self.teacher_temp).softmax(dim=-1)
+        logits = self.learner.teacher.head.last_layer(self.teacher_z).float()
+        q = ((logits - self.learner.center) / self.teacher_temp).softmax(dim=-1)
         mean = q.mean(dim=0)
         return torch.special.entr(mean).sum().item(), torch.special.entr(q).sum(dim=-1).mean().item()
 
@@ -50,12 +59,15 @@ class Learner:
         device: where the nets live.
     """
 
+    phase_hook: Callable[[str], None] | None = None  # called after each phase of a step, by a benchmark
+
     def __init__(self, config: PretrainConfig, steps_per_epoch: int, device: torch.device) -> None:
         self.config, self.steps_per_epoch, self.device = config, steps_per_epoch, device
         self.student = self._build(config.drop_path_rate, config.norm_last_layer)
         self.teacher = self._build(0.0, True)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
+        self.arena = Arena(self.student, self.teacher, getattr(torch, config.precision))
         self.center = torch.zeros(1, config.out_dim, device=device)
         self.optimizer = self._optimizer()
         steps = config.epochs * steps_per_epoch
@@ -84,63 +96,88 @@ class Learner:
             head_hidden_dim=c.head_hidden_dim,
         ).to(self.device)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.student)
+    def _optimizer(self) -> AdamWithEMA | TorchWithEMA:
+        clip_norm = self.config.clip_grad or None
         if self.config.optimizer == "adamw":
-            return torch.optim.AdamW(groups, fused=True)
-        if self.config.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-        return LARS(groups)
+            return AdamWithEMA(self.arena, clip_norm)
+        groups = parameter_groups(self.student)
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9) if self.config.optimizer == "sgd" else LARS(groups)
+        return TorchWithEMA(self.arena, optimizer, clip_norm)
 
     def step(self, step: int, crops: list[Tensor]) -> StepResult:
         """One update of student, center and teacher (main_dino.py:303-350).
+
+        A loss that is not finite changes nothing; that it was so is in the result.
 
         Args:
             step: global step, which sets the schedules.
             crops: V tensors [B, 3, h, w] float32 on the device, the two global ones first.
 
         Raises:
-            NonFiniteLoss: before anything was changed.
+            NonFiniteLoss: with sgd or lars, before anything was changed.
         """
         epoch = step // self.steps_per_epoch
-        loss, result = self._forward(step, epoch, crops)
-        self.optimizer.zero_grad()
+        self._freeze(epoch)
+        lr, decay, momentum = (float(x[step]) for x in (self.lr, self.weight_decay, self.momentum))
+        teacher_temp = float(self.teacher_temp[epoch])
+        loss, batch_center, teacher_z = self._forward(crops, teacher_temp)
         loss.backward()
-        if self.config.clip_grad:
-            clip_gradients(self.student.parameters(), self.config.clip_grad)
-        if epoch < self.config.freeze_last_layer:  # without a gradient the optimizer keeps no moments either
-            for parameter in self.student.head.last_layer.parameters():
-                parameter.grad = None
-        self.optimizer.step()
-        ema_update_(self.teacher.parameters(), self.student.parameters(), result.momentum)
+        self._phase("backward")
+        result = StepResult(loss.detach(), lr, decay, momentum, teacher_temp, teacher_z, self)
+        center = self.center.lerp(batch_center, 1 - CENTER_MOMENTUM)
+        if isinstance(self.optimizer, AdamWithEMA):
+            self.optimizer.step(lr, decay, momentum)
+            self.center = torch.where(self.optimizer.nonfinite > 0, self.center, center)
+        else:
+            if not math.isfinite(result.loss):
+                self.arena.grad.zero_()
+                raise NonFiniteLoss(self.nonfinite_message(step, result.loss))
+            self.optimizer.step(lr, decay, momentum)
+            self.center = center
+        self.arena.materialize()
+        self.arena.grad.zero_()
+        self._phase("optimizer")
         return result
 
-    def _forward(self, step: int, epoch: int, crops: list[Tensor]) -> tuple[Tensor, StepResult]:
-        for i, group in enumerate(self.optimizer.param_groups):
-            group["lr"] = float(self.lr[step])
-            if i == 0:  # the other group never decays
-                group["weight_decay"] = float(self.weight_decay[step])
-        teacher_temp = float(self.teacher_temp[epoch])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+    def nonfinite_message(self, step: int, loss: float) -> str:
+        epoch = step // self.steps_per_epoch
+        return f"the loss is {loss} at step {step} (epoch {epoch}, lr {self.lr[step]:.3g})"
+
+    def _freeze(self, epoch: int) -> None:
+        frozen = epoch < self.config.freeze_last_layer
+        last_layer = self.student.head.last_layer
+        if last_layer.weight_v.requires_grad is frozen:
+            self.arena.freeze(last_layer, frozen)
+            if isinstance(self.optimizer, AdamWithEMA):
+                self.optimizer.track_frozen()
+
+    def _forward(self, crops: list[Tensor], teacher_temp: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, batch center and what the teacher's last layer took."""
+        low = self.config.precision == "bfloat16"
+        # Layers with copies of their weights need no autocast; a ResNet's have none.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low and self.config.arch == "resnet50"):
             with torch.no_grad():  # the teacher stays in train mode: its batch norms see its own batches
-                teacher_output = self.teacher(crops[:2])
-            student_output = self.student(crops)
-        loss, batch_center = dino_loss(
-            student_output, teacher_output, self.center, teacher_temp=teacher_temp, inplace=True
+                teacher_z = self.teacher.bottleneck(crops[:2])
+            self._phase("teacher")
+            student_z = self.student.bottleneck(crops)
+            self._phase("student_forward")
+        weight_student, weight_teacher = (net.head.last_layer.weight() for net in (self.student, self.teacher))
+        teacher_z = teacher_z.to(weight_teacher.dtype)
+        loss, batch_center = dino_head_loss(
+            student_z.to(weight_student.dtype),
+            teacher_z,
+            weight_student,
+            weight_teacher,
+            self.center,
+            teacher_temp=teacher_temp,
+            store_logits=low or self.device.type == "cuda",
         )
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteLoss(f"the loss is {value} at step {step} (epoch {epoch}, lr {self.lr[step]:.3g})")
-        used, self.center = self.center, self.center.lerp(batch_center, 1 - CENTER_MOMENTUM)
-        return loss, StepResult(
-            value,
-            float(self.lr[step]),
-            float(self.weight_decay[step]),
-            float(self.momentum[step]),
-            teacher_temp,
-            teacher_output,
-            used,
-        )
+        self._phase("loss")
+        return loss, batch_center, teacher_z
+
+    def _phase(self, name: str) -> None:
+        if self.phase_hook is not None:
+            self.phase_hook(name)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer state and center under the reference's checkpoint keys (main_dino.py:276-284)."""
@@ -157,3 +194,5 @@ class Learner:
             net.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.center = state["dino_loss"]["center"].to(self.device)
+        self.arena.copy()
+        self.arena.materialize()

@@ -5,8 +5,7 @@ sequences together, C = embed_dim, H heads of D = C / H channels, K = out_dim.
 """
 
 import math
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
@@ -14,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_kernels import attention
+from dino_kernels import add_layer_norm, add_layer_norm_reference, attention, bias_gelu, bias_gelu_reference
+from dino_train.head import DINOHead
+from dino_train.layers import Linear, PatchEmbed, init_linear
 from dino_train.resnet import ResNet, resnet50
 
 
@@ -41,59 +42,93 @@ class Packing(NamedTuple):
     groups: list[tuple[int, int]]
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, patch_size: int, embed_dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def project(self, x: Tensor) -> Tensor:
         """[T, C] -> queries, keys and values [T, 3, H, D]."""
         return self.qkv(x).view(len(x), 3, self.num_heads, -1)
 
-    def forward(self, x: Tensor, packing: Packing, rows: Tensor | None) -> Tensor:
-        out = attention(self.project(x), packing.cu_seqlens, groups=packing.groups).flatten(1)
-        return self.proj(out if rows is None else out.index_select(0, rows))
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        return self.proj(attention(self.project(x), packing.cu_seqlens, groups=packing.groups).flatten(1))
+
+    def class_tokens(self, x: Tensor, packing: Packing) -> Tensor:
+        """`forward` of the first token of each sequence [S, C], in torch's own products: a query a head is little."""
+        dim = x.shape[1]
+        q = self.qkv(x.index_select(0, packing.cu_seqlens[:-1]), slice(dim)).unflatten(1, (self.num_heads, -1))
+        keys_values = self.qkv(x, slice(dim, 3 * dim)).view(len(x), 2, self.num_heads, -1)
+        pieces = zip(
+            q.split([count for count, _ in packing.groups]),
+            keys_values.split([count * length for count, length in packing.groups]),
+            packing.groups,
+            strict=True,
+        )
+        out = [_attend(rows, *kv.unflatten(0, group).unbind(2)) for rows, kv, group in pieces]
+        return self.proj(torch.cat(out).flatten(1))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Queries [S, H, D], keys and values [S, N, H, D] -> [S, H, D]."""
+    logits = torch.einsum("shd,snhd->shn", q, k) * q.shape[-1] ** -0.5
+    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype)
+    return torch.einsum("shn,snhd->shd", weights, v)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x, add_bias=False)
+        # The ops take at most float32; a float64 net is there to check others.
+        return self.fc2((bias_gelu_reference if x.dtype == torch.float64 else bias_gelu)(x, self.fc1.bias))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block over packed tokens [T, C].
-
-    `drop_path` [2, T, 1] multiplies the attention and the MLP branch. With `rows` only these tokens are
-    carried past the attention and returned.
-    """
+    """Pre-norm transformer block over packed tokens [T, C]."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        hidden = int(dim * mlp_ratio)
-        layers = OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim))
-        self.mlp = nn.Sequential(layers)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
-        self, x: Tensor, packing: Packing, drop_path: Tensor | None = None, rows: Tensor | None = None
-    ) -> Tensor:
-        branch = self.attn(self.norm1(x), packing, rows)
-        if rows is not None:
+        self,
+        x: Tensor,
+        normed: Tensor,
+        next_norm: nn.LayerNorm,
+        packing: Packing,
+        drop_path: Tensor | None = None,
+        class_only: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Residual stream and its norm1 -> residual stream and its `next_norm`: sums and norms are one pass.
+
+        `drop_path` [2, T, 1] multiplies the attention and the MLP branch. With `class_only` just the class tokens are
+        carried past the attention and returned.
+        """
+        if class_only:
+            branch = self.attn.class_tokens(normed, packing)
+            rows = packing.cu_seqlens[:-1]
             x = x.index_select(0, rows)
             drop_path = None if drop_path is None else drop_path.index_select(1, rows)
-        if drop_path is None:
-            x = x + branch
-            return x + self.mlp(self.norm2(x))
-        x = torch.addcmul(x, branch, drop_path[0])
-        return torch.addcmul(x, self.mlp(self.norm2(x)), drop_path[1])
+        else:
+            branch = self.attn(normed, packing)
+        attention_scale, mlp_scale = (None, None) if drop_path is None else drop_path
+        x, normed = _add_norm(x, branch, attention_scale, self.norm2)
+        return _add_norm(x, self.mlp(normed), mlp_scale, next_norm)
+
+
+def _add_norm(x: Tensor, branch: Tensor, scale: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    op = add_layer_norm_reference if x.dtype == torch.float64 else add_layer_norm
+    return op(x, branch, norm.weight, norm.bias, scale=scale, eps=norm.eps)
 
 
 class VisionTransformer(nn.Module):
@@ -145,7 +180,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
         """Normalized class tokens.
@@ -162,10 +197,21 @@ class VisionTransformer(nn.Module):
         """
         x, packing = self._embed([crops] if isinstance(crops, Tensor) else crops)
         drop_path = self._drop_path(x, packing.cu_seqlens) if self.training and self.drop_path_rate > 0 else None
-        for i, block in enumerate(self.blocks):
-            rows = packing.cu_seqlens[:-1] if i == len(self.blocks) - 1 else None
-            x = block(x, packing, None if drop_path is None else drop_path[i], rows)
-        return self.norm(x)
+        normed = self._first_norm(x)
+        for i, (block, norm) in enumerate(self._with_next_norm()):
+            class_only = i == len(self.blocks) - 1
+            x, normed = block(x, normed, norm, packing, None if drop_path is None else drop_path[i], class_only)
+        return normed
+
+    def _with_next_norm(self) -> Iterator[tuple[Block, nn.LayerNorm]]:
+        """Each block, and the norm that reads its result."""
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        yield from zip(blocks, [*(block.norm1 for block in blocks[1:]), self.norm], strict=True)
+
+    def _first_norm(self, x: Tensor) -> Tensor:
+        first = self.blocks[0]
+        assert isinstance(first, Block)
+        return first.norm1(x)
 
     def features(self, images: Tensor, n: int = 1) -> list[Tensor]:
         """Normalized tokens of the last n blocks, without drop path (`vision_transformer.py:225`).
@@ -183,9 +229,9 @@ class VisionTransformer(nn.Module):
         if not 1 <= n <= len(self.blocks):
             raise ValueError(f"n must be from 1 to the number of blocks, {len(self.blocks)}, got {n}")
         x, packing = self._embed([images])
-        maps = []
-        for i, block in enumerate(self.blocks):
-            x = block(x, packing)
+        maps, normed = [], self._first_norm(x)
+        for i, (block, norm) in enumerate(self._with_next_norm()):
+            x, normed = block(x, normed, norm, packing)
             if len(self.blocks) - i <= n:
                 maps.append(self.norm(x).view(len(images), -1, self.embed_dim))
         return maps
@@ -203,11 +249,11 @@ class VisionTransformer(nn.Module):
             ValueError: as in `forward`.
         """
         x, packing = self._embed([images])
-        *body, last = self.blocks
-        for block in body:
-            x = block(x, packing)
-        assert isinstance(last, Block)
-        q, k, _ = last.attn.project(last.norm1(x)).unflatten(0, (len(images), -1)).unbind(2)
+        normed = self._first_norm(x)
+        *body, (last, _) = self._with_next_norm()
+        for block, norm in body:
+            x, normed = block(x, normed, norm, packing)
+        q, k, _ = last.attn.project(normed).unflatten(0, (len(images), -1)).unbind(2)
         logits = torch.einsum("bhd,bnhd->bhn", q[:, 0], k) * q.shape[-1] ** -0.5
         return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
@@ -227,7 +273,8 @@ class VisionTransformer(nn.Module):
             tokens.update(zip(indices, x.split([len(crop) for crop in group]), strict=True))
         pieces = [tokens[i] for i in range(len(crops))]
         # Bounds are counted on the device from shapes known on the host: no copy, no synchronization.
-        groups = [(len(piece), piece.shape[1]) for piece in pieces]
+        runs = groupby(pieces, key=lambda piece: piece.shape[1])
+        groups = [(sum(len(piece) for piece in run), length) for length, run in runs]
         first = [0, *accumulate(count * length for count, length in groups)]
         x = torch.cat([piece.flatten(0, 1) for piece in pieces])
         bounds = [torch.arange(first[i], first[i + 1], n, device=x.device) for i, (_, n) in enumerate(groups)]
@@ -254,62 +301,7 @@ class VisionTransformer(nn.Module):
         depth, sequences = len(self.blocks), len(cu_seqlens) - 1
         keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=x.device).view(-1, 1, 1)
         scale = (torch.rand(depth, 2, sequences, device=x.device) < keep) / keep
-        return scale.to(x.dtype).repeat_interleave(cu_seqlens.diff(), dim=2, output_size=len(x)).unsqueeze(-1)
-
-
-class WeightNormLinear(nn.Module):
-    """x [N, in_dim] -> x W^T [N, out_dim] with rows W_k = g_k v_k / |v_k| (Salimans and Kingma 2016)."""
-
-    def __init__(self, in_dim: int, out_dim: int):
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
-        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
-        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # the default of nn.Linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
-
-
-class DINOHead(nn.Module):
-    """MLP, L2 normalization, weight-normed linear layer (paper section 3.2, `vision_transformer.py:258`).
-
-    Args:
-        in_dim: channels of the backbone's features.
-        out_dim: number of outputs K.
-        use_bn: batch norm after the first two layers.
-        norm_last_layer: freeze the norms g of the last layer at 1, so that logits are cosines.
-        hidden_dim: width of the MLP.
-        bottleneck_dim: width of the normalized features.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        *,
-        use_bn: bool = False,
-        norm_last_layer: bool = True,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-    ):
-        super().__init__()
-        layers: list[nn.Module] = []
-        for dim in (in_dim, hidden_dim):
-            layers.append(nn.Linear(dim, hidden_dim))
-            if use_bn:
-                layers.append(nn.BatchNorm1d(hidden_dim))
-            layers.append(nn.GELU())
-        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
-        self.apply(_init_linear)
-        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
-        self.last_layer.weight_g.requires_grad_(not norm_last_layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, in_dim] -> logits [N, K]."""
-        x = self.mlp(x)
-        # In 16 bit the rounded norm would scale all logits of a row alike.
-        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12)
-        return self.last_layer(x)
+        return scale.repeat_interleave(cu_seqlens.diff(), dim=2, output_size=len(x)).unsqueeze(-1)
 
 
 class DINOModel(nn.Module):
@@ -332,12 +324,20 @@ class DINOModel(nn.Module):
         Raises:
             ValueError: an image has not 3 channels or is smaller than a patch.
         """
+        return self.head(self.features(crops))
+
+    def bottleneck(self, crops: Sequence[Tensor]) -> Tensor:
+        """What the last layer takes [V*B, bottleneck_dim]; otherwise as `forward`."""
+        return self.head.bottleneck(self.features(crops))
+
+    def features(self, crops: Sequence[Tensor]) -> Tensor:
+        """What the head takes [V*B, C]; otherwise as `forward`."""
         if isinstance(self.backbone, VisionTransformer):
-            return self.head(self.backbone(crops))
+            return self.backbone(crops)
         for crop in crops:
             _check_images(crop, 1)
         runs = [torch.cat(list(run)) for _, run in groupby(crops, key=lambda crop: crop.shape[2:])]
-        return self.head(torch.cat([self.backbone(run) for run in runs]))
+        return torch.cat([self.backbone(run) for run in runs])
 
 
 def vit(arch: str, *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0) -> VisionTransformer:
@@ -441,9 +441,3 @@ def _check_images(images: Tensor, min_size: int) -> None:
             f"crops of {h}x{w} pixels are smaller than a patch of {min_size}x{min_size}; "
             "use larger crops or a smaller patch_size"
         )
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)

@@ -68,6 +68,7 @@ class Run:
         self.bad = BadImages(len(self.train_images), config.batch_size_per_gpu)
         self.bad_held_out = BadImages(len(self.held_out), 0)
         self.stop_signal: int | None = None
+        self.unread: list[tuple[int, torch.Tensor]] = []  # steps and their losses since these were last read
         self.step = self._resume() if config.resume and self._has_checkpoint() else self._start_fresh()
         self.last_saved = time.monotonic()
 
@@ -132,6 +133,7 @@ class Run:
 
     def save(self) -> None:
         """Write last.pt; keys of the reference (main_dino.py:276-284) and what an exact resume needs."""
+        self._check_losses()
         if not torch.stack(torch._foreach_norm(list(self.learner.student.parameters()))).isfinite().all():
             raise NonFiniteLoss(
                 f"the weights are not finite after step {self.step}; they are not saved. {self._advice()}"
@@ -201,6 +203,7 @@ class Run:
                 result = self.learner.step(self.step, [c.to(self.device, non_blocking=True) for c in crops])
             except NonFiniteLoss as error:
                 raise NonFiniteLoss(f"{error}. {self._advice()}") from None
+            self.unread.append((self.step, result.loss_tensor))
             self.step += 1
             self._log(result)
             if self.step % self.steps_per_epoch == 0:
@@ -228,11 +231,20 @@ class Run:
         rows = read_metrics(self.config.output_dir)
         return any(row["step"] == self.step and ("retrieval" in row or "knn10" in row) for row in rows)
 
+    def _check_losses(self) -> None:
+        """Read the losses that wait on the device. A step whose loss was not finite has changed nothing."""
+        values = torch.stack([loss for _, loss in self.unread]).tolist() if self.unread else []
+        for (step, _), value in zip(self.unread, values, strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteLoss(f"{self.learner.nonfinite_message(step, value)}. {self._advice()}")
+        self.unread.clear()
+
     def _log(self, result: StepResult) -> None:
+        if not self.progress.due(self.step):
+            return
+        self._check_losses()
         epoch = (self.step - 1) // self.steps_per_epoch
         self.progress.update(self.step, epoch, result.loss, result.lr)
-        if self.step % self.config.log_interval and self.step != self.total_steps:
-            return
         entropy, single_entropy = result.teacher_entropy()
         self.metrics.write(
             self.step,

@@ -76,13 +76,15 @@ class Progress:
 
             self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True)
 
-    def update(self, done: int, epoch: int, loss: float, lr: float) -> None:
-        """After step number `done`; `rate` is then the images a second since the last line."""
-        now = time.monotonic()
+    def due(self, done: int) -> bool:
+        """After step number `done`: moves the bar, and tells whether `update` is to be called."""
         if self.bar:
             self.bar.update(done - self.bar.n)
-        if done % self.interval and done != self.total:
-            return
+        return done % self.interval == 0 or done == self.total
+
+    def update(self, done: int, epoch: int, loss: float, lr: float) -> None:
+        """A line; `rate` is then the images a second since the last one."""
+        now = time.monotonic()
         step, then = self._last
         self.rate = (done - step) * self.batch / max(now - then, 1e-9)
         self._last = (done, now)

@@ -1,0 +1,144 @@
+"""Linear layers that multiply by copies of their weights and add gradients where the arena keeps them.
+
+Outside of a training run (no arena) they are torch's own. In one, `Arena` gives each layer `copies` of its weights:
+rounded to bfloat16 once a step, by the optimizer's pass, or the weights themselves in float32.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino_kernels import weight_norm_, weight_norm_backward_
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, I] weight[O, I]^T + bias [O]."""
+    if x.dtype == torch.float32 and not x.is_cuda and _HAS_ONEDNN:
+        # oneDNN, twice as fast as the library behind F.linear on AMD's AVX-512; torch takes it for 16 bit anyway.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def add_product_(into: Tensor, grad: Tensor, x: Tensor) -> None:
+    """into [O, I] float32 += grad[T, O]^T x [T, I], summed over T in float32."""
+    if into.dtype == x.dtype:
+        into.addmm_(grad.t(), x)
+    elif x.is_cuda:
+        into.add_(torch.mm(grad.t(), x, out_dtype=torch.float32))
+    else:
+        into.add_(grad.t() @ x)
+
+
+class _Product(torch.autograd.Function):
+    """`product` with copies; gradients of weight[rows] and bias[rows] are added to their .grad, in place."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_copy, bias_copy, rows):  # type: ignore[override]
+        ctx.save_for_backward(x, weight_copy)
+        ctx.weight, ctx.bias, ctx.rows = weight, bias, rows
+        return product(x, weight_copy, bias_copy)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        add_product_(ctx.weight.grad[ctx.rows].view_as(weight), grad, x)
+        if ctx.bias is not None:
+            ctx.bias.grad[ctx.rows].add_(grad.sum(0, dtype=torch.float32))
+        return product(grad, weight.t()) if ctx.needs_input_grad[0] else None, None, None, None, None, None
+
+
+class Linear(nn.Linear):
+    """x [T, I] -> x weight^T + bias [T, O]; `rows` are the outputs wanted, without `add_bias` only the product."""
+
+    copies: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor, rows: slice = slice(None), add_bias: bool = True) -> Tensor:
+        bias = self.bias if add_bias else None
+        return linear(x, self.weight, bias, self.copies, rows)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, copies: tuple[Tensor, Tensor] | None, rows: slice = slice(None)
+) -> Tensor:
+    """x weight[rows]^T + bias[rows], with copies of both if there are any."""
+    if copies is None:
+        return F.linear(x, weight[rows].flatten(1), None if bias is None else bias[rows])
+    weight_copy, bias_copy = copies[0][rows], None if bias is None else copies[1][rows]
+    x = x.to(weight_copy.dtype)
+    if not torch.is_grad_enabled():
+        return product(x, weight_copy, bias_copy)
+    return _Product.apply(x, weight, bias, weight_copy, bias_copy, rows)
+
+
+class PatchEmbed(nn.Module):
+    """Images [B, 3, h, w] -> tokens [B, patches, C]; a convolution's weights, a product over unfolded patches."""
+
+    copies: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, patch_size: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        p = self.proj.kernel_size[0]
+        rows, columns = images.shape[2] // p, images.shape[3] // p
+        if self.copies is not None:
+            images = images.to(self.copies[0].dtype)
+        patches = images[..., : rows * p, : columns * p].unflatten(3, (columns, p)).unflatten(2, (rows, p))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(images) * rows * columns, -1)
+        return linear(patches, self.proj.weight, self.proj.bias, self.copies).unflatten(0, (len(images), -1))
+
+
+class _Rows(torch.autograd.Function):
+    """The materialized rows of a weight-normed layer; gradients are added to those of v and g, in place."""
+
+    @staticmethod
+    def forward(ctx, v, g, rows):  # type: ignore[override]
+        ctx.v, ctx.g = v, g
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        grad_g = ctx.g.grad if ctx.needs_input_grad[1] else None
+        weight_norm_backward_(ctx.v.grad, grad_g, grad.contiguous(), ctx.v, ctx.g)
+        return None, None, None
+
+
+class WeightNormLinear(nn.Module):
+    """x [N, in_dim] -> x W^T [N, out_dim] with rows W_k = g_k v_k / |v_k| (Salimans and Kingma 2016)."""
+
+    rows: Tensor | None = None  # W, kept by the arena
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
+        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # the default of nn.Linear
+
+    def weight(self) -> Tensor:
+        """W [out_dim, in_dim]."""
+        if self.rows is None:
+            return torch._weight_norm(self.weight_v, self.weight_g, 0)
+        return _Rows.apply(self.weight_v, self.weight_g, self.rows)
+
+    def materialize(self) -> None:
+        """Renew the kept W, after the weights changed."""
+        assert self.rows is not None
+        weight_norm_(self.rows, self.weight_v, self.weight_g)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight()
+        return F.linear(x if self.rows is None else x.to(weight.dtype), weight)
+
+
+def init_linear(module: nn.Module) -> None:
+    """The reference's start for the linear layers of a ViT and of the head."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
