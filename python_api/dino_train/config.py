@@ -82,7 +82,12 @@ class PretrainConfig:
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     """adamw for ViTs, sgd or lars for convnets."""
     batch_size_per_gpu: int = 64
-    """Images a step."""
+    """Images a step (of each process, where torchrun starts several)."""
+    accumulate: int = 1
+    """Parts that a step's images are worked off in, one after the other, for less memory: the gradients add up, and
+    optimizer, teacher and center move once. The crops of all parts are held."""
+    checkpoint_activations: Switch = False
+    """Keep only each block's input for the backward pass and compute the rest anew: less memory, a third slower."""
     epochs: int = 100
     """Passes over the data."""
     lr: float = 0.0005
@@ -129,7 +134,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         least = {"patch_size": 1, "out_dim": 2, "head_hidden_dim": 1, "batch_size_per_gpu": 1, "epochs": 1}
-        least |= {"log_interval": 1, "global_crops_size": 1, "local_crops_size": 1}
+        least |= {"accumulate": 1, "log_interval": 1, "global_crops_size": 1, "local_crops_size": 1}
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "local_crops_number"):
             least[name] = 0
         for name in ("saveckp_freq", "save_minutes", "knn_freq", "num_workers", "seed", "lr", "clip_grad"):
@@ -143,6 +148,12 @@ class PretrainConfig:
         for name in ("global_crops_scale", "local_crops_scale"):
             low, high = getattr(self, name)
             _require(0 < low <= high <= 1, name, (low, high), "two increasing fractions in (0, 1]")
+        _require(
+            self.batch_size_per_gpu % self.accumulate == 0,
+            "accumulate",
+            self.accumulate,
+            f"a divisor of batch_size_per_gpu {self.batch_size_per_gpu}",
+        )
         if self.arch != "resnet50":
             _require(
                 self.global_crops_size % self.patch_size == 0,

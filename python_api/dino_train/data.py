@@ -304,12 +304,15 @@ class Batches(Sampler[list[tuple[int, int]]]):
     """(epoch, index) pairs of the global steps start_step .. total_steps - 1, one list per step.
 
     An epoch is n_images // batch_size steps through a permutation that depends only on (seed, epoch); what is
-    left over is dropped. Raises DataError if the images do not fill one batch.
+    left over is dropped. `share` is the part of each batch that is yielded. Raises DataError if the images do not
+    fill one batch.
     """
 
-    def __init__(self, n_images: int, batch_size: int, seed: int, start_step: int, total_steps: int) -> None:
+    def __init__(
+        self, n_images: int, batch_size: int, seed: int, start_step: int, total_steps: int, share: slice = slice(None)
+    ) -> None:
         require_batch(n_images, batch_size)
-        self.n_images, self.batch_size, self.seed = n_images, batch_size, seed
+        self.n_images, self.batch_size, self.seed, self.share = n_images, batch_size, seed, share
         self.start_step, self.total_steps = start_step, total_steps
 
     def __len__(self) -> int:
@@ -324,7 +327,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
                 order = np.random.Generator(np.random.PCG64(seeds)).permutation(self.n_images)
                 shuffled_epoch = epoch
             start = position * self.batch_size
-            yield [(epoch, int(index)) for index in order[start : start + self.batch_size]]
+            yield [(epoch, int(index)) for index in order[start : start + self.batch_size][self.share]]
 
 
 def _start_worker(worker_id: int) -> None:
@@ -354,6 +357,7 @@ def crop_loader(
     start_step: int,
     total_steps: int,
     num_workers: int,
+    share: slice = slice(None),
 ) -> DataLoader[Any]:
     """One loader for a whole run: yields `collate`'s (crops, bad) for each step of `Batches`.
 
@@ -362,7 +366,7 @@ def crop_loader(
     return _loader(
         CropDataset(images, multicrop, seed),
         num_workers,
-        batch_sampler=Batches(len(images), batch_size, seed, start_step, total_steps),
+        batch_sampler=Batches(len(images), batch_size, seed, start_step, total_steps, share),
         collate_fn=collate,
     )
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_train import parallel
 from dino_train.augment import MultiCrop
 from dino_train.data import BadImages, ImageFolder, crop_loader, eval_loader
 
@@ -19,6 +20,8 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """L2-normalized features [n, C] float32 and labels [n] of the readable images, on the backbone's device.
 
+    Several ranks share the images and all get all features.
+
     Images are resized, center-cropped to `size` pixels and normalized (eval_knn.py:36-41); what cannot be read is
     added to `bad`.
     """
@@ -26,15 +29,21 @@ def extract_features(
     features, labels = [], []
     was_training = backbone.training
     backbone.eval()
-    for pixels, batch_labels, _, unreadable in eval_loader(images, size, batch_size, num_workers):
+    share = images.subset(range(parallel.rank(), len(images), parallel.size()))
+    for pixels, batch_labels, _, unreadable in eval_loader(share, size, batch_size, num_workers):
         bad.add(unreadable)
         if len(pixels):
             features.append(F.normalize(backbone(pixels.to(device)).float(), dim=1))
             labels.append(batch_labels.to(device))
     backbone.train(was_training)
-    if not features:
+    # A rank may have got no readable image, but must take part.
+    assert isinstance(backbone.embed_dim, int)
+    own = torch.cat(features) if features else torch.empty(0, backbone.embed_dim, device=device)
+    own_labels = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64, device=device)
+    all_features, all_labels = parallel.gather(own), parallel.gather(own_labels)
+    if not len(all_features):
         raise ValueError(f"none of {len(images)} images could be read")
-    return torch.cat(features), torch.cat(labels)
+    return all_features, all_labels
 
 
 def knn_classify(train_features: Tensor, train_labels: Tensor, features: Tensor, *, k: int, classes: int) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dino_kernels import dino_head_loss
+from dino_train import parallel
 from dino_train.arena import AdamWithEMA, Arena, TorchWithEMA
 from dino_train.config import PretrainConfig
-from dino_train.model import DINOModel, build_model
+from dino_train.model import DINOModel, VisionTransformer, build_model
 from dino_train.optim import LARS, cosine_schedule, parameter_groups, teacher_temp_schedule
 
 CENTER_MOMENTUM = 0.9  # main_dino.py:365
@@ -67,12 +68,15 @@ class Learner:
         self.teacher = self._build(0.0, True)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
+        if isinstance(self.student.backbone, VisionTransformer):
+            self.student.backbone.checkpoint_activations = config.checkpoint_activations
         self.arena = Arena(self.student, self.teacher, getattr(torch, config.precision))
         self.center = torch.zeros(1, config.out_dim, device=device)
         self.optimizer = self._optimizer()
+        self.gradient_sum = parallel.GradientSum(self.arena)
         steps = config.epochs * steps_per_epoch
         self.lr = cosine_schedule(
-            config.lr * config.batch_size_per_gpu / 256,
+            config.lr * config.batch_size_per_gpu * parallel.size() / 256,
             config.min_lr,
             steps,
             warmup_steps=config.warmup_epochs * steps_per_epoch,
@@ -120,10 +124,8 @@ class Learner:
         self._freeze(epoch)
         lr, decay, momentum = (float(x[step]) for x in (self.lr, self.weight_decay, self.momentum))
         teacher_temp = float(self.teacher_temp[epoch])
-        loss, batch_center, teacher_z = self._forward(crops, teacher_temp)
-        loss.backward()
-        self._phase("backward")
-        result = StepResult(loss.detach(), lr, decay, momentum, teacher_temp, teacher_z, self)
+        loss, batch_center, teacher_z = self._gradients(crops, teacher_temp)
+        result = StepResult(loss, lr, decay, momentum, teacher_temp, teacher_z, self)
         center = self.center.lerp(batch_center, 1 - CENTER_MOMENTUM)
         if isinstance(self.optimizer, AdamWithEMA):
             self.optimizer.step(lr, decay, momentum)
@@ -148,11 +150,33 @@ class Learner:
         last_layer = self.student.head.last_layer
         if last_layer.weight_v.requires_grad is frozen:
             self.arena.freeze(last_layer, frozen)
+            self.gradient_sum.remove()
+            self.gradient_sum = parallel.GradientSum(self.arena)
             if isinstance(self.optimizer, AdamWithEMA):
                 self.optimizer.track_frozen()
 
+    def _gradients(self, crops: list[Tensor], teacher_temp: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Fills the arena's gradient; loss and batch center over all parts and ranks, and what the teacher's last
+        layer took here."""
+        count = self.config.accumulate
+        parts = list(zip(*(crop.chunk(count) for crop in crops), strict=True))
+        told, rows = torch.zeros(self.config.out_dim + 1, device=self.device), []
+        for i, part in enumerate(parts):
+            loss, batch_center, teacher_z = self._forward(list(part), teacher_temp)
+            rows.append(teacher_z)
+            told += torch.cat([batch_center, loss.detach().view(1)]) / count
+            if i == count - 1:  # the center crosses the ranks beside the backward, and the gradient as it comes
+                mean = parallel.mean(told)
+                self.gradient_sum.start()
+            share = count * parallel.size()
+            (loss if share == 1 else loss / share).backward()
+        self.gradient_sum.wait()
+        mean.wait()
+        self._phase("backward")
+        return told[-1], told[:-1], torch.cat(rows)
+
     def _forward(self, crops: list[Tensor], teacher_temp: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, batch center and what the teacher's last layer took."""
+        """Loss, batch center and what the teacher's last layer took, of some images."""
         low = self.config.precision == "bfloat16"
         # Layers with copies of their weights need no autocast; a ResNet's have none.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low and self.config.arch == "resnet50"):

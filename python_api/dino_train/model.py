@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dino_kernels import add_layer_norm, add_layer_norm_reference, attention, bias_gelu, bias_gelu_reference
 from dino_train.head import DINOHead
@@ -162,6 +163,7 @@ class VisionTransformer(nn.Module):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
+        self.checkpoint_activations = False
         if patch_size < 1 or img_size < patch_size or img_size % patch_size:
             raise ValueError(
                 f"patch_size must be at least 1 and divide img_size, got patch_size={patch_size} and "
@@ -200,7 +202,11 @@ class VisionTransformer(nn.Module):
         normed = self._first_norm(x)
         for i, (block, norm) in enumerate(self._with_next_norm()):
             class_only = i == len(self.blocks) - 1
-            x, normed = block(x, normed, norm, packing, None if drop_path is None else drop_path[i], class_only)
+            arguments = (x, normed, norm, packing, None if drop_path is None else drop_path[i], class_only)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, normed = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, normed = block(*arguments)
         return normed
 
     def _with_next_norm(self) -> Iterator[tuple[Block, nn.LayerNorm]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dino_train import checkpoint
+from dino_train import checkpoint, parallel
 from dino_train.augment import MultiCrop
 from dino_train.config import PretrainConfig
 from dino_train.data import BadImages, ImageFolder, crop_loader, require_batch, split
@@ -51,11 +51,12 @@ class Run:
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
-        self.device = pick_device(config.device)
+        self.device = parallel.join(pick_device(config.device))
         torch.manual_seed(config.seed)
         self.train_images, self.held_out = split(config.data)
-        require_batch(len(self.train_images), config.batch_size_per_gpu)
-        self.steps_per_epoch = len(self.train_images) // config.batch_size_per_gpu
+        self.batch_size = config.batch_size_per_gpu * parallel.size()
+        require_batch(len(self.train_images), self.batch_size)
+        self.steps_per_epoch = len(self.train_images) // self.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.multicrop = MultiCrop(
             config.global_crops_scale,
@@ -65,11 +66,13 @@ class Run:
             config.local_crops_size,
         )
         self.learner = Learner(config, self.steps_per_epoch, self.device)
-        self.bad = BadImages(len(self.train_images), config.batch_size_per_gpu)
+        self.bad = BadImages(len(self.train_images), self.batch_size)
         self.bad_held_out = BadImages(len(self.held_out), 0)
         self.stop_signal: int | None = None
         self.unread: list[tuple[int, torch.Tensor]] = []  # steps and their losses since these were last read
         self.step = self._resume() if config.resume and self._has_checkpoint() else self._start_fresh()
+        if parallel.rank():  # the same weights everywhere, but each rank its own drop path
+            torch.manual_seed(config.seed + 1_000_003 * parallel.rank() + self.step)
         self.last_saved = time.monotonic()
 
     # --- checkpoints -----------------------------------------------------------------------------
@@ -86,8 +89,10 @@ class Run:
             )
         if self.config.resume:
             logger.warning("no checkpoint in %s yet: starting from the beginning", folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config.plain(), indent=2) + "\n")
+        if parallel.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(self.config.plain(), indent=2) + "\n")
+        parallel.barrier()
         return 0
 
     def _resume(self) -> int:
@@ -111,7 +116,10 @@ class Run:
                 state["epoch"] + 1,
             )
         last = path.with_name(checkpoint.LAST)
-        if path != last:  # or the next save would put the damaged one in the place of the good one
+        parallel.barrier()
+        if (
+            path != last and parallel.rank() == 0
+        ):  # or the next save would put the damaged one in the place of the good one
             if last.exists():
                 last.replace(last.with_name("last.damaged.pt"))
             path.replace(last)
@@ -126,7 +134,7 @@ class Run:
         names = hashlib.sha256("\n".join(self.train_images.names).encode("utf-8", "surrogateescape"))
         return {
             "seed": self.config.seed,
-            "batch_size": self.config.batch_size_per_gpu,
+            "batch_size": self.batch_size,
             "images": len(self.train_images),
             "names": names.hexdigest(),
         }
@@ -134,6 +142,8 @@ class Run:
     def save(self) -> None:
         """Write last.pt; keys of the reference (main_dino.py:276-284) and what an exact resume needs."""
         self._check_losses()
+        if parallel.rank():
+            return
         if not torch.stack(torch._foreach_norm(list(self.learner.student.parameters()))).isfinite().all():
             raise NonFiniteLoss(
                 f"the weights are not finite after step {self.step}; they are not saved. {self._advice()}"
@@ -169,10 +179,11 @@ class Run:
 
     def train(self) -> None:
         config = self.config
+        first = parallel.rank() == 0
         self.progress = Progress(
-            self.step, self.total_steps, config.epochs, config.batch_size_per_gpu, config.log_interval
+            self.step, self.total_steps, config.epochs, self.batch_size, config.log_interval, quiet=not first
         )
-        self.metrics = Metrics(config.output_dir, self.step)
+        self.metrics = Metrics(config.output_dir if first else None, self.step)
         self.watch = CollapseWatch(
             config.out_dim, max(200, min(config.warmup_epochs, config.epochs // 2) * self.steps_per_epoch)
         )
@@ -187,15 +198,16 @@ class Run:
             self.metrics.close()
 
     def _steps(self) -> None:
-        config = self.config
+        config, own = self.config, parallel.rank() * self.config.batch_size_per_gpu
         loader = crop_loader(
             self.train_images,
             self.multicrop,
-            batch_size=config.batch_size_per_gpu,
+            batch_size=self.batch_size,
             seed=config.seed,
             start_step=self.step,
             total_steps=self.total_steps,
             num_workers=config.num_workers,
+            share=slice(own, own + config.batch_size_per_gpu),
         )
         for crops, bad in loader:
             self.bad.add(bad)
@@ -206,20 +218,27 @@ class Run:
             self.unread.append((self.step, result.loss_tensor))
             self.step += 1
             self._log(result)
+            stopping = self._stopping()
             if self.step % self.steps_per_epoch == 0:
                 # Saved before the evaluation, which can take long; a failure counts at the end only.
                 self.save() if self.step == self.total_steps else self.try_save()
-                if self.stop_signal is None:
+                if not stopping:
                     self.evaluate()
             elif time.monotonic() - self.last_saved >= 60 * config.save_minutes:
                 self.try_save()
-            if self.stop_signal is not None and self.step < self.total_steps:
+            if stopping and self.step < self.total_steps:
                 self.save()
                 raise Interrupted(
-                    self.stop_signal,
+                    self.stop_signal or signal.SIGTERM,
                     f"stopped at step {self.step} of {self.total_steps}; --resume continues from "
                     f"{config.output_dir / checkpoint.LAST}",
                 )
+
+    def _stopping(self) -> bool:
+        """Whether a signal asks to stop; of several ranks all must hear of it, so they ask where they read anyway."""
+        asked = self.stop_signal is not None
+        ask_all = self.step % self.config.log_interval == 0 or self.step % self.steps_per_epoch == 0
+        return asked if parallel.size() == 1 else ask_all and parallel.any_rank(asked, self.device)
 
     def _advice(self) -> str:
         return (
@@ -229,7 +248,8 @@ class Run:
 
     def _evaluated(self) -> bool:
         rows = read_metrics(self.config.output_dir)
-        return any(row["step"] == self.step and ("retrieval" in row or "knn10" in row) for row in rows)
+        done = any(row["step"] == self.step and ("retrieval" in row or "knn10" in row) for row in rows)
+        return parallel.any_rank(done, self.device)
 
     def _check_losses(self) -> None:
         """Read the losses that wait on the device. A step whose loss was not finite has changed nothing."""
@@ -294,7 +314,7 @@ class Run:
             f"{len(self.train_images)} images to train on, {len(self.held_out)} held out{classes} ({config.data})\n"
             f"{config.arch}, {parameters:.1f} M parameters with head, K = {config.out_dim}, "
             f"{config.precision} on {self.device}\n"
-            f"{config.epochs} epochs of {self.steps_per_epoch} steps of {config.batch_size_per_gpu} images, "
+            f"{config.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size} images, "
             f"2 + {config.local_crops_number} crops, from step {self.step}; output in {config.output_dir}"
         )
 
@@ -302,7 +322,8 @@ class Run:
         for name, bad in (("training", self.bad), ("held-out", self.bad_held_out)):
             if bad.count:
                 self.progress.say(f"{bad.count} of {bad.n_images} {name} images could not be read")
-        self.progress.say(f"curves: {plot_curves(self.config.output_dir)}")
+        if parallel.rank() == 0:
+            self.progress.say(f"curves: {plot_curves(self.config.output_dir)}")
         self.progress.say(f"done: {self.config.output_dir / checkpoint.LAST}")
 
 

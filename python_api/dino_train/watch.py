@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,11 +18,15 @@ class Metrics:
     """Rows of a run, appended to metrics.jsonl and to TensorBoard where that is installed.
 
     Args:
-        folder: the run's folder.
+        folder: the run's folder; None writes nowhere.
         step: rows beyond it, written after the checkpoint that a run resumes from, are dropped.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path | None, step: int) -> None:
+        self._board = None
+        if folder is None:
+            self._file = open(os.devnull, "w")  # noqa: SIM115
+            return
         path = folder / METRICS
         kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
         temporary = path.with_suffix(".tmp")
@@ -64,14 +69,15 @@ def _tensorboard(folder: Path, step: int):
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a plain line every `interval` steps."""
+    """A progress bar on a terminal; elsewhere a plain line every `interval` steps; nothing where `quiet`."""
 
-    def __init__(self, first: int, total: int, epochs: int, batch: int, interval: int) -> None:
+    def __init__(self, first: int, total: int, epochs: int, batch: int, interval: int, *, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.first, self.total, self.epochs, self.batch, self.interval = first, total, epochs, batch, interval
         self.start, self.bar = time.monotonic(), None
         self.rate = 0.0
         self._last = (first, self.start)
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not quiet:
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True)
@@ -93,13 +99,13 @@ class Progress:
             self.bar.set_description(text)
         else:
             remaining = (now - self.start) / (done - self.first) * (self.total - done)
-            print(f"step {done}/{self.total}  {text}  ETA {_duration(remaining)}", flush=True)
+            self.say(f"step {done}/{self.total}  {text}  ETA {_duration(remaining)}")
 
     def say(self, text: str) -> None:
         """A line that does not tear the bar."""
         if self.bar:
             self.bar.write(text)
-        else:
+        elif not self.quiet:
             print(text, flush=True)
 
     def skip(self, seconds: float) -> None:

@@ -1,0 +1,141 @@
+"""Data parallel training: one process a device, as torchrun starts them. Alone, every function here does nothing."""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dino_train.arena import Arena
+
+BUCKETS = 4  # few large sums: the last one waits for the backward's end, the others run beside it
+
+
+def join(device: torch.device) -> torch.device:
+    """Enter the group that torchrun's environment tells of, if any; returns this process's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # torchrun keeps its store over a restart, with the addresses of processes that are gone in it.
+    store, number, count = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(minutes=10))
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if size() > 1:
+        dist.barrier()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true on any rank; every rank must ask."""
+    if size() == 1:
+        return flag
+    total = torch.tensor(float(flag), device=device)
+    dist.all_reduce(total)
+    return total.item() > 0
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows [n, ...] of all ranks, by rank; n may differ."""
+    if size() == 1:
+        return rows
+    counts = torch.zeros(size(), dtype=torch.int64, device=rows.device)
+    counts[rank()] = len(rows)
+    dist.all_reduce(counts)
+    longest = int(counts.max())
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
+
+
+def mean(values: Tensor) -> "Pending":
+    """Starts the mean over the ranks, in place."""
+    values /= size()
+    return Pending([values])
+
+
+class Pending:
+    """Sums over the ranks that run in the background."""
+
+    def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
+        self.handles: list[dist.Work] = []
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        if size() > 1:
+            self.handles.append(dist.all_reduce(tensor, async_op=True))
+
+    def wait(self) -> None:
+        for handle in self.handles:
+            handle.wait()
+        self.handles.clear()
+
+
+class GradientSum:
+    """Sums an arena's gradient over the ranks, a few large slices at a time, each as soon as backward has filled it.
+
+    Made anew when it changes which parameters are trained.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self.pending = Pending()
+        self.slices: list[Tensor] = []
+        self.members: list[int] = []  # parameters with a gradient in each slice
+        self.missing: list[int] = []  # of those, still to come in this backward
+        self._hooks: list = []
+        if size() == 1:
+            return
+        whole, limit, begin = arena.offsets[-1], 0.0, 0
+        for i, parameter in enumerate(arena.parameters.values()):
+            if arena.offsets[i] >= limit:
+                begin, limit = arena.offsets[i], limit + whole / BUCKETS
+                self.slices.append(arena.grad[begin:])
+                self.members.append(0)
+            self.slices[-1] = arena.grad[begin : arena.offsets[i + 1]]
+            if parameter.requires_grad:
+                self.members[-1] += 1
+                # The node runs, and its hook, even where a layer added the gradient itself.
+                view = parameter.expand_as(parameter)
+                assert view.grad_fn is not None
+                node = view.grad_fn.next_functions[0][0]
+                assert node is not None
+                self._hooks.append((node, node.register_hook(self._counter(len(self.members) - 1))))
+        self.missing = [0] * len(self.members)
+
+    def _counter(self, bucket: int):
+        def count(*_: object) -> None:
+            self.missing[bucket] -= 1
+            if self.missing[bucket] == 0:
+                self.pending.add(self.slices[bucket])
+
+        return count
+
+    def start(self) -> None:
+        """Before the backward whose end completes the gradient."""
+        self.missing = list(self.members)
+
+    def wait(self) -> None:
+        """After it."""
+        assert not any(self.missing), self.missing
+        self.pending.wait()
+
+    def remove(self) -> None:
+        for _, hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,204 @@
+"""The step's switches: each combination is the plain step; no question to the device; several ranks are one."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from dino_train.config import PretrainConfig
+from dino_train.learner import Learner
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+SETTINGS = {
+    "arch": "vit_nano",
+    "patch_size": 8,
+    "out_dim": 256,
+    "head_hidden_dim": 64,
+    "drop_path_rate": 0.0,
+    "global_crops_size": 32,
+    "local_crops_size": 16,
+    "local_crops_number": 3,
+    "batch_size_per_gpu": 8,
+    "epochs": 5,
+    "warmup_epochs": 1,
+    "lr": 0.02,
+    "clip_grad": 0.05,
+    "momentum_teacher": 0.9,
+    "device": "cpu",
+}
+CPU = torch.device("cpu")
+
+
+def crops(step, batch=8):
+    g = torch.Generator().manual_seed(step)
+    sizes = [32] * 2 + [16] * 3
+    return [torch.randn(batch, 3, size, size, generator=g) for size in sizes]
+
+
+def run(config, steps=10, own=slice(None)):
+    """Losses, weights of both nets and center of some steps."""
+    torch.manual_seed(3)
+    learner = Learner(config, 2, CPU)
+    losses = [learner.step(step, [crop[own] for crop in crops(step)]).loss for step in range(steps)]
+    nets = {"student": learner.student, "teacher": learner.teacher}
+    weights = {f"{net}.{k}": v.clone() for net, module in nets.items() for k, v in module.state_dict().items()}
+    return losses, weights | {"center": learner.center}
+
+
+def assert_close(ours, plain, tolerance=1e-5):
+    assert ours[0] == pytest.approx(plain[0], rel=tolerance)
+    for name, expected in plain[1].items():
+        got = ours[1][name]
+        if name.endswith("attn.qkv.bias"):  # a key bias has no gradient but rounding, which AdamW scales up
+            got, expected = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (got, expected))
+        error = (got - expected).norm() / expected.norm().clamp_min(1e-12)
+        assert error < tolerance, f"{name} differs by {error:.1e}"
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return {free: run(PretrainConfig(**SETTINGS, norm_last_layer=not free)) for free in (False, True)}
+
+
+@pytest.mark.parametrize(
+    "accumulate, checkpoint_activations, free_norm",
+    [case for case in itertools.product((1, 2, 4), (False, True), (False, True)) if case[:2] != (1, False)],
+)
+def test_every_combination_of_switches_is_the_plain_step(plain, accumulate, checkpoint_activations, free_norm):
+    config = PretrainConfig(
+        **SETTINGS,
+        accumulate=accumulate,
+        checkpoint_activations=checkpoint_activations,
+        norm_last_layer=not free_norm,
+    )
+    assert_close(run(config), plain[free_norm])
+
+
+def test_checkpointed_activations_are_computed_anew(monkeypatch):
+    """Else the switch would save nothing: each block but for the gradient's sake runs twice."""
+    from dino_train.model import Block
+
+    calls, forward = [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *x: calls.append(self) or forward(self, *x))
+    counts = []
+    for switch in (False, True):
+        calls.clear()
+        run(PretrainConfig(**SETTINGS, checkpoint_activations=switch), steps=1)
+        counts.append(len(calls))
+    assert counts == [6, 9]  # three blocks of teacher and student, and of the student once more
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "checkpoint_activations": True, "drop_path_rate": 0.2}])
+def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
+    """On fake tensors, which have no values to tell: .item(), .tolist(), bool() and .cpu() raise."""
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at its values
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # cannot swap fake tensors
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: pytest.fail("a step copies to the host"))
+    with FakeTensorMode():
+        learner = Learner(replace(PretrainConfig(**SETTINGS, precision=precision), **changes), 2, CPU)
+        for step in (0, 1, 2, 3):  # the last layer is frozen at first
+            result = learner.step(step, [torch.randn(8, 3, size, size) for size in (32, 32, 16, 16, 16)])
+        for read in (lambda: result.loss, lambda: bool(result.loss_tensor > 0), result.loss_tensor.tolist):
+            with pytest.raises(DataDependentOutputException):
+                read()
+
+
+def test_a_loss_that_is_not_finite_changes_nothing():
+    torch.manual_seed(0)
+    learner = Learner(PretrainConfig(**SETTINGS), 2, CPU)
+    for step in range(3):
+        learner.step(step, crops(step))
+    before = {k: v.clone() for k, v in learner.arena.flat.items()} | {"center": learner.center.clone()}
+    result = learner.step(3, [crop * float("nan") for crop in crops(3)])
+    assert result.loss != result.loss and learner.optimizer.nonfinite == 1
+    after = learner.arena.flat | {"center": learner.center}
+    assert all(torch.equal(before[k], after[k]) for k in before) and not learner.arena.grad.any()
+    assert learner.step(4, crops(4)).loss > 0
+
+
+def test_accumulate_must_divide_the_batch():
+    with pytest.raises(ValueError, match="accumulate must be a divisor of batch_size_per_gpu 8, got 3"):
+        PretrainConfig(**SETTINGS, accumulate=3)
+
+
+_RANK = """
+import json, sys, torch
+sys.path[:0] = json.loads(sys.argv[1])
+from dataclasses import replace
+import test_step
+from dino_train import parallel
+from dino_train.config import PretrainConfig
+parallel.join(torch.device("cpu"))
+torch.set_num_threads(1)
+rank = parallel.rank()
+config = replace(PretrainConfig(**test_step.SETTINGS), **json.loads(sys.argv[2]), batch_size_per_gpu=4)
+result = test_step.run(config, own=slice(4 * rank, 4 * rank + 4))
+torch.save(result, f"{sys.argv[3]}/{rank}.pt")
+"""
+
+
+def torchrun(arguments, processes=2, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen([*command, *arguments], env=environment, text=True, **options)
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "norm_last_layer": False, "freeze_last_layer": 2}])
+def test_two_ranks_are_one_process_of_the_same_batch(tmp_path, changes):
+    script = tmp_path / "rank.py"
+    script.write_text(_RANK)
+    arguments = [str(script), json.dumps([os.path.dirname(__file__)]), json.dumps(changes), str(tmp_path)]
+    assert torchrun(arguments).wait(timeout=300) == 0
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+    expected = run(replace(PretrainConfig(**SETTINGS), **{k: v for k, v in changes.items() if k != "accumulate"}))
+    assert_close(first, expected)
+
+
+_RUN = """
+import json, os, pathlib, signal, sys
+from dino_train import train
+from dino_train.config import PretrainConfig
+values = json.loads(sys.argv[1])
+for name in ("data", "output_dir"):
+    values[name] = pathlib.Path(values[name])
+update, once = train.Learner.step, values["output_dir"] / "died"
+def dying_step(self, step, crops):
+    if step == 7 and os.environ["RANK"] == "1" and not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(self, step, crops)
+train.Learner.step = dying_step
+train.pretrain(PretrainConfig(**values))
+"""
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_rank_that_dies_ends_the_job_or_torchrun_resumes_it(tmp_path, restarts):
+    from dino_train import checkpoint
+    from test_train import make_images
+
+    config = PretrainConfig(
+        **SETTINGS | {"batch_size_per_gpu": 2, "epochs": 3, "out_dim": 64},
+        data=make_images(tmp_path / "images"),
+        output_dir=tmp_path / "run",
+        resume=True,
+        num_workers=0,
+        log_interval=2,
+    )
+    script = tmp_path / "run.py"
+    script.write_text(_RUN)
+    job = torchrun([f"--max-restarts={restarts}", str(script), json.dumps(config.plain())], stderr=subprocess.PIPE)
+    _, errors = job.communicate(timeout=300)
+    if restarts:
+        assert job.returncode == 0, errors
+        assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 15
+    else:
+        assert job.returncode != 0 and f"rank      : 1 (local_rank: 1)\n  exitcode  : {-signal.SIGKILL}" in errors
+        assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 5
