@@ -61,7 +61,7 @@ void forward_rows(const BiasGeluArgs& a, int64_t begin, int64_t end) {
 // Rows [begin, end), whose sums of gradients go to `sums` [C].
 DINO_MULTIVERSION
 void backward_rows(const BiasGeluBackwardArgs& a, int64_t begin, int64_t end, float* sums) {
-    float x_scratch[kBlock], grad_scratch[kBlock], out[kBlock];
+    float x_scratch[kBlock], grad_scratch[kBlock], grad_x[kBlock], out[kBlock];
     std::fill(sums, sums + a.channels, 0.0f);
     for (int64_t row = begin; row < end; ++row)
         for (int64_t c = 0; c < a.channels; c += kBlock) {
@@ -74,11 +74,13 @@ void backward_rows(const BiasGeluBackwardArgs& a, int64_t begin, int64_t end, fl
             for (int64_t j = 0; j < n; ++j) {
                 float y = x[j] + bias[j], magnitude = clamped_magnitude(y);
                 float density = exp2_negative(-0.72134752f * magnitude * magnitude - 1.32574806f);
-                float slope = upper_tail(magnitude) - magnitude * density;  // of gelu at -|y|
-                out[j] = grad[j] * (y < 0.0f ? slope : 1.0f - slope);
-                sum[j] += out[j];
+                float tail = upper_tail(magnitude), slope = tail - magnitude * density;  // of gelu at -|y|
+                grad_x[j] = grad[j] * (y < 0.0f ? slope : 1.0f - slope);
+                sum[j] += grad_x[j];
+                out[j] = (y < 0.0f ? 0.0f : y) - magnitude * tail;
             }
-            store(a.grad_x, a.dtype, offset, n, out);
+            store(a.grad_x, a.dtype, offset, n, grad_x);
+            if (a.out) store(a.out, a.dtype, offset, n, out);
         }
 }
 

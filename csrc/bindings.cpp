@@ -85,12 +85,12 @@ void bias_gelu(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t tokens, int64
 }
 
 void bias_gelu_backward(uintptr_t grad_out, uintptr_t x, uintptr_t bias, uintptr_t grad_x, uintptr_t partial,
-                        int64_t tokens, int64_t channels, int64_t groups, int dtype, int threads) {
+                        uintptr_t out, int64_t tokens, int64_t channels, int64_t groups, int dtype, int threads) {
     py::gil_scoped_release unlocked;
     dino::bias_gelu_backward({reinterpret_cast<const void*>(grad_out), reinterpret_cast<const void*>(x),
                               reinterpret_cast<const float*>(bias), reinterpret_cast<void*>(grad_x),
-                              reinterpret_cast<float*>(partial), tokens, channels, groups, dino::DType(dtype),
-                              threads});
+                              reinterpret_cast<float*>(partial), reinterpret_cast<void*>(out), tokens, channels, groups,
+                              dino::DType(dtype), threads});
 }
 
 void drop_path_add(uintptr_t x, uintptr_t branch, uintptr_t scale, uintptr_t out, int64_t tokens, int64_t channels,
@@ -99,6 +99,13 @@ void drop_path_add(uintptr_t x, uintptr_t branch, uintptr_t scale, uintptr_t out
     dino::drop_path_add({reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(branch),
                          reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out), tokens, channels,
                          dino::DType(out_dtype), dino::DType(branch_dtype), threads});
+}
+
+void add_product(uintptr_t into, uintptr_t grad, uintptr_t x, int64_t tokens, int64_t outputs, int64_t inputs,
+                 int threads) {
+    py::gil_scoped_release unlocked;
+    dino::add_product({reinterpret_cast<float*>(into), reinterpret_cast<const float*>(grad),
+                       reinterpret_cast<const float*>(x), tokens, outputs, inputs, threads});
 }
 
 void weight_norm(uintptr_t v, uintptr_t g, uintptr_t w, int64_t rows, int64_t channels, int dtype, int threads) {
@@ -147,6 +154,32 @@ bool adamw_ema_step(const std::vector<uintptr_t>& data, const std::vector<int>& 
                                  threads});
 }
 
+// data: qkv, bounds, out, lse, and for the backward pass grad_out, grad; sizes: of AttentionArgs, in its order
+void attention(const std::vector<uintptr_t>& data, const std::vector<int64_t>& sizes, int dtype, double scale,
+               bool bf16_products, int threads) {
+    py::gil_scoped_release unlocked;
+    std::vector<void*> x = pointers<void>(data);
+    bool backward = x.size() > 4;
+    dino::AttentionArgs args{x[0],
+                             static_cast<const int32_t*>(x[1]),
+                             x[2],
+                             static_cast<float*>(x[3]),
+                             backward ? x[4] : nullptr,
+                             backward ? x[5] : nullptr,
+                             sizes[0],
+                             sizes[1],
+                             sizes[2],
+                             sizes[3],
+                             sizes[4],
+                             sizes[5],
+                             sizes[6],
+                             dino::DType(dtype),
+                             float(scale),
+                             bf16_products,
+                             threads};
+    backward ? dino::attention_backward(args) : dino::attention(args);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -155,11 +188,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("dino_head_loss", &dino_head_loss);
     m.def("ema_update", &ema_update);
     m.def("adamw_ema_step", &adamw_ema_step);
+    m.def("attention", &attention);
     m.def("add_layer_norm", &add_layer_norm);
     m.def("add_layer_norm_backward", &add_layer_norm_backward);
     m.def("bias_gelu", &bias_gelu);
     m.def("bias_gelu_backward", &bias_gelu_backward);
     m.def("drop_path_add", &drop_path_add);
+    m.def("add_product", &add_product);
     m.def("weight_norm", &weight_norm);
     m.def("weight_norm_backward", &weight_norm_backward);
 }

@@ -119,6 +119,7 @@ struct BiasGeluBackwardArgs {
     const float* bias;         // [C]
     void* grad_x;              // [T, C]
     float* partial;            // [groups, C]: gradients of the bias
+    void* out;                 // [T, C], gelu(x + bias) once more, or null
     int64_t tokens, channels, groups;
     DType dtype;
     int threads;
@@ -134,6 +135,14 @@ struct DropPathAddArgs {
     int threads;
 };
 void drop_path_add(const DropPathAddArgs& args);
+
+struct AddProductArgs {
+    float* into;            // [O, I], rows on a cache line's border: I a multiple of 16
+    const float *grad, *x;  // [T, O], [T, I]
+    int64_t tokens, outputs, inputs;
+    int threads;
+};
+void add_product(const AddProductArgs& args);
 
 struct WeightNormArgs {
     const float *v, *g;  // [K, D] contiguous, as all of these; [K]
@@ -153,6 +162,22 @@ struct WeightNormBackwardArgs {
     int threads;
 };
 void weight_norm_backward(const WeightNormBackwardArgs& args);
+
+struct AttentionArgs {
+    const void* qkv;        // [T, 3, H, D], strides below, adjacent channels
+    const int32_t* bounds;  // [sequences + 1]
+    void* out;              // [T, H, D] contiguous, as all that follow; read by the backward pass
+    float* lse;             // [H, T]; read by the backward pass
+    const void* grad_out;   // [T, H, D]; null in the forward pass
+    void* grad;             // [T, 3, H, D]; null in the forward pass
+    int64_t sequences, tokens, heads, channels, token_stride, part_stride, head_stride;
+    DType dtype;
+    float scale;
+    bool bf16_products;  // of bfloat16 tensors, where the processor has them; else they are widened
+    int threads;
+};
+void attention(const AttentionArgs& args);
+void attention_backward(const AttentionArgs& args);
 
 // Denormal results become zero while it lives: each costs a hundred cycles on most CPUs, and a sharp
 // softmax over many outputs is full of them.

@@ -2,6 +2,7 @@
 
 from dino_kernels.adamw_ema import adamw_ema_step_, adamw_ema_step_reference_
 from dino_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from dino_kernels.add_product import add_product_, add_product_reference_
 from dino_kernels.attention import attention, attention_reference
 from dino_kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from dino_kernels.dino_head_loss import dino_head_loss, dino_head_loss_reference
@@ -20,6 +21,8 @@ __all__ = [
     "adamw_ema_step_reference_",
     "add_layer_norm",
     "add_layer_norm_reference",
+    "add_product_",
+    "add_product_reference_",
     "attention",
     "attention_reference",
     "bias_gelu",

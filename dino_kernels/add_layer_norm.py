@@ -184,7 +184,7 @@ def _forward_cpu(x, branch, weight, bias, scale, eps):
 
 def _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale):
     grad_x, grad_branch = _gradients(grad_normed, total, scale)
-    groups = min(256, len(total))  # whatever the number of threads, so that the sums do not depend on it
+    groups = min(64, len(total))  # whatever the number of threads, so that the sums do not depend on it
     partial = weight.new_empty(groups, 2, len(weight))
     _C.add_layer_norm_backward(
         *(_address(t) for t in (grad_total, grad_normed, total, mean, rstd, weight, scale)),

@@ -77,20 +77,25 @@ def _(x, bias):
 
 
 @torch.library.custom_op("dino_kernels::bias_gelu_backward", mutates_args=(), device_types="cpu")
-def _gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and bias."""
-    return _backward_cpu(grad_out, x, bias)
+def _gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and bias; and, with `again`, the forward's output, for a caller that did not keep it (else
+    empty)."""
+    return _backward_cpu(grad_out, x, bias, again)
 
 
 @_gelu_backward.register_kernel("cuda")
-def _(grad_out, x, bias):
+def _(grad_out, x, bias, again=False):
     with torch.cuda.device(x.device):
-        return _backward_triton(grad_out, x, bias)
+        return _backward_triton(grad_out, x, bias, again)
 
 
 @_gelu_backward.register_fake
-def _(grad_out, x, bias):
-    return torch.empty_like(x), torch.empty_like(bias)
+def _(grad_out, x, bias, again=False):
+    return torch.empty_like(x), torch.empty_like(bias), _output(x, again)
+
+
+def _output(x: Tensor, wanted: bool) -> Tensor:
+    return torch.empty_like(x) if wanted else x.new_empty(0)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -98,7 +103,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out):
-    return torch.ops.dino_kernels.bias_gelu_backward(grad_out.contiguous(), *ctx.saved_tensors)
+    return torch.ops.dino_kernels.bias_gelu_backward(grad_out.contiguous(), *ctx.saved_tensors)[:2]
 
 
 _gelu.register_autograd(_backward, setup_context=_setup)
@@ -113,18 +118,19 @@ def _forward_cpu(x, bias):
     return out
 
 
-def _backward_cpu(grad_out, x, bias):
-    grad_x, wide_bias = torch.empty_like(x), bias.float()
-    groups = min(256, len(x))  # whatever the number of threads, so that the sums do not depend on it
+def _backward_cpu(grad_out, x, bias, again):
+    grad_x, wide_bias, out = torch.empty_like(x), bias.float(), _output(x, again)
+    groups = min(64, len(x))  # whatever the number of threads, so that the sums do not depend on it
     partial = wide_bias.new_empty(groups, len(bias))
     _C.bias_gelu_backward(
         *(t.data_ptr() for t in (grad_out, x, wide_bias, grad_x, partial)),
+        out.data_ptr() if again else 0,
         *x.shape,
         groups,
         DTYPES[x.dtype],
         torch.get_num_threads(),
     )
-    return grad_x, partial.sum(0).to(bias.dtype)
+    return grad_x, partial.sum(0).to(bias.dtype), out
 
 
 # --- GPU ---------------------------------------------------------------------------------------------
@@ -167,7 +173,7 @@ def _forward_kernel(x, bias, out, T, C, ROWS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _backward_kernel(grad_out, x, bias, grad_x, partial, T, C, groups, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_kernel(grad_out, x, bias, grad_x, out, partial, T, C, groups, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK columns and every so many blocks of ROWS rows a program, and their share of the bias' gradient."""
     blocks = tl.cdiv(C, BLOCK)
     group = tl.program_id(0) // blocks
@@ -181,7 +187,10 @@ def _backward_kernel(grad_out, x, bias, grad_x, partial, T, C, groups, ROWS: tl.
         g = tl.load(grad_out + at, mask, other=0.0).to(tl.float32)
         y = tl.load(x + at, mask, other=0.0).to(tl.float32) + b
         a = _clamped_magnitude(y)
-        slope = _upper_tail(a) - a * tl.exp2(-0.72134752 * a * a - 1.32574806)  # gelu'(-|y|)
+        tail = _upper_tail(a)
+        if out is not None:
+            tl.store(out + at, (tl.maximum(y, 0.0) - a * tail).to(out.dtype.element_ty), mask)
+        slope = tail - a * tl.exp2(-0.72134752 * a * a - 1.32574806)  # gelu'(-|y|)
         d = g * tl.where(y < 0, slope, 1.0 - slope)
         tl.store(grad_x + at, d.to(grad_x.dtype.element_ty), mask)
         total += d
@@ -204,13 +213,15 @@ def _forward_triton(x, bias):
     return out
 
 
-def _backward_triton(grad_out, x, bias):
-    grad_x = torch.empty_like(x)
+def _backward_triton(grad_out, x, bias, again):
+    grad_x, out = torch.empty_like(x), _output(x, again)
     tokens, channels = x.shape
     tile = _tile(channels)
     blocks = triton.cdiv(channels, tile["BLOCK"])
     groups = min(triton.cdiv(_PROGRAMS, blocks), triton.cdiv(tokens, tile["ROWS"]))
     partial = bias.new_empty(groups, channels, dtype=torch.float32)
     if tokens:
-        _backward_kernel[(groups * blocks,)](grad_out, x, bias, grad_x, partial, tokens, channels, groups, **tile)
-    return grad_x, partial.sum(0).to(bias.dtype)
+        _backward_kernel[(groups * blocks,)](
+            grad_out, x, bias, grad_x, out if again else None, partial, tokens, channels, groups, **tile
+        )
+    return grad_x, partial.sum(0).to(bias.dtype), out

@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 from checks import DTYPES, assert_as_accurate, use_backend
@@ -128,6 +130,53 @@ def test_lengths_around_the_borders_of_the_paths(device, length):
     exact = run(attention_reference, qkv.double(), bounds)
     for ours, truth in zip(run(attention, qkv, bounds, groups=[(2, length)]), exact, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=2e-6)
+
+
+class TestCPU:
+    """Around the borders of tiles and blocks; bfloat16 by the processor's own products and widened."""
+
+    KINDS = [*((dtype, True) for dtype in DTYPES), (torch.bfloat16, False)]
+    LENGTHS = [1, 15, 16, 17, 0, 33, 197, 330]
+
+    @pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}".removeprefix("torch.") + "-widened" * (not kind[1]))
+    def dtype(self, request, monkeypatch):
+        dtype, products = request.param
+        monkeypatch.setattr(importlib.import_module("dino_kernels.attention"), "_BF16_PRODUCTS", products)
+        return dtype
+
+    @pytest.mark.parametrize("channels", [1, 37, 64, 96, 256])
+    def test_against_float64_and_strided(self, dtype, channels):
+        qkv, bounds = inputs(self.LENGTHS, channels=channels, dtype=dtype)
+        eager = run(attention_reference, qkv, bounds)
+        exact = run(attention_reference, qkv.double(), bounds)
+        ours = run(attention, qkv, bounds)
+        for mine, theirs, truth in zip(ours, eager, exact, strict=True):
+            assert_as_accurate(mine, theirs, truth, floor=1e-6 if dtype == torch.float32 else 1e-3)
+        wide = torch.full((len(qkv), 4, 5, channels + 9), float("nan"), dtype=dtype)
+        sliced = wide[:, 1:, 1:3, 5:-4]
+        sliced.copy_(qkv)
+        assert all(torch.equal(a, b) for a, b in zip(ours, run(attention, sliced, bounds), strict=True))
+
+    def test_the_number_of_threads_changes_nothing(self, dtype):
+        qkv, bounds = inputs(self.LENGTHS, heads=3, channels=37, dtype=dtype)
+        threads, results = torch.get_num_threads(), []
+        try:
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                results.append(run(attention, qkv, bounds))
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def test_not_a_number_stays_in_its_sequence_and_head(self, dtype):
+        qkv, bounds = inputs([40, 17, 40], dtype=dtype)
+        clean = run(attention, qkv, bounds)
+        qkv[40, :, 1] = float("nan")
+        for spoilt, fine in zip(run(attention, qkv, bounds), clean, strict=True):
+            assert spoilt[40:57, ..., 1, :].isnan().all()
+            spoilt[40:57, ..., 1, :] = fine[40:57, ..., 1, :]
+            assert torch.equal(spoilt, fine)
 
 
 def test_opcheck_and_compile(device):

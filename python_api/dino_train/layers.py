@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_kernels import weight_norm_, weight_norm_backward_
+from dino_kernels import add_product_, bias_gelu, bias_gelu_reference, weight_norm_, weight_norm_backward_
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,16 +22,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def add_product_(into: Tensor, grad: Tensor, x: Tensor) -> None:
-    """into [O, I] float32 += grad[T, O]^T x [T, I], summed over T in float32."""
-    if into.dtype == x.dtype:
-        into.addmm_(grad.t(), x)
-    elif x.is_cuda:
-        into.add_(torch.mm(grad.t(), x, out_dtype=torch.float32))
-    else:
-        into.add_(grad.t() @ x)
 
 
 class _Product(torch.autograd.Function):
@@ -76,6 +66,48 @@ def linear(
     return _Product.apply(x, weight, bias, weight_copy, bias_copy, rows)
 
 
+class _Mlp(torch.autograd.Function):
+    """fc2(gelu(fc1(x))) that keeps x and the first product only: the backward makes gelu's output once more, in the
+    pass that makes its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, fc1, fc2, *_):  # type: ignore[override]
+        hidden = product(x, fc1.copies[0])
+        ctx.save_for_backward(x, hidden)
+        ctx.layers = fc1, fc2
+        return product(bias_gelu(hidden, fc1.bias), *fc2.copies)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        x, hidden = ctx.saved_tensors
+        fc1, fc2 = ctx.layers
+        grad = grad.contiguous()
+        grad_hidden, grad_bias, out = torch.ops.dino_kernels.bias_gelu_backward(
+            product(grad, fc2.copies[0].t()), hidden, fc1.bias.detach(), True
+        )
+        add_product_(fc2.weight.grad, grad, out)
+        fc2.bias.grad.add_(grad.sum(0, dtype=torch.float32))
+        add_product_(fc1.weight.grad, grad_hidden, x)
+        fc1.bias.grad.add_(grad_bias)
+        return product(grad_hidden, fc1.copies[0].t()), *[None] * 6
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fc1.copies is not None and torch.is_grad_enabled():
+            # The parameters are named so that autograd sees them.
+            parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            return _Mlp.apply(x.to(self.fc1.copies[0].dtype), self.fc1, self.fc2, *parameters)
+        x = self.fc1(x, add_bias=False)
+        # The op takes at most float32; a float64 net is there to check others.
+        return self.fc2((bias_gelu_reference if x.dtype == torch.float64 else bias_gelu)(x, self.fc1.bias))
+
+
 class PatchEmbed(nn.Module):
     """Images [B, 3, h, w] -> tokens [B, patches, C]; a convolution's weights, a product over unfolded patches."""
 
@@ -95,19 +127,28 @@ class PatchEmbed(nn.Module):
         return linear(patches, self.proj.weight, self.proj.bias, self.copies).unflatten(0, (len(images), -1))
 
 
-class _Rows(torch.autograd.Function):
-    """The materialized rows of a weight-normed layer; gradients are added to those of v and g, in place."""
+class _WeightNormProduct(torch.autograd.Function):
+    """x W^T with the materialized W; gradients are added to those of v and g, in place."""
 
     @staticmethod
-    def forward(ctx, v, g, rows):  # type: ignore[override]
+    def forward(ctx, x, v, g, rows):  # type: ignore[override]
+        ctx.save_for_backward(x, rows)
         ctx.v, ctx.g = v, g
-        return rows.view_as(rows)
+        return product(x, rows)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        grad_g = ctx.g.grad if ctx.needs_input_grad[1] else None
-        weight_norm_backward_(ctx.v.grad, grad_g, grad.contiguous(), ctx.v, ctx.g)
-        return None, None, None
+        x, rows = ctx.saved_tensors
+        v, g = ctx.v, ctx.g
+        # In parts, so that the gradient of W, as large as W, is never there as a whole.
+        for begin in range(0, len(rows) if ctx.needs_input_grad[1] else 0, _PART):
+            part = slice(begin, begin + _PART)
+            grad_rows = grad[:, part].t() @ x
+            weight_norm_backward_(v.grad[part], g.grad[part] if g.requires_grad else None, grad_rows, v[part], g[part])
+        return product(grad, rows.t()) if ctx.needs_input_grad[0] else None, None, None, None
+
+
+_PART = 8192
 
 
 class WeightNormLinear(nn.Module):
@@ -121,20 +162,18 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # the default of nn.Linear
 
-    def weight(self) -> Tensor:
-        """W [out_dim, in_dim]."""
-        if self.rows is None:
-            return torch._weight_norm(self.weight_v, self.weight_g, 0)
-        return _Rows.apply(self.weight_v, self.weight_g, self.rows)
-
     def materialize(self) -> None:
         """Renew the kept W, after the weights changed."""
         assert self.rows is not None
         weight_norm_(self.rows, self.weight_v, self.weight_g)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight()
-        return F.linear(x if self.rows is None else x.to(weight.dtype), weight)
+        if self.rows is None:
+            return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+        x = x.to(self.rows.dtype)
+        if not torch.is_grad_enabled():
+            return product(x, self.rows)
+        return _WeightNormProduct.apply(x, self.weight_v, self.weight_g, self.rows)
 
 
 def init_linear(module: nn.Module) -> None:

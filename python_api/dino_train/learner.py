@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_kernels import dino_head_loss
+from dino_kernels import dino_loss
 from dino_train import parallel
 from dino_train.arena import AdamWithEMA, Arena, TorchWithEMA
 from dino_train.config import PretrainConfig
@@ -185,16 +185,11 @@ class Learner:
             self._phase("teacher")
             student_z = self.student.bottleneck(crops)
             self._phase("student_forward")
-        weight_student, weight_teacher = (net.head.last_layer.weight() for net in (self.student, self.teacher))
-        teacher_z = teacher_z.to(weight_teacher.dtype)
-        loss, batch_center = dino_head_loss(
-            student_z.to(weight_student.dtype),
-            teacher_z,
-            weight_student,
-            weight_teacher,
-            self.center,
-            teacher_temp=teacher_temp,
-            store_logits=low or self.device.type == "cuda",
+        with torch.no_grad():
+            teacher_logits = self.teacher.head.last_layer(teacher_z)
+        student_logits = self.student.head.last_layer(student_z)
+        loss, batch_center = dino_loss(
+            student_logits, teacher_logits, self.center, teacher_temp=teacher_temp, inplace=True
         )
         self._phase("loss")
         return loss, batch_center, teacher_z

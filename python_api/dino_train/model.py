@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dino_kernels import add_layer_norm, add_layer_norm_reference, attention, bias_gelu, bias_gelu_reference
+from dino_kernels import add_layer_norm, add_layer_norm_reference, attention
 from dino_train.head import DINOHead
-from dino_train.layers import Linear, PatchEmbed, init_linear
+from dino_train.layers import Linear, Mlp, PatchEmbed, init_linear
 from dino_train.resnet import ResNet, resnet50
 
 
@@ -77,18 +77,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     logits = torch.einsum("shd,snhd->shn", q, k) * q.shape[-1] ** -0.5
     weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype)
     return torch.einsum("shn,snhd->shd", weights, v)
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x, add_bias=False)
-        # The ops take at most float32; a float64 net is there to check others.
-        return self.fc2((bias_gelu_reference if x.dtype == torch.float64 else bias_gelu)(x, self.fc1.bias))
 
 
 class Block(nn.Module):

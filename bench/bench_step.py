@@ -1,0 +1,295 @@
+"""One whole training step of DINO: ours against the reference's and against the best of stock PyTorch.
+
+    python bench/bench_step.py --arch vit_tiny --batch 4 --steps 8 --json step.json
+    python bench/bench_step.py --reference-repo PATH ...      also a clone of facebookresearch/dino itself
+
+Every provider is a process of its own, so that peak memory is its own: the most it held resident (CPU) or allocated
+(CUDA). They wait for each other: one step of each in turn, from the same weights, on the same random crops made
+beforehand. Phases come from further steps, because their timers synchronize. Ours runs in the environment that
+dino-train sets for itself, the others in the plain one. On a GPU all must fit at once: see --providers.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from functools import cache, partial
+from itertools import count
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu import output_of
+from step_peers import FIRST_STEP, PEERS, PHASES, SIZES, STEPS_PER_EPOCH, ReferenceRepo, Setting, start_weights
+
+BATCHES = 4  # different ones, used in turn
+PHASE_STEPS = 4  # at most
+# Cores that other programs may take. More of it falls on the peers, whose threads spin while they wait for each other:
+# with one of two cores taken their steps took 4 times as long, ours, whose threads sleep (OMP_WAIT_POLICY), no longer.
+MOST_OTHERS = 0.1
+
+
+# --- the process of a provider -----------------------------------------------------------------------
+
+
+def ours(setting: Setting, weights: dict[str, torch.Tensor], precision: str):
+    """A Learner with everything but the setting at its default."""
+    from dino_train.config import PretrainConfig
+    from dino_train.learner import Learner
+
+    config = PretrainConfig(
+        arch=setting.arch,
+        patch_size=setting.patch,
+        out_dim=setting.out_dim,
+        head_hidden_dim=setting.hidden,
+        drop_path_rate=setting.drop_path,
+        precision=precision,
+        batch_size_per_gpu=setting.batch,
+        lr=setting.lr,
+        global_crops_size=setting.global_size,
+        local_crops_number=setting.local_crops,
+        local_crops_size=setting.local_size,
+        device=setting.device,
+    )
+    learner = Learner(config, STEPS_PER_EPOCH, torch.device(setting.device))
+    learner.load_state_dict({**learner.state_dict(), "student": weights, "teacher": weights})
+    return learner
+
+
+def build(name: str, setting: Setting, options: argparse.Namespace):
+    weights = start_weights(setting)
+    if name.startswith("ours"):
+        return ours(setting, weights, "float32" if name == "ours_float32" else options.precision)
+    if name == "reference_repo":
+        return ReferenceRepo(options.reference_repo, setting, weights)
+    return PEERS[name](setting, weights)
+
+
+class PhaseTimer:
+    def __init__(self, synchronize) -> None:
+        self.synchronize, self.ms = synchronize, defaultdict(float)
+        self.last = time.perf_counter()
+
+    def __call__(self, phase: str) -> None:
+        self.synchronize()
+        now = time.perf_counter()
+        self.ms[phase] += 1e3 * (now - self.last)
+        self.last = now
+
+
+def serve(connection: Connection, name: str, setting: Setting, options: argparse.Namespace) -> None:
+    """Answers every message with a step: False for a plain one, True for one with the phases timed; None ends."""
+    cuda = setting.device == "cuda"
+    synchronize = torch.cuda.synchronize if cuda else int
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    learner = build(name, setting, options)
+    batches = [setting.crops(seed) for seed in range(BATCHES)]
+
+    def take(step: int, phases: bool) -> dict[str, Any]:
+        crops = [crop.to(setting.device) for crop in batches[step % BATCHES]]
+        synchronize()
+        timer = PhaseTimer(synchronize)
+        learner.phase_hook = timer if phases else None
+        started, own, all_of_us = time.perf_counter(), time.process_time(), busy_cpu_s()
+        result = learner.step(step, crops)
+        synchronize()
+        ms = 1e3 * (time.perf_counter() - started)
+        others = 1e3 * (busy_cpu_s() - all_of_us - (time.process_time() - own))
+        return {"ms": ms, "phases": dict(timer.ms), "loss": getattr(result, "loss", result), "others_cpu_ms": others}
+
+    steps = count(FIRST_STEP)
+    for _ in range(options.warmup):
+        take(next(steps), False)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    connection.send(torch.get_num_threads())
+    busy = time.process_time()
+    while (phases := connection.recv()) is not None:
+        idle_cpu = time.process_time() - busy  # what threads of a finished step spend on waiting
+        answer = take(next(steps), phases)
+        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_resident_mib()
+        connection.send(answer | {"peak_mib": peak, "idle_cpu_ms": 1e3 * idle_cpu})
+        busy = time.process_time()
+
+
+def busy_cpu_s() -> float:
+    """CPU time that all processes together, and other machines on this host, took from our cores so far."""
+    cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
+    # All but idle, iowait and what guests took, which stands under user too.
+    ticks = sum(int(x) for core, *times in lines if core in cores for x in (*times[:3], *times[5:8]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def peak_resident_mib() -> float:
+    """Of this process alone; ru_maxrss would begin at what the parent held when it started this one."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 1024
+
+
+# --- the run -----------------------------------------------------------------------------------------
+
+
+class Provider:
+    """The other end of `serve`."""
+
+    def __init__(self, name: str, setting: Setting, options: argparse.Namespace) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, name, setting, options), daemon=True)
+        before = dict(os.environ)
+        os.environ.update(dino_train_environment() if name.startswith("ours") else {})
+        self.process.start()
+        os.environ.clear()
+        os.environ.update(before)
+        theirs.close()
+        self.threads = self.receive()
+
+    def step(self, phases: bool) -> dict[str, Any]:
+        time.sleep(0.02)  # threads of the one before still spin for some milliseconds
+        self.connection.send(phases)
+        return self.receive()
+
+    def end(self) -> None:
+        self.connection.send(None)
+        self.process.join()
+
+    def receive(self):
+        try:
+            return self.connection.recv()
+        except EOFError:
+            sys.exit(f"bench_step.py: {self.name} failed, see above")
+
+
+@cache
+def dino_train_environment() -> dict[str, str]:
+    """Some of it must stand before a process starts, so it is asked for."""
+    code = "import json, os, dino_train.__main__; print(json.dumps(dict(os.environ)))"
+    return json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
+
+
+def measure(setting: Setting, names: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    providers = [Provider(name, setting, options) for name in names]
+    rounds = [False] * options.steps + [True] * min(options.steps, PHASE_STEPS)
+    answers: dict[str, list[dict]] = defaultdict(list)
+    for phases in rounds:
+        for provider in providers:
+            answers[provider.name].append(provider.step(phases))
+    for provider in providers:
+        provider.end()
+    return {p.name: summary(answers[p.name], setting.batch, options.steps) | {"threads": p.threads} for p in providers}
+
+
+def summary(answers: list[dict], batch: int, steps: int) -> dict[str, Any]:
+    plain, timed = answers[:steps], [answer["phases"] for answer in answers[steps:]]
+    median_ms = statistics.median(answer["ms"] for answer in plain)
+    return {
+        "images_per_s": 1e3 * batch / median_ms,
+        "step_ms": median_ms,
+        "peak_mib": plain[-1]["peak_mib"],
+        "phases": {name: statistics.median(t[name] for t in timed) for name in PHASES if all(name in t for t in timed)},
+        "all_step_ms": [answer["ms"] for answer in plain],
+        "losses": [answer["loss"] for answer in plain],
+        "others_cores": statistics.median(answer["others_cpu_ms"] / answer["ms"] for answer in plain),
+        "idle_cpu_ms": statistics.median(answer["idle_cpu_ms"] for answer in answers[1:]),
+    }
+
+
+def machine() -> dict[str, Any]:
+    models = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    gpu = output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return {"cpu": models[0] if models else platform.machine(), "cores": len(os.sched_getaffinity(0)), "gpu": gpu}
+
+
+def tables(rows: dict[str, dict[str, Any]]) -> str:
+    """Speed and memory of all, with ratios of ours to each; then the phases."""
+    mine = rows.get("ours")
+    lines = [
+        "| provider | images/s | step ms | speed, ours / it | peak MiB | memory, ours / it |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in rows.items():
+        speed = f"{row['step_ms'] / mine['step_ms']:.2f}" if mine else ""
+        step = f"{row['step_ms']:.0f} ({min(row['all_step_ms']):.0f} to {max(row['all_step_ms']):.0f})"
+        memory = f"{mine['peak_mib'] / row['peak_mib']:.2f}" if mine else ""
+        cells = (name, f"{row['images_per_s']:.2f}", step, speed, f"{row['peak_mib']:.0f}", memory)
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"| phase, ms | {' | '.join(PHASES)} |", "|---|" + "--:|" * len(PHASES)]
+    for name, row in rows.items():
+        cells = [f"{row['phases'][phase]:.1f}" if phase in row["phases"] else "" for phase in PHASES]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    if (others := max(row["others_cores"] for row in rows.values())) > MOST_OTHERS:
+        lines += ["", f"Other programs took {others:.2f} cores meanwhile: these times say nothing, repeat them alone."]
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    at_least_one = partial(bounded, 1)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", choices=SIZES, default="vit_tiny")
+    parser.add_argument("--batch", type=at_least_one, default=4, help="images a step")
+    parser.add_argument("--steps", type=at_least_one, default=8, help="timed steps of each")
+    parser.add_argument("--warmup", type=at_least_one, default=2, help="steps before them")
+    parser.add_argument("--local-crops", type=partial(bounded, 0), default=8)
+    parser.add_argument("--out-dim", type=partial(bounded, 2), default=65536)
+    parser.add_argument("--threads", type=at_least_one, help="default: torch's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of ours")
+    parser.add_argument("--providers", help="some of them, with commas between; default: all")
+    parser.add_argument("--reference-repo", type=Path, help="a clone of facebookresearch/dino, measured too")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    options = parser.parse_args()
+    known = ["ours", *PEERS]
+    if options.device == "cpu" and options.precision != "float32":
+        known.insert(1, "ours_float32")
+    if options.reference_repo:
+        known.append("reference_repo")
+        if not (options.reference_repo / "main_dino.py").is_file():
+            parser.error(f"--reference-repo {options.reference_repo} has no main_dino.py")
+    options.providers = options.providers.split(",") if options.providers else known
+    if unknown := set(options.providers) - set(known):
+        parser.error(f"--providers: {', '.join(sorted(unknown))} not among {', '.join(known)}")
+    return options
+
+
+def bounded(least: int, text: str) -> int:
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+    return int(text)
+
+
+def main() -> None:
+    options = parse()
+    setting = Setting(options.arch, options.batch, options.device, options.local_crops, options.out_dim)
+    rows = measure(setting, options.providers, options)
+    print(tables(rows))
+    if options.json:
+        results = {
+            "setting": {**vars(setting), **{k: getattr(options, k) for k in ("precision", "steps", "warmup")}},
+            "versions": {
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=12"),
+            },
+            "machine": machine(),
+            "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+            "providers": rows,
+        }
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

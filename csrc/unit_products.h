@@ -1,0 +1,296 @@
+// Products of matrices of 4-byte units: floats, or two bfloat16 neighbors along the contraction where the processor
+// multiplies such pairs (AVX512-BF16); and how tensors become such matrices. An algorithm written for units serves
+// both.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace dino {
+namespace {
+
+constexpr int64_t kLanes = 16;  // units a vector; wider than some machines have, which then take several
+constexpr int64_t kTile = 8;    // rows of a tile of a product
+
+int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Units on a cache line's border; a thread keeps its buffers from task to task.
+class Buffer {
+    std::unique_ptr<float, decltype(&std::free)> data_{nullptr, &std::free};
+    int64_t size_ = 0;
+
+   public:
+    float* fit(int64_t size) {  // what it held is lost
+        if (size > size_) {
+            data_.reset(static_cast<float*>(std::aligned_alloc(64, size_t(padded(size)) * sizeof(float))));
+            if (!data_) throw std::bad_alloc();
+            size_ = padded(size);
+        }
+        return data_.get();
+    }
+};
+
+// --- products ----------------------------------------------------------------------------------------
+
+// C[rows, columns] (+)= A[rows, depth] B[depth, columns]; A has any strides, rows of B and C are aligned.
+struct Product {
+    int64_t depth, a_row, a_column, b_row, c_row;
+    bool add = false;
+};
+
+// C[M, a vector * N]; vectors have the width of the machine's, others would live in memory.
+template <class Vector, int M, int N>
+__attribute__((always_inline)) inline void tile(const Product& p, const float* a, const float* b, float* c) {
+    constexpr int64_t kWidth = sizeof(Vector) / sizeof(float);
+    Vector sum[M][N];
+    for (int i = 0; i < M; ++i)
+        for (int j = 0; j < N; ++j)
+            sum[i][j] = p.add ? *reinterpret_cast<Vector*>(c + i * p.c_row + j * kWidth) : Vector{};
+    for (int64_t k = 0; k < p.depth; ++k) {
+        Vector row[N];
+        for (int j = 0; j < N; ++j) row[j] = *reinterpret_cast<const Vector*>(b + k * p.b_row + j * kWidth);
+        for (int i = 0; i < M; ++i) {
+            float factor = a[i * p.a_row + k * p.a_column];
+            for (int j = 0; j < N; ++j) sum[i][j] += factor * row[j];
+        }
+    }
+    for (int i = 0; i < M; ++i)
+        for (int j = 0; j < N; ++j) *reinterpret_cast<Vector*>(c + i * p.c_row + j * kWidth) = sum[i][j];
+}
+
+// A tile of C: kTile rows, 16 columns (at most 48 with AVX-512, where 24 sums fill the registers).
+void float_tile(int64_t, const Product& p, const float* a, const float* b, float* c) {
+    using Vector __attribute__((vector_size(16))) = float;
+    for (int64_t i = 0; i < kTile; i += 2) tile<Vector, 2, 4>(p, a + i * p.a_row, b, c + i * p.c_row);
+}
+
+// x[i] = op over row i of x [kLanes, kLanes], halving the rows: loops that vectorize, unlike one over a row.
+template <class Op>
+__attribute__((always_inline)) inline void fold(float* x, Op op) {
+    for (int64_t n = kLanes * kLanes / 2; n >= kLanes; n /= 2)
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) x[i] = op(x[2 * i], x[2 * i + 1]);
+}
+
+// to[i] = sum over row i of x * y, both [kLanes, width]
+DINO_MULTIVERSION
+void float_row_dots(const float* x, const float* y, int64_t width, float* to) {
+    alignas(64) float sums[kLanes * kLanes] = {};
+    for (int64_t i = 0; i < kLanes; ++i)
+        for (int64_t j = 0; j < width; j += kLanes)
+#pragma omp simd
+            for (int64_t l = 0; l < kLanes; ++l) sums[i * kLanes + l] += x[i * width + j + l] * y[i * width + j + l];
+    fold(sums, std::plus<float>());
+    std::copy_n(sums, kLanes, to);
+}
+
+// What the unit is and how it is computed with.
+struct Kind {
+    int64_t pair;     // values a unit
+    int64_t vectors;  // of a tile, at most
+    void (*tile)(int64_t vectors, const Product&, const float* a, const float* b, float* c);
+    // Floats x [rows, width] as units: pairs along a row [rows, width / 2], also in place; pairs of rows
+    // [rows / 2, width].
+    void (*pair_columns)(const float* x, int64_t rows, int64_t width, float* to);
+    void (*pair_rows)(const float* x, int64_t rows, int64_t width, float* to);
+
+    void (*row_dots)(const float* x, const float* y, int64_t width, float* to);
+
+    int64_t units(int64_t values) const { return (values + pair - 1) / pair; }
+};
+
+#if defined(__x86_64__)
+__attribute__((target("avx2,fma"))) void float_tile_avx2(int64_t, const Product& p, const float* a, const float* b,
+                                                         float* c) {
+    using Vector __attribute__((vector_size(32))) = float;
+    for (int64_t i = 0; i < kTile; i += 4) tile<Vector, 4, 2>(p, a + i * p.a_row, b, c + i * p.c_row);
+}
+
+__attribute__((target("avx512f"))) void float_tile_avx512(int64_t vectors, const Product& p, const float* a,
+                                                          const float* b, float* c) {
+    using Vector __attribute__((vector_size(64))) = float;
+    if (vectors == 3)
+        tile<Vector, kTile, 3>(p, a, b, c);
+    else if (vectors == 2)
+        tile<Vector, kTile, 2>(p, a, b, c);
+    else
+        tile<Vector, kTile, 1>(p, a, b, c);
+}
+
+#define DINO_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+
+template <int M, int N>
+DINO_BF16
+    __attribute__((always_inline)) inline void pair_tile(const Product& p, const float* a, const float* b, float* c) {
+    __m512 sum[M][N];
+    for (int i = 0; i < M; ++i)
+        for (int j = 0; j < N; ++j)
+            sum[i][j] = p.add ? _mm512_load_ps(c + i * p.c_row + j * kLanes) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < p.depth; ++k) {
+        __m512bh row[N];
+        for (int j = 0; j < N; ++j) row[j] = (__m512bh)_mm512_load_ps(b + k * p.b_row + j * kLanes);
+        for (int i = 0; i < M; ++i) {
+            __m512bh factor = (__m512bh)_mm512_set1_ps(a[i * p.a_row + k * p.a_column]);
+            for (int j = 0; j < N; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], factor, row[j]);
+        }
+    }
+    for (int i = 0; i < M; ++i)
+        for (int j = 0; j < N; ++j) _mm512_store_ps(c + i * p.c_row + j * kLanes, sum[i][j]);
+}
+
+DINO_BF16 void bf16_tile(int64_t vectors, const Product& p, const float* a, const float* b, float* c) {
+    if (vectors == 3)
+        pair_tile<kTile, 3>(p, a, b, c);
+    else if (vectors == 2)
+        pair_tile<kTile, 2>(p, a, b, c);
+    else
+        pair_tile<kTile, 1>(p, a, b, c);
+}
+
+DINO_BF16 void bf16_pair_columns(const float* x, int64_t rows, int64_t width, float* to) {
+    for (int64_t i = 0; i < rows * width; i += kLanes)
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + i / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(x + i)));
+}
+
+DINO_BF16 void bf16_pair_rows(const float* x, int64_t rows, int64_t width, float* to) {
+    using Halves __attribute__((vector_size(32))) = uint16_t;
+    using Words __attribute__((vector_size(64))) = uint32_t;
+    for (int64_t i = 0; i < rows; i += 2, x += 2 * width, to += width)
+        for (int64_t j = 0; j < width; j += kLanes) {
+            auto even = __builtin_convertvector((Halves)_mm512_cvtneps_pbh(_mm512_load_ps(x + j)), Words);
+            auto odd = __builtin_convertvector((Halves)_mm512_cvtneps_pbh(_mm512_load_ps(x + width + j)), Words);
+            _mm512_store_si512(to + j, (__m512i)(even | odd << 16));
+        }
+}
+
+DINO_BF16 void bf16_row_dots(const float* x, const float* y, int64_t width, float* to) {
+    alignas(64) float sums[kLanes * kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t j = i * width; j < (i + 1) * width; j += kLanes)
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_load_ps(x + j), (__m512bh)_mm512_load_ps(y + j));
+        _mm512_store_ps(sums + i * kLanes, sum);
+    }
+    fold(sums, std::plus<float>());
+    std::copy_n(sums, kLanes, to);
+}
+#endif
+
+Kind kind_of(DType dtype, bool bf16_products) {
+#if defined(__x86_64__)
+    if (bf16_products && dtype == DType::bf16 && __builtin_cpu_supports("avx512bf16"))
+        return {2, 3, bf16_tile, bf16_pair_columns, bf16_pair_rows, bf16_row_dots};
+    if (__builtin_cpu_supports("avx512f")) return {1, 3, float_tile_avx512, nullptr, nullptr, float_row_dots};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return {1, 1, float_tile_avx2, nullptr, nullptr, float_row_dots};
+#endif
+    return {1, 1, float_tile, nullptr, nullptr, float_row_dots};
+}
+
+// Rows and columns of C are padded to tiles.
+void product(const Kind& kind, int64_t rows, int64_t columns, const Product& p, const float* a, const float* b,
+             float* c) {
+    for (int64_t i = 0; i < rows; i += kTile) {
+        int64_t left = columns / kLanes, panels = (left + kind.vectors - 1) / kind.vectors;
+        for (int64_t j = 0; panels; --panels) {  // of nearly equal widths
+            int64_t vectors = (left + panels - 1) / panels;
+            kind.tile(vectors, p, a + i * p.a_row, b + j, c + i * p.c_row + j);
+            left -= vectors;
+            j += vectors * kLanes;
+        }
+    }
+}
+
+// --- operands ----------------------------------------------------------------------------------------
+
+using Value16 __attribute__((may_alias)) = uint16_t;
+using Unit __attribute__((may_alias)) = uint32_t;
+
+// A call of memcpy for each row would cost more than the row.
+__attribute__((always_inline)) inline void copy(const void* from, int64_t bytes, void* to) {
+    auto source = static_cast<const char*>(from);
+    auto target = static_cast<char*>(to);
+    for (; bytes >= 64; bytes -= 64, source += 64, target += 64) std::memcpy(target, source, 64);
+    if (bytes) std::memcpy(target, source, size_t(bytes));
+}
+
+constexpr int64_t kAhead = 64;  // rows; prefetchers do not follow these strides
+
+__attribute__((always_inline)) inline void prefetch(const void* x, int64_t offset, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(x) + offset + i);
+}
+
+// `count` rows of `channels` values as units to [rows, width]; the rest is zero.
+DINO_MULTIVERSION
+void gather(const void* x, DType dtype, int64_t offset, int64_t stride, int64_t count, int64_t channels, int64_t pair,
+            float* to, int64_t rows, int64_t width) {
+    int64_t size = width_of(dtype);
+    for (int64_t i = 0; i < count; ++i, offset += stride, to += width) {
+        prefetch(x, (offset + kAhead * stride) * size, channels * size);
+        to[(channels - 1) / pair] = 0;
+        if (pair == 2) {
+            copy(static_cast<const uint16_t*>(x) + offset, channels * 2, to);
+        } else {
+            const float* from = load(x, dtype, offset, channels, to);
+            if (from != to) copy(from, channels * 4, to);
+        }
+        std::fill(to + (channels - 1) / pair + 1, to + width, 0.0f);
+    }
+    std::fill_n(to, (rows - count) * width, 0.0f);
+}
+
+// The inverse, from floats or from pairs.
+DINO_MULTIVERSION
+void scatter(const float* from, int64_t width, int64_t count, int64_t channels, int64_t pair, void* to, DType dtype,
+             int64_t offset, int64_t stride) {
+    for (int64_t i = 0; i < count; ++i, offset += stride, from += width)
+        if (pair == 2)
+            copy(from, channels * 2, static_cast<uint16_t*>(to) + offset);
+        else
+            store(to, dtype, offset, channels, from);
+}
+
+// to [columns, rows] = from [rows, columns], both multiples of 16. Rotating the 8 bits of an element's number in a
+// block of 16 x 16 by 4 transposes it, and rotating by one interleaves its halves: loops that vectorize.
+DINO_MULTIVERSION
+void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+    alignas(64) float x[256], y[256];
+    auto interleave = [](const float* in, float* out) __attribute__((always_inline)) {
+#pragma omp simd
+        for (int i = 0; i < 128; ++i) {
+            out[2 * i] = in[i];
+            out[2 * i + 1] = in[128 + i];
+        }
+    };
+    for (int64_t i = 0; i < rows; i += 16)
+        for (int64_t j = 0; j < columns; j += 16) {
+            for (int64_t r = 0; r < 16; ++r) std::memcpy(x + 16 * r, from + (i + r) * columns + j, 64);
+            interleave(x, y);
+            interleave(y, x);
+            interleave(x, y);
+            interleave(y, x);
+            for (int64_t r = 0; r < 16; ++r) std::memcpy(to + (j + r) * rows + i, x + 16 * r, 64);
+        }
+}
+
+// Units of pairs along a row, [rows, from_width], as units of pairs of rows, [rows / 2, width].
+DINO_MULTIVERSION
+void pair_up(const float* from, int64_t rows, int64_t from_width, float* to, int64_t width) {
+    for (int64_t i = 0; i < rows; i += 2, to += width) {
+        auto even = reinterpret_cast<const Value16*>(from + i * from_width), odd = even + 2 * from_width;
+        auto out = reinterpret_cast<Unit*>(to);
+#pragma omp simd
+        for (int64_t d = 0; d < width; ++d) out[d] = uint32_t(even[d]) | uint32_t(odd[d]) << 16;
+    }
+}
+
+}  // namespace
+}  // namespace dino
