@@ -101,7 +101,6 @@ struct Kind {
     // [rows / 2, width].
     void (*pair_columns)(const float* x, int64_t rows, int64_t width, float* to);
     void (*pair_rows)(const float* x, int64_t rows, int64_t width, float* to);
-
     void (*row_dots)(const float* x, const float* y, int64_t width, float* to);
 
     int64_t units(int64_t values) const { return (values + pair - 1) / pair; }

@@ -79,6 +79,8 @@ class PretrainConfig:
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the networks (autocast); weights, statistics and loss stay float32."""
+    cuda_graph: Switch = True
+    """On a single GPU with adamw, run a step as one CUDA graph; false runs it op by op, for debugging."""
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     """adamw for ViTs, sgd or lars for convnets."""
     batch_size_per_gpu: int = 64

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from dino_kernels import dino_loss
 from dino_train import parallel
 from dino_train.arena import AdamWithEMA, Arena, TorchWithEMA
 from dino_train.config import PretrainConfig
+from dino_train.graph import Graphed
 from dino_train.model import DINOModel, VisionTransformer, build_model
 from dino_train.optim import LARS, cosine_schedule, parameter_groups, teacher_temp_schedule
 
@@ -86,6 +88,11 @@ class Learner:
         self.teacher_temp = teacher_temp_schedule(
             config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs, config.epochs
         )
+        # All of it on the device at once: a step then picks its row there, and waits for no copy.
+        columns = (self.lr, self.weight_decay, self.momentum, np.repeat(self.teacher_temp, steps_per_epoch))
+        self.schedule = torch.tensor(np.stack(columns, axis=1), device=device)
+        self.settings = torch.zeros(4, dtype=torch.float64, device=device)
+        self.update = self._fresh_update()
 
     def _build(self, drop_path_rate: float, norm_last_layer: bool) -> DINOModel:
         c = self.config
@@ -118,32 +125,46 @@ class Learner:
             crops: V tensors [B, 3, h, w] float32 on the device, the two global ones first.
 
         Raises:
-            NonFiniteLoss: with sgd or lars, before anything was changed.
+            NonFiniteLoss: with sgd or lars, whose passes have no guard; before anything was changed.
         """
-        epoch = step // self.steps_per_epoch
-        self._freeze(epoch)
-        lr, decay, momentum = (float(x[step]) for x in (self.lr, self.weight_decay, self.momentum))
-        teacher_temp = float(self.teacher_temp[epoch])
+        self._freeze(step // self.steps_per_epoch)
+        self.settings.copy_(self.schedule[step])
+        loss, teacher_z = self.update(crops)
+        return StepResult(loss, *self.schedule_values(step), teacher_z, self)
+
+    def schedule_values(self, step: int) -> tuple[float, float, float, float]:
+        """Learning rate, weight decay, momentum of the teacher and its temperature."""
+        temp = self.teacher_temp[step // self.steps_per_epoch]
+        return float(self.lr[step]), float(self.weight_decay[step]), float(self.momentum[step]), float(temp)
+
+    def _update(self, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """All of a step that runs on the device, with the settings there; loss and what the teacher's last layer
+        took."""
+        lr, decay, momentum, teacher_temp = self.settings.unbind()
         loss, batch_center, teacher_z = self._gradients(crops, teacher_temp)
-        result = StepResult(loss, lr, decay, momentum, teacher_temp, teacher_z, self)
         center = self.center.lerp(batch_center, 1 - CENTER_MOMENTUM)
         if isinstance(self.optimizer, AdamWithEMA):
             self.optimizer.step(lr, decay, momentum)
-            self.center = torch.where(self.optimizer.nonfinite > 0, self.center, center)
+            center = torch.where(self.optimizer.nonfinite > 0, self.center, center)
         else:
-            if not math.isfinite(result.loss):
+            if not math.isfinite(loss.item()):
                 self.arena.grad.zero_()
-                raise NonFiniteLoss(self.nonfinite_message(step, result.loss))
-            self.optimizer.step(lr, decay, momentum)
-            self.center = center
+                raise NonFiniteLoss
+            self.optimizer.step(*self.settings[:3].tolist())
+        self.center.copy_(center)
         self.arena.materialize()
         self.arena.grad.zero_()
         self._phase("optimizer")
-        return result
+        return loss, teacher_z
 
     def nonfinite_message(self, step: int, loss: float) -> str:
         epoch = step // self.steps_per_epoch
         return f"the loss is {loss} at step {step} (epoch {epoch}, lr {self.lr[step]:.3g})"
+
+    def _fresh_update(self) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
+        # The other optimizers ask the device; sums over ranks in a graph are untried.
+        graphed = self.config.cuda_graph and self.device.type == "cuda" and isinstance(self.optimizer, AdamWithEMA)
+        return Graphed(self._update) if graphed and parallel.size() == 1 else self._update
 
     def _freeze(self, epoch: int) -> None:
         frozen = epoch < self.config.freeze_last_layer
@@ -154,8 +175,9 @@ class Learner:
             self.gradient_sum = parallel.GradientSum(self.arena)
             if isinstance(self.optimizer, AdamWithEMA):
                 self.optimizer.track_frozen()
+            self.update = self._fresh_update()
 
-    def _gradients(self, crops: list[Tensor], teacher_temp: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradients(self, crops: list[Tensor], teacher_temp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Fills the arena's gradient; loss and batch center over all parts and ranks, and what the teacher's last
         layer took here."""
         count = self.config.accumulate
@@ -175,7 +197,7 @@ class Learner:
         self._phase("backward")
         return told[-1], told[:-1], torch.cat(rows)
 
-    def _forward(self, crops: list[Tensor], teacher_temp: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(self, crops: list[Tensor], teacher_temp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, batch center and what the teacher's last layer took, of some images."""
         low = self.config.precision == "bfloat16"
         # Layers with copies of their weights need no autocast; a ResNet's have none.
@@ -212,6 +234,6 @@ class Learner:
         for name, net in (("student", self.student), ("teacher", self.teacher)):
             net.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.center = state["dino_loss"]["center"].to(self.device)
+        self.center.copy_(state["dino_loss"]["center"])
         self.arena.copy()
         self.arena.materialize()

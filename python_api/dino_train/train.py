@@ -213,8 +213,9 @@ class Run:
             self.bad.add(bad)
             try:
                 result = self.learner.step(self.step, [c.to(self.device, non_blocking=True) for c in crops])
-            except NonFiniteLoss as error:
-                raise NonFiniteLoss(f"{error}. {self._advice()}") from None
+            except NonFiniteLoss:
+                message = self.learner.nonfinite_message(self.step, math.nan)
+                raise NonFiniteLoss(f"{message}. {self._advice()}") from None
             self.unread.append((self.step, result.loss_tensor))
             self.step += 1
             self._log(result)
