@@ -43,7 +43,9 @@ def ours(setting: Setting, weights: dict[str, torch.Tensor], precision: str):
     """A Learner with everything but the setting at its default."""
     from dino_train.config import PretrainConfig
     from dino_train.learner import Learner
+    from dino_train.process import tune
 
+    tune()
     config = PretrainConfig(
         arch=setting.arch,
         patch_size=setting.patch,
@@ -173,7 +175,7 @@ class Provider:
 @cache
 def dino_train_environment() -> dict[str, str]:
     """Some of it must stand before a process starts, so it is asked for."""
-    code = "import json, os, dino_train.__main__; print(json.dumps(dict(os.environ)))"
+    code = "import json, os; from dino_train.process import tune; tune(); print(json.dumps(dict(os.environ)))"
     return json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
 
 

@@ -24,7 +24,25 @@ void task(const AddProductArgs& a, int64_t output, int64_t column, float* packed
     }
 }
 
+DINO_MULTIVERSION
+void add(float* into, const void* from, DType dtype, int64_t begin, int64_t count) {
+    constexpr int64_t kBlock = 1024;
+    float scratch[kBlock];
+    for (int64_t i = begin; i < begin + count; i += kBlock) {
+        int64_t n = std::min(kBlock, begin + count - i);
+        const float* x = load(from, dtype, i, n, scratch);
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) into[i + j] += x[j];
+    }
+}
+
 }  // namespace
+
+void add_to(float* into, const void* from, DType dtype, int64_t count, int threads) {
+    constexpr int64_t kChunk = 1 << 15;  // elements a task
+    parallel_for((count + kChunk - 1) / kChunk, threads,
+                 [&](int64_t i) { add(into, from, dtype, i * kChunk, std::min(kChunk, count - i * kChunk)); });
+}
 
 void add_product(const AddProductArgs& a) {
     int64_t panels = (a.inputs + kPanel - 1) / kPanel, blocks = (a.outputs + kOutputs - 1) / kOutputs;

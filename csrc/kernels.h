@@ -144,6 +144,9 @@ struct AddProductArgs {
 };
 void add_product(const AddProductArgs& args);
 
+// into += from
+void add_to(float* into, const void* from, DType dtype, int64_t count, int threads);
+
 struct WeightNormArgs {
     const float *v, *g;  // [K, D] contiguous, as all of these; [K]
     void* w;             // [K, D]

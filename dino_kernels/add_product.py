@@ -76,4 +76,5 @@ def _add_cpu(into, grad, x):
         arguments = (into.data_ptr(), grad.data_ptr(), x.data_ptr(), *grad.shape, x.shape[1])
         _C.add_product(*arguments, torch.get_num_threads())
     else:
-        into += grad.t() @ x
+        made = grad.t() @ x
+        _C.add_to(into.data_ptr(), made.data_ptr(), DTYPES[made.dtype], made.numel(), torch.get_num_threads())
