@@ -108,10 +108,10 @@ void add_product(uintptr_t into, uintptr_t grad, uintptr_t x, int64_t tokens, in
                        reinterpret_cast<const float*>(x), tokens, outputs, inputs, threads});
 }
 
-void add_to(uintptr_t into, uintptr_t from, int dtype, int64_t count, int threads) {
+void add_column_sums(uintptr_t into, uintptr_t from, int dtype, int64_t rows, int64_t columns, int threads) {
     py::gil_scoped_release unlocked;
-    dino::add_to(reinterpret_cast<float*>(into), reinterpret_cast<const void*>(from), dino::DType(dtype), count,
-                 threads);
+    dino::add_column_sums(reinterpret_cast<float*>(into), reinterpret_cast<const void*>(from), dino::DType(dtype), rows,
+                          columns, threads);
 }
 
 void weight_norm(uintptr_t v, uintptr_t g, uintptr_t w, int64_t rows, int64_t channels, int dtype, int threads) {
@@ -201,7 +201,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("bias_gelu_backward", &bias_gelu_backward);
     m.def("drop_path_add", &drop_path_add);
     m.def("add_product", &add_product);
-    m.def("add_to", &add_to);
+    m.def("add_column_sums", &add_column_sums);
     m.def("weight_norm", &weight_norm);
     m.def("weight_norm_backward", &weight_norm_backward);
 }

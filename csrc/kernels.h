@@ -137,15 +137,15 @@ struct DropPathAddArgs {
 void drop_path_add(const DropPathAddArgs& args);
 
 struct AddProductArgs {
-    float* into;            // [O, I], rows on a cache line's border: I a multiple of 16
+    float* into;            // [O, I] contiguous, as all of these
     const float *grad, *x;  // [T, O], [T, I]
     int64_t tokens, outputs, inputs;
     int threads;
 };
 void add_product(const AddProductArgs& args);
 
-// into += from
-void add_to(float* into, const void* from, DType dtype, int64_t count, int threads);
+// into [columns] += sums of the columns of from [rows, columns]
+void add_column_sums(float* into, const void* from, DType dtype, int64_t rows, int64_t columns, int threads);
 
 struct WeightNormArgs {
     const float *v, *g;  // [K, D] contiguous, as all of these; [K]

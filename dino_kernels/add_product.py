@@ -1,9 +1,9 @@
-"""The gradient of a linear layer's weights, added where it is kept.
+"""The gradients of a linear layer's weights and bias, added where they are kept.
 
-    into += grad^T x
+    into += grad^T x        into_bias += sum over T of grad
 
 Dimensions: T tokens, O outputs, I inputs. Float32 on the CPU by blocks out of registers, twice as fast as torch does it
-on AMD with AVX-512; otherwise torch's product (16-bit operands on a GPU give float32 at once), then the sum.
+on AMD with AVX-512. In 16 bit the product is torch's, on a GPU with its float32 sums as they are.
 """
 
 import torch
@@ -14,13 +14,16 @@ from dino_kernels._native import _C, DTYPES
 __all__ = ["add_product_", "add_product_reference_"]
 
 
-def add_product_(into: Tensor, grad: Tensor, x: Tensor) -> None:
-    """into += grad^T x, in place; a repeated call is bitwise equal. Not differentiable.
+def add_product_(into: Tensor, grad: Tensor, x: Tensor, into_bias: Tensor | None = None) -> None:
+    """into += grad^T x, and into_bias += the sums of grad's columns, in place. Not differentiable.
+
+    Sums are float32; a repeated call is bitwise equal.
 
     Args:
         into: [O, I], float32, contiguous.
         grad: [T, O], float32, float16 or bfloat16; contiguous.
         x: [T, I], of the dtype of grad; contiguous.
+        into_bias: [O], float32, contiguous; None where it is not wanted.
 
     Raises:
         ValueError: a shape, dtype, device or stride that does not fit the above.
@@ -35,31 +38,40 @@ def add_product_(into: Tensor, grad: Tensor, x: Tensor) -> None:
             "into must be float32, grad and x of one dtype of float32, float16 and bfloat16, "
             f"got {into.dtype}, {grad.dtype} and {x.dtype}"
         )
-    for name, value in {"into": into, "grad": grad, "x": x}.items():
+    bias = {} if into_bias is None else {"into_bias": into_bias}
+    if into_bias is not None and (list(into_bias.shape) != [len(into)] or into_bias.dtype != torch.float32):
+        raise ValueError(
+            f"into_bias must have shape [{len(into)}] and dtype float32, got {list(into_bias.shape)}, {into_bias.dtype}"
+        )
+    for name, value in {"into": into, "grad": grad, "x": x, **bias}.items():
         if not value.is_contiguous() or value.device != into.device:
             raise ValueError(
                 f"{name} must be contiguous and on {into.device} as into, "
                 f"got strides {list(value.stride())} on {value.device}"
             )
-    torch.ops.dino_kernels.add_product_(into, grad.detach(), x.detach())
+    torch.ops.dino_kernels.add_product_(into, grad.detach(), x.detach(), into_bias)
 
 
 @torch.no_grad()
-def add_product_reference_(into: Tensor, grad: Tensor, x: Tensor) -> None:
+def add_product_reference_(into: Tensor, grad: Tensor, x: Tensor, into_bias: Tensor | None = None) -> None:
     """`add_product_` in plain PyTorch."""
     into += grad.t() @ x
+    if into_bias is not None:
+        into_bias += grad.sum(0, dtype=into_bias.dtype)
 
 
 # --- registration ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dino_kernels::add_product_", mutates_args=("into",), device_types="cpu")
-def _add_(into: Tensor, grad: Tensor, x: Tensor) -> None:
-    _add_cpu(into, grad, x)
+@torch.library.custom_op("dino_kernels::add_product_", mutates_args=("into", "into_bias"), device_types="cpu")
+def _add_(into: Tensor, grad: Tensor, x: Tensor, into_bias: Tensor | None) -> None:
+    _add_cpu(into, grad, x, into_bias)
 
 
 @_add_.register_kernel("cuda")
-def _(into, grad, x):
+def _(into, grad, x, into_bias):
+    if into_bias is not None:
+        into_bias += grad.sum(0, dtype=torch.float32)
     into += grad.t() @ x if x.dtype == torch.float32 else torch.mm(grad.t(), x, out_dtype=torch.float32)
 
 
@@ -71,10 +83,12 @@ def _(*_):
 # --- CPU ---------------------------------------------------------------------------------------------
 
 
-def _add_cpu(into, grad, x):
-    if x.dtype == torch.float32 and x.shape[1] % 16 == 0 and into.data_ptr() % 64 == 0:  # rows on cache lines
+def _add_cpu(into, grad, x, into_bias):
+    if into_bias is not None:
+        addresses = (into_bias.data_ptr(), grad.data_ptr())
+        _C.add_column_sums(*addresses, DTYPES[grad.dtype], *grad.shape, torch.get_num_threads())
+    if x.dtype == torch.float32:
         arguments = (into.data_ptr(), grad.data_ptr(), x.data_ptr(), *grad.shape, x.shape[1])
         _C.add_product(*arguments, torch.get_num_threads())
     else:
-        made = grad.t() @ x
-        _C.add_to(into.data_ptr(), made.data_ptr(), DTYPES[made.dtype], made.numel(), torch.get_num_threads())
+        into += grad.t() @ x

@@ -27,6 +27,11 @@ def test_against_float64(dtype, tokens, outputs, width):
     exact = run(add_product_reference_, *(x.double() for x in tensors))
     ours, eager = (run(op, *tensors) for op in (add_product_, add_product_reference_))
     assert_as_accurate(ours, eager, exact, floor=1e-6)
+    sums = []
+    for op, kind in ((add_product_, None), (add_product_reference_, None), (add_product_reference_, torch.float64)):
+        sums.append(torch.ones(outputs).to(kind))
+        op(*(x.to(kind) for x in tensors), sums[-1])
+    assert_as_accurate(*sums, floor=1e-6)
 
 
 def test_adds_repeats_bitwise_and_is_the_same_for_any_number_of_threads():
@@ -47,7 +52,8 @@ def test_a_buffer_on_no_border_and_opcheck():
     shifted = torch.zeros(30 * 32 + 1)[1:].view(30, 32)
     add_product_(shifted, grad, x)
     torch.testing.assert_close(shifted, grad.t() @ x, rtol=1e-5, atol=1e-5)
-    torch.library.opcheck(torch.ops.dino_kernels.add_product_.default, (into, grad, x))
+    torch.library.opcheck(torch.ops.dino_kernels.add_product_.default, (into, grad, x, torch.zeros(30)))
+    torch.library.opcheck(torch.ops.dino_kernels.add_product_.default, (into, grad, x, None))
 
 
 @pytest.mark.parametrize(
@@ -58,6 +64,7 @@ def test_a_buffer_on_no_border_and_opcheck():
         ({"x": torch.zeros(9, 5).half()}, "grad and x of one dtype.*float32 and torch.float16"),
         ({"into": torch.zeros(4, 5).double()}, "into must be float32.*float64"),
         ({"grad": torch.zeros(4, 9).T}, r"grad must be contiguous .*strides \[1, 9\]"),
+        ({"into_bias": torch.zeros(5)}, r"into_bias must have shape \[4\] and dtype float32, got \[5\]"),
         ({"x": torch.zeros(9, 5, device="meta")}, "x must be contiguous and on cpu as into, got .* on meta"),
     ],
 )

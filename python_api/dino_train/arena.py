@@ -80,6 +80,14 @@ class Arena:
                 if isinstance(layer, WeightNormLinear):
                     layer.materialize()
 
+    def clear_grad(self) -> None:
+        """Zero the gradient; a last layer's, the largest part by far, when it is next added to."""
+        layers = [m for m in self.nets["student"].modules() if isinstance(m, WeightNormLinear)]
+        end = len(self.grad)
+        if layers and list(self.parameters.values())[-1] is layers[-1].weight_v:
+            layers[-1].stale, end = True, self.offsets[-2]
+        self.grad[:end].zero_()
+
     def freeze(self, layer: nn.Module, frozen: bool) -> None:
         """Whether a layer's trained weights get a gradient. Without one an optimizer keeps no moments either."""
         members = {id(parameter) for parameter in layer.parameters()}

@@ -37,9 +37,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        add_product_(ctx.weight.grad[ctx.rows].view_as(weight), grad, x)
-        if ctx.bias is not None:
-            ctx.bias.grad[ctx.rows].add_(grad.sum(0, dtype=torch.float32))
+        into_bias = None if ctx.bias is None else ctx.bias.grad[ctx.rows]
+        add_product_(ctx.weight.grad[ctx.rows].view_as(weight), grad, x, into_bias)
         return product(grad, weight.t()) if ctx.needs_input_grad[0] else None, None, None, None, None, None
 
 
@@ -85,8 +84,7 @@ class _Mlp(torch.autograd.Function):
         grad_hidden, grad_bias, out = torch.ops.dino_kernels.bias_gelu_backward(
             product(grad, fc2.copies[0].t()), hidden, fc1.bias.detach(), True
         )
-        add_product_(fc2.weight.grad, grad, out)
-        fc2.bias.grad.add_(grad.sum(0, dtype=torch.float32))
+        add_product_(fc2.weight.grad, grad, out, fc2.bias.grad)
         add_product_(fc1.weight.grad, grad_hidden, x)
         fc1.bias.grad.add_(grad_bias)
         return product(grad_hidden, fc1.copies[0].t()), *[None] * 6
@@ -131,21 +129,24 @@ class _WeightNormProduct(torch.autograd.Function):
     """x W^T with the materialized W; gradients are added to those of v and g, in place."""
 
     @staticmethod
-    def forward(ctx, x, v, g, rows):  # type: ignore[override]
-        ctx.save_for_backward(x, rows)
-        ctx.v, ctx.g = v, g
-        return product(x, rows)
+    def forward(ctx, x, v, g, layer):  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return product(x, layer.rows)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        x, rows = ctx.saved_tensors
-        v, g = ctx.v, ctx.g
-        # In parts, so that the gradient of W, as large as W, is never there as a whole.
-        for begin in range(0, len(rows) if ctx.needs_input_grad[1] else 0, _PART):
+        (x,) = ctx.saved_tensors
+        layer, v, g = ctx.layer, ctx.layer.weight_v, ctx.layer.weight_g
+        # In parts: the gradient of W, as large as W, is never there as a whole, and that of v is cleared in cache.
+        for begin in range(0, len(v) if v.requires_grad else 0, _PART):
             part = slice(begin, begin + _PART)
+            if layer.stale:
+                v.grad[part].zero_()
             grad_rows = grad[:, part].t() @ x
             weight_norm_backward_(v.grad[part], g.grad[part] if g.requires_grad else None, grad_rows, v[part], g[part])
-        return product(grad, rows.t()) if ctx.needs_input_grad[0] else None, None, None, None
+        layer.stale = False
+        return product(grad, layer.rows.t()) if ctx.needs_input_grad[0] else None, None, None, None
 
 
 _PART = 8192
@@ -155,6 +156,7 @@ class WeightNormLinear(nn.Module):
     """x [N, in_dim] -> x W^T [N, out_dim] with rows W_k = g_k v_k / |v_k| (Salimans and Kingma 2016)."""
 
     rows: Tensor | None = None  # W, kept by the arena
+    stale = False  # the gradient of v is an earlier step's: the next backward clears it
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -173,7 +175,7 @@ class WeightNormLinear(nn.Module):
         x = x.to(self.rows.dtype)
         if not torch.is_grad_enabled():
             return product(x, self.rows)
-        return _WeightNormProduct.apply(x, self.weight_v, self.weight_g, self.rows)
+        return _WeightNormProduct.apply(x, self.weight_v, self.weight_g, self)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -148,12 +148,12 @@ class Learner:
             center = torch.where(self.optimizer.nonfinite > 0, self.center, center)
         else:
             if not math.isfinite(loss.item()):
-                self.arena.grad.zero_()
+                self.arena.clear_grad()
                 raise NonFiniteLoss
             self.optimizer.step(*self.settings[:3].tolist())
         self.center.copy_(center)
         self.arena.materialize()
-        self.arena.grad.zero_()
+        self.arena.clear_grad()
         self._phase("optimizer")
         return loss, teacher_z
 

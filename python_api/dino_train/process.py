@@ -12,8 +12,8 @@ def tune() -> None:
     same cores; asleep at once (OMP_WAIT_POLICY=passive) they cost a step of ViT-Ti a quarter more for waking up. About
     0.1 ms of spinning is nearly as good as either alone. OpenMP reads it once, when torch loads it.
 
-    A step makes thousands of short-lived objects and no cycles; by default each makes Python's collector walk all that
-    torch has loaded. glibc gives freed tensors back to the system, which clears their pages again at the next step: a tenth of its time.
+    A step makes thousands of short-lived objects and no cycles, which make Python's collector walk all that torch has
+    loaded. glibc gives freed tensors back to the system, which clears their pages again at the next step.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
