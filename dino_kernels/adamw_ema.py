@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES, setting
+from dino_kernels._ops import custom_op
 from dino_kernels._triton import argument, blend, blend_arguments, owner, scalar
 from dino_kernels.ema_update import momentum_tensor
 
@@ -201,7 +202,7 @@ def _rate(name: str, value: float | Tensor, device: torch.device) -> Tensor:
 _WRITTEN = ("student", "exp_avg", "exp_avg_sq", "teacher", "student_16", "teacher_16", "steps", "nonfinite")
 
 
-@torch.library.custom_op("dino_kernels::adamw_ema_step_", mutates_args=_WRITTEN, device_types="cpu")
+@custom_op("adamw_ema_step_", mutates_args=_WRITTEN)
 def _step_(
     student: Tensor,
     grad: Tensor,
@@ -233,11 +234,6 @@ def _step_(
 def _(student, *others):
     with torch.cuda.device(student.device):  # Triton launches on the current device
         _step_triton(student, *others)
-
-
-@_step_.register_fake
-def _(*_):
-    return None
 
 
 # --- CPU ---------------------------------------------------------------------------------------------

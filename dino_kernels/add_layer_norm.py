@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
+from dino_kernels._ops import custom_op
 from dino_kernels.drop_path_add import check_residual
 
 __all__ = ["add_layer_norm", "add_layer_norm_reference"]
@@ -77,7 +78,7 @@ def add_layer_norm_reference(
 # --- registration ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dino_kernels::add_layer_norm", mutates_args=(), device_types="cpu")
+@custom_op("add_layer_norm")
 def _norm(
     x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,7 +97,7 @@ def _(x, branch, weight, bias, scale, eps):
     return _outputs(x, branch)
 
 
-@torch.library.custom_op("dino_kernels::add_layer_norm_backward", mutates_args=(), device_types="cpu")
+@custom_op("add_layer_norm_backward")
 def _norm_backward(
     grad_total: Tensor | None,
     grad_normed: Tensor,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
+from dino_kernels._ops import custom_op
 
 __all__ = ["add_product_", "add_product_reference_"]
 
@@ -63,7 +64,7 @@ def add_product_reference_(into: Tensor, grad: Tensor, x: Tensor, into_bias: Ten
 # --- registration ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dino_kernels::add_product_", mutates_args=("into", "into_bias"), device_types="cpu")
+@custom_op("add_product_", mutates_args=("into", "into_bias"))
 def _add_(into: Tensor, grad: Tensor, x: Tensor, into_bias: Tensor | None) -> None:
     _add_cpu(into, grad, x, into_bias)
 
@@ -73,11 +74,6 @@ def _(into, grad, x, into_bias):
     if into_bias is not None:
         into_bias += grad.sum(0, dtype=torch.float32)
     into += grad.t() @ x if x.dtype == torch.float32 else torch.mm(grad.t(), x, out_dtype=torch.float32)
-
-
-@_add_.register_fake
-def _(*_):
-    return None
 
 
 # --- CPU ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
+from dino_kernels._ops import custom_op
 from dino_kernels.attention_triton import backward_triton as _backward_triton
 from dino_kernels.attention_triton import forward_triton as _forward_triton
 
@@ -95,7 +96,7 @@ def attention_reference(
 # --- registration ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dino_kernels::attention", mutates_args=(), device_types="cpu")
+@custom_op("attention")
 def _attention(qkv: Tensor, cu_seqlens: Tensor, groups: list[int], scale: float) -> tuple[Tensor, Tensor]:
     """(out [T, H, D], lse [H, T] float32)"""
     return _forward_cpu(qkv, cu_seqlens, groups, scale)
@@ -112,7 +113,7 @@ def _(qkv, cu_seqlens, groups, scale):
     return _outputs(qkv)
 
 
-@torch.library.custom_op("dino_kernels::attention_backward", mutates_args=(), device_types="cpu")
+@custom_op("attention_backward")
 def _attention_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, groups: list[int], scale: float
 ) -> Tensor:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
+from dino_kernels._ops import custom_op
 
 __all__ = ["bias_gelu", "bias_gelu_reference"]
 
@@ -60,7 +61,7 @@ def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
 # --- registration ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dino_kernels::bias_gelu", mutates_args=(), device_types="cpu")
+@custom_op("bias_gelu")
 def _gelu(x: Tensor, bias: Tensor) -> Tensor:
     return _forward_cpu(x, bias)
 
@@ -76,7 +77,7 @@ def _(x, bias):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("dino_kernels::bias_gelu_backward", mutates_args=(), device_types="cpu")
+@custom_op("bias_gelu_backward")
 def _gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and bias; and, with `again`, the forward's output, for a caller that did not keep it (else
     empty)."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES, reused_empty
+from dino_kernels._ops import custom_op
 from dino_kernels.dino_head_loss_triton import forward_triton as _forward_triton
 from dino_kernels.dino_loss import check_center, dino_loss, dino_loss_reference, temperature
 
@@ -143,7 +144,7 @@ def _check(
 # --- registration ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dino_kernels::dino_head_loss", mutates_args=(), device_types="cpu")
+@custom_op("dino_head_loss")
 def _loss(
     student_z: Tensor,
     teacher_z: Tensor,

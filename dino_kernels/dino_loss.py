@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES, reused_empty, setting
+from dino_kernels._ops import custom_op
 from dino_kernels._triton import LOG2_E, LOWEST, argument, scalar
 
 __all__ = ["dino_loss", "dino_loss_reference"]
@@ -134,7 +135,7 @@ def temperature(name: str, value: float | Tensor, device: torch.device) -> Tenso
 # --- registration ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dino_kernels::dino_loss", mutates_args=(), device_types="cpu")
+@custom_op("dino_loss")
 def _loss(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,7 +156,7 @@ def _(student, teacher, center, student_temp, teacher_temp):
     return center.new_empty(()), torch.empty_like(center), student.new_empty(student.shape)
 
 
-@torch.library.custom_op("dino_kernels::dino_loss_", mutates_args=("student",), device_types="cpu")
+@custom_op("dino_loss_", mutates_args=("student",))
 def _loss_(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -174,7 +175,7 @@ def _(student, teacher, center, student_temp, teacher_temp):
     return center.new_empty(()), torch.empty_like(center)
 
 
-@torch.library.custom_op("dino_kernels::dino_loss_scale_", mutates_args=("grad",), device_types="cpu")
+@custom_op("dino_loss_scale_", mutates_args=("grad",))
 def _scale_(grad: Tensor, upstream: Tensor) -> None:
     """grad *= upstream. No pass over memory for the usual upstream of one, and on a GPU no question to the host."""
     _scale_cpu(grad, upstream)
@@ -197,7 +198,7 @@ def _backward(ctx, upstream, *_):
         raise RuntimeError("dino_loss: second backward through one forward; its gradient buffer was handed over")
     grad, ctx.grad = ctx.grad, None
     if type(upstream) is Tensor:
-        _scale_(grad, upstream)
+        torch.ops.dino_kernels.dino_loss_scale_(grad, upstream)
     else:  # being traced, where a saved tensor may not be written; the compiler fuses the product
         grad = (grad * upstream).to(grad.dtype)
     return grad, None, None, None, None

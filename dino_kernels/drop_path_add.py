@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
+from dino_kernels._ops import custom_op
 
 __all__ = ["drop_path_add", "drop_path_add_reference"]
 
@@ -74,7 +75,7 @@ def check_residual(x: Tensor, branch: Tensor, scale: Tensor | None) -> None:
 # --- registration ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dino_kernels::drop_path_add", mutates_args=(), device_types="cpu")
+@custom_op("drop_path_add")
 def _add(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
     return _forward_cpu(x, branch, scale)
 
@@ -90,7 +91,7 @@ def _(x, branch, scale):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("dino_kernels::drop_path_add_backward", mutates_args=(), device_types="cpu")
+@custom_op("drop_path_add_backward")
 def _add_backward(grad_out: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of the branch, whose dtype is given."""
     return _backward_cpu(grad_out, scale, dtype)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES, setting
+from dino_kernels._ops import custom_op
 from dino_kernels._triton import blend, blend_arguments, owner
 
 __all__ = ["ema_update_", "ema_update_reference_"]
@@ -79,7 +80,7 @@ def _check(targets: list[Tensor], sources: list[Tensor]) -> None:
 # --- registration ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dino_kernels::ema_update_", mutates_args=("targets",), device_types="cpu")
+@custom_op("ema_update_", mutates_args=("targets",))
 def _update_(targets: list[Tensor], sources: list[Tensor], momentum: Tensor) -> None:
     _update_cpu(targets, sources, momentum)
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
+from dino_kernels._ops import custom_op
 
 __all__ = ["weight_norm_", "weight_norm_backward_", "weight_norm_backward_reference_", "weight_norm_reference_"]
 
@@ -89,7 +90,7 @@ def _check(named: dict[str, Tensor], any_width: set[str]) -> None:
 # --- registration ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dino_kernels::weight_norm_", mutates_args=("out",), device_types="cpu")
+@custom_op("weight_norm_", mutates_args=("out",))
 def _norm_(out: Tensor, v: Tensor, g: Tensor) -> None:
     _forward_cpu(out, v, g)
 
@@ -100,12 +101,7 @@ def _(out, v, g):
         _forward_triton(out, v, g)
 
 
-@_norm_.register_fake
-def _(*_):
-    return None
-
-
-@torch.library.custom_op("dino_kernels::weight_norm_backward_", mutates_args=("grad_v", "grad_g"), device_types="cpu")
+@custom_op("weight_norm_backward_", mutates_args=("grad_v", "grad_g"))
 def _backward_(grad_v: Tensor, grad_g: Tensor | None, grad_w: Tensor, v: Tensor, g: Tensor) -> None:
     _backward_cpu(grad_v, grad_g, grad_w, v, g)
 
@@ -114,11 +110,6 @@ def _backward_(grad_v: Tensor, grad_g: Tensor | None, grad_w: Tensor, v: Tensor,
 def _(grad_v, *others):
     with torch.cuda.device(grad_v.device):
         _backward_triton(grad_v, *others)
-
-
-@_backward_.register_fake
-def _(*_):
-    return None
 
 
 # --- CPU ---------------------------------------------------------------------------------------------
