@@ -7,15 +7,22 @@
 namespace dino {
 namespace {
 
-constexpr int64_t kDepth = 192;    // tokens at a time: packed, they stay in the first-level cache
-constexpr int64_t kInputs = 96;    // columns of x a task
-constexpr int64_t kOutputs = 192;  // columns of grad a task
-constexpr int64_t kColumns = 96;   // columns whose sums stay in registers
+constexpr int64_t kDepth = 192;      // tokens at a time: packed, they stay in the first-level cache
+constexpr int64_t kInputs = 96;      // columns of x a task
+constexpr int64_t kOutputs = 192;    // columns of grad a task
+constexpr int64_t kColumns = 96;     // columns whose sums stay in registers
+constexpr int64_t kBlock = 1024;     // values widened at a time from 16 bits
+constexpr int64_t kChunk = 1 << 15;  // values a task adds
 
 DINO_MULTIVERSION
-void add(float* into, const float* from, int64_t count) {
+void add(float* into, const void* from, DType dtype, int64_t begin, int64_t count) {
+    float scratch[kBlock];
+    for (int64_t i = begin; i < begin + count; i += kBlock) {
+        int64_t n = std::min(kBlock, begin + count - i);
+        const float* x = load(from, dtype, i, n, scratch);
 #pragma omp simd
-    for (int64_t j = 0; j < count; ++j) into[j] += from[j];
+        for (int64_t j = 0; j < n; ++j) into[i + j] += x[j];
+    }
 }
 
 // Outputs from `output` on and inputs from `input` on, over all tokens.
@@ -31,7 +38,7 @@ void block(const AddProductArgs& a, const Kind& kind, int64_t output, int64_t in
         product(kind, rows, width, {count, 1, rows, width, width, t > 0}, grad, x, c);
     }
     for (int64_t i = 0; a.tokens && i < outputs; ++i)
-        add(a.into + (output + i) * a.inputs + input, c + i * width, inputs);
+        add(a.into + (output + i) * a.inputs + input, c + i * width, DType::f32, 0, inputs);
 }
 
 // Sums of columns [begin, begin + count) of a matrix, in the order of its rows, added to `into`.
@@ -53,6 +60,11 @@ void add_column_sums(float* into, const void* from, DType dtype, int64_t rows, i
     parallel_for((columns + kColumns - 1) / kColumns, threads, [&](int64_t i) {
         add_columns(into, from, dtype, rows, columns, i * kColumns, std::min(kColumns, columns - i * kColumns));
     });
+}
+
+void add_to(float* into, const void* from, DType dtype, int64_t count, int threads) {
+    parallel_for((count + kChunk - 1) / kChunk, threads,
+                 [&](int64_t i) { add(into, from, dtype, i * kChunk, std::min(kChunk, count - i * kChunk)); });
 }
 
 void add_product(const AddProductArgs& a) {

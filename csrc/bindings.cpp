@@ -114,6 +114,12 @@ void add_column_sums(uintptr_t into, uintptr_t from, int dtype, int64_t rows, in
                           columns, threads);
 }
 
+void add_to(uintptr_t into, uintptr_t from, int dtype, int64_t count, int threads) {
+    py::gil_scoped_release unlocked;
+    dino::add_to(reinterpret_cast<float*>(into), reinterpret_cast<const void*>(from), dino::DType(dtype), count,
+                 threads);
+}
+
 void weight_norm(uintptr_t v, uintptr_t g, uintptr_t w, int64_t rows, int64_t channels, int dtype, int threads) {
     py::gil_scoped_release unlocked;
     dino::weight_norm({reinterpret_cast<const float*>(v), reinterpret_cast<const float*>(g), reinterpret_cast<void*>(w),
@@ -202,6 +208,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("drop_path_add", &drop_path_add);
     m.def("add_product", &add_product);
     m.def("add_column_sums", &add_column_sums);
+    m.def("add_to", &add_to);
     m.def("weight_norm", &weight_norm);
     m.def("weight_norm_backward", &weight_norm_backward);
 }

@@ -147,6 +147,9 @@ void add_product(const AddProductArgs& args);
 // into [columns] += sums of the columns of from [rows, columns]
 void add_column_sums(float* into, const void* from, DType dtype, int64_t rows, int64_t columns, int threads);
 
+// into += from
+void add_to(float* into, const void* from, DType dtype, int64_t count, int threads);
+
 struct WeightNormArgs {
     const float *v, *g;  // [K, D] contiguous, as all of these; [K]
     void* w;             // [K, D]

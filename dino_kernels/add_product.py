@@ -86,5 +86,6 @@ def _add_cpu(into, grad, x, into_bias):
     if x.dtype == torch.float32:
         arguments = (into.data_ptr(), grad.data_ptr(), x.data_ptr(), *grad.shape, x.shape[1])
         _C.add_product(*arguments, torch.get_num_threads())
-    else:
-        into += grad.t() @ x
+    else:  # torch's mixed sum would write a float32 copy first
+        made = grad.t() @ x
+        _C.add_to(into.data_ptr(), made.data_ptr(), DTYPES[made.dtype], made.numel(), torch.get_num_threads())

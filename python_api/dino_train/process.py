@@ -13,10 +13,12 @@ def tune() -> None:
     0.1 ms of spinning is nearly as good as either alone. OpenMP reads it once, when torch loads it.
 
     A step makes thousands of short-lived objects and no cycles, which make Python's collector walk all that torch has
-    loaded. glibc gives freed tensors back to the system, which clears their pages again at the next step.
+    loaded. glibc gives freed tensors back to the system, which clears their pages again at the next step. Large tensors
+    on huge pages spare the processor address translations.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     gc.set_threshold(50_000, 10, 100)
     try:
         mallopt = ctypes.CDLL(None).mallopt
