@@ -37,6 +37,8 @@ lint: $(V)/.dev
 
 bench: $(V)/.dev
 	$(V)/python -m pytest bench
+	$(V)/python bench/bench_step.py --arch vit_tiny --batch 4 --steps 12 --threads 2
+	$(V)/python bench/bench_step.py --arch vit_small --batch 4 --steps 8 --threads 2
 
 resources: $(V)/.dev
 	$(V)/python bench/resources.py --output bench/results

@@ -2,86 +2,103 @@
 // A row stays in the first-level cache between the sweeps over it.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "kernels.h"
+
+#define INLINE __attribute__((always_inline))
 
 namespace dino {
 namespace {
 
 constexpr int64_t kChunk = 1 << 14;  // elements a task of the forward pass
 
+template <DType X, DType B>
+INLINE inline void forward_row(const AddLayerNormArgs& a, int64_t row) {
+    int64_t n = a.channels, offset = row * n;
+    // Copies, which no store through another pointer can change.
+    const float *weight = a.weight, *bias = a.bias;
+    const void *x = a.x, *branch = a.branch;
+    void *sums = a.total, *normed = a.normed;
+    float scale = a.scale ? a.scale[row] : 1.0f, sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) {
+        float total = value<X>(x, offset + j) + scale * value<B>(branch, offset + j);
+        put<X>(sums, offset + j, total);
+        sum += rounded<X>(total);
+    }
+    float mean = sum / float(n), squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t j = 0; j < n; ++j) {
+        float centered = value<X>(sums, offset + j) - mean;
+        squares += centered * centered;
+    }
+    float rstd = 1.0f / std::sqrt(squares / float(n) + a.eps);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j)
+        put<B>(normed, offset + j, (value<X>(sums, offset + j) - mean) * rstd * weight[j] + bias[j]);
+    a.mean[row] = mean;
+    a.rstd[row] = rstd;
+}
+
 DINO_MULTIVERSION
 void forward_rows(const AddLayerNormArgs& a, int64_t begin, int64_t end) {
-    int64_t n = a.channels;
-    std::vector<float> scratch(3 * n);
-    float *sums = scratch.data(), *out = sums + 2 * n;
-    for (int64_t row = begin; row < end; ++row) {
-        int64_t offset = row * n;
-        const float* x = load(a.x, a.x_dtype, offset, n, sums);
-        const float* branch = load(a.branch, a.branch_dtype, offset, n, sums + n);
-        float scale = a.scale ? a.scale[row] : 1.0f;
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) out[j] = x[j] + scale * branch[j];
-        store(a.total, a.x_dtype, offset, n, out);
-        const float* total = load(a.total, a.x_dtype, offset, n, sums);  // as rounded
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < n; ++j) sum += total[j];
-        float mean = sum / float(n), squares = 0;
-#pragma omp simd reduction(+ : squares)
-        for (int64_t j = 0; j < n; ++j) squares += (total[j] - mean) * (total[j] - mean);
-        float rstd = 1.0f / std::sqrt(squares / float(n) + a.eps);
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) out[j] = (total[j] - mean) * rstd * a.weight[j] + a.bias[j];
-        store(a.normed, a.branch_dtype, offset, n, out);
-        a.mean[row] = mean;
-        a.rstd[row] = rstd;
+    with_dtype(a.x_dtype, [&](auto x) INLINE {
+        with_dtype(a.branch_dtype, [&](auto branch) INLINE {
+            for (int64_t row = begin; row < end; ++row) forward_row<x.value, branch.value>(a, row);
+        });
+    });
+}
+
+template <DType X, DType B>
+INLINE inline void backward_row(const AddLayerNormBackwardArgs& a, int64_t row, float* grad_weight, float* grad_bias) {
+    int64_t n = a.channels, offset = row * n;
+    const float* weight = a.weight;
+    const void *grad_normed = a.grad_normed, *total = a.total, *grad_total = a.grad_total;
+    void *grad_x = a.grad_x, *grad_branch = a.grad_branch;
+    float mean = a.mean[row], rstd = a.rstd[row], mean_g = 0, mean_gx = 0;
+#pragma omp simd reduction(+ : mean_g, mean_gx)
+    for (int64_t j = 0; j < n; ++j) {
+        float grad = value<B>(grad_normed, offset + j), normal = (value<X>(total, offset + j) - mean) * rstd;
+        mean_g += grad * weight[j];
+        mean_gx += grad * weight[j] * normal;
+        grad_weight[j] += grad * normal;
+        grad_bias[j] += grad;
     }
+    mean_g /= float(n);
+    mean_gx /= float(n);
+    float scale = a.scale ? a.scale[row] : 1.0f;
+    auto finish = [&](auto residual, auto branch) INLINE {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) {
+            float grad = value<B>(grad_normed, offset + j), normal = (value<X>(total, offset + j) - mean) * rstd;
+            float out = (grad * weight[j] - mean_g - normal * mean_gx) * rstd;
+            if (residual.value) out += value<X>(grad_total, offset + j);
+            put<X>(grad_x, offset + j, out);
+            if (branch.value) put<B>(grad_branch, offset + j, scale * out);
+        }
+    };
+    if (grad_total && grad_branch)
+        finish(std::true_type(), std::true_type());
+    else if (grad_total)
+        finish(std::true_type(), std::false_type());
+    else if (grad_branch)
+        finish(std::false_type(), std::true_type());
+    else
+        finish(std::false_type(), std::false_type());
 }
 
 // Rows [begin, end), whose sums of the gradients of weight and bias go to grad_weight and grad_bias [C].
 DINO_MULTIVERSION
 void backward_rows(const AddLayerNormBackwardArgs& a, int64_t begin, int64_t end, float* grad_weight,
                    float* grad_bias) {
-    int64_t n = a.channels;
-    const float* weight = a.weight;
-    std::vector<float> scratch(4 * n);
-    float *buffer = scratch.data(), *out = buffer + 3 * n;
-    std::fill(grad_weight, grad_weight + n, 0.0f);
-    std::fill(grad_bias, grad_bias + n, 0.0f);
-    for (int64_t row = begin; row < end; ++row) {
-        int64_t offset = row * n;
-        const float* total = load(a.total, a.x_dtype, offset, n, buffer);
-        const float* grad = load(a.grad_normed, a.branch_dtype, offset, n, buffer + n);
-        float mean = a.mean[row], rstd = a.rstd[row], mean_g = 0, mean_gx = 0;
-#pragma omp simd reduction(+ : mean_g, mean_gx)
-        for (int64_t j = 0; j < n; ++j) {
-            float normal = (total[j] - mean) * rstd;
-            out[j] = grad[j] * weight[j];
-            mean_g += out[j];
-            mean_gx += out[j] * normal;
-            grad_weight[j] += grad[j] * normal;
-            grad_bias[j] += grad[j];
-        }
-        mean_g /= float(n);
-        mean_gx /= float(n);
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) out[j] = (out[j] - mean_g - (total[j] - mean) * rstd * mean_gx) * rstd;
-        if (a.grad_total) {
-            const float* grad_total = load(a.grad_total, a.x_dtype, offset, n, buffer + 2 * n);
-#pragma omp simd
-            for (int64_t j = 0; j < n; ++j) out[j] += grad_total[j];
-        }
-        store(a.grad_x, a.x_dtype, offset, n, out);
-        if (!a.grad_branch) continue;
-        if (a.scale) {
-            float scale = a.scale[row];
-#pragma omp simd
-            for (int64_t j = 0; j < n; ++j) out[j] *= scale;
-        }
-        store(a.grad_branch, a.branch_dtype, offset, n, out);
-    }
+    std::fill(grad_weight, grad_weight + a.channels, 0.0f);
+    std::fill(grad_bias, grad_bias + a.channels, 0.0f);
+    with_dtype(a.x_dtype, [&](auto x) INLINE {
+        with_dtype(a.branch_dtype, [&](auto branch) INLINE {
+            for (int64_t row = begin; row < end; ++row)
+                backward_row<x.value, branch.value>(a, row, grad_weight, grad_bias);
+        });
+    });
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 
 namespace dino {
 
@@ -237,6 +238,40 @@ inline uint16_t float_to_half(float f) {
     h = u >= 0x477ff000u ? 0x7c00u : h;  // rounds to infinity
     h = u > 0x7f800000u ? 0x7e00u : h;   // NaN
     return uint16_t(sign | h);
+}
+
+// One value of a tensor as float, and the inverse, for loops compiled for their dtypes: see with_dtype.
+template <DType D>
+__attribute__((always_inline)) inline float value(const void* x, int64_t i) {
+    if constexpr (D == DType::f32) return static_cast<const float*>(x)[i];
+    uint16_t bits = static_cast<const uint16_t*>(x)[i];
+    return D == DType::bf16 ? bf16_to_float(bits) : half_to_float(bits);
+}
+
+template <DType D>
+__attribute__((always_inline)) inline void put(void* x, int64_t i, float f) {
+    if constexpr (D == DType::f32)
+        static_cast<float*>(x)[i] = f;
+    else
+        static_cast<uint16_t*>(x)[i] = D == DType::bf16 ? float_to_bf16(f) : float_to_half(f);
+}
+
+// The value that `put` then stands for.
+template <DType D>
+__attribute__((always_inline)) inline float rounded(float f) {
+    if constexpr (D == DType::f32) return f;
+    return D == DType::bf16 ? bf16_to_float(float_to_bf16(f)) : half_to_float(float_to_half(f));
+}
+
+// body(integral constant of the dtype)
+template <class Body>
+__attribute__((always_inline)) inline void with_dtype(DType dtype, const Body& body) {
+    if (dtype == DType::f32)
+        body(std::integral_constant<DType, DType::f32>());
+    else if (dtype == DType::bf16)
+        body(std::integral_constant<DType, DType::bf16>());
+    else
+        body(std::integral_constant<DType, DType::f16>());
 }
 
 // `count` values from `offset` on, as float: float32 is returned in place, others go through `scratch`.
