@@ -5,15 +5,13 @@
 
 #include "kernels.h"
 
-#define INLINE __attribute__((always_inline))
-
 namespace dino {
 namespace {
 
 constexpr int64_t kChunk = 1 << 14;  // elements a task of the forward pass
 
 template <DType X, DType B>
-INLINE inline void forward_row(const AddLayerNormArgs& a, int64_t row) {
+DINO_INLINE inline void forward_row(const AddLayerNormArgs& a, int64_t row) {
     int64_t n = a.channels, offset = row * n;
     // Copies, which no store through another pointer can change.
     const float *weight = a.weight, *bias = a.bias;
@@ -42,15 +40,16 @@ INLINE inline void forward_row(const AddLayerNormArgs& a, int64_t row) {
 
 DINO_MULTIVERSION
 void forward_rows(const AddLayerNormArgs& a, int64_t begin, int64_t end) {
-    with_dtype(a.x_dtype, [&](auto x) INLINE {
-        with_dtype(a.branch_dtype, [&](auto branch) INLINE {
+    with_dtype(a.x_dtype, [&](auto x) DINO_INLINE {
+        with_dtype(a.branch_dtype, [&](auto branch) DINO_INLINE {
             for (int64_t row = begin; row < end; ++row) forward_row<x.value, branch.value>(a, row);
         });
     });
 }
 
 template <DType X, DType B>
-INLINE inline void backward_row(const AddLayerNormBackwardArgs& a, int64_t row, float* grad_weight, float* grad_bias) {
+DINO_INLINE inline void backward_row(const AddLayerNormBackwardArgs& a, int64_t row, float* grad_weight,
+                                     float* grad_bias) {
     int64_t n = a.channels, offset = row * n;
     const float* weight = a.weight;
     const void *grad_normed = a.grad_normed, *total = a.total, *grad_total = a.grad_total;
@@ -67,7 +66,7 @@ INLINE inline void backward_row(const AddLayerNormBackwardArgs& a, int64_t row, 
     mean_g /= float(n);
     mean_gx /= float(n);
     float scale = a.scale ? a.scale[row] : 1.0f;
-    auto finish = [&](auto residual, auto branch) INLINE {
+    auto finish = [&](auto residual, auto branch) DINO_INLINE {
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) {
             float grad = value<B>(grad_normed, offset + j), normal = (value<X>(total, offset + j) - mean) * rstd;
@@ -93,8 +92,8 @@ void backward_rows(const AddLayerNormBackwardArgs& a, int64_t begin, int64_t end
                    float* grad_bias) {
     std::fill(grad_weight, grad_weight + a.channels, 0.0f);
     std::fill(grad_bias, grad_bias + a.channels, 0.0f);
-    with_dtype(a.x_dtype, [&](auto x) INLINE {
-        with_dtype(a.branch_dtype, [&](auto branch) INLINE {
+    with_dtype(a.x_dtype, [&](auto x) DINO_INLINE {
+        with_dtype(a.branch_dtype, [&](auto branch) DINO_INLINE {
             for (int64_t row = begin; row < end; ++row)
                 backward_row<x.value, branch.value>(a, row, grad_weight, grad_bias);
         });

@@ -4,8 +4,6 @@
 
 #include "kernels.h"
 
-#define INLINE __attribute__((always_inline))
-
 namespace dino {
 namespace {
 
@@ -15,7 +13,7 @@ constexpr int64_t kChunk = 1 << 14;  // elements a task of the forward pass
 
 // 2^y for -126 <= y <= 0 within 2 ulp, or 8e-5: 2^n * p(y - n), n = round(y).
 template <DType D>
-INLINE inline float exp2_negative(float y) {
+DINO_INLINE inline float exp2_negative(float y) {
     constexpr float kRound = 0x1.8p23f;  // adding it leaves n in the low mantissa bits
     float shifted = y + kRound, f = y - (shifted - kRound), p;
     if constexpr (D == DType::bf16) {
@@ -37,7 +35,7 @@ INLINE inline float exp2_negative(float y) {
 // Q(a), the upper tail of the normal distribution, for 0 <= a <= 8; for bfloat16 within 4e-4 of it up to 4, 2e-3
 // beyond.
 template <DType D>
-INLINE inline float upper_tail(float a) {
+DINO_INLINE inline float upper_tail(float a) {
     float p;
     if constexpr (D == DType::bf16) {
         p = 2.17487704e-05f;
@@ -60,7 +58,7 @@ INLINE inline float upper_tail(float a) {
     return exp2_negative<D>(p * a - 1.0f);
 }
 
-INLINE inline float clamped_magnitude(float x) {
+DINO_INLINE inline float clamped_magnitude(float x) {
     float a = std::fabs(x);
     return a > 8.0f ? 8.0f : a;
 }
@@ -72,7 +70,7 @@ void forward_rows(const BiasGeluArgs& a, int64_t begin, int64_t end) {
     const float* bias = a.bias;
     void* out = a.out;
     int64_t n = a.channels;
-    with_dtype(a.dtype, [&](auto d) INLINE {
+    with_dtype(a.dtype, [&](auto d) DINO_INLINE {
         for (int64_t row = begin; row < end; ++row) {
             int64_t offset = row * n;
 #pragma omp simd
@@ -92,7 +90,7 @@ void backward_rows(const BiasGeluBackwardArgs& a, int64_t begin, int64_t end, fl
     const float* bias = a.bias;
     void *to = a.grad_x, *out = a.out;
     int64_t n = a.channels;
-    auto rows = [&](auto d, auto again) INLINE {
+    auto rows = [&](auto d, auto again) DINO_INLINE {
         for (int64_t row = begin; row < end; ++row) {
             int64_t offset = row * n;
 #pragma omp simd
@@ -107,7 +105,7 @@ void backward_rows(const BiasGeluBackwardArgs& a, int64_t begin, int64_t end, fl
             }
         }
     };
-    with_dtype(a.dtype, [&](auto d) INLINE { out ? rows(d, std::true_type()) : rows(d, std::false_type()); });
+    with_dtype(a.dtype, [&](auto d) DINO_INLINE { out ? rows(d, std::true_type()) : rows(d, std::false_type()); });
 }
 
 }  // namespace

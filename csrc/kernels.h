@@ -22,6 +22,9 @@ inline int64_t width_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }  //
 #define DINO_MULTIVERSION
 #endif
 
+// Into a function compiled for several instruction sets everything must be inlined, to be compiled for them too.
+#define DINO_INLINE __attribute__((always_inline))
+
 // Runs body(task) for task = 0 .. tasks-1 on `threads` threads. Tasks are handed out in order, so results
 // must not depend on which thread runs which task.
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body);
@@ -242,14 +245,14 @@ inline uint16_t float_to_half(float f) {
 
 // One value of a tensor as float, and the inverse, for loops compiled for their dtypes: see with_dtype.
 template <DType D>
-__attribute__((always_inline)) inline float value(const void* x, int64_t i) {
+DINO_INLINE inline float value(const void* x, int64_t i) {
     if constexpr (D == DType::f32) return static_cast<const float*>(x)[i];
     uint16_t bits = static_cast<const uint16_t*>(x)[i];
     return D == DType::bf16 ? bf16_to_float(bits) : half_to_float(bits);
 }
 
 template <DType D>
-__attribute__((always_inline)) inline void put(void* x, int64_t i, float f) {
+DINO_INLINE inline void put(void* x, int64_t i, float f) {
     if constexpr (D == DType::f32)
         static_cast<float*>(x)[i] = f;
     else
@@ -258,14 +261,14 @@ __attribute__((always_inline)) inline void put(void* x, int64_t i, float f) {
 
 // The value that `put` then stands for.
 template <DType D>
-__attribute__((always_inline)) inline float rounded(float f) {
+DINO_INLINE inline float rounded(float f) {
     if constexpr (D == DType::f32) return f;
     return D == DType::bf16 ? bf16_to_float(float_to_bf16(f)) : half_to_float(float_to_half(f));
 }
 
 // body(integral constant of the dtype)
 template <class Body>
-__attribute__((always_inline)) inline void with_dtype(DType dtype, const Body& body) {
+DINO_INLINE inline void with_dtype(DType dtype, const Body& body) {
     if (dtype == DType::f32)
         body(std::integral_constant<DType, DType::f32>());
     else if (dtype == DType::bf16)
@@ -275,8 +278,7 @@ __attribute__((always_inline)) inline void with_dtype(DType dtype, const Body& b
 }
 
 // `count` values from `offset` on, as float: float32 is returned in place, others go through `scratch`.
-__attribute__((always_inline)) inline const float* load(const void* data, DType dtype, int64_t offset, int64_t count,
-                                                        float* scratch) {
+DINO_INLINE inline const float* load(const void* data, DType dtype, int64_t offset, int64_t count, float* scratch) {
     if (dtype == DType::f32) return static_cast<const float*>(data) + offset;
     const uint16_t* x = static_cast<const uint16_t*>(data) + offset;
     if (dtype == DType::bf16)
@@ -287,8 +289,7 @@ __attribute__((always_inline)) inline const float* load(const void* data, DType 
 }
 
 // The inverse of load: `count` floats to `offset`, rounded to the dtype.
-__attribute__((always_inline)) inline void store(void* data, DType dtype, int64_t offset, int64_t count,
-                                                 const float* from) {
+DINO_INLINE inline void store(void* data, DType dtype, int64_t offset, int64_t count, const float* from) {
     if (dtype == DType::f32) {
         std::memcpy(static_cast<float*>(data) + offset, from, size_t(count) * sizeof(float));
         return;
@@ -302,7 +303,7 @@ __attribute__((always_inline)) inline void store(void* data, DType dtype, int64_
 
 // exp(x) for x <= 0 within 2 ulp: 2^n * p(r), x = n ln 2 + r. Below -87 it stays at the smallest normal
 // float.
-__attribute__((always_inline)) inline float exp_negative(float x) {
+DINO_INLINE inline float exp_negative(float x) {
     constexpr float kRound = 0x1.8p23f;  // adding it leaves round(x) in the low mantissa bits
     x = x < -87.0f ? -87.0f : x;
     float shifted = x * 0x1.715476p0f + kRound, n = shifted - kRound;

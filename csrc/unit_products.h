@@ -247,9 +247,8 @@ void gather(const void* x, DType dtype, int64_t offset, int64_t stride, int64_t 
 }
 
 // The inverse, from floats or from pairs.
-[[maybe_unused]] DINO_MULTIVERSION
-void scatter(const float* from, int64_t width, int64_t count, int64_t channels, int64_t pair, void* to, DType dtype,
-             int64_t offset, int64_t stride) {
+[[maybe_unused]] DINO_MULTIVERSION void scatter(const float* from, int64_t width, int64_t count, int64_t channels,
+                                                int64_t pair, void* to, DType dtype, int64_t offset, int64_t stride) {
     for (int64_t i = 0; i < count; ++i, offset += stride, from += width)
         if (pair == 2)
             copy(from, channels * 2, static_cast<uint16_t*>(to) + offset);
@@ -259,8 +258,7 @@ void scatter(const float* from, int64_t width, int64_t count, int64_t channels, 
 
 // to [columns, rows] = from [rows, columns], both multiples of 16. Rotating the 8 bits of an element's number in a
 // block of 16 x 16 by 4 transposes it, and rotating by one interleaves its halves: loops that vectorize.
-[[maybe_unused]] DINO_MULTIVERSION
-void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+[[maybe_unused]] DINO_MULTIVERSION void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
     alignas(64) float x[256], y[256];
     auto interleave = [](const float* in, float* out) __attribute__((always_inline)) {
 #pragma omp simd
@@ -281,8 +279,8 @@ void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
 }
 
 // Units of pairs along a row, [rows, from_width], as units of pairs of rows, [rows / 2, width].
-[[maybe_unused]] DINO_MULTIVERSION
-void pair_up(const float* from, int64_t rows, int64_t from_width, float* to, int64_t width) {
+[[maybe_unused]] DINO_MULTIVERSION void pair_up(const float* from, int64_t rows, int64_t from_width, float* to,
+                                                int64_t width) {
     for (int64_t i = 0; i < rows; i += 2, to += width) {
         auto even = reinterpret_cast<const Value16*>(from + i * from_width), odd = even + 2 * from_width;
         auto out = reinterpret_cast<Unit*>(to);
