@@ -122,9 +122,14 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     assert learner.step(4, crops(4)).loss > 0 and learner.optimizer.nonfinite == 0
 
 
-def test_accumulate_must_divide_the_batch():
+def test_switches_that_do_not_fit(monkeypatch):
     with pytest.raises(ValueError, match="accumulate must be a divisor of batch_size_per_gpu 8, got 3"):
         PretrainConfig(**SETTINGS, accumulate=3)
+    with pytest.raises(ValueError, match="checkpoint_activations must be false: it is for ViTs, got True"):
+        PretrainConfig(arch="resnet50", checkpoint_activations=True)
+    monkeypatch.setattr("dino_train.parallel.size", lambda: 2)
+    with pytest.raises(ValueError, match="batch norm over several processes needs GPUs"):
+        Learner(PretrainConfig(**SETTINGS, use_bn_in_head=True), 2, CPU)
 
 
 _RANK = """
@@ -202,3 +207,49 @@ def test_a_rank_that_dies_ends_the_job_or_torchrun_resumes_it(tmp_path, restarts
     else:
         assert job.returncode != 0 and f"rank      : 1 (local_rank: 1)\n  exitcode  : {-signal.SIGKILL}" in errors
         assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 5
+
+
+class StubGraph:
+    """Records the call made in capture, which does not run there; a replay makes it again in the same memory."""
+
+    recorded = None
+
+    def replay(self):
+        for kept, value in zip(self.recorded.outputs, self.recorded.body(self.recorded.inputs), strict=True):
+            kept.copy_(value)
+
+
+def test_a_graph_is_replayed_on_the_inputs_of_each_call(monkeypatch):
+    from contextlib import nullcontext
+
+    from dino_train.graph import Graphed
+
+    class Stream:
+        wait_stream = staticmethod(lambda other: None)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StubGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    graphed = Graphed(lambda inputs: (inputs[0] * 2, inputs[1] + inputs[0]))
+    StubGraph.recorded = graphed
+    results = [graphed([torch.full((3,), float(i)), torch.ones(3)]) for i in range(7)]
+    assert graphed.graph is not None and graphed.calls == 3
+    for i, (double, more) in enumerate(results):  # all of them: a later replay must not reach earlier outputs
+        assert torch.equal(double, torch.full((3,), 2.0 * i)) and torch.equal(more, torch.full((3,), i + 1.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_graphed_step_is_the_plain_one(precision):
+    results = []
+    for cuda_graph in (False, True):
+        torch.manual_seed(3)
+        config = PretrainConfig(**SETTINGS | {"device": "cuda"}, precision=precision, cuda_graph=cuda_graph)
+        learner = Learner(config, 5, torch.device("cuda"))  # the last layer thaws at step 5: a second graph
+        losses = [learner.step(step, [crop.cuda() for crop in crops(step)]).loss for step in range(12)]
+        results.append((losses, learner.arena.flat["teacher"].clone()))
+    (plain, weights), (graphed, others) = results
+    assert graphed == pytest.approx(plain, rel=1e-4)
+    torch.testing.assert_close(others, weights, rtol=1e-3, atol=1e-5)

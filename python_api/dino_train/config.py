@@ -87,7 +87,7 @@ class PretrainConfig:
     """Images a step (of each process, where torchrun starts several)."""
     accumulate: int = 1
     """Parts that a step's images are worked off in, one after the other, for less memory: the gradients add up, and
-    optimizer, teacher and center move once. The crops of all parts are held."""
+    optimizer, teacher and center move once. The crops of all parts are held; batch norm sees a part at a time."""
     checkpoint_activations: Switch = False
     """Keep only each block's input for the backward pass and compute the rest anew: less memory, a third slower."""
     epochs: int = 100
@@ -156,7 +156,9 @@ class PretrainConfig:
             self.accumulate,
             f"a divisor of batch_size_per_gpu {self.batch_size_per_gpu}",
         )
-        if self.arch != "resnet50":
+        if self.arch == "resnet50":
+            _require(not self.checkpoint_activations, "checkpoint_activations", True, "false: it is for ViTs")
+        else:
             _require(
                 self.global_crops_size % self.patch_size == 0,
                 "global_crops_size",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_kernels import dino_loss
 from dino_train import parallel
@@ -96,7 +96,7 @@ class Learner:
 
     def _build(self, drop_path_rate: float, norm_last_layer: bool) -> DINOModel:
         c = self.config
-        return build_model(
+        model = build_model(
             c.arch,
             patch_size=c.patch_size,
             out_dim=c.out_dim,
@@ -106,6 +106,11 @@ class Learner:
             norm_last_layer=norm_last_layer,
             head_hidden_dim=c.head_hidden_dim,
         ).to(self.device)
+        if parallel.size() == 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+            return model
+        if self.device.type != "cuda":
+            raise ValueError("batch norm over several processes needs GPUs: run one process, or a ViT without it")
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # as main_dino.py:196-206
 
     def _optimizer(self) -> AdamWithEMA | TorchWithEMA:
         clip_norm = self.config.clip_grad or None
