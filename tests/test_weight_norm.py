@@ -33,7 +33,9 @@ def test_against_float64(device, dtype, outputs, channels):
     floor = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     assert_as_accurate(weight_norm_(torch.empty_like(grad_w), v, g), eager, exact, floor)
     results = []
-    for op, kind in ((weight_norm_backward_, None), (weight_norm_backward_reference_, None)) + (
+    for op, kind in (
+        (weight_norm_backward_, None),
+        (weight_norm_backward_reference_, None),
         (weight_norm_backward_reference_, torch.float64),
     ):
         into = [x.clone().to(kind) for x in (grad_v, grad_g)]
