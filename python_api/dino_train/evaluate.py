@@ -37,10 +37,8 @@ def extract_features(
             labels.append(batch_labels.to(device))
     backbone.train(was_training)
     # A rank may have got no readable image, but must take part.
-    assert isinstance(backbone.embed_dim, int)
-    own = torch.cat(features) if features else torch.empty(0, backbone.embed_dim, device=device)
-    own_labels = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64, device=device)
-    all_features, all_labels = parallel.gather(own), parallel.gather(own_labels)
+    all_features = parallel.gather(torch.cat(features) if features else torch.empty(0, 0, device=device))
+    all_labels = parallel.gather(torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64, device=device))
     if not len(all_features):
         raise ValueError(f"none of {len(images)} images could be read")
     return all_features, all_labels

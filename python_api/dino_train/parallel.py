@@ -51,14 +51,17 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows [n, ...] of all ranks, by rank; n may differ."""
+    """The rows [n, ...] of all ranks, by rank; n may differ, and a rank without rows need not know their shape."""
     if size() == 1:
         return rows
     counts = torch.zeros(size(), dtype=torch.int64, device=rows.device)
     counts[rank()] = len(rows)
     dist.all_reduce(counts)
-    longest = int(counts.max())
-    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    shape = torch.tensor([*counts.max().view(1).tolist(), *rows.shape[1:]], device=rows.device)
+    dist.all_reduce(shape, dist.ReduceOp.MAX)
+    padded = rows.new_zeros(shape.tolist())
+    if len(rows):
+        padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in range(size())]
     dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
