@@ -237,9 +237,9 @@ inline uint16_t float_to_half(float f) {
     // Subnormal halves: adding 0.5 aligns the mantissa so that the FPU does the rounding.
     uint32_t small = bits_as<uint32_t>(bits_as<float>(u) + 0.5f) - 0x3f000000u;
     uint32_t normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
+    uint32_t most = 0x7c00u + (uint32_t(u > 0x7f800000u) << 9);  // infinity, or NaN for NaN
+    normal = normal < most ? normal : most;
     uint32_t h = u < 0x38800000u ? small : normal;
-    h = u >= 0x477ff000u ? 0x7c00u : h;  // rounds to infinity
-    h = u > 0x7f800000u ? 0x7e00u : h;   // NaN
     return uint16_t(sign | h);
 }
 
