@@ -145,6 +145,7 @@ rank = parallel.rank()
 config = replace(PretrainConfig(**test_step.SETTINGS), **json.loads(sys.argv[2]), batch_size_per_gpu=4)
 result = test_step.run(config, own=slice(4 * rank, 4 * rank + 4))
 torch.save(result, f"{sys.argv[3]}/{rank}.pt")
+parallel.leave()
 """
 
 

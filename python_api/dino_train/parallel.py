@@ -28,6 +28,13 @@ def join(device: torch.device) -> torch.device:
     return device
 
 
+def leave() -> None:
+    """Leave it together, at a run's proper end: a process that just exits can abort in one of gloo's threads."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

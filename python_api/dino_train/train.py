@@ -41,8 +41,13 @@ def pretrain(config: PretrainConfig) -> Path:
         Interrupted: SIGTERM or Ctrl-C, after a checkpoint was written.
     """
     run = Run(config)
-    with run.catch_signals():
-        run.train()
+    try:
+        with run.catch_signals():
+            run.train()
+    except Interrupted:  # all ranks stop at the same step
+        parallel.leave()
+        raise
+    parallel.leave()
     return config.output_dir / checkpoint.LAST
 
 
