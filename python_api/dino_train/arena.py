@@ -34,6 +34,7 @@ class Arena:
         self.grad = torch.zeros(self.offsets[-1], device=device)
         self.flat: dict[str, Tensor] = {}
         self.copies: dict[str, Tensor | None] = {}
+        self.last_layers: list[WeightNormLinear] = []  # of the student, of the teacher
         for net, module in self.nets.items():
             flat = self.flat[net] = torch.zeros_like(self.grad)
             for name, parameter in module.named_parameters():
@@ -66,6 +67,7 @@ class Arena:
                 # In 16 bit the rows take the place of v's copy, which nobody reads.
                 v = self.view(copies, f"{path}.weight_v")
                 layer.rows = torch.empty_like(v) if v.dtype == torch.float32 else v
+                self.last_layers.append(layer)
 
     def copy(self) -> None:
         """Renew the copies, where the optimizer's pass did not."""
@@ -75,18 +77,15 @@ class Arena:
 
     def materialize(self) -> None:
         """Renew the weight-normed layers, after weights and copies changed."""
-        for module in self.nets.values():
-            for layer in module.modules():
-                if isinstance(layer, WeightNormLinear):
-                    layer.materialize()
+        for layer in self.last_layers:
+            layer.materialize()
 
     def clear_grad(self) -> None:
         """Zero the gradient; a last layer's, the largest part by far, when it is next added to."""
-        layers = [m for m in self.nets["student"].modules() if isinstance(m, WeightNormLinear)]
-        end = len(self.grad)
-        if layers and list(self.parameters.values())[-1] is layers[-1].weight_v:
-            layers[-1].stale, end = True, self.offsets[-2]
-        self.grad[:end].zero_()
+        student = self.last_layers[0]
+        assert list(self.parameters.values())[-1] is student.weight_v
+        student.stale = True
+        self.grad[: self.offsets[-2]].zero_()
 
     def freeze(self, layer: nn.Module, frozen: bool) -> None:
         """Whether a layer's trained weights get a gradient. Without one an optimizer keeps no moments either."""
