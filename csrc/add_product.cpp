@@ -68,7 +68,7 @@ void add_to(float* into, const void* from, DType dtype, int64_t count, int threa
 }
 
 void add_product(const AddProductArgs& a) {
-    Kind kind = kind_of(DType::f32, false);
+    Kind kind = kind_of(DType::f32, 0);
     int64_t across = (a.inputs + kInputs - 1) / kInputs, down = (a.outputs + kOutputs - 1) / kOutputs;
     parallel_for(across * down, a.threads,
                  [&](int64_t i) { block(a, kind, i / across * kOutputs, i % across * kInputs); });

@@ -168,7 +168,7 @@ bool adamw_ema_step(const std::vector<uintptr_t>& data, const std::vector<int>& 
 
 // data: qkv, bounds, out, lse, and for the backward pass grad_out, grad; sizes: of AttentionArgs, in its order
 void attention(const std::vector<uintptr_t>& data, const std::vector<int64_t>& sizes, int dtype, double scale,
-               bool bf16_products, int threads) {
+               int bf16_products, int threads) {
     py::gil_scoped_release unlocked;
     std::vector<void*> x = pointers<void>(data);
     bool backward = x.size() > 4;

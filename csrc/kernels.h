@@ -183,7 +183,7 @@ struct AttentionArgs {
     int64_t sequences, tokens, heads, channels, token_stride, part_stride, head_stride;
     DType dtype;
     float scale;
-    bool bf16_products;  // of bfloat16 tensors, where the processor has them; else they are widened
+    int bf16_products;  // of bfloat16 tensors, where the processor has them: 1 pairs, 2 tiles of pairs; 0 widens them
     int threads;
 };
 void attention(const AttentionArgs& args);

@@ -1,6 +1,6 @@
 // Products of matrices of 4-byte units: floats, or two bfloat16 neighbors along the contraction where the processor
-// multiplies such pairs (AVX512-BF16); and how tensors become such matrices. An algorithm written for units serves
-// both.
+// multiplies such pairs (AVX512-BF16, or a tile of them at once: AMX); and how tensors become such matrices. An
+// algorithm written for units serves all.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +13,16 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define DINO_HAS_AMX
+#endif
 
 namespace dino {
 namespace {
 
-constexpr int64_t kLanes = 16;  // units a vector; wider than some machines have, which then take several
+constexpr int64_t kLanes = 16;  // units a vector; wider than some machines have, which then take several. Of AMX a tile
 constexpr int64_t kTile = 8;    // rows of a tile of a product
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -97,13 +102,15 @@ struct Kind {
     int64_t pair;     // values a unit
     int64_t vectors;  // of a tile, at most
     void (*tile)(int64_t vectors, const Product&, const float* a, const float* b, float* c);
-    // Floats x [rows, width] as units: pairs along a row [rows, width / 2], also in place; pairs of rows
-    // [rows / 2, width].
-    void (*pair_columns)(const float* x, int64_t rows, int64_t width, float* to);
+    // Floats x [rows, width] as units: pairs along a row [rows, width / 2] with rows to_row apart, also in place; pairs
+    // of rows [rows / 2, width].
+    void (*pair_columns)(const float* x, int64_t rows, int64_t width, float* to, int64_t to_row);
     void (*pair_rows)(const float* x, int64_t rows, int64_t width, float* to);
     void (*row_dots)(const float* x, const float* y, int64_t width, float* to);
+    bool amx = false;  // then A has adjacent columns, all rows come in 16, depth is a multiple of 16 and TileUse lives
 
     int64_t units(int64_t values) const { return (values + pair - 1) / pair; }
+    int64_t contraction(int64_t values) const { return amx ? padded(units(values)) : units(values); }
 };
 
 #if defined(__x86_64__)
@@ -154,9 +161,11 @@ DINO_BF16 void bf16_tile(int64_t vectors, const Product& p, const float* a, cons
         pair_tile<kTile, 1>(p, a, b, c);
 }
 
-DINO_BF16 void bf16_pair_columns(const float* x, int64_t rows, int64_t width, float* to) {
-    for (int64_t i = 0; i < rows * width; i += kLanes)
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to + i / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(x + i)));
+DINO_BF16 void bf16_pair_columns(const float* x, int64_t rows, int64_t width, float* to, int64_t to_row) {
+    for (; rows; --rows, x += width, to += to_row)
+        for (int64_t j = 0; j < width; j += kLanes)
+            _mm256_store_si256(reinterpret_cast<__m256i*>(to + j / 2),
+                               (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(x + j)));
 }
 
 DINO_BF16 void bf16_pair_rows(const float* x, int64_t rows, int64_t width, float* to) {
@@ -183,10 +192,94 @@ DINO_BF16 void bf16_row_dots(const float* x, const float* y, int64_t width, floa
 }
 #endif
 
-Kind kind_of(DType dtype, bool bf16_products) {
+#if defined(DINO_HAS_AMX)
+#define DINO_AMX __attribute__((target("avx512f,amx-tile,amx-bf16")))
+
+// C[16 * M, 16 * N] in tiles 0 to 3, A in 4 and 5, B in 6 and 7.
+template <int M, int N>
+DINO_AMX void amx_tile(const Product& p, const float* a, const float* b, float* c) {
+    int64_t a_row = p.a_row * 4, b_row = p.b_row * 4, c_row = p.c_row * 4;
+    if (p.add) {
+        _tile_loadd(0, c, c_row);
+        if (N > 1) _tile_loadd(1, c + 16, c_row);
+        if (M > 1) _tile_loadd(2, c + 16 * p.c_row, c_row);
+        if (M > 1 && N > 1) _tile_loadd(3, c + 16 * p.c_row + 16, c_row);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < p.depth; k += kLanes) {
+        _tile_loadd(4, a + k, a_row);
+        _tile_loadd(6, b + k * p.b_row, b_row);
+        _tile_dpbf16ps(0, 4, 6);
+        if (N > 1) {
+            _tile_loadd(7, b + k * p.b_row + 16, b_row);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (M > 1) {
+            _tile_loadd(5, a + 16 * p.a_row + k, a_row);
+            _tile_dpbf16ps(2, 5, 6);
+            if (N > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, c_row);
+    if (N > 1) _tile_stored(1, c + 16, c_row);
+    if (M > 1) _tile_stored(2, c + 16 * p.c_row, c_row);
+    if (M > 1 && N > 1) _tile_stored(3, c + 16 * p.c_row + 16, c_row);
+}
+
+void amx_product(int64_t rows, int64_t columns, const Product& p, const float* a, const float* b, float* c) {
+    for (int64_t j = 0; j < columns; j += 32)  // B's columns stay in the first-level cache while A goes by
+        for (int64_t i = 0; i < rows; i += 32) {
+            bool tall = rows - i > 16, wide = columns - j > 16;
+            auto tile = tall ? wide ? amx_tile<2, 2> : amx_tile<2, 1> : wide ? amx_tile<1, 2> : amx_tile<1, 1>;
+            tile(p, a + i * p.a_row, b + j, c + i * p.c_row + j);
+        }
+}
+
+// Linux gives a process the tiles' state when asked.
+bool amx_allowed() {
+    constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool allowed = __builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, kRequest, kTileData);
+    return allowed;
+}
+
+// The instruction's memory operand, all of which a compiler must not take for unread.
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+const TileConfig kTileConfig;
+
+DINO_AMX void use_tiles() { _tile_loadconfig(&kTileConfig); }
+
+DINO_AMX void leave_tiles() { _tile_release(); }
+#else
+void amx_product(int64_t, int64_t, const Product&, const float*, const float*, float*) {}
+bool amx_allowed() { return false; }
+void use_tiles() {}
+void leave_tiles() {}
+#endif
+
+// This thread's tiles are 16 rows of 16 units while it lives; other libraries use them in between.
+struct TileUse {
+    bool amx;
+    explicit TileUse(const Kind& kind) : amx(kind.amx) {
+        if (amx) use_tiles();
+    }
+    ~TileUse() {
+        if (amx) leave_tiles();
+    }
+    TileUse(const TileUse&) = delete;
+};
+
+Kind kind_of(DType dtype, int bf16_products) {
 #if defined(__x86_64__)
     if (bf16_products && dtype == DType::bf16 && __builtin_cpu_supports("avx512bf16"))
-        return {2, 3, bf16_tile, bf16_pair_columns, bf16_pair_rows, bf16_row_dots};
+        return {2, 3, bf16_tile, bf16_pair_columns, bf16_pair_rows, bf16_row_dots, bf16_products > 1 && amx_allowed()};
     if (__builtin_cpu_supports("avx512f")) return {1, 3, float_tile_avx512, nullptr, nullptr, float_row_dots};
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return {1, 1, float_tile_avx2, nullptr, nullptr, float_row_dots};
@@ -197,6 +290,7 @@ Kind kind_of(DType dtype, bool bf16_products) {
 // Rows and columns of C are padded to tiles.
 void product(const Kind& kind, int64_t rows, int64_t columns, const Product& p, const float* a, const float* b,
              float* c) {
+    if (kind.amx) return amx_product(rows, columns, p, a, b, c);
     for (int64_t i = 0; i < rows; i += kTile) {
         int64_t left = columns / kLanes, panels = (left + kind.vectors - 1) / kind.vectors;
         for (int64_t j = 0; panels; --panels) {  // of nearly equal widths

@@ -156,7 +156,7 @@ _attention.register_autograd(_backward, setup_context=_setup)
 
 # --- CPU ---------------------------------------------------------------------------------------------
 
-_BF16_PRODUCTS = True  # products of bfloat16 tensors by the processor's own instructions, where it has them
+_BF16_PRODUCTS = 2  # of bfloat16 tensors, where the processor has them: 1 pairs of values, 2 tiles of pairs; 0 widens
 
 
 def _forward_cpu(qkv, cu_seqlens, groups, scale):

@@ -133,12 +133,12 @@ def test_lengths_around_the_borders_of_the_paths(device, length):
 
 
 class TestCPU:
-    """Around the borders of tiles and blocks; bfloat16 by the processor's own products and widened."""
+    """Around the borders of tiles and blocks; bfloat16 by the processor's tiles, by its pairs and widened."""
 
-    KINDS = [*((dtype, True) for dtype in DTYPES), (torch.bfloat16, False)]
+    KINDS = [*((dtype, 2) for dtype in DTYPES), (torch.bfloat16, 1), (torch.bfloat16, 0)]
     LENGTHS = [1, 15, 16, 17, 0, 33, 197, 330]
 
-    @pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}".removeprefix("torch.") + "-widened" * (not kind[1]))
+    @pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}".removeprefix("torch.") + ("-widened", "-pairs", "")[kind[1]])
     def dtype(self, request, monkeypatch):
         dtype, products = request.param
         monkeypatch.setattr(importlib.import_module("dino_kernels.attention"), "_BF16_PRODUCTS", products)
