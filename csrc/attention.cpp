@@ -122,7 +122,7 @@ struct Task {
         write(rows, count, a.grad, offset, 3 * a.heads * a.channels);
     }
     float* transposed(const float* rows, int64_t count, int64_t row, Buffer& to) const {  // [row, count]
-        transpose(rows, count, row, to.fit(count * row));
+        transpose(rows, count, row, to.fit(count * row), count);
         return to.fit(0);
     }
     // Rows [width, depth_row] as pairs of rows [units_row, columns]: the same where a unit is one value.

@@ -104,8 +104,41 @@ void drop_path_add(uintptr_t x, uintptr_t branch, uintptr_t scale, uintptr_t out
 void add_product(uintptr_t into, uintptr_t grad, uintptr_t x, int64_t tokens, int64_t outputs, int64_t inputs,
                  int threads) {
     py::gil_scoped_release unlocked;
-    dino::add_product({reinterpret_cast<float*>(into), reinterpret_cast<const float*>(grad),
-                       reinterpret_cast<const float*>(x), tokens, outputs, inputs, threads});
+    dino::add_product({reinterpret_cast<float*>(into), reinterpret_cast<const void*>(grad),
+                       reinterpret_cast<const void*>(x), tokens, outputs, inputs, threads});
+}
+
+void add_linear(uintptr_t into, uintptr_t grad, uintptr_t x, int64_t tokens, int64_t outputs, int64_t inputs,
+                int threads) {
+    py::gil_scoped_release unlocked;
+    dino::add_linear({reinterpret_cast<float*>(into), reinterpret_cast<const void*>(grad),
+                      reinterpret_cast<const void*>(x), tokens, outputs, inputs, threads});
+}
+
+void linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t tokens, int64_t depth,
+            int64_t outputs, bool transposed, int threads) {
+    py::gil_scoped_release unlocked;
+    dino::linear({reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(weight),
+                  reinterpret_cast<const float*>(bias), reinterpret_cast<void*>(out), tokens, depth, outputs,
+                  transposed, threads});
+}
+
+// data: x, weights, biases, hidden, out
+void mlp(const std::vector<uintptr_t>& data, int64_t tokens, int64_t channels, int64_t hidden_channels, int threads) {
+    py::gil_scoped_release unlocked;
+    std::vector<void*> x = pointers<void>(data);
+    dino::mlp({x[0], x[1], x[2], static_cast<const float*>(x[3]), static_cast<const float*>(x[4]), x[5], x[6], tokens,
+               channels, hidden_channels, threads});
+}
+
+// data: grad, x, hidden, weights, bias1, grad_x, gradients of weight1, bias1, weight2, bias2
+void mlp_backward(const std::vector<uintptr_t>& data, int64_t tokens, int64_t channels, int64_t hidden_channels,
+                  int threads) {
+    py::gil_scoped_release unlocked;
+    std::vector<void*> x = pointers<void>(data);
+    auto floats = [&](int i) { return static_cast<float*>(x[i]); };
+    dino::mlp_backward({x[0], x[1], x[2], x[3], x[4], floats(5), x[6], floats(7), floats(8), floats(9), floats(10),
+                        tokens, channels, hidden_channels, threads});
 }
 
 void add_column_sums(uintptr_t into, uintptr_t from, int dtype, int64_t rows, int64_t columns, int threads) {
@@ -207,6 +240,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("bias_gelu_backward", &bias_gelu_backward);
     m.def("drop_path_add", &drop_path_add);
     m.def("add_product", &add_product);
+    m.def("add_linear", &add_linear);
+    m.def("linear", &linear);
+    m.def("has_tiles", &dino::has_tiles);
+    m.def("mlp", &mlp);
+    m.def("mlp_backward", &mlp_backward);
     m.def("add_column_sums", &add_column_sums);
     m.def("add_to", &add_to);
     m.def("weight_norm", &weight_norm);

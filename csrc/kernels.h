@@ -141,12 +141,46 @@ struct DropPathAddArgs {
 void drop_path_add(const DropPathAddArgs& args);
 
 struct AddProductArgs {
-    float* into;            // [O, I] contiguous, as all of these
-    const float *grad, *x;  // [T, O], [T, I]
+    float* into;           // [O, I] contiguous, as all of these
+    const void *grad, *x;  // [T, O], [T, I]
     int64_t tokens, outputs, inputs;
     int threads;
 };
-void add_product(const AddProductArgs& args);
+void add_product(const AddProductArgs& args);  // of float32
+
+// Whether this processor multiplies bfloat16 by matrix tiles, which the following four need, with all channels
+// multiples of 32. Everything is contiguous; without a name of their own, dtypes are bfloat16.
+bool has_tiles();
+
+struct LinearArgs {
+    const void *x, *weight;  // [T, D]; [O, D], or [D, O] if transposed
+    const float* bias;       // [O], or null
+    void* out;               // [T, O]
+    int64_t tokens, depth, outputs;
+    bool transposed;
+    int threads;
+};
+void linear(const LinearArgs& args);
+void add_linear(const AddProductArgs& args);  // add_product of bfloat16
+
+struct MlpArgs {
+    const void *x, *weight1, *weight2;  // [T, C], [H, C], [C, H]
+    const float *bias1, *bias2;         // [H], [C]
+    void *hidden, *out;                 // x weight1^T [T, H], or null where no backward follows; [T, C]
+    int64_t tokens, channels, hidden_channels;
+    int threads;
+};
+void mlp(const MlpArgs& args);
+
+struct MlpBackwardArgs {
+    const void *grad, *x, *hidden, *weight1, *weight2;
+    const float* bias1;
+    void* grad_x;
+    float *grad_weight1, *grad_bias1, *grad_weight2, *grad_bias2;  // added to
+    int64_t tokens, channels, hidden_channels;
+    int threads;
+};
+void mlp_backward(const MlpBackwardArgs& args);
 
 // into [columns] += sums of the columns of from [rows, columns]
 void add_column_sums(float* into, const void* from, DType dtype, int64_t rows, int64_t columns, int threads);

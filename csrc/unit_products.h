@@ -322,9 +322,9 @@ __attribute__((always_inline)) inline void prefetch(const void* x, int64_t offse
 }
 
 // `count` rows of `channels` values as units to [rows, width]; the rest is zero.
-DINO_MULTIVERSION
-void gather(const void* x, DType dtype, int64_t offset, int64_t stride, int64_t count, int64_t channels, int64_t pair,
-            float* to, int64_t rows, int64_t width) {
+[[maybe_unused]] DINO_MULTIVERSION void gather(const void* x, DType dtype, int64_t offset, int64_t stride,
+                                               int64_t count, int64_t channels, int64_t pair, float* to, int64_t rows,
+                                               int64_t width) {
     int64_t size = width_of(dtype);
     for (int64_t i = 0; i < count; ++i, offset += stride, to += width) {
         prefetch(x, (offset + kAhead * stride) * size, channels * size);
@@ -350,9 +350,11 @@ void gather(const void* x, DType dtype, int64_t offset, int64_t stride, int64_t 
             store(to, dtype, offset, channels, from);
 }
 
-// to [columns, rows] = from [rows, columns], both multiples of 16. Rotating the 8 bits of an element's number in a
-// block of 16 x 16 by 4 transposes it, and rotating by one interleaves its halves: loops that vectorize.
-[[maybe_unused]] DINO_MULTIVERSION void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+// to [columns, rows] with rows to_row apart = from [rows, columns], both multiples of 16, by blocks of 16 x 16.
+[[maybe_unused]] DINO_MULTIVERSION void transpose_blocks(const float* from, int64_t rows, int64_t columns, float* to,
+                                                         int64_t to_row) {
+    // Rotating the 8 bits of an element's number in a block by 4 transposes it, and rotating by one interleaves its
+    // halves: loops that vectorize.
     alignas(64) float x[256], y[256];
     auto interleave = [](const float* in, float* out) __attribute__((always_inline)) {
 #pragma omp simd
@@ -368,8 +370,41 @@ void gather(const void* x, DType dtype, int64_t offset, int64_t stride, int64_t 
             interleave(y, x);
             interleave(x, y);
             interleave(y, x);
-            for (int64_t r = 0; r < 16; ++r) std::memcpy(to + (j + r) * rows + i, x + 16 * r, 64);
+            for (int64_t r = 0; r < 16; ++r) std::memcpy(to + (j + r) * to_row + i, x + 16 * r, 64);
         }
+}
+
+#if defined(__x86_64__)
+// The same with the halves of each interleaving in registers.
+__attribute__((target("avx512f"))) void transpose_avx512(const float* from, int64_t rows, int64_t columns, float* to,
+                                                         int64_t to_row) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    for (int64_t i = 0; i < rows; i += 16)
+        for (int64_t j = 0; j < columns; j += 16) {
+            __m512 x[16], y[16];
+            for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_ps(from + (i + r) * columns + j);
+            for (int round = 0; round < 4; round += 2) {
+                for (int r = 0; r < 8; ++r) {
+                    y[2 * r] = _mm512_permutex2var_ps(x[r], low, x[r + 8]);
+                    y[2 * r + 1] = _mm512_permutex2var_ps(x[r], high, x[r + 8]);
+                }
+                for (int r = 0; r < 8; ++r) {
+                    x[2 * r] = _mm512_permutex2var_ps(y[r], low, y[r + 8]);
+                    x[2 * r + 1] = _mm512_permutex2var_ps(y[r], high, y[r + 8]);
+                }
+            }
+            for (int r = 0; r < 16; ++r) _mm512_storeu_ps(to + (j + r) * to_row + i, x[r]);
+        }
+}
+#endif
+
+[[maybe_unused]] void transpose(const float* from, int64_t rows, int64_t columns, float* to, int64_t to_row) {
+#if defined(__x86_64__)
+    static const bool wide = __builtin_cpu_supports("avx512f");
+    if (wide) return transpose_avx512(from, rows, columns, to, to_row);
+#endif
+    transpose_blocks(from, rows, columns, to, to_row);
 }
 
 // Units of pairs along a row, [rows, from_width], as units of pairs of rows, [rows / 2, width].
