@@ -15,13 +15,24 @@ import subprocess
 import tempfile
 import warnings
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+from dino_kernels import (
+    adamw_ema_triton,
+    add_layer_norm_triton,
+    attention_triton,
+    bias_gelu_triton,
+    dino_head_loss_triton,
+    dino_loss_triton,
+    drop_path_add_triton,
+    ema_update_triton,
+    weight_norm_triton,
+)
 
 TARGETS = {  # (backend, architecture, threads a warp), bytes of shared memory a program may use
     "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
@@ -39,24 +50,21 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def dino_loss() -> None:
-    module = import_module("dino_kernels.dino_loss")
     center = meta(OUTPUTS, dtype=torch.float32)
     for temp in (torch.tensor(0.1), meta(dtype=torch.float32)):  # a number and the address of one
         student = meta(10 * IMAGES, OUTPUTS)
-        module._forward_triton(student, meta(2 * IMAGES, OUTPUTS), center, temp, temp, student)
-    module._scale_triton(student, temp)
+        dino_loss_triton.forward_triton(student, meta(2 * IMAGES, OUTPUTS), center, temp, temp, student)
+    dino_loss_triton.scale_triton(student, temp)
 
 
 def dino_head_loss() -> None:
-    module = import_module("dino_kernels.dino_head_loss")
     for dtype in (torch.bfloat16, torch.float16):
         z, weight = meta(10 * IMAGES, 256, dtype=dtype), meta(OUTPUTS, 256, dtype=dtype)
         center, temp = meta(OUTPUTS, dtype=torch.float32), meta(dtype=torch.float32)
-        module._forward_triton(z, z[: 2 * IMAGES], weight, weight, center, temp, temp, True)
+        dino_head_loss_triton.forward_triton(z, z[: 2 * IMAGES], weight, weight, center, temp, temp, True)
 
 
 def attention() -> None:
-    module = import_module("dino_kernels.attention")
     crops = [(2 * IMAGES, 197), (8 * IMAGES, 37)]
     long = [(8, 257), (16, 785), (2, 4096)]
     cases = [(crops, 64, torch.bfloat16), (crops + long, 64, torch.float16), (crops + long, 64, torch.float32)]
@@ -66,19 +74,17 @@ def attention() -> None:
         qkv = meta(sum(count * length for count, length in groups), 3, 6, channels, dtype=dtype)
         bounds = meta(sum(flat[::2]) + 1, dtype=torch.int32)
         for known in (flat, []):
-            out, lse = module._forward_triton(qkv, bounds, known, 0.125)
-            module._backward_triton(out, qkv, out, lse, bounds, known, 0.125)
+            out, lse = attention_triton.forward_triton(qkv, bounds, known, 0.125)
+            attention_triton.backward_triton(out, qkv, out, lse, bounds, known, 0.125)
 
 
 def ema_update() -> None:
-    module = import_module("dino_kernels.ema_update")
     weights = [meta(384, 384, dtype=torch.float32)] * 150
     for momentum in (torch.tensor(0.996), meta(dtype=torch.float64)):
-        module._update_triton(weights, weights, momentum)
+        ema_update_triton.update_triton(weights, weights, momentum)
 
 
 def adamw_ema() -> None:
-    module = import_module("dino_kernels.adamw_ema")
     steps, flags = meta(150, dtype=torch.int64), meta(150, dtype=torch.bool)
     numbers, addresses = torch.tensor(0.1, dtype=torch.float64), meta(dtype=torch.float64)
     for size, setting, dtype in (
@@ -89,45 +95,43 @@ def adamw_ema() -> None:
     ):
         offsets = [size * i for i in range(150)] + [size * 149 + OUTPUTS * 256]
         flat, grad, copy = (meta(offsets[-1], dtype=kind) for kind in (torch.float32, dtype, torch.bfloat16))
-        module._step_triton(
+        adamw_ema_triton.step_triton(
             flat, grad, flat, flat, flat, copy, copy, offsets, steps, flags, flags, meta(dtype=torch.int32),
             setting, setting, setting, 3.0, 0.9, 0.999, 1e-8,
         )  # fmt: skip
 
 
 def add_layer_norm() -> None:
-    module = import_module("dino_kernels.add_layer_norm")
     for channels in (384, 768):
         affine = meta(2, channels, dtype=torch.float32)
         branch, scale = meta(TOKENS, channels), meta(TOKENS, dtype=torch.float32)
         for dtype, factors in ((torch.float32, scale), (torch.float32, None), (torch.bfloat16, None)):
-            total, normed, *stats = module._forward_triton(branch.to(dtype), branch, *affine, factors, 1e-6)
-            module._backward_triton(total, normed, total, *stats, affine[0], factors)
+            total, normed, *stats = add_layer_norm_triton.forward_triton(
+                branch.to(dtype), branch, *affine, factors, 1e-6
+            )
+            add_layer_norm_triton.backward_triton(total, normed, total, *stats, affine[0], factors)
 
 
 def bias_gelu() -> None:
-    module = import_module("dino_kernels.bias_gelu")
     for channels in (1536, 3072):
         x, bias = meta(TOKENS, channels), meta(channels, dtype=torch.float32)
         for again in (False, True):
-            module._backward_triton(module._forward_triton(x, bias), x, bias, again)
+            bias_gelu_triton.backward_triton(bias_gelu_triton.forward_triton(x, bias), x, bias, again)
 
 
 def drop_path_add() -> None:
-    module = import_module("dino_kernels.drop_path_add")
     for dtype in (torch.float32, torch.bfloat16):
         x, branch = meta(TOKENS, 384, dtype=dtype), meta(TOKENS, 384)
-        out = module._forward_triton(x, branch, meta(TOKENS, dtype=torch.float32))
-        module._backward_triton(out, meta(TOKENS, dtype=torch.float32), branch.dtype)
+        out = drop_path_add_triton.forward_triton(x, branch, meta(TOKENS, dtype=torch.float32))
+        drop_path_add_triton.backward_triton(out, meta(TOKENS, dtype=torch.float32), branch.dtype)
 
 
 def weight_norm() -> None:
-    module = import_module("dino_kernels.weight_norm")
     v, g = meta(65536, 256, dtype=torch.float32), meta(65536, 1, dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
-        module._forward_triton(v.to(dtype), v, g)
-        module._backward_triton(v, g, v.to(dtype), v, g)
-        module._backward_triton(v, None, v.to(dtype), v, g)
+        weight_norm_triton.forward_triton(v.to(dtype), v, g)
+        weight_norm_triton.backward_triton(v, g, v.to(dtype), v, g)
+        weight_norm_triton.backward_triton(v, None, v.to(dtype), v, g)
 
 
 OPS = (

@@ -1,4 +1,8 @@
-"""What the Triton kernels of all ops share."""
+"""What the Triton kernels of all ops share.
+
+Importing Triton takes 72 MiB of memory. *_triton.py alone do so, and an op imports those only where it runs on a GPU:
+a process on the CPU is spared it.
+"""
 
 import triton
 import triton.language as tl

@@ -14,8 +14,6 @@ in a fixed order, and then over the programs: no atomics.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
@@ -88,13 +86,15 @@ def _norm(
 
 @_norm.register_kernel("cuda")
 def _(x, branch, weight, bias, scale, eps):
+    from dino_kernels.add_layer_norm_triton import forward_triton
+
     with torch.cuda.device(x.device):  # Triton launches on the current device
-        return _forward_triton(x, branch, weight, bias, scale, eps)
+        return forward_triton(x, branch, weight, bias, scale, eps)
 
 
 @_norm.register_fake
 def _(x, branch, weight, bias, scale, eps):
-    return _outputs(x, branch)
+    return empty_outputs(x, branch)
 
 
 @custom_op("add_layer_norm_backward")
@@ -113,21 +113,23 @@ def _norm_backward(
 
 @_norm_backward.register_kernel("cuda")
 def _(grad_total, grad_normed, total, mean, rstd, weight, scale):
+    from dino_kernels.add_layer_norm_triton import backward_triton
+
     with torch.cuda.device(total.device):
-        return _backward_triton(grad_total, grad_normed, total, mean, rstd, weight, scale)
+        return backward_triton(grad_total, grad_normed, total, mean, rstd, weight, scale)
 
 
 @_norm_backward.register_fake
 def _(grad_total, grad_normed, total, mean, rstd, weight, scale):
-    return *_gradients(grad_normed, total, scale), weight.new_empty(2, len(weight))
+    return *empty_gradients(grad_normed, total, scale), weight.new_empty(2, len(weight))
 
 
-def _outputs(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def empty_outputs(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean = x.new_empty(len(x), dtype=torch.float32)
     return torch.empty_like(x), torch.empty_like(branch), mean, torch.empty_like(mean)
 
 
-def _gradients(grad_normed: Tensor, total: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def empty_gradients(grad_normed: Tensor, total: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     same = scale is None and total.dtype == grad_normed.dtype
     return torch.empty_like(total), grad_normed.new_empty(0) if same else torch.empty_like(grad_normed)
 
@@ -171,7 +173,7 @@ def _address(x: Tensor | None) -> int:
 
 
 def _forward_cpu(x, branch, weight, bias, scale, eps):
-    outputs = _outputs(x, branch)
+    outputs = empty_outputs(x, branch)
     _C.add_layer_norm(
         *(_address(t) for t in (x, branch, scale, weight, bias, *outputs)),
         *x.shape,
@@ -184,7 +186,7 @@ def _forward_cpu(x, branch, weight, bias, scale, eps):
 
 
 def _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale):
-    grad_x, grad_branch = _gradients(grad_normed, total, scale)
+    grad_x, grad_branch = empty_gradients(grad_normed, total, scale)
     groups = min(64, len(total))  # whatever the number of threads, so that the sums do not depend on it
     partial = weight.new_empty(groups, 2, len(weight))
     _C.add_layer_norm_backward(
@@ -196,102 +198,4 @@ def _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale):
         DTYPES[grad_normed.dtype],
         torch.get_num_threads(),
     )
-    return grad_x, grad_branch, partial.sum(0)
-
-
-# --- GPU ---------------------------------------------------------------------------------------------
-
-_PROGRAMS = 528  # of the backward pass: four on each multiprocessor of an H100 or H200, and the same sums on any chip
-
-
-@triton.jit
-def _forward_kernel(
-    x, branch, weight, bias, scale, total, normed, mean, rstd, eps, T, C, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """ROWS whole rows a program."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, BLOCK)
-    at = rows[:, None].to(tl.int64) * C + c[None, :]
-    mask = (rows < T)[:, None] & (c < C)[None, :]
-    t = tl.load(x + at, mask, other=0.0).to(tl.float32)
-    b = tl.load(branch + at, mask, other=0.0).to(tl.float32)
-    if scale is not None:
-        b *= tl.load(scale + rows, rows < T, other=0.0)[:, None]
-    rounded = (t + b).to(total.dtype.element_ty)
-    tl.store(total + at, rounded, mask)
-    t = rounded.to(tl.float32)
-    m = tl.sum(t, axis=1) / C
-    centered = tl.where(mask, t - m[:, None], 0.0)
-    r = tl.rsqrt(tl.sum(centered * centered, axis=1) / C + eps)
-    tl.store(mean + rows, m, rows < T)
-    tl.store(rstd + rows, r, rows < T)
-    w = tl.load(weight + c, c < C, other=0.0)[None, :]
-    y = centered * r[:, None] * w + tl.load(bias + c, c < C, other=0.0)[None, :]
-    tl.store(normed + at, y.to(normed.dtype.element_ty), mask)
-
-
-@triton.jit
-def _backward_kernel(
-    grad_total, grad_normed, total, mean, rstd, weight, scale, grad_x, grad_branch, partial, T, C,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Every so many blocks of ROWS rows a program, and their share of the gradients of weight and bias."""
-    c = tl.arange(0, BLOCK)
-    w = tl.load(weight + c, c < C, other=0.0)[None, :]
-    grad_w = tl.zeros((ROWS, BLOCK), tl.float32)
-    grad_b = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
-        rows = first + tl.arange(0, ROWS)
-        at = rows[:, None].to(tl.int64) * C + c[None, :]
-        mask = (rows < T)[:, None] & (c < C)[None, :]
-        g = tl.load(grad_normed + at, mask, other=0.0).to(tl.float32)
-        t = tl.load(total + at, mask, other=0.0).to(tl.float32)
-        m = tl.load(mean + rows, rows < T, other=0.0)[:, None]
-        r = tl.load(rstd + rows, rows < T, other=0.0)[:, None]
-        xhat = (t - m) * r
-        grad_w += g * xhat
-        grad_b += g
-        g *= w
-        mean_g = (tl.sum(g, axis=1) / C)[:, None]
-        mean_gx = (tl.sum(g * xhat, axis=1) / C)[:, None]
-        d = (g - mean_g - xhat * mean_gx) * r
-        if grad_total is not None:
-            d += tl.load(grad_total + at, mask, other=0.0).to(tl.float32)
-        tl.store(grad_x + at, d.to(grad_x.dtype.element_ty), mask)
-        if grad_branch is not None:
-            if scale is not None:
-                d *= tl.load(scale + rows, rows < T, other=0.0)[:, None]
-            tl.store(grad_branch + at, d.to(grad_branch.dtype.element_ty), mask)
-    sums = partial + tl.program_id(0) * 2 * C + c
-    tl.store(sums, tl.sum(grad_w, axis=0), c < C)
-    tl.store(sums + C, tl.sum(grad_b, axis=0), c < C)
-
-
-def _tile(channels: int) -> dict[str, int]:
-    """16 elements a thread: rows short of 2048 channels share a program."""
-    block = triton.next_power_of_2(channels)
-    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": max(4, block // 512)}
-
-
-def _forward_triton(x, branch, weight, bias, scale, eps):
-    outputs = _outputs(x, branch)
-    tokens, channels = x.shape
-    if tokens:
-        tile = _tile(channels)
-        grid = (triton.cdiv(tokens, tile["ROWS"]),)
-        _forward_kernel[grid](x, branch, weight, bias, scale, *outputs, eps, tokens, channels, **tile)
-    return outputs
-
-
-def _backward_triton(grad_total, grad_normed, total, mean, rstd, weight, scale):
-    grad_x, grad_branch = _gradients(grad_normed, total, scale)
-    tokens, channels = total.shape
-    tile = _tile(channels)
-    programs = min(_PROGRAMS, triton.cdiv(tokens, tile["ROWS"]))
-    partial = weight.new_empty(programs, 2, channels)
-    if tokens:
-        _backward_kernel[(programs,)](
-            grad_total, grad_normed, total, mean, rstd, weight, scale,
-            grad_x, grad_branch if grad_branch.numel() else None, partial, tokens, channels, **tile,
-        )  # fmt: skip
     return grad_x, grad_branch, partial.sum(0)

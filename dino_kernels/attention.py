@@ -15,8 +15,6 @@ from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
 from dino_kernels._ops import custom_op
-from dino_kernels.attention_triton import backward_triton as _backward_triton
-from dino_kernels.attention_triton import forward_triton as _forward_triton
 
 __all__ = ["attention", "attention_reference"]
 
@@ -104,8 +102,10 @@ def _attention(qkv: Tensor, cu_seqlens: Tensor, groups: list[int], scale: float)
 
 @_attention.register_kernel("cuda")
 def _(qkv, cu_seqlens, groups, scale):
+    from dino_kernels.attention_triton import forward_triton
+
     with torch.cuda.device(qkv.device):  # Triton launches on the current device
-        return _forward_triton(qkv, cu_seqlens, groups, scale)
+        return forward_triton(qkv, cu_seqlens, groups, scale)
 
 
 @_attention.register_fake
@@ -122,8 +122,10 @@ def _attention_backward(
 
 @_attention_backward.register_kernel("cuda")
 def _(grad_out, qkv, out, lse, cu_seqlens, groups, scale):
+    from dino_kernels.attention_triton import backward_triton
+
     with torch.cuda.device(qkv.device):
-        return _backward_triton(grad_out, qkv, out, lse, cu_seqlens, groups, scale)
+        return backward_triton(grad_out, qkv, out, lse, cu_seqlens, groups, scale)
 
 
 @_attention_backward.register_fake

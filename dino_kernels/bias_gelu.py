@@ -13,8 +13,6 @@ is summed by programs over their own rows in a fixed order, and then over the pr
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
@@ -68,8 +66,10 @@ def _gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 @_gelu.register_kernel("cuda")
 def _(x, bias):
+    from dino_kernels.bias_gelu_triton import forward_triton
+
     with torch.cuda.device(x.device):  # Triton launches on the current device
-        return _forward_triton(x, bias)
+        return forward_triton(x, bias)
 
 
 @_gelu.register_fake
@@ -86,16 +86,18 @@ def _gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor, again: bool = Fals
 
 @_gelu_backward.register_kernel("cuda")
 def _(grad_out, x, bias, again=False):
+    from dino_kernels.bias_gelu_triton import backward_triton
+
     with torch.cuda.device(x.device):
-        return _backward_triton(grad_out, x, bias, again)
+        return backward_triton(grad_out, x, bias, again)
 
 
 @_gelu_backward.register_fake
 def _(grad_out, x, bias, again=False):
-    return torch.empty_like(x), torch.empty_like(bias), _output(x, again)
+    return torch.empty_like(x), torch.empty_like(bias), empty_output(x, again)
 
 
-def _output(x: Tensor, wanted: bool) -> Tensor:
+def empty_output(x: Tensor, wanted: bool) -> Tensor:
     return torch.empty_like(x) if wanted else x.new_empty(0)
 
 
@@ -120,7 +122,7 @@ def _forward_cpu(x, bias):
 
 
 def _backward_cpu(grad_out, x, bias, again):
-    grad_x, wide_bias, out = torch.empty_like(x), bias.float(), _output(x, again)
+    grad_x, wide_bias, out = torch.empty_like(x), bias.float(), empty_output(x, again)
     groups = min(64, len(x))  # whatever the number of threads, so that the sums do not depend on it
     partial = wide_bias.new_empty(groups, len(bias))
     _C.bias_gelu_backward(
@@ -131,98 +133,4 @@ def _backward_cpu(grad_out, x, bias, again):
         DTYPES[x.dtype],
         torch.get_num_threads(),
     )
-    return grad_x, partial.sum(0).to(bias.dtype), out
-
-
-# --- GPU ---------------------------------------------------------------------------------------------
-
-_PROGRAMS = 1056  # of the backward pass: eight on each multiprocessor of an H100 or H200, the same sums on any chip
-
-
-@triton.jit
-def _clamped_magnitude(y):
-    return tl.minimum(tl.abs(y), 8.0, propagate_nan=tl.PropagateNan.ALL)  # by default it would drop a NaN
-
-
-@triton.jit
-def _upper_tail(a):
-    """Q(a) for 0 <= a <= 8; minimax in log2 Q, weighted by what an error there does to gelu."""
-    p = 9.62331868e-08 * a - 2.69186603e-06
-    p = p * a + 2.86689447e-05
-    p = p * a - 0.000119625671
-    p = p * a - 0.000318522827
-    p = p * a + 0.00731778331
-    p = p * a - 0.0526791997
-    p = p * a - 0.459147513
-    p = p * a - 1.15111184
-    return tl.exp2(p * a - 1.0)
-
-
-@triton.jit
-def _forward_kernel(x, bias, out, T, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile of ROWS x BLOCK a program."""
-    blocks = tl.cdiv(C, BLOCK)
-    rows = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    at = rows[:, None].to(tl.int64) * C + c[None, :]
-    mask = (rows < T)[:, None] & (c < C)[None, :]
-    y = tl.load(x + at, mask, other=0.0).to(tl.float32)
-    y += tl.load(bias + c, c < C, other=0.0).to(tl.float32)[None, :]
-    a = _clamped_magnitude(y)
-    gelu = tl.maximum(y, 0.0) - a * _upper_tail(a)
-    tl.store(out + at, gelu.to(out.dtype.element_ty), mask)
-
-
-@triton.jit
-def _backward_kernel(grad_out, x, bias, grad_x, out, partial, T, C, groups, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns and every so many blocks of ROWS rows a program, and their share of the bias' gradient."""
-    blocks = tl.cdiv(C, BLOCK)
-    group = tl.program_id(0) // blocks
-    c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    b = tl.load(bias + c, c < C, other=0.0).to(tl.float32)[None, :]
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(group * ROWS, T, groups * ROWS):
-        rows = first + tl.arange(0, ROWS)
-        at = rows[:, None].to(tl.int64) * C + c[None, :]
-        mask = (rows < T)[:, None] & (c < C)[None, :]
-        g = tl.load(grad_out + at, mask, other=0.0).to(tl.float32)
-        y = tl.load(x + at, mask, other=0.0).to(tl.float32) + b
-        a = _clamped_magnitude(y)
-        tail = _upper_tail(a)
-        if out is not None:
-            tl.store(out + at, (tl.maximum(y, 0.0) - a * tail).to(out.dtype.element_ty), mask)
-        slope = tail - a * tl.exp2(-0.72134752 * a * a - 1.32574806)  # gelu'(-|y|)
-        d = g * tl.where(y < 0, slope, 1.0 - slope)
-        tl.store(grad_x + at, d.to(grad_x.dtype.element_ty), mask)
-        total += d
-    tl.store(partial + group * C + c, tl.sum(total, axis=0), c < C)
-
-
-def _tile(channels: int) -> dict[str, int]:
-    """16 elements a thread; 256 divides the hidden widths of all ViTs."""
-    block = min(256, triton.next_power_of_2(channels))
-    return {"ROWS": 2048 // block, "BLOCK": block, "num_warps": 4}
-
-
-def _forward_triton(x, bias):
-    out = torch.empty_like(x)
-    tokens, channels = x.shape
-    if tokens:
-        tile = _tile(channels)
-        programs = triton.cdiv(tokens, tile["ROWS"]) * triton.cdiv(channels, tile["BLOCK"])
-        _forward_kernel[(programs,)](x, bias, out, tokens, channels, **tile)
-    return out
-
-
-def _backward_triton(grad_out, x, bias, again):
-    grad_x, out = torch.empty_like(x), _output(x, again)
-    tokens, channels = x.shape
-    tile = _tile(channels)
-    blocks = triton.cdiv(channels, tile["BLOCK"])
-    groups = min(triton.cdiv(_PROGRAMS, blocks), triton.cdiv(tokens, tile["ROWS"]))
-    partial = bias.new_empty(groups, channels, dtype=torch.float32)
-    if tokens:
-        _backward_kernel[(groups * blocks,)](
-            grad_out, x, bias, grad_x, out if again else None, partial, tokens, channels, groups, **tile
-        )
     return grad_x, partial.sum(0).to(bias.dtype), out

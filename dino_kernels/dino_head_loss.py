@@ -19,7 +19,6 @@ from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES, reused_empty
 from dino_kernels._ops import custom_op
-from dino_kernels.dino_head_loss_triton import forward_triton as _forward_triton
 from dino_kernels.dino_loss import check_center, dino_loss, dino_loss_reference, temperature
 
 __all__ = ["dino_head_loss", "dino_head_loss_reference"]
@@ -163,8 +162,10 @@ def _loss(
 
 @_loss.register_kernel("cuda")
 def _(student_z, *others):
+    from dino_kernels.dino_head_loss_triton import forward_triton
+
     with torch.cuda.device(student_z.device):  # Triton launches on the current device
-        return _forward_triton(student_z, *others)
+        return forward_triton(student_z, *others)
 
 
 @_loss.register_fake

@@ -8,8 +8,6 @@ the backward pass hands the upstream gradient to x as it is.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
@@ -82,8 +80,10 @@ def _add(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
 
 @_add.register_kernel("cuda")
 def _(x, branch, scale):
+    from dino_kernels.drop_path_add_triton import forward_triton
+
     with torch.cuda.device(x.device):  # Triton launches on the current device
-        return _forward_triton(x, branch, scale)
+        return forward_triton(x, branch, scale)
 
 
 @_add.register_fake
@@ -99,8 +99,10 @@ def _add_backward(grad_out: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor
 
 @_add_backward.register_kernel("cuda")
 def _(grad_out, scale, dtype):
+    from dino_kernels.drop_path_add_triton import backward_triton
+
     with torch.cuda.device(grad_out.device):
-        return _backward_triton(grad_out, scale, dtype)
+        return backward_triton(grad_out, scale, dtype)
 
 
 @_add_backward.register_fake
@@ -149,42 +151,3 @@ def _run_cpu(x, branch, scale, out):
         DTYPES[branch.dtype],
         torch.get_num_threads(),
     )
-
-
-# --- GPU ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _kernel(x, branch, scale, out, T, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """out = x + scale * branch, or scale * branch where x is None; a tile of ROWS x BLOCK a program."""
-    blocks = tl.cdiv(C, BLOCK)
-    rows = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    at = rows[:, None].to(tl.int64) * C + c[None, :]
-    mask = (rows < T)[:, None] & (c < C)[None, :]
-    y = tl.load(branch + at, mask, other=0.0).to(tl.float32)
-    y *= tl.load(scale + rows, rows < T, other=0.0)[:, None]
-    if x is not None:
-        y += tl.load(x + at, mask, other=0.0).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask)
-
-
-def _forward_triton(x, branch, scale):
-    out = torch.empty_like(x)
-    _run_triton(x, branch, scale, out)
-    return out
-
-
-def _backward_triton(grad_out, scale, dtype):
-    grad_branch = torch.empty_like(grad_out, dtype=dtype)
-    _run_triton(None, grad_out, scale, grad_branch)
-    return grad_branch
-
-
-def _run_triton(x, branch, scale, out):
-    tokens, channels = out.shape
-    block = min(128, triton.next_power_of_2(channels))  # divides the widths of all ViTs but the smallest
-    rows = 2048 // block
-    if tokens:
-        programs = triton.cdiv(tokens, rows) * triton.cdiv(channels, block)
-        _kernel[(programs,)](x, branch, scale, out, tokens, channels, ROWS=rows, BLOCK=block, num_warps=4)

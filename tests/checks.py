@@ -17,9 +17,9 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, op: str, backend: str, implemen
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"
-    module = importlib.import_module(f"dino_kernels.{op}")
+    module, kernels = (importlib.import_module(f"dino_kernels.{name}") for name in (op, f"{op}_triton"))
     for name in implementations:
-        monkeypatch.setattr(module, f"_{name}_cpu", getattr(module, f"_{name}_triton"))
+        monkeypatch.setattr(module, f"_{name}_cpu", getattr(kernels, f"{name}_triton"))
     return "cpu"
 
 

@@ -1,5 +1,3 @@
-import importlib
-
 import pytest
 import torch
 from checks import DTYPES, assert_as_accurate, use_backend
@@ -13,8 +11,7 @@ NAMES = ("total", "normed", "x", "branch", "weight", "bias")
 
 @pytest.fixture(params=["cpu", "triton"])
 def device(request, monkeypatch):
-    module = importlib.import_module("dino_kernels.add_layer_norm")
-    monkeypatch.setattr(module, "_PROGRAMS", 3)  # several rounds a program even for few rows
+    monkeypatch.setattr("dino_kernels.add_layer_norm_triton._PROGRAMS", 3)  # several rounds a program even for few rows
     return use_backend(monkeypatch, "add_layer_norm", request.param, ["forward", "backward"])
 
 

@@ -1,5 +1,3 @@
-import importlib
-
 import pytest
 import torch
 from checks import DTYPES, assert_as_accurate, use_backend
@@ -9,8 +7,7 @@ from dino_kernels import bias_gelu, bias_gelu_reference
 
 @pytest.fixture(params=["cpu", "triton"])
 def device(request, monkeypatch):
-    module = importlib.import_module("dino_kernels.bias_gelu")
-    monkeypatch.setattr(module, "_PROGRAMS", 6)  # several rounds a program even for few rows
+    monkeypatch.setattr("dino_kernels.bias_gelu_triton._PROGRAMS", 6)  # several rounds a program even for few rows
     return use_backend(monkeypatch, "bias_gelu", request.param, ["forward", "backward"])
 
 

@@ -53,6 +53,15 @@ def test_importing_the_ops_loads_none_of_the_trainers_libraries():
     assert not {"dino_train", "PIL", "tyro", "matplotlib", "safetensors"} & set(modules)
 
 
+def test_a_process_on_the_cpu_does_not_load_triton():
+    code = (
+        "import sys, torch, dino_train.learner, dino_kernels; x = torch.ones(2, 3, requires_grad=True); "
+        "dino_kernels.bias_gelu(x, torch.ones(3)).sum().backward(); print(*sys.modules)"
+    )
+    modules = subprocess.check_output([sys.executable, "-c", code], text=True, cwd="/").split()
+    assert "dino_kernels.bias_gelu" in modules and "triton" not in modules
+
+
 def test_every_op_is_registered_with_a_fake_and_a_gpu_kernel():
     import torch
 
