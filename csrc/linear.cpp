@@ -20,6 +20,7 @@ void block(const LinearArgs& a, const Kind& kind, const float* packed, int64_t f
     for (int64_t j = 0; j < a.outputs; j += kPanel)
         by_tiles(kind, x, rows, width, packed + j * width, sums.fit(kBlock * kPanel),
                  [&](int64_t i, int64_t count, const float* c) {
+                     next_panel(static_cast<uint16_t*>(a.out) + (first + i) * a.outputs + j, count, a.outputs, true);
                      finish(c, count, a.bias ? a.bias + j : nullptr,
                             static_cast<uint16_t*>(a.out) + (first + i) * a.outputs + j, a.outputs);
                  });
@@ -75,6 +76,7 @@ struct Gradient {
 // Columns [column, column + 32) of rows as pairs of rows [padded, 32].
 void pair_rows_of(const uint16_t* x, int64_t stride, int64_t rows, int64_t column, float* to) {
     int64_t even = rows / 2 * 2, filled = (rows + 1) / 2;
+    next_panel(x + column, rows, stride, false);
     pair_up(units(x, column), even, stride / 2, to, kPanel);
     if (rows % 2)
         for (int64_t i = 0; i < kPanel; ++i)

@@ -46,7 +46,10 @@ void forward_block(const MlpArgs& a, const Kind& kind, const float* packed1, con
     for (int64_t j = 0; j < n; j += kPanel)
         by_tiles(kind, x, rows, width, packed1 + j * width, c, [&](int64_t i, int64_t count, float* c) {
             uint16_t* kept = a.hidden ? static_cast<uint16_t*>(a.hidden) + (first + i) * n + j : nullptr;
-            if (kept) finish(c, count, nullptr, kept, n);
+            if (kept) {
+                next_panel(kept, count, n, true);
+                finish(c, count, nullptr, kept, n);
+            }
             activate(c, count, a.bias1 + j, kept, n);
             finish(c, count, nullptr, active + i * n + j, n);
         });
@@ -76,6 +79,9 @@ void backward_block(const MlpBackwardArgs& a, const Kind& kind, const Between& b
     const float* whole = whole_tiles(units(grad, 0), rows, width, copy);
     for (int64_t j = 0; j < n; j += kPanel)
         by_tiles(kind, whole, rows, width, b.packed2 + j * width, c, [&](int64_t i, int64_t count, float* c) {
+            next_panel(kept + i * n + j, count, n, false);
+            next_panel(grad_hidden + i * n + j, count, n, true);
+            next_panel(active + i * n + j, count, n, true);
             deactivate(c, out, count, a.bias1 + j, kept + i * n + j, n, bias1 + j);
             finish(c, count, nullptr, grad_hidden + i * n + j, n);
             finish(out, count, nullptr, active + i * n + j, n);

@@ -25,6 +25,15 @@ inline const float* whole_tiles(const float* x, int64_t rows, int64_t width, Buf
     return copy.fit(0);
 }
 
+// Rows of the panel that comes next are fetched ahead: prefetchers do not follow such strides.
+inline void next_panel(const uint16_t* x, int64_t rows, int64_t stride, bool to_write) {
+    for (int64_t i = 0; i < rows; ++i)
+        if (to_write)
+            __builtin_prefetch(x + i * stride + kPanel, 1);
+        else
+            __builtin_prefetch(x + i * stride + kPanel, 0);
+}
+
 // to [rows, 32] = c [rows, 32] + bias, rounded
 DINO_BF16 inline void finish(const float* c, int64_t rows, const float* bias, uint16_t* to, int64_t stride) {
     __m512 low = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();

@@ -9,6 +9,8 @@ from dino_kernels.dino_head_loss import dino_head_loss, dino_head_loss_reference
 from dino_kernels.dino_loss import dino_loss, dino_loss_reference
 from dino_kernels.drop_path_add import drop_path_add, drop_path_add_reference
 from dino_kernels.ema_update import ema_update_, ema_update_reference_
+from dino_kernels.linear import linear, linear_reference
+from dino_kernels.mlp import mlp, mlp_reference
 from dino_kernels.weight_norm import (
     weight_norm_,
     weight_norm_backward_,
@@ -35,6 +37,10 @@ __all__ = [
     "drop_path_add_reference",
     "ema_update_",
     "ema_update_reference_",
+    "linear",
+    "linear_reference",
+    "mlp",
+    "mlp_reference",
     "weight_norm_",
     "weight_norm_backward_",
     "weight_norm_backward_reference_",

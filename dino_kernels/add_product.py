@@ -3,7 +3,8 @@
     into += grad^T x        into_bias += sum over T of grad
 
 Dimensions: T tokens, O outputs, I inputs. Float32 on the CPU by blocks out of registers, twice as fast as torch does it
-on AMD with AVX-512. In 16 bit the product is torch's, on a GPU with its float32 sums as they are.
+on AMD with AVX-512, bfloat16 by matrix tiles where the processor has them (AMX). Else in 16 bit the product is torch's,
+on a GPU with its float32 sums as they are.
 """
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
 from dino_kernels._ops import custom_op
+from dino_kernels.linear import fits_tiles
 
 __all__ = ["add_product_", "add_product_reference_"]
 
@@ -86,6 +88,8 @@ def _add_cpu(into, grad, x, into_bias):
     if x.dtype == torch.float32:
         arguments = (into.data_ptr(), grad.data_ptr(), x.data_ptr(), *grad.shape, x.shape[1])
         _C.add_product(*arguments, torch.get_num_threads())
+    elif fits_tiles(grad, x):
+        _C.add_linear(into.data_ptr(), grad.data_ptr(), x.data_ptr(), *grad.shape, x.shape[1], torch.get_num_threads())
     else:  # torch's mixed sum would write a float32 copy first
         made = grad.t() @ x
         _C.add_to(into.data_ptr(), made.data_ptr(), DTYPES[made.dtype], made.numel(), torch.get_num_threads())

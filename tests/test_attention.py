@@ -138,7 +138,9 @@ class TestCPU:
     KINDS = [*((dtype, 2) for dtype in DTYPES), (torch.bfloat16, 1), (torch.bfloat16, 0)]
     LENGTHS = [1, 15, 16, 17, 0, 33, 197, 330]
 
-    @pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}".removeprefix("torch.") + ("-widened", "-pairs", "")[kind[1]])
+    @pytest.fixture(
+        params=KINDS, ids=lambda kind: f"{kind[0]}".removeprefix("torch.") + ("-widened", "-pairs", "")[kind[1]]
+    )
     def dtype(self, request, monkeypatch):
         dtype, products = request.param
         monkeypatch.setattr(importlib.import_module("dino_kernels.attention"), "_BF16_PRODUCTS", products)

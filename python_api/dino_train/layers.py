@@ -10,28 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_kernels import add_product_, bias_gelu, bias_gelu_reference, weight_norm_, weight_norm_backward_
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, I] weight[O, I]^T + bias [O]."""
-    if x.dtype == torch.float32 and not x.is_cuda and _HAS_ONEDNN:
-        # oneDNN, twice as fast as the library behind F.linear on AMD's AVX-512; torch takes it for 16 bit anyway.
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+from dino_kernels import (
+    add_product_,
+    bias_gelu,
+    bias_gelu_reference,
+    linear,
+    mlp,
+    weight_norm_,
+    weight_norm_backward_,
+)
 
 
 class _Product(torch.autograd.Function):
-    """`product` with copies; gradients of weight[rows] and bias[rows] are added to their .grad, in place."""
+    """`linear` with copies; gradients of weight[rows] and bias[rows] are added to their .grad, in place."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, weight_copy, bias_copy, rows):  # type: ignore[override]
         ctx.save_for_backward(x, weight_copy)
         ctx.weight, ctx.bias, ctx.rows = weight, bias, rows
-        return product(x, weight_copy, bias_copy)
+        return linear(x, weight_copy, bias_copy)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -39,7 +36,7 @@ class _Product(torch.autograd.Function):
         grad = grad.contiguous()
         into_bias = None if ctx.bias is None else ctx.bias.grad[ctx.rows]
         add_product_(ctx.weight.grad[ctx.rows].view_as(weight), grad, x, into_bias)
-        return product(grad, weight.t()) if ctx.needs_input_grad[0] else None, None, None, None, None, None
+        return linear(grad, weight, transposed=True) if ctx.needs_input_grad[0] else None, None, None, None, None, None
 
 
 class Linear(nn.Linear):
@@ -49,10 +46,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, rows: slice = slice(None), add_bias: bool = True) -> Tensor:
         bias = self.bias if add_bias else None
-        return linear(x, self.weight, bias, self.copies, rows)
+        return _linear(x, self.weight, bias, self.copies, rows)
 
 
-def linear(
+def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, copies: tuple[Tensor, Tensor] | None, rows: slice = slice(None)
 ) -> Tensor:
     """x weight[rows]^T + bias[rows], with copies of both if there are any."""
@@ -61,33 +58,26 @@ def linear(
     weight_copy, bias_copy = copies[0][rows], None if bias is None else copies[1][rows]
     x = x.to(weight_copy.dtype)
     if not torch.is_grad_enabled():
-        return product(x, weight_copy, bias_copy)
+        return linear(x, weight_copy, bias_copy)
     return _Product.apply(x, weight, bias, weight_copy, bias_copy, rows)
 
 
 class _Mlp(torch.autograd.Function):
-    """fc2(gelu(fc1(x))) that keeps x and the first product only: the backward makes gelu's output once more, in the
-    pass that makes its gradient."""
+    """`mlp` with copies of the weights; gradients are added where the arena keeps them."""
 
     @staticmethod
     def forward(ctx, x, fc1, fc2, *_):  # type: ignore[override]
-        hidden = product(x, fc1.copies[0])
+        weights = fc1.copies[0], fc1.bias, fc2.copies[0]
+        out, hidden = torch.ops.dino_kernels.mlp(x, *weights, fc2.bias, True)
         ctx.save_for_backward(x, hidden)
-        ctx.layers = fc1, fc2
-        return product(bias_gelu(hidden, fc1.bias), *fc2.copies)
+        ctx.layers, ctx.weights = (fc1, fc2), weights
+        return out
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        x, hidden = ctx.saved_tensors
-        fc1, fc2 = ctx.layers
-        grad = grad.contiguous()
-        grad_hidden, grad_bias, out = torch.ops.dino_kernels.bias_gelu_backward(
-            product(grad, fc2.copies[0].t()), hidden, fc1.bias.detach(), True
-        )
-        add_product_(fc2.weight.grad, grad, out, fc2.bias.grad)
-        add_product_(fc1.weight.grad, grad_hidden, x)
-        fc1.bias.grad.add_(grad_bias)
-        return product(grad_hidden, fc1.copies[0].t()), *[None] * 6
+        grads = [parameter.grad for layer in ctx.layers for parameter in (layer.weight, layer.bias)]
+        grad_x = torch.ops.dino_kernels.mlp_backward_(grad.contiguous(), *ctx.saved_tensors, *ctx.weights, *grads)
+        return grad_x, *[None] * 6
 
 
 class Mlp(nn.Module):
@@ -97,10 +87,13 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fc1.copies is not None and torch.is_grad_enabled():
+        if self.fc1.copies is not None and self.fc2.copies is not None:
+            x = x.to(self.fc1.copies[0].dtype)
+            if not torch.is_grad_enabled():
+                return mlp(x, self.fc1.copies[0], self.fc1.bias, self.fc2.copies[0], self.fc2.bias)
             # The parameters are named so that autograd sees them.
             parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            return _Mlp.apply(x.to(self.fc1.copies[0].dtype), self.fc1, self.fc2, *parameters)
+            return _Mlp.apply(x, self.fc1, self.fc2, *parameters)
         x = self.fc1(x, add_bias=False)
         # The op takes at most float32; a float64 net is there to check others.
         return self.fc2((bias_gelu_reference if x.dtype == torch.float64 else bias_gelu)(x, self.fc1.bias))
@@ -122,7 +115,7 @@ class PatchEmbed(nn.Module):
             images = images.to(self.copies[0].dtype)
         patches = images[..., : rows * p, : columns * p].unflatten(3, (columns, p)).unflatten(2, (rows, p))
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(images) * rows * columns, -1)
-        return linear(patches, self.proj.weight, self.proj.bias, self.copies).unflatten(0, (len(images), -1))
+        return _linear(patches, self.proj.weight, self.proj.bias, self.copies).unflatten(0, (len(images), -1))
 
 
 class _WeightNormProduct(torch.autograd.Function):
@@ -132,7 +125,7 @@ class _WeightNormProduct(torch.autograd.Function):
     def forward(ctx, x, v, g, layer):  # type: ignore[override]
         ctx.save_for_backward(x)
         ctx.layer = layer
-        return product(x, layer.rows)
+        return linear(x, layer.rows)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -146,7 +139,7 @@ class _WeightNormProduct(torch.autograd.Function):
             grad_rows = grad[:, part].t() @ x
             weight_norm_backward_(v.grad[part], g.grad[part] if g.requires_grad else None, grad_rows, v[part], g[part])
         layer.stale = False
-        return product(grad, layer.rows.t()) if ctx.needs_input_grad[0] else None, None, None, None
+        return linear(grad, layer.rows, transposed=True) if ctx.needs_input_grad[0] else None, None, None, None
 
 
 _PART = 8192
@@ -174,7 +167,7 @@ class WeightNormLinear(nn.Module):
             return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
         x = x.to(self.rows.dtype)
         if not torch.is_grad_enabled():
-            return product(x, self.rows)
+            return linear(x, self.rows)
         return _WeightNormProduct.apply(x, self.weight_v, self.weight_g, self)
 
 

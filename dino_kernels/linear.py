@@ -1,0 +1,109 @@
+"""A linear layer, or its product alone.
+
+    out = x W^T + bias        or, transposed, out = x W + bias
+
+Dimensions: T tokens, D inputs, O outputs. On a CPU with matrix tiles (AMX) bfloat16 products are our own, which add the
+bias while a block of sums is in the first-level cache; elsewhere they are those of the fastest library torch has.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino_kernels._native import _C
+from dino_kernels._ops import custom_op
+
+__all__ = ["linear", "linear_reference"]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """x W^T + bias, or x W + bias. Sums are float32; a repeated call is bitwise equal.
+
+    Args:
+        x: [T, D], float32, float16, bfloat16 or float64.
+        weight: [O, D], or [D, O] if transposed; of the dtype of x.
+        bias: [O], of the dtype of x; None for the product alone.
+
+    Returns:
+        [T, O], of the dtype of x. Gradients of all three, of their dtypes.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit the above.
+    """
+    outputs, inputs = weight.shape[::-1] if transposed and weight.ndim == 2 else weight.shape[:2]
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != inputs:
+        expected = "[D, O]" if transposed else "[O, D]"
+        raise ValueError(
+            f"x and weight must have shapes [T, D] and {expected}, got {list(x.shape)} and {list(weight.shape)}"
+        )
+    if weight.dtype != x.dtype or (bias is not None and (bias.dtype != x.dtype or list(bias.shape) != [outputs])):
+        got = "" if bias is None else f" and bias {bias.dtype} {list(bias.shape)}"
+        raise ValueError(
+            f"weight and a bias [{outputs}] must have the dtype of x, {x.dtype}, got weight {weight.dtype}{got}"
+        )
+    return torch.ops.dino_kernels.linear(x, weight, bias, transposed)
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """`linear` in plain PyTorch."""
+    return F.linear(x, weight.t() if transposed else weight, bias)
+
+
+# --- registration ------------------------------------------------------------------------------------
+
+
+@custom_op("linear")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    return _linear_cpu(x, weight, bias, transposed)
+
+
+@_linear.register_kernel("cuda")
+def _(x, weight, bias, transposed):
+    return linear_reference(x, weight, bias, transposed=transposed)
+
+
+@_linear.register_fake
+def _(x, weight, bias, transposed):
+    return x.new_empty(len(x), weight.shape[1 if transposed else 0])
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.transposed = inputs
+    ctx.with_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = torch.ops.dino_kernels.linear(grad, weight, None, not ctx.transposed)
+    grad_weight = x.t() @ grad if ctx.transposed else grad.t() @ x
+    return grad_x, grad_weight, grad.sum(0) if ctx.with_bias else None, None
+
+
+_linear.register_autograd(_backward, setup_context=_setup)
+
+
+# --- CPU ---------------------------------------------------------------------------------------------
+
+_TILES = _C.has_tiles()
+_FEW = 64  # rows up to which a transposed product is the library's
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def fits_tiles(*operands: Tensor) -> bool:
+    """Whether operands [rows, multiple of 32] go to the kernels for matrix tiles."""
+    return _TILES and all(x.dtype == torch.bfloat16 and x.shape[1] % 32 == 0 and x.is_contiguous() for x in operands)
+
+
+def _linear_cpu(x, weight, bias, transposed):
+    outputs = weight.shape[1 if transposed else 0]
+    if fits_tiles(x, weight) and outputs % 32 == 0 and not (transposed and len(x) <= _FEW):
+        out, wide_bias = x.new_empty(len(x), outputs), None if bias is None else bias.float()
+        addresses = (x.data_ptr(), weight.data_ptr(), 0 if wide_bias is None else wide_bias.data_ptr(), out.data_ptr())
+        _C.linear(*addresses, *x.shape, outputs, transposed, torch.get_num_threads())
+        return out
+    if x.dtype == torch.float32 and _HAS_ONEDNN:
+        # oneDNN, twice as fast as the library behind F.linear on AMD's AVX-512; torch takes it for 16 bit anyway.
+        return torch.ops.mkldnn._linear_pointwise(x, weight.t() if transposed else weight, bias, "none", [], "")
+    return linear_reference(x, weight, bias, transposed=transposed)
