@@ -1,5 +1,6 @@
 """Fused kernels for DINO pretraining: native C++ on the CPU, Triton on the GPU."""
 
+from dino_kernels._ops import without_autograd
 from dino_kernels.adamw_ema import adamw_ema_step_, adamw_ema_step_reference_
 from dino_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from dino_kernels.add_product import add_product_, add_product_reference_
@@ -45,4 +46,5 @@ __all__ = [
     "weight_norm_backward_",
     "weight_norm_backward_reference_",
     "weight_norm_reference_",
+    "without_autograd",
 ]

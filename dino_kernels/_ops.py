@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-__all__ = ["custom_op"]
+__all__ = ["custom_op", "without_autograd"]
 
+_OPS: dict[str, "_Op"] = {}
 _LIBRARY = torch.library.Library("dino_kernels", "FRAGMENT")
 
 
@@ -21,12 +22,12 @@ class _Op:
         self.mutated = [parameters.index(argument) for argument in mutates_args]
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        self.register_kernel("cpu")(function)
+        self.cpu = self.register_kernel("cpu")(function)
         if schema.endswith("-> ()"):
             self.register_fake(lambda *_: None)
 
-    def register_kernel(self, device: str) -> Callable[[Callable[..., Any]], None]:
-        def register(function: Callable[..., Any]) -> None:
+    def register_kernel(self, device: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any) -> Any:
                 result = function(*args)
                 for i in self.mutated:  # or autograd would not notice that a tensor it saved was written
@@ -34,9 +35,18 @@ class _Op:
                         increment_version(args[i])
                 return result
 
-            _LIBRARY.impl(self.name, run if self.mutated else function, device.upper())
+            kernel = run if self.mutated else function
+            _LIBRARY.impl(self.name, kernel, device.upper())
+            return kernel
 
         return register
+
+    def __call__(self, *args: Any) -> Any:
+        plain = type(args[0]) in (torch.Tensor, torch.nn.Parameter) and args[0].device.type == "cpu"
+        if plain and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():
+            return self.cpu(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.dino_kernels, self.name)(*args)
 
     def register_fake(self, function: Callable[..., Any]) -> None:
         torch.library.register_fake(f"dino_kernels::{self.name}", function, lib=_LIBRARY)
@@ -48,4 +58,17 @@ class _Op:
 
 def custom_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], _Op]:
     """Registers dino_kernels::<name> with the decorated function as its CPU kernel and its schema."""
-    return lambda function: _Op(function, name, mutates_args)
+
+    def register(function: Callable[..., Any]) -> _Op:
+        _OPS[name] = _Op(function, name, mutates_args)
+        return _OPS[name]
+
+    return register
+
+
+def without_autograd(name: str) -> Callable[..., Any]:
+    """The registered op dino_kernels::<name> for a caller that keeps gradients itself: its arguments are not checked.
+
+    On CPU tensors it skips torch's dispatcher, which costs more than the smaller ops do.
+    """
+    return _OPS[name]

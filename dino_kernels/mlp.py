@@ -21,7 +21,9 @@ __all__ = ["mlp", "mlp_reference"]
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    """gelu(x W1^T + b1) W2^T + b2 (vision_transformer.py:48). Sums and gelu are float32; a repeated call is bitwise equal.
+    """gelu(x W1^T + b1) W2^T + b2 (vision_transformer.py:48).
+
+    Sums and gelu are float32; a repeated call is bitwise equal.
 
     Args:
         x: [T, C], float32, float16 or bfloat16; contiguous.

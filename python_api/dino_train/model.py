@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dino_kernels import add_layer_norm, add_layer_norm_reference, attention
+from dino_train.block import Block, Packing
 from dino_train.head import DINOHead
-from dino_train.layers import Linear, Mlp, PatchEmbed, init_linear
+from dino_train.layers import PatchEmbed, init_linear
 from dino_train.resnet import ResNet, resnet50
 
 
@@ -34,90 +34,6 @@ VIT_SIZES = {
     "vit_base": Size(768, 12, 12),
 }
 ARCHS = (*VIT_SIZES, "resnet50")
-
-
-class Packing(NamedTuple):
-    """Bounds of the sequences [S + 1], int32, and the same on the host: (sequences, tokens of each)."""
-
-    cu_seqlens: Tensor
-    groups: list[tuple[int, int]]
-
-
-class Attention(nn.Module):
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
-
-    def project(self, x: Tensor) -> Tensor:
-        """[T, C] -> queries, keys and values [T, 3, H, D]."""
-        return self.qkv(x).view(len(x), 3, self.num_heads, -1)
-
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        return self.proj(attention(self.project(x), packing.cu_seqlens, groups=packing.groups).flatten(1))
-
-    def class_tokens(self, x: Tensor, packing: Packing) -> Tensor:
-        """`forward` of the first token of each sequence [S, C], in torch's own products: a query a head is little."""
-        dim = x.shape[1]
-        q = self.qkv(x.index_select(0, packing.cu_seqlens[:-1]), slice(dim)).unflatten(1, (self.num_heads, -1))
-        keys_values = self.qkv(x, slice(dim, 3 * dim)).view(len(x), 2, self.num_heads, -1)
-        pieces = zip(
-            q.split([count for count, _ in packing.groups]),
-            keys_values.split([count * length for count, length in packing.groups]),
-            packing.groups,
-            strict=True,
-        )
-        out = [_attend(rows, *kv.unflatten(0, group).unbind(2)) for rows, kv, group in pieces]
-        return self.proj(torch.cat(out).flatten(1))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Queries [S, H, D], keys and values [S, N, H, D] -> [S, H, D]."""
-    logits = torch.einsum("shd,snhd->shn", q, k) * q.shape[-1] ** -0.5
-    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype)
-    return torch.einsum("shn,snhd->shd", weights, v)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block over packed tokens [T, C]."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-
-    def forward(
-        self,
-        x: Tensor,
-        normed: Tensor,
-        next_norm: nn.LayerNorm,
-        packing: Packing,
-        drop_path: Tensor | None = None,
-        class_only: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Residual stream and its norm1 -> residual stream and its `next_norm`: sums and norms are one pass.
-
-        `drop_path` [2, T, 1] multiplies the attention and the MLP branch. With `class_only` just the class tokens are
-        carried past the attention and returned.
-        """
-        if class_only:
-            branch = self.attn.class_tokens(normed, packing)
-            rows = packing.cu_seqlens[:-1]
-            x = x.index_select(0, rows)
-            drop_path = None if drop_path is None else drop_path.index_select(1, rows)
-        else:
-            branch = self.attn(normed, packing)
-        attention_scale, mlp_scale = (None, None) if drop_path is None else drop_path
-        x, normed = _add_norm(x, branch, attention_scale, self.norm2)
-        return _add_norm(x, self.mlp(normed), mlp_scale, next_norm)
-
-
-def _add_norm(x: Tensor, branch: Tensor, scale: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    op = add_layer_norm_reference if x.dtype == torch.float64 else add_layer_norm
-    return op(x, branch, norm.weight, norm.bias, scale=scale, eps=norm.eps)
 
 
 class VisionTransformer(nn.Module):

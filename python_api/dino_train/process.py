@@ -17,7 +17,7 @@ def tune() -> None:
     on huge pages spare the processor address translations.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     gc.set_threshold(50_000, 10, 100)
     try:

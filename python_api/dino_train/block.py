@@ -1,0 +1,187 @@
+"""A transformer block over packed sequences of tokens.
+
+Dimensions: S sequences, T tokens of all sequences together, C channels, H heads of D = C / H channels.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dino_kernels import add_layer_norm, add_layer_norm_reference, attention, without_autograd
+from dino_train.layers import Linear, Mlp
+
+
+class Packing(NamedTuple):
+    """Bounds of the sequences [S + 1], int32, and the same on the host: (sequences, tokens of each)."""
+
+    cu_seqlens: Tensor
+    groups: list[tuple[int, int]]
+
+    @property
+    def flat(self) -> list[int]:
+        return [n for group in self.groups for n in group]
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def project(self, x: Tensor) -> Tensor:
+        """[T, C] -> queries, keys and values [T, 3, H, D]."""
+        return self.qkv(x).view(len(x), 3, self.num_heads, -1)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        return self.proj(attention(self.project(x), packing.cu_seqlens, groups=packing.groups).flatten(1))
+
+    def class_tokens(self, x: Tensor, packing: Packing) -> Tensor:
+        """`forward` of the first token of each sequence [S, C], in torch's own products: a query a head is little."""
+        dim = x.shape[1]
+        q = self.qkv(x.index_select(0, packing.cu_seqlens[:-1]), slice(dim)).unflatten(1, (self.num_heads, -1))
+        keys_values = self.qkv(x, slice(dim, 3 * dim)).view(len(x), 2, self.num_heads, -1)
+        pieces = zip(
+            q.split([count for count, _ in packing.groups]),
+            keys_values.split([count * length for count, length in packing.groups]),
+            packing.groups,
+            strict=True,
+        )
+        out = [_attend(rows, *kv.unflatten(0, group).unbind(2)) for rows, kv, group in pieces]
+        return self.proj(torch.cat(out).flatten(1))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Queries [S, H, D], keys and values [S, N, H, D] -> [S, H, D]."""
+    logits = torch.einsum("shd,snhd->shn", q, k) * q.shape[-1] ** -0.5
+    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype)
+    return torch.einsum("shn,snhd->shd", weights, v)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block over packed tokens [T, C]."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        next_norm: nn.LayerNorm,
+        packing: Packing,
+        drop_path: Tensor | None = None,
+        class_only: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Residual stream and its norm1 -> residual stream and its `next_norm`: sums and norms are one pass.
+
+        `drop_path` [2, T, 1] multiplies the attention and the MLP branch. With `class_only` just the class tokens are
+        carried past the attention and returned.
+        """
+        if not class_only and self.attn.qkv.copies is not None:
+            arguments = x, normed.to(self.attn.qkv.copies[0].dtype), self, next_norm, packing, drop_path
+            if torch.is_grad_enabled():
+                # The parameters are named so that autograd sees them.
+                parameters = [*self.attn.parameters(), *self.norm2.parameters(), *self.mlp.parameters()]
+                return _Chain.apply(*arguments, *parameters, *next_norm.parameters())
+            x, normed, *_ = _chain(*arguments, keep=False)
+            return x, normed
+        if class_only:
+            branch = self.attn.class_tokens(normed, packing)
+            rows = packing.cu_seqlens[:-1]
+            x = x.index_select(0, rows)
+            drop_path = None if drop_path is None else drop_path.index_select(1, rows)
+        else:
+            branch = self.attn(normed, packing)
+        attention_scale, mlp_scale = (None, None) if drop_path is None else drop_path
+        x, normed = _add_norm(x, branch, attention_scale, self.norm2)
+        return _add_norm(x, self.mlp(normed), mlp_scale, next_norm)
+
+
+_linear, _add_product_ = without_autograd("linear"), without_autograd("add_product_")
+_attention, _attention_backward = without_autograd("attention"), without_autograd("attention_backward")
+_norm, _norm_backward = without_autograd("add_layer_norm"), without_autograd("add_layer_norm_backward")
+_mlp, _mlp_backward_ = without_autograd("mlp"), without_autograd("mlp_backward_")
+
+
+def _chain(
+    x: Tensor,
+    normed: Tensor,
+    block: Block,
+    next_norm: nn.LayerNorm,
+    packing: Packing,
+    drop_path: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    """The block's two results, and what a backward needs of what lies between."""
+    attn, norm, fc1, fc2 = block.attn, block.norm2, block.mlp.fc1, block.mlp.fc2
+    assert attn.qkv.copies and attn.proj.copies and fc1.copies and fc2.copies
+    attention_scale, mlp_scale = (None, None) if drop_path is None else drop_path
+    qkv = _linear(normed, *attn.qkv.copies, False).view(len(x), 3, attn.num_heads, -1)
+    heads, lse = _attention(qkv, packing.cu_seqlens, packing.flat, qkv.shape[3] ** -0.5)
+    branch = _linear(heads.flatten(1), *attn.proj.copies, False)
+    middle, middle_normed, mean, rstd = _norm(x, branch, norm.weight, norm.bias, attention_scale, norm.eps)
+    branch, hidden = _mlp(middle_normed, fc1.copies[0], fc1.bias, fc2.copies[0], fc2.bias, keep)
+    out, out_normed, out_mean, out_rstd = _norm(
+        middle, branch, next_norm.weight, next_norm.bias, mlp_scale, next_norm.eps
+    )
+    return out, out_normed, qkv, heads, lse, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd
+
+
+class _Chain(torch.autograd.Function):
+    """`_chain` as one node: nine, each through torch's dispatcher, cost more than the smaller ops do.
+
+    Gradients of weights are added where the arena keeps them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, normed, block, next_norm, packing, drop_path, *_):  # type: ignore[override]
+        out, out_normed, *between = _chain(x, normed, block, next_norm, packing, drop_path, keep=True)
+        ctx.save_for_backward(normed, drop_path, out, *between)
+        ctx.modules, ctx.packing = (block, next_norm), packing
+        ctx.set_materialize_grads(False)
+        return out, out_normed
+
+    @staticmethod
+    def backward(ctx, grad, grad_normed):  # type: ignore[override]
+        block, next_norm = ctx.modules
+        attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
+        normed, drop_path, out, qkv, heads, lse, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd = (
+            ctx.saved_tensors
+        )
+        attention_scale, mlp_scale = (None, None) if drop_path is None else drop_path
+        grad, grad_branch = _norm_gradients(grad, grad_normed, out, out_mean, out_rstd, next_norm, mlp_scale)
+        grads = [parameter.grad for layer in (fc1, fc2) for parameter in (layer.weight, layer.bias)]
+        weights = fc1.copies[0], fc1.bias, fc2.copies[0]
+        grad_normed = _mlp_backward_(grad_branch, middle_normed, hidden, *weights, *grads)
+        grad, grad_branch = _norm_gradients(grad, grad_normed, middle, mean, rstd, block.norm2, attention_scale)
+        grad_heads = _linear_gradients(grad_branch, heads.flatten(1), attn.proj).view_as(heads)
+        arguments = grad_heads, qkv, heads, lse, ctx.packing.cu_seqlens, ctx.packing.flat, qkv.shape[3] ** -0.5
+        grad_normed = _linear_gradients(_attention_backward(*arguments).flatten(1), normed, attn.qkv)
+        return grad, grad_normed, *[None] * 16
+
+
+def _norm_gradients(
+    grad: Tensor | None, grad_normed: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, norm: Any, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the residual stream and of the branch."""
+    grad, grad_branch, sums = _norm_backward(grad, grad_normed, total, mean, rstd, norm.weight, scale)
+    norm.weight.grad += sums[0]
+    norm.bias.grad += sums[1]
+    return grad, grad_branch if len(grad_branch) else grad
+
+
+def _linear_gradients(grad: Tensor, x: Tensor, layer: Any) -> Tensor:
+    """The gradient of x."""
+    _add_product_(layer.weight.grad, grad, x, layer.bias.grad)
+    return _linear(grad, layer.copies[0], None, True)
+
+
+def _add_norm(x: Tensor, branch: Tensor, scale: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    op = add_layer_norm_reference if x.dtype == torch.float64 else add_layer_norm
+    return op(x, branch, norm.weight, norm.bias, scale=scale, eps=norm.eps)
