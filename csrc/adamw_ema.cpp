@@ -31,28 +31,58 @@ double sum_of_squares(const void* grad, DType dtype, int64_t begin, int64_t coun
     return total;
 }
 
+// The optimizer's step, where there is one, and the teacher's of n weights from i on.
+DINO_INLINE inline void update_block(const AdamwEmaArgs& a, int64_t i, int64_t n, const Factors* f, float* scratch) {
+    float beta1 = float(a.beta1), beta2 = float(a.beta2), rest1 = float(1 - a.beta1), rest2 = float(1 - a.beta2);
+    float momentum = float(a.momentum), rest = float(1 - a.momentum), eps = float(a.eps);
+    float *s = a.student + i, *m1 = a.exp_avg + i, *m2 = a.exp_avg_sq + i, *t = a.teacher + i;
+    if (f) {
+        const float* g = load(a.grad, a.grad_dtype, i, n, scratch);
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) {
+            float x = g[j] * f->clip;
+            m1[j] = beta1 * m1[j] + rest1 * x;
+            m2[j] = beta2 * m2[j] + rest2 * x * x;
+            s[j] = s[j] * f->decay - f->rate * m1[j] / (std::sqrt(m2[j]) * f->inv_sqrt_correction2 + eps);
+        }
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) t[j] = momentum * t[j] + rest * s[j];
+}
+
 DINO_MULTIVERSION
 void update(const AdamwEmaArgs& a, int64_t begin, int64_t count, const Factors* f) {
     float scratch[kBlock];
-    float beta1 = float(a.beta1), beta2 = float(a.beta2), rest1 = float(1 - a.beta1), rest2 = float(1 - a.beta2);
-    float momentum = float(a.momentum), rest = float(1 - a.momentum), eps = float(a.eps);
     for (int64_t i = begin; i < begin + count; i += kBlock) {
         int64_t n = std::min(kBlock, begin + count - i);
-        float *s = a.student + i, *m1 = a.exp_avg + i, *m2 = a.exp_avg_sq + i, *t = a.teacher + i;
-        if (f) {
-            const float* g = load(a.grad, a.grad_dtype, i, n, scratch);
+        update_block(a, i, n, f, scratch);
+        if (a.student_16) store(a.student_16, a.student_16_dtype, i, n, a.student + i);
+        if (a.teacher_16) store(a.teacher_16, a.teacher_16_dtype, i, n, a.teacher + i);
+    }
+}
+
+// to[row] = g v / |v|
+DINO_INLINE inline void normalize(const float* v, float g, int64_t n, void* to, DType dtype, int64_t row,
+                                  float* scratch) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += v[j] * v[j];
+    float scale = g / std::sqrt(sum);
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j) {
-                float x = g[j] * f->clip;
-                m1[j] = beta1 * m1[j] + rest1 * x;
-                m2[j] = beta2 * m2[j] + rest2 * x * x;
-                s[j] = s[j] * f->decay - f->rate * m1[j] / (std::sqrt(m2[j]) * f->inv_sqrt_correction2 + eps);
-            }
-        }
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) t[j] = momentum * t[j] + rest * s[j];
-        if (a.student_16) store(a.student_16, a.student_16_dtype, i, n, s);
-        if (a.teacher_16) store(a.teacher_16, a.teacher_16_dtype, i, n, t);
+    for (int64_t j = 0; j < n; ++j) scratch[j] = v[j] * scale;
+    store(to, dtype, row * n, n, scratch);
+}
+
+// Rows [first, first + count) of the weight-normed layer, and what they are multiplied as.
+DINO_MULTIVERSION
+void update_rows(const AdamwEmaArgs& a, int64_t first, int64_t count, const Factors* f) {
+    float scratch[kMostChannels];
+    int64_t v = a.offsets[a.segments - 1], g = a.offsets[a.segments - 2], n = a.channels;
+    for (int64_t row = first; row < first + count; ++row) {
+        int64_t i = v + row * n;
+        update_block(a, i, n, f, scratch);
+        normalize(a.student + i, a.student[g + row], n, a.student_rows, a.rows_dtype, row, scratch);
+        normalize(a.teacher + i, a.teacher[g + row], n, a.teacher_rows, a.rows_dtype, row, scratch);
     }
 }
 
@@ -83,10 +113,17 @@ bool adamw_ema_step(const AdamwEmaArgs& a) {
                       float(a.lr / (1 - std::pow(a.beta1, n))), float(1 / std::sqrt(1 - std::pow(a.beta2, n))),
                       float(a.decayed[i] ? 1 - a.lr * a.weight_decay : 1.0)};
     }
-    parallel_for(first_chunk.back(), a.threads, [&](int64_t chunk) {
+    auto factors_of = [&](int64_t i) { return a.frozen[i] ? nullptr : &factors[i]; };
+    int64_t last = a.segments - 1;
+    parallel_for(first_chunk[a.student_rows ? last : a.segments], a.threads, [&](int64_t chunk) {
         int64_t begin, count, i = locate(chunk, begin, count);
-        update(a, begin, count, a.frozen[i] ? nullptr : &factors[i]);
+        update(a, begin, count, factors_of(i));
     });
+    if (a.student_rows) {  // after their norms
+        int64_t rows = std::max<int64_t>(1, kChunk / a.channels);
+        parallel_for((a.rows + rows - 1) / rows, a.threads,
+                     [&](int64_t i) { update_rows(a, i * rows, std::min(rows, a.rows - i * rows), factors_of(last)); });
+    }
     for (int64_t i = 0; i < a.segments; ++i) a.steps[i] += !a.frozen[i];
     return false;
 }

@@ -167,11 +167,19 @@ void weight_norm_backward(uintptr_t grad_w, uintptr_t v, uintptr_t g, uintptr_t 
                                 reinterpret_cast<float*>(grad_g), rows, channels, dino::DType(dtype), threads});
 }
 
-// data: student, grad, both moments, teacher, both copies; dtypes: of grad and copies; segments: steps, decayed,
-// frozen; settings: lr, weight decay, momentum, clip, betas, eps.
+// data: grad, x, v, g, grad_v, grad_g
+void weight_norm_product_backward(const std::vector<uintptr_t>& data, bool fresh, int64_t tokens, int64_t rows,
+                                  int64_t channels, int threads) {
+    py::gil_scoped_release unlocked;
+    std::vector<float*> x = pointers<float>(data);
+    dino::weight_norm_product_backward({x[0], x[1], x[2], x[3], x[4], x[5], fresh, tokens, rows, channels, threads});
+}
+
+// data: student, grad, both moments, teacher, both copies, both rows; dtypes: of grad, copies and rows; segments:
+// steps, decayed, frozen; settings: lr, weight decay, momentum, clip, betas, eps; shape: of the rows.
 bool adamw_ema_step(const std::vector<uintptr_t>& data, const std::vector<int>& dtypes,
                     const std::vector<int64_t>& offsets, const std::vector<uintptr_t>& segments,
-                    const std::vector<double>& settings, int threads) {
+                    const std::vector<double>& settings, const std::vector<int64_t>& shape, int threads) {
     py::gil_scoped_release unlocked;
     std::vector<float*> x = pointers<float>(data);
     return dino::adamw_ema_step({x[0],
@@ -196,6 +204,11 @@ bool adamw_ema_step(const std::vector<uintptr_t>& data, const std::vector<int>& 
                                  settings[4],
                                  settings[5],
                                  settings[6],
+                                 x[7],
+                                 x[8],
+                                 dino::DType(dtypes[3]),
+                                 shape[0],
+                                 shape[1],
                                  threads});
 }
 
@@ -249,4 +262,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("add_to", &add_to);
     m.def("weight_norm", &weight_norm);
     m.def("weight_norm_backward", &weight_norm_backward);
+    m.def("weight_norm_product_backward", &weight_norm_product_backward);
 }

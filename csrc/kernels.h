@@ -77,8 +77,14 @@ struct AdamwEmaArgs {
     int64_t* steps;                                                   // [segments]
     const bool *decayed, *frozen;                                     // [segments]
     double lr, weight_decay, momentum, clip_norm, beta1, beta2, eps;  // clip_norm 0: none
+    // Or null: the rows [rows, channels] of a weight-normed layer, whose v is the last segment and g the one before;
+    // they take the place of the last segment's copies.
+    void *student_rows, *teacher_rows;
+    DType rows_dtype;
+    int64_t rows, channels;  // channels at most kMostChannels
     int threads;
 };
+constexpr int64_t kMostChannels = 4096;
 // Whether a gradient's norm was not finite; then nothing was changed.
 bool adamw_ema_step(const AdamwEmaArgs& args);
 
@@ -162,6 +168,17 @@ struct LinearArgs {
 };
 void linear(const LinearArgs& args);
 void add_linear(const AddProductArgs& args);  // add_product of bfloat16
+
+struct WeightNormProductBackwardArgs {
+    const void *grad, *x;    // of logits [T, K]; [T, D], T at most kMostTokens
+    const float *v, *g;      // [K, D]; [K]
+    float *grad_v, *grad_g;  // [K, D] and [K], added to; grad_g may be null
+    bool fresh;              // grad_v is written, whatever it held
+    int64_t tokens, rows, channels;
+    int threads;
+};
+constexpr int64_t kMostTokens = 1024;
+void weight_norm_product_backward(const WeightNormProductBackwardArgs& args);
 
 struct MlpArgs {
     const void *x, *weight1, *weight2;  // [T, C], [H, C], [C, H]

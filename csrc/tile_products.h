@@ -71,6 +71,17 @@ inline void pack_weights(const void* weight, int64_t depth, int64_t outputs, boo
     });
 }
 
+// Columns [column, column + 32) of rows as pairs of rows [padded, 32].
+inline void pair_rows_of(const uint16_t* x, int64_t stride, int64_t rows, int64_t column, float* to) {
+    int64_t even = rows / 2 * 2, filled = (rows + 1) / 2;
+    next_panel(x + column, rows, stride, false);
+    pair_up(units(x, column), even, stride / 2, to, kPanel);
+    if (rows % 2)
+        for (int64_t i = 0; i < kPanel; ++i)
+            reinterpret_cast<Unit*>(to)[even / 2 * kPanel + i] = x[even * stride + column + i];
+    std::fill(to + filled * kPanel, to + padded(filled) * kPanel, 0.0f);
+}
+
 }  // namespace
 }  // namespace dino
 #endif

@@ -16,6 +16,8 @@ from dino_kernels.weight_norm import (
     weight_norm_,
     weight_norm_backward_,
     weight_norm_backward_reference_,
+    weight_norm_product_backward_,
+    weight_norm_product_backward_reference_,
     weight_norm_reference_,
 )
 
@@ -45,6 +47,8 @@ __all__ = [
     "weight_norm_",
     "weight_norm_backward_",
     "weight_norm_backward_reference_",
+    "weight_norm_product_backward_",
+    "weight_norm_product_backward_reference_",
     "weight_norm_reference_",
     "without_autograd",
 ]

@@ -7,6 +7,7 @@ Per segment that is not frozen, with its own step count n (from 1), and then for
     m1 = beta1 m1 + (1 - beta1) g        m2 = beta2 m2 + (1 - beta2) g^2
     s  = s (1 - lr weight_decay) - lr / (1 - beta1^n) m1 / (sqrt(m2 / (1 - beta2^n)) + eps)
     t  = momentum t + (1 - momentum) s
+    w_k = g_k v_k / |v_k|                                                of both nets' weight-normed last layer
 
 36 bytes a float32 parameter, and 4 for the norms; the reference's separate loops move about 125.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from dino_kernels._native import _C, DTYPES, setting
 from dino_kernels._ops import custom_op
 from dino_kernels.ema_update import momentum_tensor
+from dino_kernels.weight_norm import weight_norm_reference_
 
 __all__ = ["adamw_ema_step_", "adamw_ema_step_reference_"]
 
@@ -44,6 +46,7 @@ def adamw_ema_step_(
     eps: float = 1e-8,
     student_16: Tensor | None = None,
     teacher_16: Tensor | None = None,
+    rows: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """One optimizer step of the student and one of the teacher, in place; on a GPU without a question to the host.
 
@@ -66,6 +69,10 @@ def adamw_ema_step_(
         clip_norm: largest L2 norm of a segment's gradient, > 0; None does not clip.
         betas, eps: of AdamW.
         student_16, teacher_16: [N] float16 or bfloat16, receive the rounded new weights.
+        rows: student's and teacher's rows w_k = g_k v_k / |v_k| of a weight-normed layer, written from the new weights;
+            its v are the last segment, K * D long, and its g the one before, K long (both may be padded). [K, D] each,
+            D <= 4096, of one dtype of float32, float16 and bfloat16, contiguous. They may lie where the last segment's
+            16-bit copies do, which are then not to be relied on.
 
     Raises:
         ValueError: an argument that does not fit the above.
@@ -73,6 +80,9 @@ def adamw_ema_step_(
     offsets = list(offsets)
     _check(student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, offsets)
     _check_segments(student, offsets, steps, decayed, frozen, nonfinite)
+    student_rows, teacher_rows = rows or (None, None)
+    if student_rows is not None and teacher_rows is not None:
+        _check_rows(student, offsets, student_rows, teacher_rows)
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be > 0 or None, got {clip_norm}")
     if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps >= 0):
@@ -85,6 +95,8 @@ def adamw_ema_step_(
         teacher,
         student_16,
         teacher_16,
+        student_rows,
+        teacher_rows,
         offsets,
         steps,
         decayed,
@@ -120,15 +132,16 @@ def adamw_ema_step_reference_(
     eps: float = 1e-8,
     student_16: Tensor | None = None,
     teacher_16: Tensor | None = None,
+    rows: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """`adamw_ema_step_` in plain PyTorch, a segment at a time."""
     sizes = [end - begin for begin, end in zip(offsets, offsets[1:], strict=False)]
-    rows = list(zip(*(x.split(sizes) for x in (student, grad, exp_avg, exp_avg_sq, teacher)), strict=True))
-    norms = torch.stack([g.to(student.dtype).norm() for _, g, *_ in rows])
+    segments = list(zip(*(x.split(sizes) for x in (student, grad, exp_avg, exp_avg_sq, teacher)), strict=True))
+    norms = torch.stack([g.to(student.dtype).norm() for _, g, *_ in segments])
     nonfinite.copy_((~(norms.isfinite() | frozen)).any())
     if nonfinite:
         return
-    for i, (s, g, m1, m2, t) in enumerate(rows):
+    for i, (s, g, m1, m2, t) in enumerate(segments):
         if not frozen[i]:
             steps[i] += 1
             g = g.to(s.dtype)
@@ -140,9 +153,18 @@ def adamw_ema_step_reference_(
             s.mul_(1 - lr * weight_decay * decayed[i])
             s.sub_(lr / (1 - betas[0] ** n) * m1 / ((m2 / (1 - betas[1] ** n)).sqrt() + eps))
         t.mul_(momentum).add_((1 - momentum) * s)
+    copied = offsets[-1] if rows is None else offsets[-2]
     for copy, weights in ((student_16, student), (teacher_16, teacher)):
         if copy is not None:
-            copy.copy_(weights)
+            copy[:copied].copy_(weights[:copied])
+    for out, weights in zip(rows or (), (student, teacher), strict=False):
+        weight_norm_reference_(out, *last_layer(weights, offsets, out))
+
+
+def last_layer(weights: Tensor, offsets: Sequence[int], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """v [K, D] and g [K, 1] in flat weights, of a layer whose rows have the shape [K, D]."""
+    v, g = weights[offsets[-2] : offsets[-2] + rows.numel()], weights[offsets[-3] : offsets[-3] + len(rows)]
+    return v.view(rows.shape), g.view(-1, 1)
 
 
 def _check(student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, offsets) -> None:
@@ -188,13 +210,29 @@ def _check_segments(student, offsets, steps, decayed, frozen, nonfinite) -> None
             )
 
 
+def _check_rows(student, offsets, *both) -> None:
+    room = (offsets[-2] - offsets[-3], offsets[-1] - offsets[-2]) if len(offsets) > 2 else (0, 0)
+    for rows in both:
+        fits = rows.ndim == 2 and len(rows) <= room[0] and rows.numel() <= room[1] and 1 <= rows.shape[1] <= 4096
+        same = rows.shape == both[0].shape and rows.dtype == both[0].dtype and rows.device == student.device
+        if not fits or not same or rows.dtype not in DTYPES or not rows.is_contiguous():
+            raise ValueError(
+                "rows must be two contiguous tensors [K, D] of one dtype on the device of student, D <= 4096, K and "
+                f"K * D at most the lengths of the last two segments, {room[0]} and {room[1]}; "
+                f"got {[(list(x.shape), x.dtype, str(x.device)) for x in both]}"
+            )
+
+
 def _rate(name: str, value: float | Tensor, device: torch.device) -> Tensor:
     return setting(name, value, device, ">= 0", lambda rate: rate >= 0)
 
 
 # --- registration ------------------------------------------------------------------------------------
 
-_WRITTEN = ("student", "exp_avg", "exp_avg_sq", "teacher", "student_16", "teacher_16", "steps", "nonfinite")
+_WRITTEN = (
+    *("student", "exp_avg", "exp_avg_sq", "teacher", "student_16", "teacher_16", "student_rows", "teacher_rows"),
+    *("steps", "nonfinite"),
+)
 
 
 @custom_op("adamw_ema_step_", mutates_args=_WRITTEN)
@@ -206,6 +244,8 @@ def _step_(
     teacher: Tensor,
     student_16: Tensor | None,
     teacher_16: Tensor | None,
+    student_rows: Tensor | None,
+    teacher_rows: Tensor | None,
     offsets: list[int],
     steps: Tensor,
     decayed: Tensor,
@@ -220,8 +260,8 @@ def _step_(
     eps: float,
 ) -> None:
     _step_cpu(
-        student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, offsets, steps, decayed, frozen,
-        nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps,
+        student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets,
+        steps, decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps,
     )  # fmt: skip
 
 
@@ -237,17 +277,19 @@ def _(student, *others):
 
 
 def _step_cpu(
-    student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, offsets, steps, decayed, frozen,
-    nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps,
+    student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets, steps,
+    decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps,
 ):  # fmt: skip
-    copies = [0 if copy is None else copy.data_ptr() for copy in (student_16, teacher_16)]
+    optional = (student_16, teacher_16, student_rows, teacher_rows)
+    dtypes = [0 if x is None else DTYPES[x.dtype] for x in (grad, *optional[:3])]
     nonfinite.fill_(
         _C.adamw_ema_step(
-            [x.data_ptr() for x in (student, grad, exp_avg, exp_avg_sq, teacher)] + copies,
-            [DTYPES[grad.dtype]] + [0 if copy is None else DTYPES[copy.dtype] for copy in (student_16, teacher_16)],
+            [0 if x is None else x.data_ptr() for x in (student, grad, exp_avg, exp_avg_sq, teacher, *optional)],
+            dtypes,
             offsets,
             [x.data_ptr() for x in (steps, decayed, frozen)],
             [float(x) for x in (lr, weight_decay, momentum, clip_norm, beta1, beta2, eps)],
+            [0, 0] if student_rows is None else list(student_rows.shape),
             torch.get_num_threads(),
         )
     )

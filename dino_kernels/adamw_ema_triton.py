@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._triton import argument, blend, blend_arguments, owner, scalar
+from dino_kernels.adamw_ema import last_layer
+from dino_kernels.weight_norm_triton import forward_triton
 
 __all__ = ["step_triton"]
 
@@ -117,8 +119,8 @@ def _table(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, int,
 
 
 def step_triton(
-    student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, offsets, steps, decayed, frozen,
-    nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps,
+    student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets, steps,
+    decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps,
 ):  # fmt: skip
     table, blocks, aligned = _table(tuple(offsets), student.device)
     segments = len(offsets) - 1
@@ -134,3 +136,6 @@ def step_triton(
         student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, table, frozen, steps, factors, nonfinite,
         *blend_arguments(momentum), segments, beta1, beta2, 1 - beta1, 1 - beta2, eps, **layout,
     )  # fmt: skip
+    for rows, weights in ((student_rows, student), (teacher_rows, teacher)):
+        if rows is not None:
+            forward_triton(rows, *last_layer(weights, offsets, rows))

@@ -13,8 +13,16 @@ from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
 from dino_kernels._ops import custom_op
+from dino_kernels.linear import fits_tiles
 
-__all__ = ["weight_norm_", "weight_norm_backward_", "weight_norm_backward_reference_", "weight_norm_reference_"]
+__all__ = [
+    "weight_norm_",
+    "weight_norm_backward_",
+    "weight_norm_backward_reference_",
+    "weight_norm_product_backward_",
+    "weight_norm_product_backward_reference_",
+    "weight_norm_reference_",
+]
 
 
 def weight_norm_(out: Tensor, v: Tensor, g: Tensor) -> Tensor:
@@ -85,6 +93,47 @@ def _check(named: dict[str, Tensor], any_width: set[str]) -> None:
             )
 
 
+def weight_norm_product_backward_(
+    grad_v: Tensor, grad_g: Tensor | None, grad: Tensor, x: Tensor, v: Tensor, g: Tensor, *, fresh: bool = False
+) -> None:
+    """Adds the gradients of `weight_norm_`'s arguments into buffers, from those of the logits x w^T.
+
+    The gradient of w, as large as w, is made a part at a time, and never there as a whole.
+
+    Args:
+        grad_v, grad_g, v, g: as in `weight_norm_backward_`.
+        grad: gradient of the logits [T, K], float32, float16 or bfloat16, contiguous.
+        x: what the logits were made of [T, D], of the dtype of grad, contiguous.
+        fresh: grad_v is written in place of added to, so that nobody need clear it.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride that does not fit the above.
+    """
+    fits = grad.ndim == x.ndim == 2 and len(grad) == len(x) and [grad.shape[1], x.shape[1]] == list(v.shape)
+    if not fits or grad.dtype not in DTYPES or x.dtype != grad.dtype or grad.device != v.device:
+        raise ValueError(
+            f"grad and x must have shapes [T, {v.shape[0]}] and [T, {v.shape[-1]}], one dtype of float32, float16 and "
+            f"bfloat16 and be on {v.device}, got {list(grad.shape)}, {grad.dtype} on {grad.device} and "
+            f"{list(x.shape)}, {x.dtype}"
+        )
+    if not grad.is_contiguous() or not x.is_contiguous():
+        raise ValueError(f"grad and x must be contiguous, got strides {list(grad.stride())} and {list(x.stride())}")
+    _check({"v": v, "g": g, "grad_v": grad_v, "grad_g": g if grad_g is None else grad_g}, set())
+    torch.ops.dino_kernels.weight_norm_product_backward_(
+        grad_v, grad_g, grad.detach(), x.detach(), v.detach(), g.detach(), fresh
+    )
+
+
+@torch.no_grad()
+def weight_norm_product_backward_reference_(
+    grad_v: Tensor, grad_g: Tensor | None, grad: Tensor, x: Tensor, v: Tensor, g: Tensor, *, fresh: bool = False
+) -> None:
+    """`weight_norm_product_backward_` in plain PyTorch."""
+    if fresh:
+        grad_v.zero_()
+    weight_norm_backward_reference_(grad_v, grad_g, grad.t() @ x, v, g)
+
+
 # --- registration ------------------------------------------------------------------------------------
 
 
@@ -114,7 +163,38 @@ def _(grad_v, *others):
         backward_triton(grad_v, *others)
 
 
+@custom_op("weight_norm_product_backward_", mutates_args=("grad_v", "grad_g"))
+def _product_backward_(
+    grad_v: Tensor, grad_g: Tensor | None, grad: Tensor, x: Tensor, v: Tensor, g: Tensor, fresh: bool
+) -> None:
+    _product_backward_cpu(grad_v, grad_g, grad, x, v, g, fresh)
+
+
+@_product_backward_.register_kernel("cuda")
+def _(*args):
+    _product_backward(*args)
+
+
+_PART = 8192  # rows
+
+
+def _product_backward(grad_v, grad_g, grad, x, v, g, fresh):
+    for begin in range(0, len(v), _PART):
+        part = slice(begin, begin + _PART)
+        if fresh:
+            grad_v[part].zero_()  # while it is in cache
+        grad_w = grad[:, part].t() @ x
+        _backward_(grad_v[part], None if grad_g is None else grad_g[part], grad_w, v[part], g[part])
+
+
 # --- CPU ---------------------------------------------------------------------------------------------
+
+
+def _product_backward_cpu(grad_v, grad_g, grad, x, v, g, fresh):
+    if not fits_tiles(grad, x) or len(x) > 1024:
+        return _product_backward(grad_v, grad_g, grad, x, v, g, fresh)
+    addresses = [t.data_ptr() for t in (grad, x, v, g, grad_v)] + [0 if grad_g is None else grad_g.data_ptr()]
+    _C.weight_norm_product_backward(addresses, fresh, len(x), *v.shape, torch.get_num_threads())
 
 
 def _forward_cpu(out, v, g):

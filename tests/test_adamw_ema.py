@@ -33,6 +33,35 @@ def state(device="cpu", sizes=SIZES, dtype=torch.float32, frozen=(), grad_dtype=
     }
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frozen", [(), (2,), (1, 2)])
+def test_rows_of_a_weight_normed_layer(device, dtype, frozen):
+    """K = 37 rows of 40 channels in segments of 48 and 1536, which both are padded; they are the new weights'."""
+    x = state(device, [64, 48, 1536], frozen=frozen)
+    plain = clone(x)
+    rows = tuple(torch.full((37, 40), 7.0, dtype=dtype, device=device) for _ in range(2))
+    adamw_ema_step_(**x, **HYPER, rows=rows)
+    adamw_ema_step_(**plain, **HYPER)
+    for name in ("student", "exp_avg", "exp_avg_sq", "teacher"):
+        assert torch.equal(x[name][: 112 + 37 * 40], plain[name][: 112 + 37 * 40])
+    assert torch.equal(x["student_16"][:112], plain["student_16"][:112])
+    for out, net in zip(rows, ("student", "teacher"), strict=True):
+        v = x[net][112 : 112 + 37 * 40].double().view(37, 40)
+        exact = x[net][64 : 64 + 37].double().view(-1, 1) * v / v.norm(dim=1, keepdim=True)
+        # Triton's interpreter cuts bfloat16 off.
+        assert_as_accurate(out, exact.to(dtype), exact, floor=1e-3 if dtype == torch.bfloat16 else 3e-7)
+
+
+def test_rows_stay_where_a_step_is_refused(device):
+    x = state(device, [8, 16, 64])
+    rows = tuple(torch.empty(16, 4, device=device) for _ in range(2))
+    adamw_ema_step_(**x, **HYPER, rows=rows)
+    before = [row.clone() for row in rows]
+    x["grad"][3] = float("inf")
+    adamw_ema_step_(**x, **HYPER, rows=rows)
+    assert x["nonfinite"] == 1 and all(torch.equal(a, b) for a, b in zip(rows, before, strict=True))
+
+
 def clone(x, dtype=None):
     wide = {name for name, value in x.items() if isinstance(value, torch.Tensor) and value.dtype == torch.float32}
     return {
@@ -184,6 +213,7 @@ def test_any_number_of_threads_gives_the_same(threads):
 def test_opcheck_and_compile(device):
     x = state(device, [5, 16])
     args = [x[name] for name in ("student", "grad", "exp_avg", "exp_avg_sq", "teacher", "student_16", "teacher_16")]
+    args += [torch.empty(2, 4, device=device), torch.empty(2, 4, device=device)]  # rows: segments of 5 and 16 hold them
     args += [x[name] for name in ("offsets", "steps", "decayed", "frozen", "nonfinite")]
     settings = [torch.tensor(value, device=device) for value in (0.01, 0.1, 0.9)]
     torch.library.opcheck(torch.ops.dino_kernels.adamw_ema_step_.default, (*args, *settings, 3.0, 0.9, 0.999, 1e-8))
@@ -213,6 +243,8 @@ def test_opcheck_and_compile(device):
         ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
         ({"clip_norm": 0.0}, "clip_norm must be > 0 or None, got 0.0"),
         ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
+        ({"rows": (torch.zeros(5, 1),) * 2}, r"the lengths of the last two segments, 4 and 5; got \[\(\[5, 1\]"),
+        ({"rows": (torch.zeros(4, 1), torch.zeros(3, 1))}, "rows must be two contiguous tensors"),
     ],
 )
 def test_bad_input(change, message):

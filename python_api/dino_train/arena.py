@@ -76,15 +76,21 @@ class Arena:
                 copies.copy_(self.flat[net])
 
     def materialize(self) -> None:
-        """Renew the weight-normed layers, after weights and copies changed."""
+        """Renew the weight-normed layers, where the optimizer's pass did not."""
         for layer in self.last_layers:
             layer.materialize()
 
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Of both weight-normed layers, whose norms and directions are the last two parameters."""
+        student, teacher = self.last_layers
+        parameters = list(self.parameters.values())
+        assert parameters[-2] is student.weight_g and parameters[-1] is student.weight_v
+        assert student.rows is not None and teacher.rows is not None
+        return student.rows, teacher.rows
+
     def clear_grad(self) -> None:
         """Zero the gradient; a last layer's, the largest part by far, when it is next added to."""
-        student = self.last_layers[0]
-        assert list(self.parameters.values())[-1] is student.weight_v
-        student.stale = True
+        self.last_layers[0].stale = True
         self.grad[: self.offsets[-2]].zero_()
 
     def freeze(self, layer: nn.Module, frozen: bool) -> None:
@@ -143,6 +149,7 @@ class AdamWithEMA:
             clip_norm=self.clip_norm,
             student_16=arena.copies["student"],
             teacher_16=arena.copies["teacher"],
+            rows=arena.rows(),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,6 +197,7 @@ class TorchWithEMA:
         self.optimizer.step()
         ema_update_([self.arena.flat["teacher"]], [self.arena.flat["student"]], momentum)
         self.arena.copy()
+        self.arena.materialize()
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()

@@ -17,7 +17,7 @@ from dino_kernels import (
     linear,
     mlp,
     weight_norm_,
-    weight_norm_backward_,
+    weight_norm_product_backward_,
 )
 
 
@@ -131,18 +131,11 @@ class _WeightNormProduct(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         (x,) = ctx.saved_tensors
         layer, v, g = ctx.layer, ctx.layer.weight_v, ctx.layer.weight_g
-        # In parts: the gradient of W, as large as W, is never there as a whole, and that of v is cleared in cache.
-        for begin in range(0, len(v) if v.requires_grad else 0, _PART):
-            part = slice(begin, begin + _PART)
-            if layer.stale:
-                v.grad[part].zero_()
-            grad_rows = grad[:, part].t() @ x
-            weight_norm_backward_(v.grad[part], g.grad[part] if g.requires_grad else None, grad_rows, v[part], g[part])
-        layer.stale = False
+        if v.requires_grad:
+            grad_g = g.grad if g.requires_grad else None
+            weight_norm_product_backward_(v.grad, grad_g, grad, x, v, g, fresh=layer.stale)
+            layer.stale = False
         return linear(grad, layer.rows, transposed=True) if ctx.needs_input_grad[0] else None, None, None, None
-
-
-_PART = 8192
 
 
 class WeightNormLinear(nn.Module):

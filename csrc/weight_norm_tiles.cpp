@@ -1,0 +1,62 @@
+// Gradients of a weight-normed layer's v and g from those of its logits, by matrix tiles (AMX): the gradient of its
+// rows w, as large as they are, is made 32 rows at a time and never written. Formulas in dino_kernels/weight_norm.py.
+#include <cmath>
+
+#include "tile_products.h"
+
+namespace dino {
+#if defined(DINO_HAS_AMX)
+namespace {
+
+DINO_INLINE inline float dot(const float* x, const float* y, int64_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += x[j] * y[j];
+    return sum;
+}
+
+// Of rows [first, + 32), whose gradients of w are grad_w [32, channels].
+DINO_MULTIVERSION
+void finish_rows(const WeightNormProductBackwardArgs& a, int64_t first, const float* grad_w) {
+    int64_t n = a.channels;
+    for (int64_t row = first; row < first + kPanel; ++row, grad_w += n) {
+        const float* v = a.v + row * n;
+        float* grad_v = a.grad_v + row * n;
+        float inverse = 1 / std::sqrt(dot(v, v, n)), along = dot(grad_w, v, n) * inverse;
+        float scale = a.g[row] * inverse, pull = along * inverse;
+        if (a.fresh) {
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) grad_v[j] = scale * (grad_w[j] - pull * v[j]);
+        } else {
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) grad_v[j] += scale * (grad_w[j] - pull * v[j]);
+        }
+        if (a.grad_g) a.grad_g[row] += along;
+    }
+}
+
+}  // namespace
+
+void weight_norm_product_backward(const WeightNormProductBackwardArgs& a) {
+    static thread_local Buffer buffer;
+    Kind kind = kind_of(DType::bf16, 2);
+    int64_t pairs = padded((a.tokens + 1) / 2), n = a.channels;
+    float* x = buffer.fit(pairs * n);  // by panels [pairs, 32]
+    for (int64_t j = 0; j < n; j += kPanel)
+        pair_rows_of(static_cast<const uint16_t*>(a.x), n, a.tokens, j, x + j * pairs);
+    parallel_for(a.rows / kPanel, a.threads, [&](int64_t i) {
+        static thread_local Buffer grads, grads_turned, sums;
+        TileUse tiles(kind);
+        float *grad = grads.fit(pairs * kPanel), *turned = grads_turned.fit(pairs * kPanel), *c = sums.fit(kPanel * n);
+        pair_rows_of(static_cast<const uint16_t*>(a.grad), a.rows, a.tokens, i * kPanel, grad);
+        transpose(grad, pairs, kPanel, turned, pairs);
+        for (int64_t j = 0; j < n; j += kPanel)
+            product(kind, kPanel, kPanel, {pairs, pairs, 1, kPanel, n}, turned, x + j * pairs, c + j);
+        finish_rows(a, i * kPanel, c);
+    });
+}
+#else
+void weight_norm_product_backward(const WeightNormProductBackwardArgs&) {}
+#endif
+
+}  // namespace dino
