@@ -10,16 +10,11 @@ namespace {
 
 constexpr DType kBF16 = DType::bf16;
 
-// c [rows, 32] = gelu(c + bias), or of c rounded as it was kept where that is given
-DINO_BF16 void activate(float* c, int64_t rows, const float* bias, const uint16_t* kept, int64_t stride) {
+// c [rows, 32] = gelu(c + bias), of c as `finish` rounds it
+DINO_BF16 void activate(float* c, int64_t rows, const float* bias) {
     for (int64_t i = 0; i < rows; ++i, c += kPanel)
-        if (kept) {
 #pragma omp simd
-            for (int64_t j = 0; j < kPanel; ++j) c[j] = gelu<kBF16>(bf16_to_float(kept[i * stride + j]) + bias[j]);
-        } else {
-#pragma omp simd
-            for (int64_t j = 0; j < kPanel; ++j) c[j] = gelu<kBF16>(c[j] + bias[j]);
-        }
+        for (int64_t j = 0; j < kPanel; ++j) c[j] = gelu<kBF16>(rounded<kBF16>(c[j]) + bias[j]);
 }
 
 // Gradients c [rows, 32] of gelu's output become those of its input, whose sums are added to `sums`; `out` is the
@@ -45,12 +40,8 @@ void forward_block(const MlpArgs& a, const Kind& kind, const float* packed1, con
     auto active = reinterpret_cast<uint16_t*>(between.fit(kBlock * n / 2));
     for (int64_t j = 0; j < n; j += kPanel)
         by_tiles(kind, x, rows, width, packed1 + j * width, c, [&](int64_t i, int64_t count, float* c) {
-            uint16_t* kept = a.hidden ? static_cast<uint16_t*>(a.hidden) + (first + i) * n + j : nullptr;
-            if (kept) {
-                next_panel(kept, count, n, true);
-                finish(c, count, nullptr, kept, n);
-            }
-            activate(c, count, a.bias1 + j, kept, n);
+            if (a.hidden) finish<true>(c, count, nullptr, static_cast<uint16_t*>(a.hidden) + (first + i) * n + j, n);
+            activate(c, count, a.bias1 + j);
             finish(c, count, nullptr, active + i * n + j, n);
         });
     for (int64_t j = 0; j < a.channels; j += kPanel)
