@@ -113,14 +113,17 @@ def serve(connection: Connection, name: str, setting: Setting, options: argparse
         return {"ms": ms, "phases": dict(timer.ms), "loss": getattr(result, "loss", result), "others_cpu_ms": others}
 
     steps = count(FIRST_STEP)
-    for _ in range(options.warmup):
+    take(next(steps), False)
+    if cuda:  # compilers and convolutions have tried what they try; the capture of a graph is yet to come
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(options.warmup - 1):
         take(next(steps), False)
     connection.send(torch.get_num_threads())
     busy = time.process_time()
     while (phases := connection.recv()) is not None:
         idle_cpu = time.process_time() - busy  # what threads of a finished step spend on waiting
         answer = take(next(steps), phases)
-        # Since the first step: a replayed graph allocates nothing, so later ones would hide what ours holds.
+        # Since the second step: a replayed graph allocates nothing, so timed ones would hide what ours holds.
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_resident_mib()
         connection.send(answer | {"peak_mib": peak, "idle_cpu_ms": 1e3 * idle_cpu})
         busy = time.process_time()

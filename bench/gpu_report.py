@@ -320,7 +320,7 @@ STEP_METHOD = """\
 One whole training step: 64 images, 2 + 8 crops already on the device, K = 65536. Ours in bfloat16, as one CUDA graph;
 reference: facebookresearch/dino's step, in float16 under autocast with a gradient scaler as it ships; stock: bfloat16
 autocast, SDPA, torch.compile, fused AdamW. Each in a process of its own, one after the other; ms from the call until
-the device is done, median of the timed steps, all of which results.json has; peak: the most allocated from the first
+the device is done, median of the timed steps, all of which results.json has; peak: the most allocated from the second
 step on."""
 
 
