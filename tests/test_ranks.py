@@ -64,13 +64,13 @@ def job(images: Path, output: Path, act: str = "", **changes: object) -> list[st
     return [str(output.parent / "rank.py"), act, str(output), "--resume", *flags]
 
 
-def run_both(command: list[str], **environment: str) -> tuple[list[int], str]:
+def run_both(command: list[str]) -> tuple[list[int], str]:
     """Exit codes of two ranks started by hand, and what they said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    environment = {**os.environ, **group, "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, **group, "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, *command],
