@@ -3,10 +3,11 @@
     python bench/gpu.py --output gpu-results                  (or: make gpu OUT=gpu-results)
     python bench/gpu.py --toy --device cpu --output DIR       a trial run without a GPU: its numbers mean nothing
 
-Builds in place, runs the ops' tests on the card, measures the two ceilings (copy and matrix product) and then the cases
-of gpu_cases.py in the order of importance, as far as the time goes. The folder gets results.json and results.md, both
-complete after every case, results.png, and what build, tests and cases said (*.log). Needs no network, and of Python
-packages torch, triton, numpy, pytest, ninja; matplotlib draws the plot where it is there.
+Builds in place, runs the ops' tests on the card, measures whole training steps (gpu_steps.py), the two ceilings (copy
+and matrix product) and then the cases of gpu_cases.py in the order of importance, as far as the time goes. The folder
+gets results.json and results.md, both complete after every case, results.png, and what build, tests, steps and cases
+said (*.log). Needs no network, and of Python packages torch, triton, numpy, pytest, ninja; matplotlib draws the plot
+where it is there.
 """
 
 import argparse
@@ -26,11 +27,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import gpu_report
+import gpu_steps
 from gpu_report import OURS
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_SECONDS = 510  # for everything but the plot: ends in less than nine minutes
 TEST_SECONDS = 180  # at most, for the tests
+STEP_SECONDS = 200  # at most, for whole steps before the cases; those it cut off get what the cases leave
 CASE_SECONDS = 150  # at most, for one case
 PROVIDER_SECONDS = 45  # at most, until a provider is compiled
 TIMING_SECONDS = 2.0  # for the rounds of one case
@@ -302,12 +305,16 @@ def work(folder: Path, device: str, toy: bool, deadline: float) -> None:
     gpu_report.write(folder, results)
 
 
+def environment() -> dict[str, str]:
+    """In which this tree's packages are found."""
+    paths = [str(ROOT), str(ROOT / "python_api"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def run_cases(folder: Path, arguments: list[str], deadline: float) -> None:
     """In a process of their own, and the rest in another where one breaks the device, hangs or dies."""
-    paths = [str(ROOT), str(ROOT / "python_api"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, __file__, "--output", str(folder), "--deadline", str(deadline), *arguments]
-    before = -1
+    env, before = environment(), -1
     while True:
         results = json.loads((folder / "results.json").read_text())
         if "complete" in results or len(results["cases"]) == before:  # the latter: dies before the next case
@@ -367,8 +374,10 @@ def main() -> int:
     started = time.time()
     header = describe(options.device, options.toy)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cases.log").write_text("")
-    results = {"header": header, "build": "skipped: on a GPU only", "tests": [], "ceilings": None, "cases": {}}
+    for log in ("cases.log", "steps.log"):
+        (folder / log).write_text("")
+    results = {"header": header, "build": "skipped: on a GPU only", "tests": [], "ceilings": None}
+    results |= {"cases": {}, "steps": {}}
     if options.device == "cuda":
         results["build"] = build(folder)
         gpu_report.write(folder, results)
@@ -378,9 +387,11 @@ def main() -> int:
         results["tests"] = run_tests(test_files(), folder, TEST_SECONDS)
         print(*gpu_report.test_lines(results["tests"]), sep="\n", flush=True)
     gpu_report.write(folder, results)
-    arguments = ["--device", options.device, *["--toy"] * options.toy]
-    run_cases(folder, arguments, started + TOTAL_SECONDS)
+    deadline = started + TOTAL_SECONDS
+    gpu_steps.measure_steps(folder, results, min(deadline, time.time() + STEP_SECONDS), environment())
+    run_cases(folder, ["--device", options.device, *["--toy"] * options.toy], deadline)
     results = json.loads((folder / "results.json").read_text())
+    gpu_steps.measure_steps(folder, results, deadline, environment())
     print(*gpu_report.target_lines(results), sep="\n")
     print(f"{time.time() - started:.0f} s; results: {folder}; {gpu_report.plot(folder / 'results.png', results)}")
     return int(any(test["failed"] for test in results["tests"]) or "complete" not in results)

@@ -172,10 +172,12 @@ def start_weights(setting: Setting) -> dict[str, Tensor]:
 
 
 class Reference:
-    """`dtype` is that of the autocast: the reference trains in float16 on a GPU and knows no CPU."""
+    """`dtype` is that of the autocast: the reference trains in float16, with a gradient scaler, on a GPU and knows no
+    CPU."""
 
     def __init__(self, setting: Setting, weights: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
         self.setting, self.phase_hook = setting, None
+        torch.backends.cudnn.benchmark = True  # as main_dino.py sets it
         self.dtype = dtype or (torch.float16 if setting.device == "cuda" else torch.float32)
         self.scaler = torch.amp.GradScaler(setting.device, enabled=self.dtype == torch.float16)
         self.student, self.teacher = (net.to(setting.device) for net in self.nets())

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_step
 import pytest
 import torch
 from bench_step import ours
-from step_peers import FIRST_STEP, PEERS, PHASES, Setting, start_weights
+from step_peers import FIRST_STEP, PEERS, PHASES, Reference, Setting, start_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ["--arch", "vit_nano", "--batch", "2", "--local-crops", "2", "--out-dim", "256", "--threads", "2"]
@@ -53,3 +54,47 @@ def test_peers_take_the_same_steps_as_ours(peer):
         difference = (mine.teacher.state_dict()[name] - weight).norm() / (weight - weights[name]).norm().clamp_min(1e-6)
         # A key bias has no gradient but rounding, which AdamW scales up.
         assert difference < 0.002 or name.endswith("qkv.bias"), f"{name} differs by {difference:.1e} of its change"
+
+
+SMALL = {"patch": 8, "global_size": 32, "local_size": 16, "hidden": 64, "local_crops": 2, "out_dim": 256}
+
+
+def test_the_reference_in_float16_scales_its_loss_and_skips_what_overflows():
+    """As it trains on a GPU, here on a CPU."""
+    setting = Setting("vit_nano", 2, "cpu", **SMALL, drop_path=0.0, lr=0.1)
+    weights = start_weights(setting)
+    half, full = Reference(setting, weights, torch.float16), Reference(setting, weights)
+    assert half.scaler.is_enabled() and not full.scaler.is_enabled()
+    # So small a net's gradients overflow at the 65536 that it begins with.
+    half.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    seen = []
+    half.phase_hook = lambda phase: phase == "teacher" and seen.append(torch.is_autocast_enabled("cpu"))
+    for step in range(FIRST_STEP, FIRST_STEP + 3):
+        crops = setting.crops(step)
+        assert half.step(step, crops) == pytest.approx(full.step(step, crops), rel=1e-3)
+    assert seen == [True] * 3 and half.scaler.get_scale() == 256
+    before = [p.clone() for p in half.student.parameters()]
+    half.scaler.update(2.0**100)
+    half.step(FIRST_STEP + 3, setting.crops(3))
+    assert all(torch.equal(a, b) for a, b in zip(before, half.student.parameters(), strict=True))
+    assert half.scaler.get_scale() < 2.0**100
+
+
+def test_on_a_gpu_no_provider_holds_memory_while_another_is_measured(monkeypatch):
+    turns = []
+
+    def take_turns(setting, names, options):
+        turns.append(names)
+        return {name: {"step_ms": 1.0} for name in names}
+
+    monkeypatch.setattr(bench_step, "take_turns", take_turns)
+    for device, expected in (("cpu", [["ours", "stock"]]), ("cuda", [["ours"], ["stock"]])):
+        turns.clear()
+        rows = bench_step.measure(Setting("vit_nano", 2, device), ["ours", "stock"], None)
+        assert turns == expected and list(rows) == ["ours", "stock"]
+
+
+@pytest.mark.parametrize("device, given, expected", [("cpu", [], 2), ("cuda", [], 6), ("cuda", ["--warmup", "4"], 4)])
+def test_steps_before_the_timed_ones(monkeypatch, device, given, expected):
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--device", device, *given])
+    assert bench_step.parse().warmup == expected

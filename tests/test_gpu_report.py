@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import gpu
 import gpu_cases
 import gpu_report
+import gpu_steps
 import pytest
 import torch
 from dino_train.model import build_model
@@ -32,7 +33,8 @@ def row(provider=OURS, ms=1.0, note="", error=1e-3, **values):
 
 def results_of(*rows, case="case", **header):
     cases = {case: {"rows": gpu_report.finish_rows(list(rows), CEILINGS), "problem": ""}}
-    return {"header": {**HEADER, **header}, "build": "done", "tests": [], "ceilings": CEILINGS, "cases": cases}
+    results = {"header": {**HEADER, **header}, "build": "done", "tests": [], "ceilings": CEILINGS}
+    return {**results, "cases": cases, "steps": {}}
 
 
 def judge(part, *rows, **header):
@@ -101,6 +103,8 @@ P = gpu_report.Part
         (P("", "case", "", 1, gpu_report.repeats), ("1", "met")),
         (P("", "case", "", 1, gpu_report.excess_error, at_most=True), ("0.5", "met")),
         (P("", "other", "", 1, gpu_report.floors), ("-", "not measured: not reached")),
+        (P("", "case", "", 0.5, gpu_report.share_of_peak("reference"), at_most=True), ("1", "not met")),
+        (P("", "case", "", 0.5, gpu_report.share_of_peak("absent"), at_most=True), ("-", "not measured: no peer ran")),
     ],
 )
 def test_verdicts(part, expected):
@@ -190,11 +194,99 @@ def test_every_target_names_a_case_and_providers_that_exist(monkeypatch):
     monkeypatch.setattr(gpu.HostTimer, "waits", lambda self, call: False)
     results = results_of()
     parts = gpu_report.target_parts(list(CASES))
-    for name in {part.case for part in parts}:
+    rows = [step_row(provider) for provider in gpu_steps.PROVIDERS]
+    results["steps"] = {case: {"rows": rows, "problem": ""} for case in gpu_steps.NETS}
+    for name in {part.case for part in parts} - set(gpu_steps.NETS):
         rows = gpu.measure(CASES[name], "cpu", gpu.HostTimer())
         results["cases"][name] = {"rows": gpu_report.finish_rows(rows, CEILINGS), "problem": ""}
     for part in parts:
         assert gpu_report.verdict(part, results)[1] in ("met", "not met"), part
+
+
+# --- whole steps -------------------------------------------------------------------------------------
+
+
+def step_row(provider, ms=10.0, peak_mib=100.0, losses=(11.0, 10.0), note=""):
+    row = {"provider": provider, "ms": ms, "images_per_s": 64e3 / ms, "peak_mib": peak_mib}
+    return {**row, "all_step_ms": [ms - 1, ms, ms + 5], "losses": list(losses), "note": note}
+
+
+def step_verdicts(*rows, gpu_name="NVIDIA H100"):
+    results = results_of(gpu=gpu_name)
+    gpu_report.mark_wrong_losses(list(rows))
+    results["steps"] = {"step ViT-S/16": {"rows": list(rows), "problem": ""}}
+    parts = [part for part in gpu_report.target_parts([]) if part.target == "S1"]
+    assert [(p.case, p.limit) for p in parts] == [
+        *(("step ViT-S/16", limit) for limit in (20, 3, 1.5, 0.5)),
+        *(("step ViT-B/16", limit) for limit in (60, 2, 1.3, 0.5)),
+    ]
+    assert all(gpu_report.verdict(part, results)[1] == "not measured: not reached" for part in parts[4:])
+    return [gpu_report.verdict(part, results) for part in parts[:4]], "\n".join(gpu_report.step_lines(results["steps"]))
+
+
+def test_targets_of_a_whole_step():
+    reference, stock = step_row("reference", 40.0, 250.0), step_row("stock", 14.0)
+    verdicts, table = step_verdicts(step_row(OURS), reference, stock)
+    assert verdicts == [("10", "not judged: written for H200"), ("4", "met"), ("1.4", "not met"), ("0.4", "met")]
+    assert "| step ViT-S/16 | reference | 1600 | 40 | 39 | 45 | 250 | 10.5 |  |" in table
+    assert step_verdicts(step_row(OURS), reference, stock, gpu_name="NVIDIA H200")[0][0] == ("10", "met")
+
+
+@pytest.mark.parametrize(
+    "mine, expected",
+    [
+        ({"losses": [float("nan")] * 2}, "not met: wrong values: a loss of nan, not 10.5"),
+        ({"losses": [9.0, 9.0]}, "not met: wrong values: a loss of 9, not 10.5"),
+        ({"losses": [], "note": "not available: RuntimeError: x"}, "not met: not available: RuntimeError: x"),
+        ({"losses": [], "note": "skipped: the time was spent"}, "not measured: skipped: the time was spent"),
+    ],
+)
+def test_a_step_that_failed_meets_nothing_and_a_skipped_one_is_not_judged(mine, expected):
+    verdicts, table = step_verdicts(step_row(OURS, **mine), step_row("reference", 40.0), step_row("stock"))
+    assert verdicts == [("-", expected)] * 4 and expected.partition(": ")[2] in table
+
+
+def test_steps_are_added_in_the_order_of_importance_and_only_once(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(options, name, folder, seconds, env):
+        asked.append((options[1], name))
+        assert seconds <= gpu_steps.PROVIDER_SECONDS and options[-4:] == ["--device", "cuda", "--providers", name]
+        if name == "stock" and len(asked) < 7:
+            return {"note": "skipped: the time was spent"}
+        return {"ms": 20.0, "peak_mib": 1.0, "losses": [11.0]}
+
+    monkeypatch.setattr(gpu_steps, "measure_step", measured)
+    results = results_of()
+    for _ in range(3):
+        gpu_steps.measure_steps(tmp_path, results, time.time() + 200, {})
+        results = json.loads((tmp_path / "results.json").read_text())
+    nets = ("vit_small", "vit_base")
+    order = [(net, name) for name in ("ours", "reference", "stock") for net in nets]
+    assert asked == order + order[4:]  # the skipped ones again, and nothing a third time
+    for step in results["steps"].values():
+        assert [row["ms"] for row in step["rows"]] == [20.0] * 3
+
+
+def test_a_step_that_fails_hangs_or_comes_too_late_is_noted(tmp_path, monkeypatch):
+    script = tmp_path / "bench.py"
+    monkeypatch.setattr(gpu_steps, "BENCH", script)
+
+    def note(text, seconds=60):
+        script.write_text(text)
+        return gpu_steps.measure_step(["--arch", "x"], "ours", tmp_path, seconds, dict(os.environ))["note"]
+
+    two_lines = "raise RuntimeError('CUDA error: out of luck\\nsome advice')"
+    assert note(two_lines) == "not available: RuntimeError: CUDA error: out of luck"
+    assert note("import sys; sys.exit('ours failed, see above')") == "not available: ours failed, see above"
+    assert note("import os; os.abort()") == "not available: no message"
+    assert note("", seconds=10) == "skipped: the time was spent"
+    monkeypatch.setattr(gpu_steps, "LEAST_SECONDS", 0)
+    hangs = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    started = time.time()
+    assert note(hangs, seconds=2) == "skipped: no result after 2 s, see steps.log"
+    assert time.time() - started < 20  # and with it ended what it had started, which held its output
+    assert "out of luck\nsome advice" in (tmp_path / "steps.log").read_text()
 
 
 # --- the timer of a GPU, on one that only keeps a diary ------------------------------------------------
@@ -265,10 +357,13 @@ def test_a_run_on_a_gpu_builds_and_tests_first(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "build", lambda folder: "done, 5 s")
     monkeypatch.setattr(gpu, "run_tests", lambda files, folder, seconds: [test])
     monkeypatch.setattr(gpu, "run_cases", lambda folder, arguments, deadline: asked.append((arguments, deadline)))
+    steps = []
+    monkeypatch.setattr(gpu_steps, "measure_steps", lambda *arguments: steps.append(arguments[2] - time.time()))
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path)])
     assert gpu.main() == 1  # a test failed
     ((arguments, deadline),) = asked
     assert arguments == ["--device", "cuda"] and 0 < deadline - time.time() <= gpu.TOTAL_SECONDS < 9 * 60
+    assert steps[0] <= gpu.STEP_SECONDS < steps[1] <= gpu.TOTAL_SECONDS  # once more with what the cases left
     text = (tmp_path / "results.md").read_text()
     assert "* build: done, 5 s" in text and "test_a: no" in text and "not measured: not reached" in text
     monkeypatch.setattr(gpu, "build", lambda folder: "failed, see build.log")
@@ -281,7 +376,8 @@ def test_a_run_on_a_gpu_builds_and_tests_first(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    results = {"header": {**HEADER, "device": "cpu"}, "build": "", "tests": [], "ceilings": None, "cases": {}}
+    results = {"header": {**HEADER, "device": "cpu"}, "build": "", "tests": [], "ceilings": None}
+    results |= {"cases": {}, "steps": {}}
     gpu_report.write(tmp_path, results)
     return tmp_path
 
@@ -361,13 +457,22 @@ def test_the_tests_of_all_ops_are_found():
     assert "test_train.py" not in names
 
 
-def test_a_whole_trial_run(tmp_path):
+def test_a_whole_trial_run_without_the_trainers_libraries(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules.update(dict.fromkeys(('tyro', 'tqdm', 'safetensors')))\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, Path(gpu.__file__), "--toy", "--device", "cpu", "--output", tmp_path / "new"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "new/results.json").read_text())
     assert results["header"]["device"] == "cpu" and list(results["cases"]) == list(CASES)
     assert all(case["rows"] for case in results["cases"].values())
+    for case in gpu_steps.NETS:
+        rows = results["steps"][case]["rows"]
+        assert [row["provider"] for row in rows] == list(gpu_steps.PROVIDERS)
+        assert not any(row["note"] for row in rows) and min(row["ms"] for row in rows) > 0, rows
     text = (tmp_path / "new/results.md").read_text()
     assert text.startswith("# NOT A GPU RESULT") and "not measured on a GPU" in text and "| met |" not in text
     assert (tmp_path / "new/results.png").is_file()

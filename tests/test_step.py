@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -165,49 +164,6 @@ def test_two_ranks_are_one_process_of_the_same_batch(tmp_path, changes):
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
     expected = run(replace(PretrainConfig(**SETTINGS), **{k: v for k, v in changes.items() if k != "accumulate"}))
     assert_close(first, expected)
-
-
-_RUN = """
-import json, os, pathlib, signal, sys
-from dino_train import train
-from dino_train.config import PretrainConfig
-values = json.loads(sys.argv[1])
-for name in ("data", "output_dir"):
-    values[name] = pathlib.Path(values[name])
-update, once = train.Learner.step, values["output_dir"] / "died"
-def dying_step(self, step, crops):
-    if step == 7 and os.environ["RANK"] == "1" and not once.exists():
-        once.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return update(self, step, crops)
-train.Learner.step = dying_step
-train.pretrain(PretrainConfig(**values))
-"""
-
-
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_a_rank_that_dies_ends_the_job_or_torchrun_resumes_it(tmp_path, restarts):
-    from dino_train import checkpoint
-    from test_train import make_images
-
-    config = PretrainConfig(
-        **SETTINGS | {"batch_size_per_gpu": 2, "epochs": 3, "out_dim": 64},
-        data=make_images(tmp_path / "images"),
-        output_dir=tmp_path / "run",
-        resume=True,
-        num_workers=0,
-        log_interval=2,
-    )
-    script = tmp_path / "run.py"
-    script.write_text(_RUN)
-    job = torchrun([f"--max-restarts={restarts}", str(script), json.dumps(config.plain())], stderr=subprocess.PIPE)
-    _, errors = job.communicate(timeout=300)
-    if restarts:
-        assert job.returncode == 0, errors
-        assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 15
-    else:
-        assert job.returncode != 0 and f"rank      : 1 (local_rank: 1)\n  exitcode  : {-signal.SIGKILL}" in errors
-        assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 5
 
 
 class StubGraph:

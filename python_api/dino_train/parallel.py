@@ -48,13 +48,13 @@ def barrier() -> None:
         dist.barrier()
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true on any rank; every rank must ask."""
+def largest(values: Sequence[int], device: torch.device) -> list[int]:
+    """The largest of each value over the ranks; every rank must ask."""
     if size() == 1:
-        return flag
-    total = torch.tensor(float(flag), device=device)
-    dist.all_reduce(total)
-    return total.item() > 0
+        return list(values)
+    shared = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.tolist()
 
 
 def gather(rows: Tensor) -> Tensor:

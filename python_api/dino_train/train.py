@@ -73,11 +73,9 @@ class Run:
         self.learner = Learner(config, self.steps_per_epoch, self.device)
         self.bad = BadImages(len(self.train_images), self.batch_size)
         self.bad_held_out = BadImages(len(self.held_out), 0)
-        self.stop_signal: int | None = None
+        self.stop_signal = 0
         self.unread: list[tuple[int, torch.Tensor]] = []  # steps and their losses since these were last read
         self.step = self._resume() if config.resume and self._has_checkpoint() else self._start_fresh()
-        if parallel.rank():  # the same weights everywhere, but each rank its own drop path
-            torch.manual_seed(config.seed + 1_000_003 * parallel.rank() + self.step)
         self.last_saved = time.monotonic()
 
     # --- checkpoints -----------------------------------------------------------------------------
@@ -97,6 +95,8 @@ class Run:
         if parallel.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(json.dumps(self.config.plain(), indent=2) + "\n")
+        else:
+            self._seed_rank(0)
         parallel.barrier()
         return 0
 
@@ -128,10 +128,35 @@ class Run:
             if last.exists():
                 last.replace(last.with_name("last.damaged.pt"))
             path.replace(last)
-        torch.set_rng_state(state["rng"]["torch"])
-        if self.device.type == "cuda" and state["rng"]["cuda"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"][0], self.device)
+        self._set_random_state(state["rng"], step)
         return step
+
+    def _seed_rank(self, step: int) -> None:
+        """The same weights everywhere, but each rank its own drop path."""
+        torch.manual_seed(self.config.seed + 1_000_003 * parallel.rank() + step)
+
+    def _random_states(self) -> dict[str, torch.Tensor]:
+        """Of all ranks, a row each; every rank must ask."""
+        states = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {name: parallel.gather(state[None].to(self.device)).cpu() for name, state in states.items()}
+
+    def _set_random_state(self, saved: dict[str, Any], step: int) -> None:
+        states, rank = torch.atleast_2d(saved["torch"]), parallel.rank()  # earlier versions saved that of rank 0
+        if len(states) != parallel.size():
+            if rank == 0:
+                logger.warning(
+                    "the interrupted run had %d processes and this one has %d: it goes on, but will not be bitwise the "
+                    "same as without the interruption",
+                    len(states),
+                    parallel.size(),
+                )
+            self._seed_rank(step)
+            return
+        torch.set_rng_state(states[rank].clone())  # torch 2.13 crashes at a row that does not begin its storage
+        if self.device.type == "cuda" and len(saved.get("cuda", ())):  # a run on CPUs has none
+            torch.cuda.set_rng_state(saved["cuda"][rank].clone(), self.device)
 
     @cached_property
     def _sampler_state(self) -> dict[str, Any]:
@@ -146,28 +171,28 @@ class Run:
 
     def save(self) -> None:
         """Write last.pt; keys of the reference (main_dino.py:276-284) and what an exact resume needs."""
+        self.last_saved = time.monotonic()  # on all ranks, also if it fails: they decide together when the next is due
         self._check_losses()
-        if parallel.rank():
-            return
         if not torch.stack(torch._foreach_norm(list(self.learner.student.parameters()))).isfinite().all():
             raise NonFiniteLoss(
                 f"the weights are not finite after step {self.step}; they are not saved. {self._advice()}"
             )
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        random_states = self._random_states()
+        if parallel.rank():
+            return
         state = {
             **self.learner.state_dict(),
             "epoch": self.step // self.steps_per_epoch,
             "args": self.config.plain(),
             "step": self.step,
             "sampler": self._sampler_state,
-            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+            "rng": random_states,
         }
         folder = self.config.output_dir
         epoch, within = divmod(self.step, self.steps_per_epoch)
         if self.config.saveckp_freq and not within and epoch and epoch % self.config.saveckp_freq == 0:
             checkpoint.save(state, folder / f"checkpoint{epoch:04d}.pt")  # first: a resumed run does not come back here
         checkpoint.save(state, folder / checkpoint.LAST, previous=folder / checkpoint.PREVIOUS)
-        self.last_saved = time.monotonic()
 
     def try_save(self) -> None:
         """Save during training: a full disk must not end a run that may find room again later."""
@@ -175,7 +200,6 @@ class Run:
             self.save()
         except checkpoint.CheckpointError as error:
             logger.warning("%s; training goes on", error)
-            self.last_saved = time.monotonic()
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -224,27 +248,34 @@ class Run:
             self.unread.append((self.step, result.loss_tensor))
             self.step += 1
             self._log(result)
-            stopping = self._stopping()
+            stopping, save_due = self._requests()
             if self.step % self.steps_per_epoch == 0:
                 # Saved before the evaluation, which can take long; a failure counts at the end only.
                 self.save() if self.step == self.total_steps else self.try_save()
                 if not stopping:
                     self.evaluate()
-            elif time.monotonic() - self.last_saved >= 60 * config.save_minutes:
+            elif save_due:
                 self.try_save()
             if stopping and self.step < self.total_steps:
                 self.save()
                 raise Interrupted(
-                    self.stop_signal or signal.SIGTERM,
+                    stopping,
                     f"stopped at step {self.step} of {self.total_steps}; --resume continues from "
                     f"{config.output_dir / checkpoint.LAST}",
                 )
 
-    def _stopping(self) -> bool:
-        """Whether a signal asks to stop; of several ranks all must hear of it, so they ask where they read anyway."""
-        asked = self.stop_signal is not None
-        ask_all = self.step % self.config.log_interval == 0 or self.step % self.steps_per_epoch == 0
-        return asked if parallel.size() == 1 else ask_all and parallel.any_rank(asked, self.device)
+    def _requests(self) -> tuple[int, int]:
+        """The signal that asks to stop, if any, and whether a checkpoint is due, on any rank: all must act alike.
+
+        GPUs ask each other only where they are read anyway. A CPU's steps are slow, and torchrun kills a rank that has
+        not ended 30 seconds after a signal.
+        """
+        due = time.monotonic() - self.last_saved >= 60 * self.config.save_minutes
+        quiet = self.step % self.config.log_interval and self.step % self.steps_per_epoch
+        if parallel.size() > 1 and self.device.type == "cuda" and quiet:
+            return 0, 0
+        signum, save_due = parallel.largest([self.stop_signal, due], self.device)
+        return signum, save_due
 
     def _advice(self) -> str:
         return (
@@ -255,7 +286,7 @@ class Run:
     def _evaluated(self) -> bool:
         rows = read_metrics(self.config.output_dir)
         done = any(row["step"] == self.step and ("retrieval" in row or "knn10" in row) for row in rows)
-        return parallel.any_rank(done, self.device)
+        return bool(parallel.largest([done], self.device)[0])
 
     def _check_losses(self) -> None:
         """Read the losses that wait on the device. A step whose loss was not finite has changed nothing."""
@@ -338,23 +369,29 @@ def _labelled(images: ImageFolder) -> bool:
 
 
 class _Signals:
-    """While it is entered, the first SIGTERM or Ctrl-C asks the run to stop after its step; a second Ctrl-C kills."""
+    """While it is entered, a SIGTERM or Ctrl-C asks the run to stop after its step; a second Ctrl-C kills.
+
+    Not so under torchrun, which may hand on a signal that has reached its ranks already, as a scheduler's does, and
+    which signals those that are about to end when the first one has.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
+        self.torchrun = torch.distributed.is_torchelastic_launched()
         for signum in (signal.SIGINT, signal.SIGTERM):
             self.before[signum] = signal.signal(signum, self._ask)
 
     def _ask(self, signum: int, frame: object) -> None:
         self.run.stop_signal = signum
-        signal.signal(signum, self.before[signum])
+        if signum == signal.SIGINT and not self.torchrun:
+            signal.signal(signum, self.before[signum])
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for signum, handler in self.before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_IGN if self.torchrun and kind is Interrupted else handler)
 
 
 def pick_device(name: str) -> torch.device:
