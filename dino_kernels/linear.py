@@ -30,12 +30,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed:
     Raises:
         ValueError: a shape or dtype that does not fit the above.
     """
-    outputs, inputs = weight.shape[::-1] if transposed and weight.ndim == 2 else weight.shape[:2]
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != inputs:
+    fits = x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[0 if transposed else 1]
+    if not fits:
         expected = "[D, O]" if transposed else "[O, D]"
         raise ValueError(
             f"x and weight must have shapes [T, D] and {expected}, got {list(x.shape)} and {list(weight.shape)}"
         )
+    outputs = weight.shape[1 if transposed else 0]
     if weight.dtype != x.dtype or (bias is not None and (bias.dtype != x.dtype or list(bias.shape) != [outputs])):
         got = "" if bias is None else f" and bias {bias.dtype} {list(bias.shape)}"
         raise ValueError(

@@ -38,7 +38,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     """
     if x.ndim != 2 or weight1.ndim != 2 or list(weight1.shape) != [len(weight1), x.shape[1]]:
         raise ValueError(
-            f"x and weight1 must have shapes [T, C] and [H, C], got {list(x.shape)}, {list(weight1.shape)}"
+            f"x and weight1 must have shapes [T, C] and [H, C], got {list(x.shape)} and {list(weight1.shape)}"
         )
     hidden, channels = weight1.shape
     if list(weight2.shape) != [channels, hidden] or list(bias1.shape) != [hidden] or list(bias2.shape) != [channels]:

@@ -85,6 +85,10 @@ def test_every_op_is_registered_with_a_fake_and_a_gpu_kernel():
         "add_product_",
         "weight_norm_",
         "weight_norm_backward_",
+        "weight_norm_product_backward_",
+        "linear",
+        "mlp",
+        "mlp_backward_",
     ):
         name = f"dino_kernels::{op}"
         for key in ("CPU", "CUDA", "Meta"):

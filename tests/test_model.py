@@ -30,7 +30,7 @@ def small_vit(dtype=torch.float64, **kwargs):
 def attention_in_float64(monkeypatch):
     """The op takes at most float32."""
     ops = {torch.float64: attention_reference}
-    monkeypatch.setattr("dino_train.model.attention", lambda qkv, *x, **y: ops.get(qkv.dtype, attention)(qkv, *x, **y))
+    monkeypatch.setattr("dino_train.block.attention", lambda qkv, *x, **y: ops.get(qkv.dtype, attention)(qkv, *x, **y))
 
 
 def images(sizes=SIZES, dtype=torch.float64):

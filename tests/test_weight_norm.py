@@ -1,11 +1,14 @@
 import pytest
 import torch
 from checks import DTYPES, assert_as_accurate, use_backend
+from test_linear import tiles  # noqa: F401
 
 from dino_kernels import (
     weight_norm_,
     weight_norm_backward_,
     weight_norm_backward_reference_,
+    weight_norm_product_backward_,
+    weight_norm_product_backward_reference_,
     weight_norm_reference_,
 )
 
@@ -43,6 +46,43 @@ def test_against_float64(device, dtype, outputs, channels):
         results.append(into)
     for ours, theirs, truth in zip(*results, strict=True):
         assert_as_accurate(ours, theirs, truth, 1e-6)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("tokens, outputs, channels", [(40, 96, 64), (37, 8192 + 64, 32), (1, 32, 256), (7, 199, 37)])
+def test_gradients_from_those_of_logits(dtype, fresh, tokens, outputs, channels):
+    v, g, _, grad_v, grad_g = inputs(outputs, channels)
+    make = torch.Generator().manual_seed(tokens)
+    grad, x = (torch.randn(tokens, n, generator=make).to(dtype) for n in (outputs, channels))
+    results = []
+    for op, kind in (
+        (weight_norm_product_backward_, None),
+        (weight_norm_product_backward_reference_, None),
+        (weight_norm_product_backward_reference_, torch.float64),
+    ):
+        into = [t.clone().to(kind) for t in (grad_v, grad_g)]
+        op(*into, *(t.to(kind) for t in (grad, x, v, g)), fresh=fresh)
+        results.append(into)
+    for ours, theirs, truth in zip(*results, strict=True):
+        assert_as_accurate(ours, theirs, truth, 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    without = grad_v.clone()
+    weight_norm_product_backward_(without, None, grad, x, v, g, fresh=fresh)
+    assert torch.equal(without, results[0][0])
+    op = torch.ops.dino_kernels.weight_norm_product_backward_.default
+    torch.library.opcheck(op, (grad_v, grad_g, grad, x, v, g, fresh))
+
+
+def test_gradients_from_those_of_logits_bad_input():
+    v, g, _, grad_v, grad_g = inputs(6, 4)
+    grad, x = torch.zeros(3, 6), torch.zeros(3, 4)
+    with pytest.raises(ValueError, match=r"shapes \[T, 6\] and \[T, 4\].*got \[3, 5\]"):
+        weight_norm_product_backward_(grad_v, grad_g, grad[:, 1:], x, v, g)
+    with pytest.raises(ValueError, match=r"grad and x must be contiguous, got strides \[1, 3\]"):
+        weight_norm_product_backward_(grad_v, grad_g, torch.zeros(6, 3).t(), x, v, g)
+    with pytest.raises(ValueError, match="grad_v"):
+        weight_norm_product_backward_(grad_v.double(), grad_g, grad, x, v, g)
 
 
 def test_gradients_are_those_of_autograd(device):

@@ -1,0 +1,91 @@
+import importlib
+
+import pytest
+import torch
+from checks import DTYPES, assert_as_accurate
+
+from dino_kernels import linear, linear_reference
+
+# (tokens, inputs, outputs): few tokens, blocks of tokens and what is left, units beyond a chunk; two do not fit tiles.
+SHAPES = [
+    (1, 32, 32),
+    (37, 64, 96),
+    (64, 96, 32),
+    (65, 32, 64),
+    (199, 448, 64),
+    (300, 32, 160),
+    (37, 33, 64),
+    (5, 32, 7),
+]
+
+
+@pytest.fixture(params=[True, False], ids=["tiles", "library"])
+def tiles(request, monkeypatch):
+    """By the processor's matrix tiles, if it has them, and as on one that has none."""
+    module = importlib.import_module("dino_kernels.linear")
+    monkeypatch.setattr(module, "_TILES", module._TILES and request.param)
+
+
+def inputs(tokens, width, outputs, dtype, transposed):
+    g = torch.Generator().manual_seed(tokens + width + outputs)
+    shape = (width, outputs) if transposed else (outputs, width)
+    sizes = ((tokens, width), shape, (outputs,))
+    return [torch.randn(size, generator=g).to(dtype) for size in sizes]
+
+
+def run(op, x, weight, bias, **options):
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    out = op(*leaves, **options)
+    grad = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tokens, width, outputs", SHAPES)
+def test_against_float64(tiles, dtype, transposed, tokens, width, outputs):
+    x = inputs(tokens, width, outputs, dtype, transposed)
+    exact = run(linear_reference, *(t.double() for t in x), transposed=transposed)
+    eager = run(linear_reference, *x, transposed=transposed)
+    floor = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for ours, theirs, truth in zip(run(linear, *x, transposed=transposed), eager, exact, strict=True):
+        assert ours.dtype == dtype and ours.shape == truth.shape
+        assert_as_accurate(ours, theirs, truth, floor)
+
+
+def test_without_bias_is_a_product_and_repeats_bitwise(tiles):
+    x, weight, bias = inputs(130, 64, 96, torch.bfloat16, False)
+    out = linear(x, weight)
+    assert torch.equal(out, linear(x, weight, torch.zeros_like(bias))) and torch.equal(out, linear(x, weight))
+    assert torch.equal(linear(x[:70], weight), out[:70])  # a row is its own, whatever the block it is in
+    assert torch.equal(linear(2 * x, weight), 2 * out)
+
+
+def test_strided_operands_no_tokens_and_opcheck(tiles):
+    x, weight, bias = inputs(70, 64, 32, torch.bfloat16, False)
+    wide = torch.full((70, 80), float("nan")).bfloat16()
+    wide[:, 5:69] = x
+    expected = linear(x, weight, bias)
+    torch.testing.assert_close(linear(wide[:, 5:69], weight.t().contiguous().t(), bias), expected)
+    assert linear(x[:0], weight, bias).shape == (0, 32)
+    for transposed, w in ((False, weight), (True, weight.t().contiguous())):
+        torch.library.opcheck(torch.ops.dino_kernels.linear.default, (x, w, bias, transposed))
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight, bias), expected)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(9, 6)}, r"shapes \[T, D\] and \[O, D\], got \[9, 6\] and \[4, 5\]"),
+        ({"transposed": True}, r"shapes \[T, D\] and \[D, O\], got \[9, 5\] and \[4, 5\]"),
+        ({"weight": torch.zeros(4)}, r"got \[9, 5\] and \[4\]"),
+        ({"x": torch.zeros(9, 5).half()}, "dtype of x, torch.float16, got weight torch.float32"),
+        ({"bias": torch.zeros(5)}, r"a bias \[4\] must have.* and bias torch.float32 \[5\]"),
+    ],
+)
+def test_bad_input(change, message):
+    x = {"x": torch.zeros(9, 5), "weight": torch.zeros(4, 5), "bias": torch.zeros(4)}
+    linear(**x)
+    with pytest.raises(ValueError, match=message):
+        linear(**{**x, **change})
