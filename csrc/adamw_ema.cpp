@@ -50,27 +50,39 @@ DINO_INLINE inline void update_block(const AdamwEmaArgs& a, int64_t i, int64_t n
     for (int64_t j = 0; j < n; ++j) t[j] = momentum * t[j] + rest * s[j];
 }
 
+// n values of x to [offset, offset + n) of `to`, rounded through `scratch`; copies of a whole net are read at the next
+// step, when no cache holds them any more.
+DINO_INLINE inline void put_copy(const AdamwEmaArgs& a, void* to, DType dtype, int64_t offset, int64_t n,
+                                 const float* x, void* scratch) {
+    int64_t width = width_of(dtype);
+    store(scratch, dtype, 0, n, x);
+    put_away(static_cast<char*>(to) + offset * width, scratch, n * width, a.offsets[a.segments] * width > kCached);
+}
+
 DINO_MULTIVERSION
 void update(const AdamwEmaArgs& a, int64_t begin, int64_t count, const Factors* f) {
-    float scratch[kBlock];
+    alignas(64) float scratch[kBlock];
     for (int64_t i = begin; i < begin + count; i += kBlock) {
         int64_t n = std::min(kBlock, begin + count - i);
         update_block(a, i, n, f, scratch);
-        if (a.student_16) store(a.student_16, a.student_16_dtype, i, n, a.student + i);
-        if (a.teacher_16) store(a.teacher_16, a.teacher_16_dtype, i, n, a.teacher + i);
+        if (a.student_16) put_copy(a, a.student_16, a.student_16_dtype, i, n, a.student + i, scratch);
+        if (a.teacher_16) put_copy(a, a.teacher_16, a.teacher_16_dtype, i, n, a.teacher + i, scratch);
     }
+    put_away_done();
 }
 
 // to[row] = g v / |v|
-DINO_INLINE inline void normalize(const float* v, float g, int64_t n, void* to, DType dtype, int64_t row,
+DINO_INLINE inline void normalize(const AdamwEmaArgs& a, const float* v, float g, void* to, int64_t row,
                                   float* scratch) {
+    alignas(64) float rounded[kMostChannels];
+    int64_t n = a.channels;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; ++j) sum += v[j] * v[j];
     float scale = g / std::sqrt(sum);
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) scratch[j] = v[j] * scale;
-    store(to, dtype, row * n, n, scratch);
+    put_copy(a, to, a.rows_dtype, row * n, n, scratch, rounded);
 }
 
 // Rows [first, first + count) of the weight-normed layer, and what they are multiplied as.
@@ -81,9 +93,10 @@ void update_rows(const AdamwEmaArgs& a, int64_t first, int64_t count, const Fact
     for (int64_t row = first; row < first + count; ++row) {
         int64_t i = v + row * n;
         update_block(a, i, n, f, scratch);
-        normalize(a.student + i, a.student[g + row], n, a.student_rows, a.rows_dtype, row, scratch);
-        normalize(a.teacher + i, a.teacher[g + row], n, a.teacher_rows, a.rows_dtype, row, scratch);
+        normalize(a, a.student + i, a.student[g + row], a.student_rows, row, scratch);
+        normalize(a, a.teacher + i, a.teacher[g + row], a.teacher_rows, row, scratch);
     }
+    put_away_done();
 }
 
 }  // namespace

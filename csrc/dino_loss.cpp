@@ -2,9 +2,6 @@
 // An image's rows are one task: its two teacher rows become probabilities in a scratch that
 // stays in cache while all views of the image are read once from memory and their gradients written once.
 #include <sys/mman.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include <algorithm>
 #include <cmath>
@@ -16,9 +13,8 @@
 namespace dino {
 namespace {
 
-constexpr int64_t kBlock = 1024;       // elements a block: a few blocks fit the first-level cache
-constexpr int64_t kCached = 16 << 20;  // bytes of gradient that a last-level cache may still hold for its reader
-constexpr int64_t kColumns = 4096;     // columns a task of the batch center
+constexpr int64_t kBlock = 1024;    // elements a block: a few blocks fit the first-level cache
+constexpr int64_t kColumns = 4096;  // columns a task of the batch center
 
 struct Row {
     const void* data;
@@ -97,18 +93,6 @@ Stats student_stats(const Row& row, const float* q, float* exps, float* block_ma
     return {max + std::log(total), total_dot};
 }
 
-// Copies to memory that nobody reads soon: past the caches, which would first fetch what is overwritten.
-inline void store(void* to, const void* from, int64_t bytes, bool stream) {
-#if defined(__x86_64__)
-    if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0 && bytes % 16 == 0) {
-        for (int64_t i = 0; i < bytes / 16; ++i)
-            _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_load_si128(static_cast<const __m128i*>(from) + i));
-        return;
-    }
-#endif
-    std::memcpy(to, from, size_t(bytes));
-}
-
 // grad = (pairs * softmax(row / temp) - q) * scale, in the dtype of the row
 DINO_MULTIVERSION
 void student_gradient(const Row& row, const float* q, const float* exps, const float* block_max, double lse,
@@ -127,7 +111,7 @@ void student_gradient(const Row& row, const float* q, const float* exps, const f
             for (int64_t j = 0; j < n; ++j) out16[j] = float_to_bf16(out[j]);
         else if (row.dtype == DType::f16)
             for (int64_t j = 0; j < n; ++j) out16[j] = float_to_half(out[j]);
-        store(g + k * width, row.dtype == DType::f32 ? static_cast<void*>(out) : out16, n * width, stream);
+        put_away(g + k * width, row.dtype == DType::f32 ? static_cast<void*>(out) : out16, n * width, stream);
     }
 }
 
@@ -176,9 +160,7 @@ double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end)
         student_gradient(row, target, exps, block_max, stats.lse, double(pairs) * scale, scale, a.grad,
                          (v * a.batch + b) * a.grad_stride, stream);
     }
-#if defined(__x86_64__)
-    _mm_sfence();  // streamed stores are seen by other threads only after it
-#endif
+    put_away_done();
     return loss;
 }
 

@@ -5,6 +5,9 @@
 #include <cstring>
 #include <functional>
 #include <type_traits>
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 
 namespace dino {
 
@@ -153,6 +156,7 @@ struct AddProductArgs {
     int threads;
 };
 void add_product(const AddProductArgs& args);  // of float32
+bool is_intel();
 
 // Whether this processor multiplies bfloat16 by matrix tiles, which the following four need, with all channels
 // multiples of 32. Everything is contiguous; without a name of their own, dtypes are bfloat16.
@@ -350,6 +354,28 @@ DINO_INLINE inline void store(void* data, DType dtype, int64_t offset, int64_t c
         for (int64_t i = 0; i < count; ++i) to[i] = float_to_bf16(from[i]);
     else
         for (int64_t i = 0; i < count; ++i) to[i] = float_to_half(from[i]);
+}
+
+// Bytes of a result from which on it goes past the caches, which it would only sweep.
+constexpr int64_t kCached = 16 << 20;
+
+// Copies to memory that nobody reads soon: past the caches, which would first fetch what is overwritten. Another thread
+// sees it after put_away_done().
+inline void put_away(void* to, const void* from, int64_t bytes, bool stream) {
+#if defined(__x86_64__)
+    if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0 && bytes % 16 == 0) {
+        for (int64_t i = 0; i < bytes / 16; ++i)
+            _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_load_si128(static_cast<const __m128i*>(from) + i));
+        return;
+    }
+#endif
+    std::memcpy(to, from, size_t(bytes));
+}
+
+inline void put_away_done() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
 }
 
 // exp(x) for x <= 0 within 2 ulp: 2^n * p(r), x = n ln 2 + r. Below -87 it stays at the smallest normal

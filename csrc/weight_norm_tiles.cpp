@@ -17,8 +17,9 @@ DINO_INLINE inline float dot(const float* x, const float* y, int64_t n) {
 
 // Of rows [first, + 32), whose gradients of w are grad_w [32, channels].
 DINO_MULTIVERSION
-void finish_rows(const WeightNormProductBackwardArgs& a, int64_t first, const float* grad_w) {
+void finish_rows(const WeightNormProductBackwardArgs& a, int64_t first, float* grad_w) {
     int64_t n = a.channels;
+    bool stream = a.rows * n * 4 > kCached;
     for (int64_t row = first; row < first + kPanel; ++row, grad_w += n) {
         const float* v = a.v + row * n;
         float* grad_v = a.grad_v + row * n;
@@ -26,13 +27,15 @@ void finish_rows(const WeightNormProductBackwardArgs& a, int64_t first, const fl
         float scale = a.g[row] * inverse, pull = along * inverse;
         if (a.fresh) {
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j) grad_v[j] = scale * (grad_w[j] - pull * v[j]);
+            for (int64_t j = 0; j < n; ++j) grad_w[j] = scale * (grad_w[j] - pull * v[j]);
+            put_away(grad_v, grad_w, n * 4, stream);
         } else {
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j) grad_v[j] += scale * (grad_w[j] - pull * v[j]);
         }
         if (a.grad_g) a.grad_g[row] += along;
     }
+    put_away_done();
 }
 
 }  // namespace
