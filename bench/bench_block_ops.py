@@ -1,6 +1,6 @@
-"""The fusions of a transformer block, forward + backward, on the packed crops of a step, against eager and compiled.
+"""Linear layers and fusions of a transformer block, forward + backward, against eager and compiled.
 
-ViT-Ti, 4 images: 8 sequences of 197 tokens and 32 of 37.
+The packed crops of a step of ViT-Ti, 4 images: 8 sequences of 197 tokens and 32 of 37.
 """
 
 from functools import partial
@@ -27,9 +27,21 @@ def drop_path_add(stream, branch, scale):
     return (stream, branch), {"scale": scale}
 
 
+def linear(stream, branch, scale):
+    return (branch, branch[: 3 * CHANNELS].clone(), branch[0].repeat(3)), {}
+
+
+def mlp(stream, branch, scale):
+    biases = torch.zeros(4 * CHANNELS, device=DEVICE), torch.zeros(CHANNELS, device=DEVICE)
+    first, second = branch[: 4 * CHANNELS] / CHANNELS**0.5, branch[:CHANNELS].repeat(1, 4) / CHANNELS**0.5
+    return (branch, first, biases[0], second, biases[1]), {}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16 branch"])
 @pytest.mark.parametrize("form", ["ours", "reference", "compiled reference"])
-@pytest.mark.parametrize("inputs", [add_layer_norm, bias_gelu, drop_path_add], ids=lambda inputs: inputs.__name__)
+@pytest.mark.parametrize(
+    "inputs", [add_layer_norm, bias_gelu, drop_path_add, linear, mlp], ids=lambda inputs: inputs.__name__
+)
 def test_block_op(benchmark, inputs, form, dtype):
     torch.set_num_threads(2)
     name = inputs.__name__

@@ -96,7 +96,7 @@ def adamw_ema() -> None:
         offsets = [size * i for i in range(150)] + [size * 149 + OUTPUTS * 256]
         flat, grad, copy = (meta(offsets[-1], dtype=kind) for kind in (torch.float32, dtype, torch.bfloat16))
         adamw_ema_triton.step_triton(
-            flat, grad, flat, flat, flat, copy, copy, offsets, steps, flags, flags, meta(dtype=torch.int32),
+            flat, grad, flat, flat, flat, copy, copy, None, None, offsets, steps, flags, flags, meta(dtype=torch.int32),
             setting, setting, setting, 3.0, 0.9, 0.999, 1e-8,
         )  # fmt: skip
 

@@ -123,22 +123,22 @@ void linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_
                   transposed, threads});
 }
 
-// data: x, weights, biases, hidden, out
+// data: x, weights, biases, out
 void mlp(const std::vector<uintptr_t>& data, int64_t tokens, int64_t channels, int64_t hidden_channels, int threads) {
     py::gil_scoped_release unlocked;
     std::vector<void*> x = pointers<void>(data);
-    dino::mlp({x[0], x[1], x[2], static_cast<const float*>(x[3]), static_cast<const float*>(x[4]), x[5], x[6], tokens,
+    dino::mlp({x[0], x[1], x[2], static_cast<const float*>(x[3]), static_cast<const float*>(x[4]), x[5], tokens,
                channels, hidden_channels, threads});
 }
 
-// data: grad, x, hidden, weights, bias1, grad_x, gradients of weight1, bias1, weight2, bias2
+// data: grad, x, weights, bias1, grad_x, gradients of weight1, bias1, weight2, bias2
 void mlp_backward(const std::vector<uintptr_t>& data, int64_t tokens, int64_t channels, int64_t hidden_channels,
                   int threads) {
     py::gil_scoped_release unlocked;
     std::vector<void*> x = pointers<void>(data);
     auto floats = [&](int i) { return static_cast<float*>(x[i]); };
-    dino::mlp_backward({x[0], x[1], x[2], x[3], x[4], floats(5), x[6], floats(7), floats(8), floats(9), floats(10),
-                        tokens, channels, hidden_channels, threads});
+    dino::mlp_backward({x[0], x[1], x[2], x[3], floats(4), x[5], floats(6), floats(7), floats(8), floats(9), tokens,
+                        channels, hidden_channels, threads});
 }
 
 void add_column_sums(uintptr_t into, uintptr_t from, int dtype, int64_t rows, int64_t columns, int threads) {

@@ -187,14 +187,14 @@ void weight_norm_product_backward(const WeightNormProductBackwardArgs& args);
 struct MlpArgs {
     const void *x, *weight1, *weight2;  // [T, C], [H, C], [C, H]
     const float *bias1, *bias2;         // [H], [C]
-    void *hidden, *out;                 // x weight1^T [T, H], or null where no backward follows; [T, C]
+    void* out;                          // [T, C]
     int64_t tokens, channels, hidden_channels;
     int threads;
 };
 void mlp(const MlpArgs& args);
 
 struct MlpBackwardArgs {
-    const void *grad, *x, *hidden, *weight1, *weight2;
+    const void *grad, *x, *weight1, *weight2;
     const float* bias1;
     void* grad_x;
     float *grad_weight1, *grad_bias1, *grad_weight2, *grad_bias2;  // added to

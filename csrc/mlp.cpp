@@ -1,6 +1,7 @@
 // The MLP of a transformer block in bfloat16 by the processor's matrix tiles (AMX), forward and backward; formulas in
 // dino_kernels/mlp.py. A task takes a block of tokens through both layers, so that what lies between them stays in the
-// second-level cache; of it only the first product is written, for the backward pass.
+// second-level cache and is not kept: the backward pass makes the first product once more, which costs no more than
+// reading it.
 #include "gelu.h"
 #include "tile_products.h"
 
@@ -10,22 +11,21 @@ namespace {
 
 constexpr DType kBF16 = DType::bf16;
 
-// c [rows, 32] = gelu(c + bias), of c as `finish` rounds it
+// c [rows, 32] = gelu(c + bias)
 DINO_BF16 void activate(float* c, int64_t rows, const float* bias) {
     for (int64_t i = 0; i < rows; ++i, c += kPanel)
 #pragma omp simd
-        for (int64_t j = 0; j < kPanel; ++j) c[j] = gelu<kBF16>(rounded<kBF16>(c[j]) + bias[j]);
+        for (int64_t j = 0; j < kPanel; ++j) c[j] = gelu<kBF16>(c[j] + bias[j]);
 }
 
-// Gradients c [rows, 32] of gelu's output become those of its input, whose sums are added to `sums`; `out` is the
-// output.
-DINO_BF16 void deactivate(float* c, float* out, int64_t rows, const float* bias, const uint16_t* kept, int64_t stride,
-                          float* sums) {
-    for (int64_t i = 0; i < rows; ++i, c += kPanel, out += kPanel) {
+// Gradients c [rows, 32] of gelu's output become those of its input, whose sums are added to `sums`; x, the first
+// product without bias, becomes the output.
+DINO_BF16 void deactivate(float* c, float* x, int64_t rows, const float* bias, float* sums) {
+    for (int64_t i = 0; i < rows; ++i, c += kPanel, x += kPanel) {
 #pragma omp simd
         for (int64_t j = 0; j < kPanel; ++j) {
             float slope;
-            out[j] = gelu_with_slope<kBF16>(bf16_to_float(kept[i * stride + j]) + bias[j], slope);
+            x[j] = gelu_with_slope<kBF16>(x[j] + bias[j], slope);
             c[j] *= slope;
             sums[j] += c[j];
         }
@@ -40,7 +40,6 @@ void forward_block(const MlpArgs& a, const Kind& kind, const float* packed1, con
     auto active = reinterpret_cast<uint16_t*>(between.fit(kBlock * n / 2));
     for (int64_t j = 0; j < n; j += kPanel)
         by_tiles(kind, x, rows, width, packed1 + j * width, c, [&](int64_t i, int64_t count, float* c) {
-            if (a.hidden) finish<true>(c, count, nullptr, static_cast<uint16_t*>(a.hidden) + (first + i) * n + j, n);
             activate(c, count, a.bias1 + j);
             finish(c, count, nullptr, active + i * n + j, n);
         });
@@ -53,33 +52,34 @@ void forward_block(const MlpArgs& a, const Kind& kind, const float* packed1, con
 // What a backward pass makes for the gradients of the weights: gradients of gelu's input and its output [T, H], and
 // sums of the gradients of the biases [blocks, H + C].
 struct Between {
-    const float *packed1, *packed2;
+    const float *packed1, *packed1_back, *packed2_back;  // weights, and as the gradients are multiplied by them
     uint16_t *grad_hidden, *active;
     float* bias_sums;
 };
 
 void backward_block(const MlpBackwardArgs& a, const Kind& kind, const Between& b, int64_t first) {
-    static thread_local Buffer sums, outs, copy, rows_copy;
+    static thread_local Buffer sums, firsts, x_copy, grad_copy, inner_copy;
     int64_t rows = std::min(kBlock, a.tokens - first), width = a.channels / 2, n = a.hidden_channels;
     auto grad = static_cast<const uint16_t*>(a.grad) + first * a.channels;
-    auto kept = static_cast<const uint16_t*>(a.hidden) + first * n;
     uint16_t *grad_hidden = b.grad_hidden + first * n, *active = b.active + first * n;
-    float *c = sums.fit(kBlock * kPanel), *out = outs.fit(32 * kPanel);
+    float *c = sums.fit(kBlock * kPanel), *hidden = firsts.fit(kBlock * kPanel);
     float* bias1 = b.bias_sums + first / kBlock * (n + a.channels);
     std::fill_n(bias1, n + a.channels, 0.0f);
-    const float* whole = whole_tiles(units(grad, 0), rows, width, copy);
-    for (int64_t j = 0; j < n; j += kPanel)
-        by_tiles(kind, whole, rows, width, b.packed2 + j * width, c, [&](int64_t i, int64_t count, float* c) {
-            next_panel(kept + i * n + j, count, n, false);
+    const float* x = whole_tiles(units(a.x, first * a.channels), rows, width, x_copy);
+    const float* whole = whole_tiles(units(grad, 0), rows, width, grad_copy);
+    for (int64_t j = 0; j < n; j += kPanel) {
+        by_tiles(kind, x, rows, width, b.packed1 + j * width, hidden, [](int64_t, int64_t, float*) {});
+        by_tiles(kind, whole, rows, width, b.packed2_back + j * width, c, [&](int64_t i, int64_t count, float* c) {
             next_panel(grad_hidden + i * n + j, count, n, true);
             next_panel(active + i * n + j, count, n, true);
-            deactivate(c, out, count, a.bias1 + j, kept + i * n + j, n, bias1 + j);
+            deactivate(c, hidden + i * kPanel, count, a.bias1 + j, bias1 + j);
             finish(c, count, nullptr, grad_hidden + i * n + j, n);
-            finish(out, count, nullptr, active + i * n + j, n);
+            finish(hidden + i * kPanel, count, nullptr, active + i * n + j, n);
         });
-    const float* inner = whole_tiles(units(grad_hidden, 0), rows, n / 2, rows_copy);
+    }
+    const float* inner = whole_tiles(units(grad_hidden, 0), rows, n / 2, inner_copy);
     for (int64_t j = 0; j < a.channels; j += kPanel)
-        by_tiles(kind, inner, rows, n / 2, b.packed1 + j * n / 2, c, [&](int64_t i, int64_t count, float* c) {
+        by_tiles(kind, inner, rows, n / 2, b.packed1_back + j * n / 2, c, [&](int64_t i, int64_t count, float* c) {
             finish(c, count, nullptr, static_cast<uint16_t*>(a.grad_x) + (first + i) * a.channels + j, a.channels);
         });
     for (int64_t i = 0; i < rows; ++i)
@@ -106,11 +106,12 @@ void mlp_backward(const MlpBackwardArgs& a) {
     Kind kind = kind_of(kBF16, 2);
     int64_t n = a.hidden_channels, size = a.channels * n / 2, width = n + a.channels;
     int64_t blocks = (a.tokens + kBlock - 1) / kBlock;
-    float *packed1 = packed.fit(2 * size), *packed2 = packed1 + size;
-    pack_weights(a.weight1, n, a.channels, true, a.threads, packed1);
-    pack_weights(a.weight2, a.channels, n, true, a.threads, packed2);
+    float *packed1 = packed.fit(3 * size), *packed1_back = packed1 + size, *packed2_back = packed1_back + size;
+    pack_weights(a.weight1, a.channels, n, false, a.threads, packed1);
+    pack_weights(a.weight1, n, a.channels, true, a.threads, packed1_back);
+    pack_weights(a.weight2, a.channels, n, true, a.threads, packed2_back);
     auto made = reinterpret_cast<uint16_t*>(rows.fit(a.tokens * n));
-    Between between{packed1, packed2, made, made + a.tokens * n, sums.fit(blocks * width)};
+    Between between{packed1, packed1_back, packed2_back, made, made + a.tokens * n, sums.fit(blocks * width)};
     parallel_for(blocks, a.threads, [&](int64_t i) {
         TileUse tiles(kind);
         backward_block(a, kind, between, i * kBlock);

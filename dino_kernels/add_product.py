@@ -81,14 +81,14 @@ def _(into, grad, x, into_bias):
 # --- CPU ---------------------------------------------------------------------------------------------
 
 
-_INTEL = _C.is_intel()  # there torch's library is the fastest in float32
+_INTEL = _C.is_intel()  # there torch's library is the fastest in float32 and many tokens
 
 
 def _add_cpu(into, grad, x, into_bias):
     if into_bias is not None:
         addresses = (into_bias.data_ptr(), grad.data_ptr())
         _C.add_column_sums(*addresses, DTYPES[grad.dtype], *grad.shape, torch.get_num_threads())
-    if x.dtype == torch.float32 and _INTEL:
+    if x.dtype == torch.float32 and _INTEL and len(x) >= 256:
         into.addmm_(grad.t(), x)
     elif x.dtype == torch.float32:
         arguments = (into.data_ptr(), grad.data_ptr(), x.data_ptr(), *grad.shape, x.shape[1])

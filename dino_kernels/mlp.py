@@ -1,10 +1,10 @@
-"""The MLP of a transformer block, which keeps one tensor for its backward pass.
+"""The MLP of a transformer block, which keeps one tensor for its backward pass, or none.
 
     hidden = x W1^T        out = gelu(hidden + b1) W2^T + b2        gelu(y) = y Phi(y), the exact form
 
 The backward makes gelu's output once more, in the pass that makes its gradient. Dimensions: T tokens, C channels, H
-hidden channels. On a CPU with matrix tiles (AMX) a block of tokens goes through both layers in the second-level cache;
-elsewhere it is the products, `bias_gelu` and `add_product_`.
+hidden channels. On a CPU with matrix tiles (AMX) a block of tokens goes through both layers in the second-level cache, and
+the backward makes `hidden` once more too; elsewhere it is the products, `bias_gelu` and `add_product_`.
 """
 
 import torch
@@ -71,7 +71,7 @@ def mlp_reference(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bi
 def _mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """(out, hidden, or without `keep` an empty tensor)"""
+    """(out, hidden: what the backward wants of it, with `keep`; else an empty tensor)"""
     return _forward_cpu(x, weight1, bias1, weight2, bias2, keep)
 
 
@@ -156,19 +156,16 @@ def _backward_(grad, x, hidden, weight1, bias1, weight2, grad_weight1, grad_bias
 def _forward_cpu(x, weight1, bias1, weight2, bias2, keep):
     if not fits_tiles(x, weight1, weight2):
         return _forward(x, weight1, bias1, weight2, bias2, keep)
-    out, hidden = torch.empty_like(x), x.new_empty(len(x) if keep else 0, len(weight1))
-    addresses = [t.data_ptr() for t in (x, weight1, weight2, bias1, bias2)]
-    _C.mlp([*addresses, hidden.data_ptr() if keep else 0, out.data_ptr()], *x.shape, len(weight1), _threads())
-    return out, hidden
+    out = torch.empty_like(x)
+    tensors = (x, weight1, weight2, bias1, bias2, out)
+    _C.mlp([t.data_ptr() for t in tensors], *x.shape, len(weight1), torch.get_num_threads())
+    return out, x.new_empty(0, len(weight1))
 
 
 def _backward_cpu(grad, x, hidden, weight1, bias1, weight2, *grads):
     if not fits_tiles(grad, x, weight1, weight2):
         return _backward_(grad, x, hidden, weight1, bias1, weight2, *grads)
     grad_x = torch.empty_like(x)
-    tensors = (grad, x, hidden, weight1, weight2, bias1, grad_x, *grads)
-    _C.mlp_backward([t.data_ptr() for t in tensors], *x.shape, len(weight1), _threads())
+    tensors = (grad, x, weight1, weight2, bias1, grad_x, *grads)
+    _C.mlp_backward([t.data_ptr() for t in tensors], *x.shape, len(weight1), torch.get_num_threads())
     return grad_x
-
-
-_threads = torch.get_num_threads

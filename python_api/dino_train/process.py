@@ -10,7 +10,8 @@ def tune() -> None:
 
     Between two operations torch's OpenMP threads spin for milliseconds by default, which starves data workers on the
     same cores; asleep at once (OMP_WAIT_POLICY=passive) they cost a step of ViT-Ti a quarter more for waking up. 0.1 ms
-    of spinning (0.4 on Intel, whose pause is longer) is nearly as good as either alone. OpenMP reads it once, when torch loads it.
+    of spinning (0.4 on Intel, whose pause is longer) is nearly as good as either alone. OpenMP reads it once, as torch
+    loads it.
 
     A step makes thousands of short-lived objects and no cycles, which make Python's collector walk all that torch has
     loaded. glibc gives freed tensors back to the system, which clears their pages again at the next step. Large tensors
