@@ -67,14 +67,6 @@ void add_to(float* into, const void* from, DType dtype, int64_t count, int threa
                  [&](int64_t i) { add(into, from, dtype, i * kChunk, std::min(kChunk, count - i * kChunk)); });
 }
 
-bool is_intel() {
-#if defined(__x86_64__)
-    return __builtin_cpu_is("intel");
-#else
-    return false;
-#endif
-}
-
 void add_product(const AddProductArgs& a) {
     Kind kind = kind_of(DType::f32, 0);
     int64_t across = (a.inputs + kInputs - 1) / kInputs, down = (a.outputs + kOutputs - 1) / kOutputs;

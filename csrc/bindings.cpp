@@ -256,7 +256,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("add_linear", &add_linear);
     m.def("linear", &linear);
     m.def("has_tiles", &dino::has_tiles);
-    m.def("is_intel", &dino::is_intel);
     m.def("mlp", &mlp);
     m.def("mlp_backward", &mlp_backward);
     m.def("add_column_sums", &add_column_sums);

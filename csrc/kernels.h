@@ -156,7 +156,6 @@ struct AddProductArgs {
     int threads;
 };
 void add_product(const AddProductArgs& args);  // of float32
-bool is_intel();
 
 // Whether this processor multiplies bfloat16 by matrix tiles, which the following four need, with all channels
 // multiples of 32. Everything is contiguous; without a name of their own, dtypes are bfloat16.

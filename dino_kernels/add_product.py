@@ -2,8 +2,8 @@
 
     into += grad^T x        into_bias += sum over T of grad
 
-Dimensions: T tokens, O outputs, I inputs. Float32 on an AMD CPU by blocks out of registers, twice as fast as torch does
-it there with AVX-512; bfloat16 by matrix tiles where a processor has them (AMX). Else in 16 bit the product is torch's,
+Dimensions: T tokens, O outputs, I inputs. Float32 on the CPU by blocks out of registers, twice as fast as torch does it
+on AMD with AVX-512; bfloat16 by matrix tiles where a processor has them (AMX). Else in 16 bit the product is torch's,
 on a GPU with its float32 sums as they are.
 """
 
@@ -81,16 +81,11 @@ def _(into, grad, x, into_bias):
 # --- CPU ---------------------------------------------------------------------------------------------
 
 
-_INTEL = _C.is_intel()  # there torch's library is the fastest in float32 and many tokens
-
-
 def _add_cpu(into, grad, x, into_bias):
     if into_bias is not None:
         addresses = (into_bias.data_ptr(), grad.data_ptr())
         _C.add_column_sums(*addresses, DTYPES[grad.dtype], *grad.shape, torch.get_num_threads())
-    if x.dtype == torch.float32 and _INTEL and len(x) >= 256:
-        into.addmm_(grad.t(), x)
-    elif x.dtype == torch.float32:
+    if x.dtype == torch.float32:
         arguments = (into.data_ptr(), grad.data_ptr(), x.data_ptr(), *grad.shape, x.shape[1])
         _C.add_product(*arguments, torch.get_num_threads())
     elif fits_tiles(grad, x):

@@ -94,7 +94,10 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 def fits_tiles(*operands: Tensor) -> bool:
     """Whether operands [rows, multiple of 32] go to the kernels for matrix tiles."""
-    return _TILES and all(x.dtype == torch.bfloat16 and x.shape[1] % 32 == 0 and x.is_contiguous() for x in operands)
+    return _TILES and all(
+        x.dtype == torch.bfloat16 and x.shape[1] % 32 == 0 and x.is_contiguous() and x.device.type == "cpu"
+        for x in operands
+    )
 
 
 def _linear_cpu(x, weight, bias, transposed):

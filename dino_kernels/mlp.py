@@ -3,8 +3,8 @@
     hidden = x W1^T        out = gelu(hidden + b1) W2^T + b2        gelu(y) = y Phi(y), the exact form
 
 The backward makes gelu's output once more, in the pass that makes its gradient. Dimensions: T tokens, C channels, H
-hidden channels. On a CPU with matrix tiles (AMX) a block of tokens goes through both layers in the second-level cache, and
-the backward makes `hidden` once more too; elsewhere it is the products, `bias_gelu` and `add_product_`.
+hidden channels. On a CPU with matrix tiles (AMX) a block of tokens goes through both layers in the second-level cache,
+and the backward makes `hidden` once more too; elsewhere it is the products, `bias_gelu` and `add_product_`.
 """
 
 import torch
@@ -82,7 +82,8 @@ def _(*args):
 
 @_mlp.register_fake
 def _(x, weight1, bias1, weight2, bias2, keep):
-    return torch.empty_like(x), x.new_empty(len(x) if keep else 0, len(weight1))
+    kept = keep and not fits_tiles(x, weight1, weight2)
+    return torch.empty_like(x), x.new_empty(len(x) if kept else 0, len(weight1))
 
 
 @custom_op("mlp_backward_", mutates_args=("grad_weight1", "grad_bias1", "grad_weight2", "grad_bias2"))
