@@ -41,17 +41,19 @@ void block(const AddProductArgs& a, const Kind& kind, int64_t output, int64_t in
         add(a.into + (output + i) * a.inputs + input, c + i * width, DType::f32, 0, inputs);
 }
 
-// Sums of columns [begin, begin + count) of a matrix, in the order of its rows, added to `into`.
+// Sums of columns [begin, begin + count) of a matrix, in the order of its rows, added to `into`. In double precision:
+// where a bias' gradient cancels, AdamW scales up what rounding left.
 DINO_MULTIVERSION
 void add_columns(float* into, const void* from, DType dtype, int64_t rows, int64_t columns, int64_t begin,
                  int64_t count) {
-    float scratch[kColumns], sum[kColumns] = {};
+    float scratch[kColumns];
+    double sum[kColumns] = {};
     for (int64_t row = 0; row < rows; ++row) {
         const float* x = load(from, dtype, row * columns + begin, count, scratch);
 #pragma omp simd
         for (int64_t j = 0; j < count; ++j) sum[j] += x[j];
     }
-    for (int64_t j = 0; j < count; ++j) into[begin + j] += sum[j];
+    for (int64_t j = 0; j < count; ++j) into[begin + j] += float(sum[j]);
 }
 
 }  // namespace
