@@ -189,6 +189,29 @@ struct AttentionArgs {
 void attention(const AttentionArgs& args);
 void attention_backward(const AttentionArgs& args);
 
+// Drawn parameters of a crop; dino_kernels/multicrop.py says what they are and has the same layout.
+struct Crop {
+    enum : uint8_t { kBrightness, kContrast, kSaturation, kHue };
+    int32_t left, top, right, bottom, size;
+    float brightness, contrast, saturation, hue, blur;
+    uint8_t order[4];  // of the jitter's four steps
+    bool flip, jitter, grayscale, solarize;
+};
+static_assert(sizeof(Crop) == 48);
+
+struct MultiCropArgs {
+    const uint8_t* const* pixels;  // [images], each [H, W, 3] with adjacent pixels
+    const int64_t* row_strides;    // [images]: bytes
+    const Crop* crops;             // [images, views]
+    void* const* out;              // [views], each [images, 3, size, size], contiguous but for the first dimension
+    const int64_t* out_strides;    // [views]: elements from image to image
+    int64_t images, views;
+    bool levels;  // bytes as they are, else normalized and in dtype
+    DType dtype;
+    int threads;
+};
+void multicrop(const MultiCropArgs& args);
+
 // Denormal results become zero while it lives: each costs a hundred cycles on most CPUs, and a sharp
 // softmax over many outputs is full of them.
 class FlushDenormals {

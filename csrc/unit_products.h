@@ -4,11 +4,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <functional>
-#include <memory>
-#include <new>
 
+#include "buffer.h"
 #include "kernels.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,22 +19,6 @@ constexpr int64_t kLanes = 16;  // units a vector; wider than some machines have
 constexpr int64_t kTile = 8;    // rows of a tile of a product
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// Units on a cache line's border; a thread keeps its buffers from task to task.
-class Buffer {
-    std::unique_ptr<float, decltype(&std::free)> data_{nullptr, &std::free};
-    int64_t size_ = 0;
-
-   public:
-    float* fit(int64_t size) {  // what it held is lost
-        if (size > size_) {
-            data_.reset(static_cast<float*>(std::aligned_alloc(64, size_t(padded(size)) * sizeof(float))));
-            if (!data_) throw std::bad_alloc();
-            size_ = padded(size);
-        }
-        return data_.get();
-    }
-};
 
 // --- products ----------------------------------------------------------------------------------------
 
