@@ -194,14 +194,17 @@ void attention(const std::vector<uintptr_t>& data, const std::vector<int64_t>& s
 }
 
 // crops: address of [images, views] structs Crop; dtype: of the outputs, or -1 for bytes
-void multicrop(const std::vector<uintptr_t>& pixels, const std::vector<int64_t>& row_strides, uintptr_t crops,
-               const std::vector<uintptr_t>& out, const std::vector<int64_t>& out_strides, int dtype, int threads) {
+void multicrop(const std::vector<uintptr_t>& pixels, const std::vector<int64_t>& heights,
+               const std::vector<int64_t>& widths, const std::vector<int64_t>& row_strides, uintptr_t crops,
+               const std::vector<uintptr_t>& out, const std::vector<int64_t>& sizes,
+               const std::vector<int64_t>& out_strides, int dtype, int threads) {
     py::gil_scoped_release unlocked;
     std::vector<const uint8_t*> images = pointers<const uint8_t>(pixels);
     std::vector<void*> views = pointers<void>(out);
-    dino::multicrop({images.data(), row_strides.data(), reinterpret_cast<const dino::Crop*>(crops), views.data(),
-                     out_strides.data(), int64_t(images.size()), int64_t(views.size()), dtype < 0,
-                     dino::DType(std::max(dtype, 0)), threads});
+    dino::multicrop({images.data(), heights.data(), widths.data(), row_strides.data(),
+                     reinterpret_cast<const dino::Crop*>(crops), views.data(), sizes.data(), out_strides.data(),
+                     int64_t(images.size()), int64_t(views.size()), dtype < 0, dino::DType(std::max(dtype, 0)),
+                     threads});
 }
 
 }  // namespace

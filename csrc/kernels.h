@@ -13,8 +13,9 @@ enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 inline int64_t width_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }  // bytes
 
 // Compiled once for the baseline and once for each wider instruction set; the loader picks at run time,
-// so that a wheel built on a new machine runs on an old one.
-#if defined(__x86_64__) && __GNUC__ >= 12
+// so that a wheel built on a new machine runs on an old one. Defining it empty leaves what -march says, to measure.
+#if defined(DINO_MULTIVERSION)
+#elif defined(__x86_64__) && __GNUC__ >= 12
 #define DINO_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #elif defined(__x86_64__)  // older compilers know no levels here, only single features
 #define DINO_MULTIVERSION __attribute__((target_clones("default", "avx2", "avx512f")))
@@ -200,16 +201,17 @@ struct Crop {
 static_assert(sizeof(Crop) == 48);
 
 struct MultiCropArgs {
-    const uint8_t* const* pixels;  // [images], each [H, W, 3] with adjacent pixels
-    const int64_t* row_strides;    // [images]: bytes
-    const Crop* crops;             // [images, views]
-    void* const* out;              // [views], each [images, 3, size, size], contiguous but for the first dimension
-    const int64_t* out_strides;    // [views]: elements from image to image
+    const uint8_t* const* pixels;                   // [images], each [H, W, 3] with adjacent pixels
+    const int64_t *heights, *widths, *row_strides;  // [images]; strides in bytes
+    const Crop* crops;                              // [images, views]
+    void* const* out;  // [views], each [images, 3, size, size], contiguous but for the first dimension
+    const int64_t *sizes, *out_strides;  // [views]; strides in elements from image to image
     int64_t images, views;
     bool levels;  // bytes as they are, else normalized and in dtype
     DType dtype;
     int threads;
 };
+// Throws std::invalid_argument, before anything is written, for a crop that does not fit its image or output.
 void multicrop(const MultiCropArgs& args);
 
 // Denormal results become zero while it lives: each costs a hundred cycles on most CPUs, and a sharp

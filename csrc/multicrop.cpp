@@ -4,11 +4,36 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
+#include <string>
 
 namespace dino {
 namespace {
 
+constexpr float kMostFactor = 100.0f;
+constexpr float kMostBlur = 2.4f;  // of wider ones the boxes would reach further than kReach
 constexpr float kMean[3] = {0.485f, 0.456f, 0.406f}, kStd[3] = {0.229f, 0.224f, 0.225f};  // of ImageNet
+
+// --- what a caller can get wrong --------------------------------------------------------------------
+
+void check(const MultiCropArgs& a, int64_t image, int64_t view) {
+    const Crop& c = a.crops[image * a.views + view];
+    auto require = [=](bool fits, const char* rule) {
+        if (!fits)
+            throw std::invalid_argument("crops[" + std::to_string(image) + ", " + std::to_string(view) + "]: " + rule);
+    };
+    require(0 <= c.left && c.left < c.right && c.right <= a.widths[image] && 0 <= c.top && c.top < c.bottom &&
+                c.bottom <= a.heights[image],
+            "box must be (left, top, right, bottom), not empty and inside the image");
+    require(c.size == a.sizes[view], "size must be that of the output");
+    for (float factor : {c.brightness, c.contrast, c.saturation})
+        require(0.0f <= factor && factor <= kMostFactor, "brightness, contrast and saturation must be in [0, 100]");
+    require(-0.5f <= c.hue && c.hue <= 0.5f, "hue must be in [-0.5, 0.5]");
+    require(0.0f <= c.blur && c.blur <= kMostBlur, "blur must be in [0, 2.4]");
+    int steps = 0;
+    for (uint8_t step : c.order) steps |= 1 << std::min<int>(step, 4);
+    require(steps == 15, "order must be a permutation of 0, 1, 2, 3");
+}
 
 // --- blur --------------------------------------------------------------------------------------------
 
@@ -32,43 +57,58 @@ struct Box {
     }
 };
 
-// to[i] = the box around x[2][i], of neighbors x[0][i] .. x[4][i]
-DINO_INLINE inline void box_of(const Box& box, const uint8_t* const* x, int64_t n, uint8_t* __restrict to) {
-    const uint8_t *a = x[0], *b = x[1], *c = x[2], *d = x[3], *e = x[4];
+// to[i] = the box around x[i], of pixels a step apart
+DINO_MULTIVERSION
+void blur_pass(const Box& box, const uint8_t* x, int64_t step, int64_t n, uint8_t* __restrict to) {
+    const uint8_t *a = x - 2 * step, *b = x - step, *c = x + step, *d = x + 2 * step;
     uint32_t whole = box.whole, part = box.part;
     if (box.radius == 0)
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i)
-            to[i] = uint8_t((whole * c[i] + part * uint32_t(b[i] + d[i]) + (1u << 23)) >> 24);
+            to[i] = uint8_t((whole * x[i] + part * uint16_t(b[i] + c[i]) + (1u << 23)) >> 24);
     else
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i)
-            to[i] = uint8_t((whole * uint32_t(b[i] + c[i] + d[i]) + part * uint32_t(a[i] + e[i]) + (1u << 23)) >> 24);
+            to[i] = uint8_t((whole * uint16_t(b[i] + x[i] + c[i]) + part * uint16_t(a[i] + d[i]) + (1u << 23)) >> 24);
 }
 
-DINO_MULTIVERSION
-void blur_rows(const Box& box, int64_t size, uint8_t* plane, uint8_t* row) {
-    row += kReach;
-    for (int64_t y = 0; y < size; ++y) {
-        uint8_t* line = plane + y * size;
-        for (int pass = 0; pass < kPasses; ++pass) {
-            std::memcpy(row, line, size_t(size));
-            row[-2] = row[-1] = row[0];
-            row[size] = row[size + 1] = row[size - 1];
-            const uint8_t* x[] = {row - 2, row - 1, row, row + 1, row + 2};
-            box_of(box, x, size, line);
+// The plane with kReach more pixels on every side, so that a pass is one long loop; what it leaves in these is
+// replaced.
+struct Bordered {
+    int64_t size, row = size + 2 * kReach;
+
+    void repeat_sides(uint8_t* x) const {
+        for (int64_t y = 0; y < size; ++y) {
+            uint8_t* line = x + (y + kReach) * row;
+            line[0] = line[1] = line[kReach];
+            line[row - 2] = line[row - 1] = line[row - 1 - kReach];
         }
     }
-}
-
-DINO_MULTIVERSION
-void blur_columns(const Box& box, int64_t size, const uint8_t* from, uint8_t* to) {
-    for (int64_t y = 0; y < size; ++y) {
-        const uint8_t* x[2 * kReach + 1];
-        for (int64_t i = -kReach; i <= kReach; ++i)
-            x[i + kReach] = from + std::min(std::max<int64_t>(y + i, 0), size - 1) * size;
-        box_of(box, x, size, to + y * size);
+    void repeat_ends(uint8_t* x) const {
+        for (int64_t i = 0; i < kReach; ++i) {
+            std::memcpy(x + i * row, x + kReach * row, size_t(row));
+            std::memcpy(x + (row - 1 - i) * row, x + (row - 1 - kReach) * row, size_t(row));
+        }
     }
+};
+
+// Pillow's Gaussian blur
+void blur_plane(float radius, int64_t size, uint8_t* plane) {
+    static thread_local BufferOf<uint8_t> buffers[2];
+    Box box(radius);
+    Bordered shape{size};
+    int64_t row = shape.row, inner = kReach * row, n = size * row;  // from the first to the last row of the plane
+    uint8_t *x = buffers[0].fit(row * row), *y = buffers[1].fit(row * row);
+    for (int64_t i = 0; i < size; ++i) std::memcpy(x + inner + i * row + kReach, plane + i * size, size_t(size));
+    for (int pass = 0; pass < kPasses; ++pass, std::swap(x, y)) {
+        shape.repeat_sides(x);
+        blur_pass(box, x + inner, 1, n, y + inner);
+    }
+    for (int pass = 0; pass < kPasses; ++pass, std::swap(x, y)) {
+        shape.repeat_ends(x);
+        blur_pass(box, x + inner, row, n, y + inner);
+    }
+    for (int64_t i = 0; i < size; ++i) std::memcpy(plane + i * size, x + inner + i * row + kReach, size_t(size));
 }
 
 // --- output ------------------------------------------------------------------------------------------
@@ -98,18 +138,8 @@ void write(const MultiCropArgs& a, const uint8_t* planes, int64_t n, void* out, 
 
 }  // namespace
 
-void blur_plane(float radius, int64_t size, uint8_t* plane) {
-    static thread_local BufferOf<uint8_t> row, other;
-    Box box(radius);
-    blur_rows(box, size, plane, row.fit(size + 2 * kReach));
-    uint8_t* scratch = other.fit(size * size);
-    blur_columns(box, size, plane, scratch);
-    blur_columns(box, size, scratch, plane);
-    blur_columns(box, size, plane, scratch);
-    std::memcpy(plane, scratch, size_t(size * size));
-}
-
 void multicrop(const MultiCropArgs& a) {
+    for (int64_t task = 0; task < a.images * a.views; ++task) check(a, task / a.views, task % a.views);
     parallel_for(a.images * a.views, a.threads, [&](int64_t task) {
         static thread_local BufferOf<uint8_t> buffer;
         int64_t image = task / a.views, view = task % a.views;

@@ -21,7 +21,4 @@ void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_
 // Brightness, contrast, saturation and hue in the crop's order, if it has jitter; then grayscale, if it has that.
 void change_colors(const Crop& crop, uint8_t* planes);
 
-// Pillow's Gaussian blur of one plane [size, size], for radii up to kMostBlur pixels.
-void blur_plane(float radius, int64_t size, uint8_t* plane);
-
 }  // namespace dino

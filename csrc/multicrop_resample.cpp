@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kWeightBits = 22;
 constexpr int64_t kRows = 16;          // transposed at a time
+constexpr int64_t kOutputs = 64;       // of a row at a time
 constexpr int64_t kLanes = 3 * kRows;  // a pixel of kRows rows; also what the pass along columns takes at a time
 
 int64_t padded(int64_t n) { return (n + kRows - 1) / kRows * kRows; }
@@ -25,13 +26,12 @@ struct Filter {
     int64_t size, taps;
 
     void make(int64_t inputs, int64_t outputs);
-    void flip();
 };
 
 struct Scratch {
     Filter horizontal, vertical;
-    BufferOf<int32_t> columns, rows;
-    BufferOf<uint8_t> filtered;
+    BufferOf<int32_t> columns, rows, sums, row_sums;
+    BufferOf<uint8_t> filtered, bytes, levels;
 };
 
 DINO_INLINE inline double bicubic(double x) {  // a = -0.5
@@ -81,26 +81,29 @@ void Filter::make(int64_t inputs, int64_t outputs) {
     weigh(size, taps, 1.0 / stretch, first, count, center, sum_.fit(size), exact_.fit(taps * size), weights);
 }
 
-void Filter::flip() {
-    std::reverse(first, first + size);
-    std::reverse(count, count + size);
-    for (int64_t tap = 0; tap < taps; ++tap) std::reverse(weights + tap * size, weights + (tap + 1) * size);
-}
-
-// to[i] = level of the sum over taps of weights[tap * weight_stride] * from[tap * stride + i]
+// to[i] = sum over taps of weights[tap * weight_stride] * from[tap * stride + i], and a half
 DINO_INLINE inline void weighted_sum(const int32_t* __restrict from, int64_t stride, const int32_t* __restrict weights,
-                                     int64_t weight_stride, int64_t taps, uint8_t* __restrict to) {
-    int32_t sums[kLanes] = {};
+                                     int64_t weight_stride, int64_t taps, int32_t* __restrict to) {
+    int32_t sums[kLanes];
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) sums[i] = 1 << (kWeightBits - 1);
     for (int64_t tap = 0; tap < taps; ++tap) {
         int32_t weight = weights[tap * weight_stride];
 #pragma omp simd
         for (int64_t i = 0; i < kLanes; ++i) sums[i] += weight * from[tap * stride + i];
     }
 #pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
-        int32_t level = (sums[i] + (1 << (kWeightBits - 1))) >> kWeightBits;
-        to[i] = uint8_t(std::min(std::max(level, 0), 255));
-    }
+    for (int64_t i = 0; i < kLanes; ++i) to[i] = sums[i];
+}
+
+DINO_INLINE inline void to_levels(const int32_t* __restrict sums, int64_t n, uint8_t* __restrict levels) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) levels[i] = uint8_t(std::min(std::max(sums[i] >> kWeightBits, 0), 255));
+}
+
+DINO_INLINE inline void widen(const uint8_t* __restrict bytes, int64_t n, int32_t* __restrict to) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = bytes[i];
 }
 
 // --- transposing -------------------------------------------------------------------------------------
@@ -126,80 +129,99 @@ DINO_INLINE inline void transpose(Bytes* x) {
     }
 }
 
-// kRows rows of n bytes to columns [padded n, kRows]
+// In these two the bytes are widened after all are transposed: a load waits for the stores that it spans.
+
+// kRows rows of n bytes to columns [padded n, kRows], by way of bytes of the same shape
 DINO_MULTIVERSION
-void rows_to_columns(const uint8_t* const* rows, int64_t n, int32_t* columns) {
-    alignas(64) Bytes x[kRows];
+void rows_to_columns(const uint8_t* const* rows, int64_t n, uint8_t* bytes, int32_t* columns) {
+    Bytes x[kRows];
     for (int64_t j = 0; j < n; j += kRows) {
         if (n - j >= kRows)
             for (int64_t r = 0; r < kRows; ++r) std::memcpy(&x[r], rows[r] + j, kRows);
         else
             for (int64_t r = 0; r < kRows; ++r) std::memcpy(&x[r], rows[r] + j, size_t(n - j));
         transpose(x);
-        const uint8_t* bytes = reinterpret_cast<const uint8_t*>(x);
-#pragma omp simd
-        for (int64_t i = 0; i < kRows * kRows; ++i) columns[j * kRows + i] = bytes[i];
+        std::memcpy(bytes + j * kRows, x, sizeof x);
     }
+    widen(bytes, padded(n) * kRows, columns);
 }
 
-// Pixels [width, kLanes] to kRows rows [3, width]
+// Pixels [width, kLanes] to kRows rows [3, width], by way of bytes of the same shape
 DINO_MULTIVERSION
-void columns_to_rows(const uint8_t* columns, int64_t width, int32_t* rows) {
-    alignas(64) Bytes x[kRows];
+void columns_to_rows(const uint8_t* columns, int64_t width, uint8_t* bytes, int32_t* rows) {
+    Bytes x[kRows];
     for (int64_t channel = 0; channel < 3; ++channel)
         for (int64_t j = 0; j < width; j += kRows) {
             for (int64_t i = 0; i < kRows; ++i) std::memcpy(&x[i], columns + (j + i) * kLanes + channel * kRows, kRows);
             transpose(x);
-            const uint8_t* bytes = reinterpret_cast<const uint8_t*>(x);
-            for (int64_t r = 0; r < kRows; ++r)
-#pragma omp simd
-                for (int64_t i = 0; i < kRows; ++i)
-                    rows[r * 3 * width + channel * width + j + i] = bytes[r * kRows + i];
+            for (int64_t r = 0; r < kRows; ++r) std::memcpy(bytes + (r * 3 + channel) * width + j, &x[r], kRows);
         }
+    widen(bytes, kRows * 3 * width, rows);
 }
 
 // --- the two passes ----------------------------------------------------------------------------------
 
+// Outputs x .. x + n - 1, from columns of which the first is pixel `start`; sums [n, kLanes]
 DINO_MULTIVERSION
-void filter_columns(const int32_t* columns, const Filter& f, uint8_t* to) {
-    for (int64_t x = 0; x < f.size; ++x)
-        weighted_sum(columns + f.first[x] * kLanes, kLanes, f.weights + x, f.size, f.count[x], to + x * kLanes);
+void filter_columns(const int32_t* columns, int64_t start, const Filter& f, int64_t x, int64_t n, bool flip,
+                    int32_t* sums, uint8_t* to) {
+    for (int64_t i = 0; i < n; ++i)
+        weighted_sum(columns + (f.first[x + i] - start) * kLanes, kLanes, f.weights + x + i, f.size, f.count[x + i],
+                     sums + (flip ? n - 1 - i : i) * kLanes);
+    to_levels(sums, n * kLanes, to + (flip ? f.size - x - n : x) * kLanes);
 }
 
+// Output row y, sums [width]
 DINO_MULTIVERSION
-void filter_rows(const int32_t* rows, int64_t width, const Filter& f, int64_t y, uint8_t* to) {
+void filter_rows(const int32_t* rows, int64_t width, const Filter& f, int64_t y, int32_t* sums, uint8_t* to) {
     for (int64_t i = 0; i < width; i += kLanes)
-        weighted_sum(rows + i, width, f.weights + y, f.size, f.count[y], to + i);
+        weighted_sum(rows + i, width, f.weights + y, f.size, f.count[y], sums + i);
+    to_levels(sums, width, to);
+}
+
+// The first pass over kRows rows of pixels, to rows [3, padded size]; some outputs at a time, whose columns stay in the
+// nearest cache.
+void first_pass(const uint8_t* const* block, bool flip, int64_t row, Scratch& s, int32_t* rows) {
+    const Filter& f = s.horizontal;
+    uint8_t* filtered = s.filtered.fit(row * kRows);
+    int32_t* sums = s.sums.fit(kOutputs * kLanes);
+    for (int64_t x = 0; x < f.size; x += kOutputs) {
+        int64_t outputs = std::min(kOutputs, f.size - x), start = f.first[x];
+        int64_t n = 3 * (f.first[x + outputs - 1] + f.count[x + outputs - 1] - start);
+        const uint8_t* part[kRows];
+        for (int64_t r = 0; r < kRows; ++r) part[r] = block[r] + 3 * start;
+        int32_t* columns = s.columns.fit(padded(n) * kRows);
+        rows_to_columns(part, n, s.bytes.fit(padded(n) * kRows), columns);
+        filter_columns(columns, start, f, x, outputs, flip, sums, filtered);
+    }
+    columns_to_rows(filtered, row / 3, s.bytes.fit(row * kRows), rows);
 }
 
 }  // namespace
 
 void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes) {
     static thread_local Scratch s;
-    const int64_t height = crop.bottom - crop.top, width = crop.right - crop.left, size = crop.size;
-    s.horizontal.make(width, size);
+    const int64_t height = crop.bottom - crop.top, size = crop.size;
+    s.horizontal.make(crop.right - crop.left, size);
     s.vertical.make(height, size);
-    if (crop.flip) s.horizontal.flip();
     const Filter& f = s.vertical;
-    const int64_t plane = padded(size), row = 3 * plane, held = f.taps + kRows;
-    int32_t *columns = s.columns.fit(padded(3 * width) * kRows), *rows = s.rows.fit(held * row);
-    uint8_t* filtered = s.filtered.fit(std::max(plane * kLanes, row));
+    const int64_t row = 3 * padded(size), held = f.taps + kRows;
+    int32_t* rows = s.rows.fit(held * row);
+    uint8_t* levels = s.levels.fit(row);
+    int32_t* sums = s.row_sums.fit(row);
     const uint8_t *corner = image + crop.top * row_stride + 3 * crop.left, *block[kRows];
     // `rows` holds the results of the first pass from row `begin` up to row `end`: what an output row needs.
     for (int64_t y = 0, begin = 0, end = 0; y < size; ++y) {
-        while (end < f.first[y] + f.count[y]) {
+        for (; end < f.first[y] + f.count[y]; end += kRows) {
             if (end + kRows > begin + held) {
                 std::copy(rows + (f.first[y] - begin) * row, rows + (end - begin) * row, rows);
                 begin = f.first[y];
             }
             for (int64_t r = 0; r < kRows; ++r) block[r] = corner + std::min(end + r, height - 1) * row_stride;
-            rows_to_columns(block, 3 * width, columns);
-            filter_columns(columns, s.horizontal, filtered);
-            columns_to_rows(filtered, plane, rows + (end - begin) * row);
-            end += kRows;
+            first_pass(block, crop.flip, row, s, rows + (end - begin) * row);
         }
-        filter_rows(rows + (f.first[y] - begin) * row, row, f, y, filtered);
-        for (int64_t c = 0; c < 3; ++c) std::memcpy(planes + (c * size + y) * size, filtered + c * plane, size_t(size));
+        filter_rows(rows + (f.first[y] - begin) * row, row, f, y, sums, levels);
+        for (int64_t c = 0; c < 3; ++c) std::memcpy(planes + (c * size + y) * size, levels + c * row / 3, size_t(size));
     }
 }
 
