@@ -9,6 +9,7 @@ from dino_kernels.dino_head_loss import dino_head_loss, dino_head_loss_reference
 from dino_kernels.dino_loss import dino_loss, dino_loss_reference
 from dino_kernels.drop_path_add import drop_path_add, drop_path_add_reference
 from dino_kernels.ema_update import ema_update_, ema_update_reference_
+from dino_kernels.multicrop import CROP, CropKind, draw_crops, multicrop
 from dino_kernels.weight_norm import (
     weight_norm_,
     weight_norm_backward_,
@@ -17,6 +18,8 @@ from dino_kernels.weight_norm import (
 )
 
 __all__ = [
+    "CROP",
+    "CropKind",
     "adamw_ema_step_",
     "adamw_ema_step_reference_",
     "add_layer_norm",
@@ -31,10 +34,12 @@ __all__ = [
     "dino_head_loss_reference",
     "dino_loss",
     "dino_loss_reference",
+    "draw_crops",
     "drop_path_add",
     "drop_path_add_reference",
     "ema_update_",
     "ema_update_reference_",
+    "multicrop",
     "weight_norm_",
     "weight_norm_backward_",
     "weight_norm_backward_reference_",

@@ -69,9 +69,7 @@ class CropKind:
     solarize: float
 
 
-def draw_crops(
-    seed: int, epoch: int, index: int, kinds: Sequence[CropKind], image_size: tuple[int, int]
-) -> np.ndarray:
+def draw_crops(seed: int, epoch: int, index: int, kinds: Sequence[CropKind], image_size: tuple[int, int]) -> np.ndarray:
     """The parameters of one crop of each kind of image `index` in an epoch, `main_dino.py:419-456`.
 
     Depends on the arguments alone; the first crops stay the same whatever kinds follow. About 4 microseconds a crop.
