@@ -61,15 +61,14 @@ struct Box {
 DINO_MULTIVERSION
 void blur_pass(const Box& box, const uint8_t* x, int64_t step, int64_t n, uint8_t* __restrict to) {
     const uint8_t *a = x - 2 * step, *b = x - step, *c = x + step, *d = x + 2 * step;
-    uint32_t whole = box.whole, part = box.part;
+    const uint32_t whole = box.whole, part = box.part, half = 1u << 23;
     if (box.radius == 0)
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i)
-            to[i] = uint8_t((whole * x[i] + part * uint16_t(b[i] + c[i]) + (1u << 23)) >> 24);
+        for (int64_t i = 0; i < n; ++i) to[i] = uint8_t((whole * x[i] + part * uint16_t(b[i] + c[i]) + half) >> 24);
     else
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i)
-            to[i] = uint8_t((whole * uint16_t(b[i] + x[i] + c[i]) + part * uint16_t(a[i] + d[i]) + (1u << 23)) >> 24);
+            to[i] = uint8_t((whole * uint16_t(b[i] + x[i] + c[i]) + part * uint16_t(a[i] + d[i]) + half) >> 24);
 }
 
 // The plane with kReach more pixels on every side, so that a pass is one long loop; what it leaves in these is
