@@ -13,8 +13,9 @@ enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 inline int64_t width_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }  // bytes
 
 // Compiled once for the baseline and once for each wider instruction set; the loader picks at run time,
-// so that a wheel built on a new machine runs on an old one. Defining it empty leaves what -march says, to measure.
-#if defined(DINO_MULTIVERSION)
+// so that a wheel built on a new machine runs on an old one. DINO_ONE_VERSION leaves what -march says, to measure.
+#if defined(DINO_ONE_VERSION)
+#define DINO_MULTIVERSION
 #elif defined(__x86_64__) && __GNUC__ >= 12
 #define DINO_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #elif defined(__x86_64__)  // older compilers know no levels here, only single features

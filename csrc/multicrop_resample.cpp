@@ -1,29 +1,34 @@
 // Bicubic resize with antialiasing in Pillow's 8-bit arithmetic: weights of 22 fractional bits, first along rows, then
 // along columns, each result rounded to a level. Integers, so every processor gives the same.
 //
-// Both passes are one loop: sums of vectors, each times a weight. Along columns the vectors are rows as they lie in
-// memory; for the pass along rows, kRows rows at a time are transposed before it and after it.
+// Both passes are sums of vectors, each times a weight. Along columns the vectors are rows as they lie in memory; for
+// the pass along rows, kRows rows at a time are transposed before it and after it.
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "multicrop.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace dino {
 namespace {
 
-constexpr int kWeightBits = 22;
+constexpr int kWeightBits = 22, kLowBits = 8;
 constexpr int64_t kRows = 16;          // transposed at a time
 constexpr int64_t kOutputs = 64;       // of a row at a time
 constexpr int64_t kLanes = 3 * kRows;  // a pixel of kRows rows; also what the pass along columns takes at a time
 
 int64_t padded(int64_t n) { return (n + kRows - 1) / kRows * kRows; }
 
-// Weights of the inputs first[x] .. first[x] + count[x] - 1 of output x: weights[tap * size + x].
+// The weights of each output: of pairs of inputs from first[x], which is even, on; those of a pair are packed into the
+// halves of high[pair * size + x] and low[pair * size + x] as multicrop_sums.h takes them.
 struct Filter {
-    BufferOf<int32_t> first_, count_, weights_;
+    BufferOf<int32_t> first_, begin_, end_, pairs_, high_, low_;
     BufferOf<double> center_, sum_, exact_;
-    int32_t *first, *count, *weights;
-    int64_t size, taps;
+    int32_t *first, *end, *pairs, *high, *low;  // inputs before `end` only
+    int64_t size, most_pairs;
 
     void make(int64_t inputs, int64_t outputs);
 };
@@ -34,33 +39,41 @@ struct Scratch {
     BufferOf<uint8_t> filtered, bytes, levels;
 };
 
+// --- weights -----------------------------------------------------------------------------------------
+
 DINO_INLINE inline double bicubic(double x) {  // a = -0.5
     double near = (1.5 * x - 2.5) * x * x + 1.0, far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5;
     return x < 1.0 ? near : x < 2.0 ? far : 0.0;
 }
 
-// A tap of all outputs at once: a loop over the few taps of an output would not fill a vector.
+DINO_INLINE inline int32_t fixed(double weight) {
+    weight *= 1 << kWeightBits;
+    return int32_t(weight + (weight < 0.0 ? -0.5 : 0.5));
+}
+
+// The weights of input first[x] + tap for all outputs at once: a loop over the few taps of one would not fill a vector.
 DINO_MULTIVERSION
-void weigh(int64_t size, int64_t taps, double inverse, const int32_t* first, const int32_t* count,
-           const double* __restrict center, double* __restrict sum, double* __restrict exact,
-           int32_t* __restrict weights) {
-    std::fill_n(sum, size, 0.0);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-        double* row = exact + tap * size;
+void weigh(const Filter& f, int64_t tap, double inverse, const int32_t* begin, const double* center,
+           double* __restrict sum, double* __restrict exact) {
+    const int32_t *first = f.first, *end = f.end;
 #pragma omp simd
-        for (int64_t x = 0; x < size; ++x) {
-            double weight = bicubic(std::abs((double(first[x] + int32_t(tap)) - center[x] + 0.5) * inverse));
-            row[x] = int32_t(tap) < count[x] ? weight : 0.0;
-            sum[x] += row[x];
-        }
+    for (int64_t x = 0; x < f.size; ++x) {
+        int32_t input = first[x] + int32_t(tap);
+        double weight = bicubic(std::abs((double(input) - center[x] + 0.5) * inverse));
+        exact[x] = input >= begin[x] && input < end[x] ? weight : 0.0;
+        sum[x] += exact[x];
     }
-    for (int64_t tap = 0; tap < taps; ++tap) {
-        const double* row = exact + tap * size;
+}
+
+DINO_MULTIVERSION
+void pack(int64_t size, const double* even, const double* odd, const double* sum, int32_t* __restrict high,
+          int32_t* __restrict low) {
+    constexpr int32_t kLow = (1 << kLowBits) - 1;
 #pragma omp simd
-        for (int64_t x = 0; x < size; ++x) {
-            double weight = row[x] / sum[x] * (1 << kWeightBits);
-            weights[tap * size + x] = int32_t(weight + (weight < 0.0 ? -0.5 : 0.5));
-        }
+    for (int64_t x = 0; x < size; ++x) {
+        int32_t a = fixed(even[x] / sum[x]), b = fixed(odd[x] / sum[x]);
+        high[x] = int32_t((uint32_t(a >> kLowBits) & 0xffffu) | uint32_t(b >> kLowBits) << 16);
+        low[x] = (a & kLow) | (b & kLow) << 16;
     }
 }
 
@@ -68,42 +81,74 @@ void Filter::make(int64_t inputs, int64_t outputs) {
     size = outputs;
     double scale = double(inputs) / double(size), stretch = std::max(scale, 1.0), support = 2.0 * stretch;
     first = first_.fit(size);
-    count = count_.fit(size);
-    double* center = center_.fit(size);
-    taps = 0;
+    end = end_.fit(size);
+    pairs = pairs_.fit(size);
+    int32_t* begin = begin_.fit(size);
+    double *center = center_.fit(size), *sum = sum_.fit(size);
+    most_pairs = 0;
     for (int64_t x = 0; x < size; ++x) {
         center[x] = (double(x) + 0.5) * scale;
-        first[x] = int32_t(std::max(center[x] - support + 0.5, 0.0));
-        count[x] = int32_t(std::min(int64_t(center[x] + support + 0.5), inputs)) - first[x];
-        taps = std::max<int64_t>(taps, count[x]);
+        begin[x] = int32_t(std::max(center[x] - support + 0.5, 0.0));
+        end[x] = int32_t(std::min(int64_t(center[x] + support + 0.5), inputs));
+        first[x] = begin[x] & ~1;
+        pairs[x] = (end[x] - first[x] + 1) / 2;
+        most_pairs = std::max<int64_t>(most_pairs, pairs[x]);
+        sum[x] = 0.0;
     }
-    weights = weights_.fit(taps * size);
-    weigh(size, taps, 1.0 / stretch, first, count, center, sum_.fit(size), exact_.fit(taps * size), weights);
+    double* exact = exact_.fit(2 * most_pairs * size);
+    high = high_.fit(most_pairs * size);
+    low = low_.fit(most_pairs * size);
+    for (int64_t tap = 0; tap < 2 * most_pairs; ++tap)
+        weigh(*this, tap, 1.0 / stretch, begin, center, sum, exact + tap * size);
+    for (int64_t pair = 0; pair < most_pairs; ++pair)
+        pack(size, exact + 2 * pair * size, exact + (2 * pair + 1) * size, sum, high + pair * size, low + pair * size);
 }
 
-// to[i] = sum over taps of weights[tap * weight_stride] * from[tap * stride + i], and a half
-DINO_INLINE inline void weighted_sum(const int32_t* __restrict from, int64_t stride, const int32_t* __restrict weights,
-                                     int64_t weight_stride, int64_t taps, int32_t* __restrict to) {
-    int32_t sums[kLanes];
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) sums[i] = 1 << (kWeightBits - 1);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-        int32_t weight = weights[tap * weight_stride];
-#pragma omp simd
-        for (int64_t i = 0; i < kLanes; ++i) sums[i] += weight * from[tap * stride + i];
+// --- sums --------------------------------------------------------------------------------------------
+
+#define DINO_SUMS sums_16
+#define DINO_SUMS_BYTES 16
+#define DINO_SUMS_TARGET
+#include "multicrop_sums.h"
+#undef DINO_SUMS
+#undef DINO_SUMS_BYTES
+#undef DINO_SUMS_TARGET
+
+#if defined(__x86_64__)
+#define DINO_SUMS sums_32
+#define DINO_SUMS_BYTES 32
+#define DINO_SUMS_TARGET __attribute__((target("avx2")))
+#include "multicrop_sums.h"
+#undef DINO_SUMS
+#undef DINO_SUMS_BYTES
+#undef DINO_SUMS_TARGET
+
+#define DINO_SUMS sums_64
+#define DINO_SUMS_BYTES 64
+#define DINO_SUMS_TARGET __attribute__((target("avx512f,avx512bw")))
+#include "multicrop_sums.h"
+#endif
+
+struct Sums {
+    decltype(&sums_16::columns) columns;
+    decltype(&sums_16::rows) rows;
+
+    static Sums widest() {
+#if defined(__AVX512BW__) || (defined(__x86_64__) && !defined(DINO_ONE_VERSION))
+        if (__builtin_cpu_supports("avx512bw")) return {sums_64::columns, sums_64::rows};
+#endif
+#if defined(__x86_64__)
+        if (__builtin_cpu_supports("avx2")) return {sums_32::columns, sums_32::rows};
+#endif
+        return {sums_16::columns, sums_16::rows};
     }
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) to[i] = sums[i];
-}
+};
 
-DINO_INLINE inline void to_levels(const int32_t* __restrict sums, int64_t n, uint8_t* __restrict levels) {
+DINO_MULTIVERSION
+void to_levels(const int32_t* __restrict sums, int64_t n, uint8_t* __restrict levels) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) levels[i] = uint8_t(std::min(std::max(sums[i] >> kWeightBits, 0), 255));
-}
-
-DINO_INLINE inline void widen(const uint8_t* __restrict bytes, int64_t n, int32_t* __restrict to) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] = bytes[i];
+    for (int64_t i = 0; i < n; ++i)
+        levels[i] = uint8_t(std::min(std::max((sums[i] + (1 << (kWeightBits - 1))) >> kWeightBits, 0), 255));
 }
 
 // --- transposing -------------------------------------------------------------------------------------
@@ -129,24 +174,43 @@ DINO_INLINE inline void transpose(Bytes* x) {
     }
 }
 
-// In these two the bytes are widened after all are transposed: a load waits for the stores that it spans.
+// In these two the units are made after all bytes are transposed: a load waits for the stores that it spans.
 
-// kRows rows of n bytes to columns [padded n, kRows], by way of bytes of the same shape
+DINO_INLINE inline void pair_up(const uint8_t* __restrict even, const uint8_t* __restrict odd, int64_t n,
+                                int32_t* __restrict units) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) units[i] = even[i] | odd[i] << 16;
+}
+
+constexpr int64_t kHalf = kRows / 2 * kLanes;  // every other one of kRows pixels of kRows rows
+
+// Where in a group, its even pixels before its odd ones, the bytes of a column lie.
+constexpr std::array<int64_t, kLanes> kPlaces = [] {
+    std::array<int64_t, kLanes> places{};
+    for (int64_t i = 0; i < kLanes; ++i) places[i] = i / 3 % 2 * kHalf + i / 6 * kLanes + i % 3 * kRows;
+    return places;
+}();
+
+// kRows rows of n bytes to pairs of pixels [pairs, kLanes], by way of groups of kRows pixels as bytes
 DINO_MULTIVERSION
 void rows_to_columns(const uint8_t* const* rows, int64_t n, uint8_t* bytes, int32_t* columns) {
-    Bytes x[kRows];
+    Bytes x[kRows] = {};
+    int64_t groups = (n + kLanes - 1) / kLanes;
     for (int64_t j = 0; j < n; j += kRows) {
         if (n - j >= kRows)
             for (int64_t r = 0; r < kRows; ++r) std::memcpy(&x[r], rows[r] + j, kRows);
         else
             for (int64_t r = 0; r < kRows; ++r) std::memcpy(&x[r], rows[r] + j, size_t(n - j));
         transpose(x);
-        std::memcpy(bytes + j * kRows, x, sizeof x);
+        uint8_t* group = bytes + j / kLanes * 2 * kHalf;
+        const int64_t* places = &kPlaces[j % kLanes];
+        for (int64_t i = 0; i < kRows; ++i) std::memcpy(group + places[i], &x[i], kRows);
     }
-    widen(bytes, padded(n) * kRows, columns);
+    for (int64_t i = 0; i < groups; ++i)
+        pair_up(bytes + 2 * i * kHalf, bytes + (2 * i + 1) * kHalf, kHalf, columns + i * kHalf);
 }
 
-// Pixels [width, kLanes] to kRows rows [3, width], by way of bytes of the same shape
+// Pixels [width, kLanes] to pairs of rows [kRows / 2, 3, width], by way of the rows as bytes
 DINO_MULTIVERSION
 void columns_to_rows(const uint8_t* columns, int64_t width, uint8_t* bytes, int32_t* rows) {
     Bytes x[kRows];
@@ -156,43 +220,27 @@ void columns_to_rows(const uint8_t* columns, int64_t width, uint8_t* bytes, int3
             transpose(x);
             for (int64_t r = 0; r < kRows; ++r) std::memcpy(bytes + (r * 3 + channel) * width + j, &x[r], kRows);
         }
-    widen(bytes, kRows * 3 * width, rows);
+    for (int64_t r = 0; r < kRows; r += 2)
+        pair_up(bytes + r * 3 * width, bytes + (r + 1) * 3 * width, 3 * width, rows + r / 2 * 3 * width);
 }
 
 // --- the two passes ----------------------------------------------------------------------------------
 
-// Outputs x .. x + n - 1, from columns of which the first is pixel `start`; sums [n, kLanes]
-DINO_MULTIVERSION
-void filter_columns(const int32_t* columns, int64_t start, const Filter& f, int64_t x, int64_t n, bool flip,
-                    int32_t* sums, uint8_t* to) {
-    for (int64_t i = 0; i < n; ++i)
-        weighted_sum(columns + (f.first[x + i] - start) * kLanes, kLanes, f.weights + x + i, f.size, f.count[x + i],
-                     sums + (flip ? n - 1 - i : i) * kLanes);
-    to_levels(sums, n * kLanes, to + (flip ? f.size - x - n : x) * kLanes);
-}
-
-// Output row y, sums [width]
-DINO_MULTIVERSION
-void filter_rows(const int32_t* rows, int64_t width, const Filter& f, int64_t y, int32_t* sums, uint8_t* to) {
-    for (int64_t i = 0; i < width; i += kLanes)
-        weighted_sum(rows + i, width, f.weights + y, f.size, f.count[y], sums + i);
-    to_levels(sums, width, to);
-}
-
-// The first pass over kRows rows of pixels, to rows [3, padded size]; some outputs at a time, whose columns stay in the
-// nearest cache.
-void first_pass(const uint8_t* const* block, bool flip, int64_t row, Scratch& s, int32_t* rows) {
+// The first pass over kRows rows of pixels, to pairs of rows [3, padded size]; some outputs at a time, whose columns
+// stay in the nearest cache.
+void first_pass(const Sums& sums, const uint8_t* const* block, bool flip, int64_t row, Scratch& s, int32_t* rows) {
     const Filter& f = s.horizontal;
     uint8_t* filtered = s.filtered.fit(row * kRows);
-    int32_t* sums = s.sums.fit(kOutputs * kLanes);
+    int32_t* results = s.sums.fit(kOutputs * kLanes);
     for (int64_t x = 0; x < f.size; x += kOutputs) {
-        int64_t outputs = std::min(kOutputs, f.size - x), start = f.first[x];
-        int64_t n = 3 * (f.first[x + outputs - 1] + f.count[x + outputs - 1] - start);
+        int64_t outputs = std::min(kOutputs, f.size - x), start = f.first[x], n = f.end[x + outputs - 1] - start;
+        int64_t room = padded(n) * kLanes;
         const uint8_t* part[kRows];
         for (int64_t r = 0; r < kRows; ++r) part[r] = block[r] + 3 * start;
-        int32_t* columns = s.columns.fit(padded(n) * kRows);
-        rows_to_columns(part, n, s.bytes.fit(padded(n) * kRows), columns);
-        filter_columns(columns, start, f, x, outputs, flip, sums, filtered);
+        int32_t* columns = s.columns.fit(room / 2);
+        rows_to_columns(part, 3 * n, s.bytes.fit(room), columns);
+        sums.columns(columns, start, f, x, outputs, flip, results);
+        to_levels(results, outputs * kLanes, filtered + (flip ? f.size - x - outputs : x) * kLanes);
     }
     columns_to_rows(filtered, row / 3, s.bytes.fit(row * kRows), rows);
 }
@@ -200,27 +248,28 @@ void first_pass(const uint8_t* const* block, bool flip, int64_t row, Scratch& s,
 }  // namespace
 
 void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes) {
+    static const Sums sums = Sums::widest();
     static thread_local Scratch s;
     const int64_t height = crop.bottom - crop.top, size = crop.size;
     s.horizontal.make(crop.right - crop.left, size);
     s.vertical.make(height, size);
     const Filter& f = s.vertical;
-    const int64_t row = 3 * padded(size), held = f.taps + kRows;
-    int32_t* rows = s.rows.fit(held * row);
+    const int64_t row = 3 * padded(size), held = 2 * f.most_pairs + kRows;
+    int32_t *rows = s.rows.fit(held / 2 * row), *results = s.row_sums.fit(row);
     uint8_t* levels = s.levels.fit(row);
-    int32_t* sums = s.row_sums.fit(row);
     const uint8_t *corner = image + crop.top * row_stride + 3 * crop.left, *block[kRows];
     // `rows` holds the results of the first pass from row `begin` up to row `end`: what an output row needs.
     for (int64_t y = 0, begin = 0, end = 0; y < size; ++y) {
-        for (; end < f.first[y] + f.count[y]; end += kRows) {
+        for (; end < f.end[y]; end += kRows) {
             if (end + kRows > begin + held) {
-                std::copy(rows + (f.first[y] - begin) * row, rows + (end - begin) * row, rows);
+                std::copy(rows + (f.first[y] - begin) / 2 * row, rows + (end - begin) / 2 * row, rows);
                 begin = f.first[y];
             }
             for (int64_t r = 0; r < kRows; ++r) block[r] = corner + std::min(end + r, height - 1) * row_stride;
-            first_pass(block, crop.flip, row, s, rows + (end - begin) * row);
+            first_pass(sums, block, crop.flip, row, s, rows + (end - begin) / 2 * row);
         }
-        filter_rows(rows + (f.first[y] - begin) * row, row, f, y, sums, levels);
+        sums.rows(rows + (f.first[y] - begin) / 2 * row, row, f, y, results);
+        to_levels(results, row, levels);
         for (int64_t c = 0; c < 3; ++c) std::memcpy(planes + (c * size + y) * size, levels + c * row / 3, size_t(size));
     }
 }
