@@ -3,11 +3,11 @@
     python bench/bench_multicrop.py --photos DIR_OR_ZIP --json multicrop.json
 
 Prints how far each step is from Pillow's bytes, then of each provider the time for the crops of a decoded image and the
-images a second with decoding, both the best of several rounds in which the providers take turns; one process, and one
-thread where the name says nothing else. All make normalized float32 crops. The AVX2 code is measured on a processor
-with AVX-512 by building for it alone (the versions are chosen by libgcc, which heeds no GLIBC_TUNABLES):
+images a second with decoding, the best of several rounds in which the providers take turns; one process, and one thread
+where the name says nothing else. All make normalized float32 crops. The AVX2 code is measured on a processor with
+AVX-512 by building for it alone (libgcc chooses among the versions, which heeds no GLIBC_TUNABLES):
 
-    CXX="g++ -march=x86-64-v3 -DDINO_MULTIVERSION=" python setup.py build_ext --inplace
+    CXX="g++ -march=x86-64-v3 -DDINO_ONE_VERSION" python setup.py build_ext --inplace
 """
 
 import argparse
@@ -93,23 +93,21 @@ def parity(images: list[Image.Image], tables: list[np.ndarray]) -> dict[str, dic
 
 # --- providers ---------------------------------------------------------------------------------------
 
-# A provider makes all crops of some decoded images; images are numbered as their random draws are.
-Provider = Callable[[list[int], list[Image.Image]], Any]
+# Makes all crops of a decoded image; its number seeds the random draws.
+Provider = Callable[[int, Any], Any]
 
 
 def ours(threads: int) -> Provider:
-    def crop(numbers: list[int], images: list[Image.Image]) -> list[torch.Tensor]:
-        out = [torch.empty(len(images), 3, kind.size, kind.size) for kind in KINDS]
-        tables = [draw_crops(0, 0, i, KINDS, image.size[::-1]) for i, image in zip(numbers, images, strict=True)]
-        multicrop([np.asarray(image) for image in images], np.stack(tables), out, threads=threads)
+    def crop(number: int, image: np.ndarray) -> list[torch.Tensor]:
+        out = [torch.empty(1, 3, kind.size, kind.size) for kind in KINDS]
+        multicrop([image], draw_crops(0, 0, number, KINDS, image.shape[:2])[None], out, threads=threads)
         return out
 
     return crop
 
 
-def pillow(numbers: list[int], images: list[Image.Image]) -> list[list[torch.Tensor]]:
-    crop = MultiCrop()
-    return [crop(image, (0, 0, i)) for i, image in zip(numbers, images, strict=True)]
+def pillow(number: int, image: Image.Image) -> list[torch.Tensor]:
+    return MultiCrop()(image, (0, 0, number))
 
 
 def albumentations() -> Provider:
@@ -134,15 +132,14 @@ def albumentations() -> Provider:
 
     pipelines = [pipeline(kind) for kind in KINDS]
 
-    def crop(numbers: list[int], images: list[Image.Image]) -> list[list[torch.Tensor]]:
-        arrays = [np.asarray(image) for image in images]
-        return [[torch.from_numpy(p(image=a)["image"].transpose(2, 0, 1).copy()) for p in pipelines] for a in arrays]
+    def crop(number: int, image: np.ndarray) -> list[torch.Tensor]:
+        return [torch.from_numpy(p(image=image)["image"].transpose(2, 0, 1).copy()) for p in pipelines]
 
     return crop
 
 
 def providers() -> dict[str, tuple[Provider, int]]:
-    """Of each name what crops, and on how many threads."""
+    """Of each name what crops, and the number of threads."""
     found: dict[str, tuple[Provider, int]] = {
         "ours": (ours(1), 1),
         "ours, 2 threads": (ours(2), 2),
@@ -158,32 +155,36 @@ def providers() -> dict[str, tuple[Provider, int]]:
 # --- measuring ---------------------------------------------------------------------------------------
 
 
-def seconds(work: Callable[[], Any]) -> float:
+def milliseconds(work: Callable[..., Any], *arguments: Any) -> float:
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    work(*arguments)
+    return 1000 * (time.perf_counter() - start)
 
 
-def decode_and_crop(folder: ImageFolder, numbers: list[int], provider: Provider, pool: ThreadPoolExecutor) -> None:
-    """As workers of a loader do: each decodes an image and crops it."""
-    list(pool.map(lambda i: provider([i], [folder.load(i)]), numbers))
+def as_taken(name: str, image: Image.Image) -> Any:
+    return image if "Pillow" in name else np.asarray(image)
+
+
+def work_off(folder: ImageFolder, numbers: range, name: str, provider: Provider, threads: int) -> None:
+    """What workers of a loader do: each decodes an image and crops it."""
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda i: provider(i, as_taken(name, folder.load(i))), numbers))
 
 
 def measure(folder: ImageFolder, images: list[Image.Image], rounds: int) -> dict[str, dict[str, float]]:
-    numbers = list(range(len(images)))
-    found = providers()
-    best: dict[str, dict[str, float]] = {name: {"crop": np.inf, "all": np.inf} for name in found}
+    """Each image and each pass over all with decoding at its fastest, since other programs run too."""
+    found, numbers = providers(), range(len(images))
+    crop = {name: np.full(len(images), np.inf) for name in found}
+    total = dict.fromkeys(found, np.inf)
     for _ in range(rounds):
         for name, (provider, threads) in found.items():
-            times = best[name]
-            times["crop"] = min(times["crop"], seconds(lambda p=provider: p(numbers, images)))  # type: ignore[misc]
-            worker = ours(1) if name.startswith("ours") else provider
-            with ThreadPoolExecutor(threads) as pool:
-                run = seconds(lambda w=worker, p=pool: decode_and_crop(folder, numbers, w, p))  # type: ignore[misc]
-            times["all"] = min(times["all"], run)
+            for i, image in enumerate(images):
+                crop[name][i] = min(crop[name][i], milliseconds(provider, i, as_taken(name, image)))
+            worker = ours(1) if threads > 1 else provider
+            total[name] = min(total[name], milliseconds(work_off, folder, numbers, name, worker, threads))
     return {
-        name: {"ms_per_image": 1000 * times["crop"] / len(images), "images_per_s": len(images) / times["all"]}
-        for name, times in best.items()
+        name: {"ms_per_image": float(crop[name].mean()), "images_per_s": 1000 * len(images) / total[name]}
+        for name in found
     }
 
 
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=24, help="how many of them")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     folder = ImageFolder(args.photos)
     images = [folder.load(i) for i in range(min(args.images, len(folder)))]
     tables = [draw_crops(0, 0, i, KINDS, image.size[::-1]) for i, image in enumerate(images)]
@@ -211,7 +213,8 @@ def main() -> None:
     results = measure(folder, images, args.rounds)
     print(f"\n{len(images)} images, {processor()}\n{'provider':32} ms per image   images/s with decoding")
     for name, result in results.items():
-        print(f"{name:32} {result['ms_per_image']:12.2f}   {result['images_per_s']:22.0f}")
+        speedup = results["reference transforms on Pillow"]["ms_per_image"] / result["ms_per_image"]
+        print(f"{name:32} {result['ms_per_image']:12.2f} ({speedup:4.1f}x) {result['images_per_s']:17.0f}")
     if args.json:
         machine = {"processor": processor(), "pillow": pillow_version, "torch": torch.__version__}
         content = {"machine": machine, "images": len(images), "parity": report, "providers": results}

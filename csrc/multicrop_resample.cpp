@@ -147,8 +147,7 @@ struct Sums {
 DINO_MULTIVERSION
 void to_levels(const int32_t* __restrict sums, int64_t n, uint8_t* __restrict levels) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i)
-        levels[i] = uint8_t(std::min(std::max((sums[i] + (1 << (kWeightBits - 1))) >> kWeightBits, 0), 255));
+    for (int64_t i = 0; i < n; ++i) levels[i] = uint8_t(std::min(std::max(sums[i] >> kWeightBits, 0), 255));
 }
 
 // --- transposing -------------------------------------------------------------------------------------

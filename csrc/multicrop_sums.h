@@ -19,12 +19,13 @@ DINO_SUMS_TARGET DINO_INLINE inline Units pair_products(Units a, Units b) {
 #endif
 }
 
-// to[i] = the sum over pairs of weights times from[pair * stride + i], for i < kLanes
+// to[i] = half a level and the sum over pairs of weights times from[pair * stride + i], for i < kLanes
 DINO_SUMS_TARGET DINO_INLINE inline void block(const int32_t* from, int64_t stride, const Filter& f, int64_t output,
                                                int32_t* to) {
     constexpr int64_t kWidth = sizeof(Units) / sizeof(int32_t), kVectors = 3;
     for (int64_t i = 0; i < kLanes; i += kVectors * kWidth) {
-        Units high[kVectors] = {}, low[kVectors] = {};
+        Units high[kVectors] = {}, low[kVectors];
+        for (Units& sum : low) sum = Units{} + (1 << (kWeightBits - 1));
         for (int64_t pair = 0; pair < f.pairs[output]; ++pair) {
             Units weight_high = Units{} + f.high[pair * f.size + output];
             Units weight_low = Units{} + f.low[pair * f.size + output];

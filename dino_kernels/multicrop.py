@@ -11,9 +11,9 @@
     crop = where(crop < 128, crop, 255 - crop)              if solarize
     out = (crop / 255 - mean) / std                         of ImageNet; bytes are written as they are
 
-Every step but the last works on levels 0 .. 255 with the rounding of Pillow 12, which the reference uses: but for the
-hue, where a few bytes in a million differ by one, the result is the same bit for bit, on every processor. (Pillow 13
-resizes some tall boxes columns first, which differs by some levels there.)
+Every step but the last works on levels 0 .. 255 with the rounding of Pillow 12 on x86, which the reference uses: the
+levels are the same bit for bit, on every processor. (Pillow 13 resizes some tall boxes columns first, which differs by
+some levels there.)
 
 Dimensions: N images, V crops of each. `draw_crops` is a function of its key alone, so the crops of an image depend on
 no worker, rank, device or other image.
