@@ -97,11 +97,12 @@ def parity(images: list[Image.Image], tables: list[np.ndarray]) -> dict[str, dic
 Provider = Callable[[int, Any], Any]
 
 
-def ours(threads: int) -> Provider:
-    def crop(number: int, image: np.ndarray) -> list[torch.Tensor]:
-        out = [torch.empty(1, 3, kind.size, kind.size) for kind in KINDS]
-        multicrop([image], draw_crops(0, 0, number, KINDS, image.shape[:2])[None], out, threads=threads)
-        return out
+def ours(batch: list[torch.Tensor], threads: int) -> Provider:
+    """Fills the rows of a batch, as a loader does."""
+
+    def crop(number: int, image: np.ndarray) -> None:
+        rows = [view[number : number + 1] for view in batch]
+        multicrop([image], draw_crops(0, 0, number, KINDS, image.shape[:2])[None], rows, threads=threads)
 
     return crop
 
@@ -138,11 +139,12 @@ def albumentations() -> Provider:
     return crop
 
 
-def providers() -> dict[str, tuple[Provider, int]]:
+def providers(images: int) -> dict[str, tuple[Provider, int]]:
     """Of each name what crops, and the number of threads."""
+    batch = [torch.zeros(images, 3, kind.size, kind.size) for kind in KINDS]
     found: dict[str, tuple[Provider, int]] = {
-        "ours": (ours(1), 1),
-        "ours, 2 threads": (ours(2), 2),
+        "ours": (ours(batch, 1), 1),
+        "ours, 2 threads": (ours(batch, 2), 2),
         "reference transforms on Pillow": (pillow, 1),
     }
     try:
@@ -173,14 +175,14 @@ def work_off(folder: ImageFolder, numbers: range, name: str, provider: Provider,
 
 def measure(folder: ImageFolder, images: list[Image.Image], rounds: int) -> dict[str, dict[str, float]]:
     """Each image and each pass over all with decoding at its fastest, since other programs run too."""
-    found, numbers = providers(), range(len(images))
+    found, numbers = providers(len(images)), range(len(images))
     crop = {name: np.full(len(images), np.inf) for name in found}
     total = dict.fromkeys(found, np.inf)
     for _ in range(rounds):
         for name, (provider, threads) in found.items():
             for i, image in enumerate(images):
                 crop[name][i] = min(crop[name][i], milliseconds(provider, i, as_taken(name, image)))
-            worker = ours(1) if threads > 1 else provider
+            worker = found["ours"][0] if threads > 1 else provider
             total[name] = min(total[name], milliseconds(work_off, folder, numbers, name, worker, threads))
     return {
         name: {"ms_per_image": float(crop[name].mean()), "images_per_s": 1000 * len(images) / total[name]}

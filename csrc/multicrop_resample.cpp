@@ -4,7 +4,6 @@
 // Both passes are sums of vectors, each times a weight. Along columns the vectors are rows as they lie in memory; for
 // the pass along rows, kRows rows at a time are transposed before it and after it.
 #include <algorithm>
-#include <array>
 #include <cmath>
 
 #include "multicrop.h"
@@ -183,27 +182,37 @@ DINO_INLINE inline void pair_up(const uint8_t* __restrict even, const uint8_t* _
 
 constexpr int64_t kHalf = kRows / 2 * kLanes;  // every other one of kRows pixels of kRows rows
 
-// Where in a group, its even pixels before its odd ones, the bytes of a column lie.
-constexpr std::array<int64_t, kLanes> kPlaces = [] {
-    std::array<int64_t, kLanes> places{};
-    for (int64_t i = 0; i < kLanes; ++i) places[i] = i / 3 % 2 * kHalf + i / 6 * kLanes + i % 3 * kRows;
-    return places;
-}();
-
-// kRows rows of n bytes to pairs of pixels [pairs, kLanes], by way of groups of kRows pixels as bytes
-DINO_MULTIVERSION
-void rows_to_columns(const uint8_t* const* rows, int64_t n, uint8_t* bytes, int32_t* columns) {
-    Bytes x[kRows] = {};
-    int64_t groups = (n + kLanes - 1) / kLanes;
-    for (int64_t j = 0; j < n; j += kRows) {
-        if (n - j >= kRows)
-            for (int64_t r = 0; r < kRows; ++r) std::memcpy(&x[r], rows[r] + j, kRows);
-        else
-            for (int64_t r = 0; r < kRows; ++r) std::memcpy(&x[r], rows[r] + j, size_t(n - j));
+// kRows rows of kRows pixels transposed, to their even pixels and then their odd ones, each [kRows / 2, 3, kRows]
+DINO_INLINE inline void transpose_group(const uint8_t* rows, int64_t stride, uint8_t* to) {
+#pragma GCC unroll 3
+    for (int64_t j = 0; j < kLanes; j += kRows) {
+        Bytes x[kRows];
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kRows; ++r) std::memcpy(&x[r], rows + r * stride + j, kRows);
         transpose(x);
-        uint8_t* group = bytes + j / kLanes * 2 * kHalf;
-        const int64_t* places = &kPlaces[j % kLanes];
-        for (int64_t i = 0; i < kRows; ++i) std::memcpy(group + places[i], &x[i], kRows);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kRows; ++i) {
+            int64_t pixel = (j + i) / 3, channel = (j + i) % 3;
+            std::memcpy(to + pixel % 2 * kHalf + pixel / 2 * kLanes + channel * kRows, &x[i], kRows);
+        }
+    }
+}
+
+// `height` rows of n bytes, repeated to kRows rows, to pairs of pixels [pairs, kLanes], by way of groups as bytes
+DINO_MULTIVERSION
+void rows_to_columns(const uint8_t* rows, int64_t stride, int64_t height, int64_t n, uint8_t* bytes, int32_t* columns) {
+    uint8_t edge[kRows * kLanes] = {};
+    int64_t groups = (n + kLanes - 1) / kLanes;
+    for (int64_t i = 0; i < groups; ++i) {
+        const uint8_t* group = rows + i * kLanes;
+        int64_t width = std::min(kLanes, n - i * kLanes);
+        if (height == kRows && width == kLanes) {
+            transpose_group(group, stride, bytes + 2 * i * kHalf);
+            continue;
+        }
+        for (int64_t r = 0; r < kRows; ++r)
+            std::memcpy(edge + r * kLanes, group + std::min(r, height - 1) * stride, size_t(width));
+        transpose_group(edge, kLanes, bytes + 2 * i * kHalf);
     }
     for (int64_t i = 0; i < groups; ++i)
         pair_up(bytes + 2 * i * kHalf, bytes + (2 * i + 1) * kHalf, kHalf, columns + i * kHalf);
@@ -225,19 +234,18 @@ void columns_to_rows(const uint8_t* columns, int64_t width, uint8_t* bytes, int3
 
 // --- the two passes ----------------------------------------------------------------------------------
 
-// The first pass over kRows rows of pixels, to pairs of rows [3, padded size]; some outputs at a time, whose columns
-// stay in the nearest cache.
-void first_pass(const Sums& sums, const uint8_t* const* block, bool flip, int64_t row, Scratch& s, int32_t* rows) {
+// The first pass over `height` rows of pixels, to kRows / 2 pairs of rows [3, padded size]; some outputs at a time,
+// whose columns stay in the nearest cache.
+void first_pass(const Sums& sums, const uint8_t* block, int64_t stride, int64_t height, bool flip, int64_t row,
+                Scratch& s, int32_t* rows) {
     const Filter& f = s.horizontal;
     uint8_t* filtered = s.filtered.fit(row * kRows);
     int32_t* results = s.sums.fit(kOutputs * kLanes);
     for (int64_t x = 0; x < f.size; x += kOutputs) {
         int64_t outputs = std::min(kOutputs, f.size - x), start = f.first[x], n = f.end[x + outputs - 1] - start;
         int64_t room = padded(n) * kLanes;
-        const uint8_t* part[kRows];
-        for (int64_t r = 0; r < kRows; ++r) part[r] = block[r] + 3 * start;
         int32_t* columns = s.columns.fit(room / 2);
-        rows_to_columns(part, 3 * n, s.bytes.fit(room), columns);
+        rows_to_columns(block + 3 * start, stride, height, 3 * n, s.bytes.fit(room), columns);
         sums.columns(columns, start, f, x, outputs, flip, results);
         to_levels(results, outputs * kLanes, filtered + (flip ? f.size - x - outputs : x) * kLanes);
     }
@@ -256,7 +264,7 @@ void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_
     const int64_t row = 3 * padded(size), held = 2 * f.most_pairs + kRows;
     int32_t *rows = s.rows.fit(held / 2 * row), *results = s.row_sums.fit(row);
     uint8_t* levels = s.levels.fit(row);
-    const uint8_t *corner = image + crop.top * row_stride + 3 * crop.left, *block[kRows];
+    const uint8_t* corner = image + crop.top * row_stride + 3 * crop.left;
     // `rows` holds the results of the first pass from row `begin` up to row `end`: what an output row needs.
     for (int64_t y = 0, begin = 0, end = 0; y < size; ++y) {
         for (; end < f.end[y]; end += kRows) {
@@ -264,8 +272,8 @@ void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_
                 std::copy(rows + (f.first[y] - begin) / 2 * row, rows + (end - begin) / 2 * row, rows);
                 begin = f.first[y];
             }
-            for (int64_t r = 0; r < kRows; ++r) block[r] = corner + std::min(end + r, height - 1) * row_stride;
-            first_pass(sums, block, crop.flip, row, s, rows + (end - begin) / 2 * row);
+            first_pass(sums, corner + end * row_stride, row_stride, std::min(kRows, height - end), crop.flip, row, s,
+                       rows + (end - begin) / 2 * row);
         }
         sums.rows(rows + (f.first[y] - begin) / 2 * row, row, f, y, results);
         to_levels(results, row, levels);
