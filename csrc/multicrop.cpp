@@ -40,35 +40,15 @@ void check(const MultiCropArgs& a, int64_t image, int64_t view) {
 constexpr int kPasses = 3;
 constexpr int64_t kReach = 2;  // pixels that a box reaches to each side at most
 
-// A box of 2 * radius + 1 whole pixels (radius 0 or 1) and a part of one more on each side; weights in 2^-24.
-struct Box {
-    int64_t radius;
-    uint32_t whole, part;
-
-    explicit Box(float sigma) {                    // three passes of it are about a Gaussian
-        float variance = sigma * sigma / kPasses;  // float and double where Pillow has them
-        float length = float(std::sqrt(12.0 * variance + 1.0)), l = float(std::floor((length - 1.0) / 2.0));
-        float a = (2 * l + 1) * (l * (l + 1) - 3 * variance);
-        a /= 6 * (variance - (l + 1) * (l + 1));
-        float width = l + a;
-        radius = int64_t(width);
-        whole = uint32_t(float(1 << 24) / (width * 2 + 1));
-        part = ((1u << 24) - uint32_t(2 * radius + 1) * whole) / 2;
-    }
-};
-
-// to[i] = the box around x[i], of pixels a step apart
-DINO_MULTIVERSION
-void blur_pass(const Box& box, const uint8_t* x, int64_t step, int64_t n, uint8_t* __restrict to) {
-    const uint8_t *a = x - 2 * step, *b = x - step, *c = x + step, *d = x + 2 * step;
-    const uint32_t whole = box.whole, part = box.part, half = 1u << 23;
-    if (box.radius == 0)
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) to[i] = uint8_t((whole * x[i] + part * uint16_t(b[i] + c[i]) + half) >> 24);
-    else
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i)
-            to[i] = uint8_t((whole * uint16_t(b[i] + x[i] + c[i]) + part * uint16_t(a[i] + d[i]) + half) >> 24);
+Box box_of(float sigma) {                      // three passes of it are about a Gaussian
+    float variance = sigma * sigma / kPasses;  // float and double where Pillow has them
+    float length = float(std::sqrt(12.0 * variance + 1.0)), l = float(std::floor((length - 1.0) / 2.0));
+    float a = (2 * l + 1) * (l * (l + 1) - 3 * variance);
+    a /= 6 * (variance - (l + 1) * (l + 1));
+    float width = l + a;
+    int64_t radius = int64_t(width);
+    uint32_t whole = uint32_t(float(1 << 24) / (width * 2 + 1));
+    return {radius, whole, ((1u << 24) - uint32_t(2 * radius + 1) * whole) / 2};
 }
 
 // The plane with kReach more pixels on every side, so that a pass is one long loop; what it leaves in these is
@@ -94,18 +74,19 @@ struct Bordered {
 // Pillow's Gaussian blur
 void blur_plane(float radius, int64_t size, uint8_t* plane) {
     static thread_local BufferOf<uint8_t> buffers[2];
-    Box box(radius);
+    auto blur = widest_loops().blur;
+    Box box = box_of(radius);
     Bordered shape{size};
     int64_t row = shape.row, inner = kReach * row, n = size * row;  // from the first to the last row of the plane
-    uint8_t *x = buffers[0].fit(row * row), *y = buffers[1].fit(row * row);
+    uint8_t *x = buffers[0].fit(row * row + kSlack), *y = buffers[1].fit(row * row + kSlack);
     for (int64_t i = 0; i < size; ++i) std::memcpy(x + inner + i * row + kReach, plane + i * size, size_t(size));
     for (int pass = 0; pass < kPasses; ++pass, std::swap(x, y)) {
         shape.repeat_sides(x);
-        blur_pass(box, x + inner, 1, n, y + inner);
+        blur(box, x + inner, 1, n, y + inner);
     }
     for (int pass = 0; pass < kPasses; ++pass, std::swap(x, y)) {
         shape.repeat_ends(x);
-        blur_pass(box, x + inner, row, n, y + inner);
+        blur(box, x + inner, row, n, y + inner);
     }
     for (int64_t i = 0; i < size; ++i) std::memcpy(plane + i * size, x + inner + i * row + kReach, size_t(size));
 }

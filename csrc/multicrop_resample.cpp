@@ -7,27 +7,17 @@
 #include <cmath>
 
 #include "multicrop.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace dino {
 namespace {
 
-constexpr int kWeightBits = 22, kLowBits = 8;
-constexpr int64_t kRows = 16;          // transposed at a time
-constexpr int64_t kOutputs = 64;       // of a row at a time
-constexpr int64_t kLanes = 3 * kRows;  // a pixel of kRows rows; also what the pass along columns takes at a time
+constexpr int64_t kOutputs = 64;  // of a row at a time
 
 int64_t padded(int64_t n) { return (n + kRows - 1) / kRows * kRows; }
 
-// The weights of each output: of pairs of inputs from first[x], which is even, on; those of a pair are packed into the
-// halves of high[pair * size + x] and low[pair * size + x] as multicrop_sums.h takes them.
-struct Filter {
+struct Filter : Weights {
     BufferOf<int32_t> first_, begin_, end_, pairs_, high_, low_;
     BufferOf<double> center_, sum_, exact_;
-    int32_t *first, *end, *pairs, *high, *low;  // inputs before `end` only
-    int64_t size, most_pairs;
 
     void make(int64_t inputs, int64_t outputs);
 };
@@ -101,52 +91,6 @@ void Filter::make(int64_t inputs, int64_t outputs) {
         weigh(*this, tap, 1.0 / stretch, begin, center, sum, exact + tap * size);
     for (int64_t pair = 0; pair < most_pairs; ++pair)
         pack(size, exact + 2 * pair * size, exact + (2 * pair + 1) * size, sum, high + pair * size, low + pair * size);
-}
-
-// --- sums --------------------------------------------------------------------------------------------
-
-#define DINO_SUMS sums_16
-#define DINO_SUMS_BYTES 16
-#define DINO_SUMS_TARGET
-#include "multicrop_sums.h"
-#undef DINO_SUMS
-#undef DINO_SUMS_BYTES
-#undef DINO_SUMS_TARGET
-
-#if defined(__x86_64__)
-#define DINO_SUMS sums_32
-#define DINO_SUMS_BYTES 32
-#define DINO_SUMS_TARGET __attribute__((target("avx2")))
-#include "multicrop_sums.h"
-#undef DINO_SUMS
-#undef DINO_SUMS_BYTES
-#undef DINO_SUMS_TARGET
-
-#define DINO_SUMS sums_64
-#define DINO_SUMS_BYTES 64
-#define DINO_SUMS_TARGET __attribute__((target("avx512f,avx512bw")))
-#include "multicrop_sums.h"
-#endif
-
-struct Sums {
-    decltype(&sums_16::columns) columns;
-    decltype(&sums_16::rows) rows;
-
-    static Sums widest() {
-#if defined(__AVX512BW__) || (defined(__x86_64__) && !defined(DINO_ONE_VERSION))
-        if (__builtin_cpu_supports("avx512bw")) return {sums_64::columns, sums_64::rows};
-#endif
-#if defined(__x86_64__)
-        if (__builtin_cpu_supports("avx2")) return {sums_32::columns, sums_32::rows};
-#endif
-        return {sums_16::columns, sums_16::rows};
-    }
-};
-
-DINO_MULTIVERSION
-void to_levels(const int32_t* __restrict sums, int64_t n, uint8_t* __restrict levels) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) levels[i] = uint8_t(std::min(std::max(sums[i] >> kWeightBits, 0), 255));
 }
 
 // --- transposing -------------------------------------------------------------------------------------
@@ -236,18 +180,18 @@ void columns_to_rows(const uint8_t* columns, int64_t width, uint8_t* bytes, int3
 
 // The first pass over `height` rows of pixels, to kRows / 2 pairs of rows [3, padded size]; some outputs at a time,
 // whose columns stay in the nearest cache.
-void first_pass(const Sums& sums, const uint8_t* block, int64_t stride, int64_t height, bool flip, int64_t row,
+void first_pass(const Loops& loops, const uint8_t* block, int64_t stride, int64_t height, bool flip, int64_t row,
                 Scratch& s, int32_t* rows) {
     const Filter& f = s.horizontal;
     uint8_t* filtered = s.filtered.fit(row * kRows);
-    int32_t* results = s.sums.fit(kOutputs * kLanes);
+    int32_t* results = s.sums.fit(kOutputs * kLanes + kSlack);
     for (int64_t x = 0; x < f.size; x += kOutputs) {
         int64_t outputs = std::min(kOutputs, f.size - x), start = f.first[x], n = f.end[x + outputs - 1] - start;
         int64_t room = padded(n) * kLanes;
         int32_t* columns = s.columns.fit(room / 2);
         rows_to_columns(block + 3 * start, stride, height, 3 * n, s.bytes.fit(room), columns);
-        sums.columns(columns, start, f, x, outputs, flip, results);
-        to_levels(results, outputs * kLanes, filtered + (flip ? f.size - x - outputs : x) * kLanes);
+        loops.columns(columns, start, f, x, outputs, flip, results);
+        loops.levels(results, outputs * kLanes, filtered + (flip ? f.size - x - outputs : x) * kLanes);
     }
     columns_to_rows(filtered, row / 3, s.bytes.fit(row * kRows), rows);
 }
@@ -255,14 +199,14 @@ void first_pass(const Sums& sums, const uint8_t* block, int64_t stride, int64_t 
 }  // namespace
 
 void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes) {
-    static const Sums sums = Sums::widest();
+    const Loops& loops = widest_loops();
     static thread_local Scratch s;
     const int64_t height = crop.bottom - crop.top, size = crop.size;
     s.horizontal.make(crop.right - crop.left, size);
     s.vertical.make(height, size);
     const Filter& f = s.vertical;
     const int64_t row = 3 * padded(size), held = 2 * f.most_pairs + kRows;
-    int32_t *rows = s.rows.fit(held / 2 * row), *results = s.row_sums.fit(row);
+    int32_t *rows = s.rows.fit(held / 2 * row), *results = s.row_sums.fit(row + kSlack);
     uint8_t* levels = s.levels.fit(row);
     const uint8_t* corner = image + crop.top * row_stride + 3 * crop.left;
     // `rows` holds the results of the first pass from row `begin` up to row `end`: what an output row needs.
@@ -272,11 +216,11 @@ void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_
                 std::copy(rows + (f.first[y] - begin) / 2 * row, rows + (end - begin) / 2 * row, rows);
                 begin = f.first[y];
             }
-            first_pass(sums, corner + end * row_stride, row_stride, std::min(kRows, height - end), crop.flip, row, s,
+            first_pass(loops, corner + end * row_stride, row_stride, std::min(kRows, height - end), crop.flip, row, s,
                        rows + (end - begin) / 2 * row);
         }
-        sums.rows(rows + (f.first[y] - begin) / 2 * row, row, f, y, results);
-        to_levels(results, row, levels);
+        loops.rows(rows + (f.first[y] - begin) / 2 * row, row, f, y, results);
+        loops.levels(results, row, levels);
         for (int64_t c = 0; c < 3; ++c) std::memcpy(planes + (c * size + y) * size, levels + c * row / 3, size_t(size));
     }
 }
