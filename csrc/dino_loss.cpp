@@ -2,9 +2,6 @@
 // An image's rows are one task: its two teacher rows become probabilities in a scratch that
 // stays in cache while all views of the image are read once from memory and their gradients written once.
 #include <sys/mman.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include <algorithm>
 #include <cmath>
@@ -12,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "stream.h"
 
 namespace dino {
 namespace {
@@ -97,22 +95,14 @@ Stats student_stats(const Row& row, const float* q, float* exps, float* block_ma
     return {max + std::log(total), total_dot};
 }
 
-// Copies to memory that nobody reads soon: past the caches, which would first fetch what is overwritten.
-inline void store(void* to, const void* from, int64_t bytes, bool stream) {
-#if defined(__x86_64__)
-    if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0 && bytes % 16 == 0) {
-        for (int64_t i = 0; i < bytes / 16; ++i)
-            _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_load_si128(static_cast<const __m128i*>(from) + i));
-        return;
-    }
-#endif
-    std::memcpy(to, from, size_t(bytes));
+inline void store(void* to, const void* from, int64_t bytes, bool past_caches) {
+    past_caches ? stream(to, from, bytes) : void(std::memcpy(to, from, size_t(bytes)));
 }
 
 // grad = (pairs * softmax(row / temp) - q) * scale, in the dtype of the row
 DINO_MULTIVERSION
 void student_gradient(const Row& row, const float* q, const float* exps, const float* block_max, double lse,
-                      double prob_scale, double q_scale, void* grad, int64_t grad_offset, bool stream) {
+                      double prob_scale, double q_scale, void* grad, int64_t grad_offset, bool past_caches) {
     alignas(64) float out[kBlock];
     alignas(64) uint16_t out16[kBlock];
     int64_t width = width_of(row.dtype);
@@ -127,7 +117,7 @@ void student_gradient(const Row& row, const float* q, const float* exps, const f
             for (int64_t j = 0; j < n; ++j) out16[j] = float_to_bf16(out[j]);
         else if (row.dtype == DType::f16)
             for (int64_t j = 0; j < n; ++j) out16[j] = float_to_half(out[j]);
-        store(g + k * width, row.dtype == DType::f32 ? static_cast<void*>(out) : out16, n * width, stream);
+        store(g + k * width, row.dtype == DType::f32 ? static_cast<void*>(out) : out16, n * width, past_caches);
     }
 }
 
@@ -162,7 +152,7 @@ double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end)
     }
     double inv_temp = 1.0 / a.student_temp, loss = 0;
     double scale = inv_temp / double((2 * a.views - 2) * a.batch);
-    bool summed = false, stream = gradient_bytes(a) > kCached;
+    bool summed = false, past_caches = gradient_bytes(a) > kCached;
     for (int64_t v = begin; v < end; ++v) {
         if (v >= 2 && !summed) {  // from here on both teacher views are targets
             for (int64_t k = 0; k < a.outputs; ++k) q[0][k] += q[1][k];
@@ -174,11 +164,9 @@ double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end)
         Stats stats = student_stats(row, target, exps, block_max);
         loss += double(pairs) * stats.lse - stats.dot * inv_temp;
         student_gradient(row, target, exps, block_max, stats.lse, double(pairs) * scale, scale, a.grad,
-                         (v * a.batch + b) * a.grad_stride, stream);
+                         (v * a.batch + b) * a.grad_stride, past_caches);
     }
-#if defined(__x86_64__)
-    _mm_sfence();  // streamed stores are seen by other threads only after it
-#endif
+    finish_streams();
     return loss;
 }
 

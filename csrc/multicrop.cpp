@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "stream.h"
+
 namespace dino {
 namespace {
 
@@ -99,13 +101,20 @@ void solarize(int64_t n, uint8_t* levels) {
     for (int64_t i = 0; i < n; ++i) levels[i] = levels[i] < 128 ? levels[i] : uint8_t(255 - levels[i]);
 }
 
+// Past the caches: a batch does not fit them and waits to be read.
 DINO_MULTIVERSION
 void normalize(const uint8_t* plane, int64_t n, float mean, float std, DType dtype, void* out, int64_t offset) {
+    constexpr int64_t kPart = 1024;
+    alignas(64) float part[kPart];
     float scale = 1.0f / (255.0f * std), shift = mean / std;
-    with_dtype(dtype, [=](auto d) DINO_INLINE {
+    for (int64_t start = 0; start < n; start += kPart) {
+        int64_t m = std::min(kPart, n - start);
+        with_dtype(dtype, [=, &part](auto d) DINO_INLINE {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) put<decltype(d)::value>(out, offset + i, float(plane[i]) * scale - shift);
-    });
+            for (int64_t i = 0; i < m; ++i) put<decltype(d)::value>(part, i, float(plane[start + i]) * scale - shift);
+        });
+        stream(static_cast<char*>(out) + (offset + start) * width_of(dtype), part, m * width_of(dtype));
+    }
 }
 
 void write(const MultiCropArgs& a, const uint8_t* planes, int64_t n, void* out, int64_t offset) {
@@ -131,6 +140,7 @@ void multicrop(const MultiCropArgs& a) {
         for (int64_t c = 0; c < 3 && crop.blur > 0.0f; ++c) blur_plane(crop.blur, crop.size, planes + c * n);
         if (crop.solarize) solarize(3 * n, planes);
         write(a, planes, n, a.out[view], image * a.out_strides[view]);
+        finish_streams();
     });
 }
 
