@@ -13,6 +13,13 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
+// Elements of vectors a and b, seen as of a type, of the numbers that follow
+#if defined(__clang__)
+#define DINO_SHUFFLE(Type, a, b, ...) __builtin_shufflevector((Type)(a), (Type)(b), __VA_ARGS__)
+#else
+#define DINO_SHUFFLE(Type, a, b, ...) __builtin_shuffle((Type)(a), (Type)(b), Type{__VA_ARGS__})
+#endif
+
 namespace dino {
 
 // The box of an image of a row stride in bytes, resized to planes [3, size, size] and flipped as the crop says.

@@ -98,21 +98,16 @@ void Filter::make(int64_t inputs, int64_t outputs) {
 
 using Bytes __attribute__((vector_size(16))) = uint8_t;
 
-#if defined(__clang__)
-#define DINO_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define DINO_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Bytes{__VA_ARGS__})
-#endif
-
 // x [16, 16] transposed in place: interleaving the upper and the lower half of the rows four times.
 DINO_INLINE inline void transpose(Bytes* x) {
     Bytes half[kRows];
     for (int step = 0; step < 4; ++step) {
         std::copy_n(x, kRows, half);
         for (int i = 0; i < 8; ++i) {
-            x[2 * i] = DINO_SHUFFLE(half[i], half[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            x[2 * i] =
+                DINO_SHUFFLE(Bytes, half[i], half[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
             x[2 * i + 1] =
-                DINO_SHUFFLE(half[i], half[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+                DINO_SHUFFLE(Bytes, half[i], half[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         }
     }
 }

@@ -48,7 +48,7 @@ Loops widest() {
 #if defined(__AVX512BW__) || (defined(__x86_64__) && !defined(DINO_ONE_VERSION))
     if (__builtin_cpu_supports("avx512bw")) return DINO_LOOPS(vectors_64);
 #endif
-#if defined(__x86_64__)
+#if defined(__AVX2__) || (defined(__x86_64__) && !defined(DINO_ONE_VERSION))
     if (__builtin_cpu_supports("avx2")) return DINO_LOOPS(vectors_32);
 #endif
     return DINO_LOOPS(vectors_16);

@@ -20,43 +20,31 @@ DINO_OP(pair_products, madd_epi16)
 DINO_OP(pack_32, packs_epi32)   // to 16 bits, saturated
 DINO_OP(pack_16, packus_epi16)  // to bytes, saturated
 #undef DINO_OP
-#else
+#else  // any processor with vectors of 16 bytes
 using Shorts __attribute__((vector_size(16))) = int16_t;
 using Ints __attribute__((vector_size(16))) = int32_t;
 inline Units zip_low_bytes(Units a, Units b) {
-    Bytes x;
-    for (int i = 0; i < 16; ++i) x[i] = ((Bytes)(i % 2 ? b : a))[i / 2];
-    return (Units)x;
+    return (Units)DINO_SHUFFLE(Bytes, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 }
 inline Units zip_high_bytes(Units a, Units b) {
-    Bytes x;
-    for (int i = 0; i < 16; ++i) x[i] = ((Bytes)(i % 2 ? b : a))[8 + i / 2];
-    return (Units)x;
+    return (Units)DINO_SHUFFLE(Bytes, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
-inline Units zip_low(Units a, Units b) {
-    Shorts x;
-    for (int i = 0; i < 8; ++i) x[i] = ((Shorts)(i % 2 ? b : a))[i / 2];
-    return (Units)x;
-}
-inline Units zip_high(Units a, Units b) {
-    Shorts x;
-    for (int i = 0; i < 8; ++i) x[i] = ((Shorts)(i % 2 ? b : a))[4 + i / 2];
-    return (Units)x;
-}
+inline Units zip_low(Units a, Units b) { return (Units)DINO_SHUFFLE(Shorts, a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+inline Units zip_high(Units a, Units b) { return (Units)DINO_SHUFFLE(Shorts, a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
 inline Units add_16(Units a, Units b) { return (Units)((Shorts)a + (Shorts)b); }
 inline Units pair_products(Units a, Units b) {
     Ints x = (Ints)a, y = (Ints)b;
     return (Units)((x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16));
 }
-inline Units pack_32(Units a, Units b) {
-    Shorts x;
-    for (int i = 0; i < 8; ++i) x[i] = int16_t(std::min(std::max(int32_t((i < 4 ? a : b)[i % 4]), -32768), 32767));
-    return (Units)x;
+// No number here needs more than 16 bits.
+inline Units pack_32(Units a, Units b) { return (Units)DINO_SHUFFLE(Shorts, a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
+inline Shorts saturated(Units a) {
+    Shorts x = (Shorts)a & ~((Shorts)a >> 15);
+    return x | (Shorts)(x > 255);
 }
 inline Units pack_16(Units a, Units b) {
-    Bytes x;
-    for (int i = 0; i < 16; ++i) x[i] = uint8_t(std::min(std::max<int>(((Shorts)(i < 8 ? a : b))[i % 8], 0), 255));
-    return (Units)x;
+    return (Units)DINO_SHUFFLE(Bytes, saturated(a), saturated(b), 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28,
+                               30);
 }
 #endif
 
