@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "kernels.h"
@@ -238,6 +239,20 @@ void attention(const std::vector<uintptr_t>& data, const std::vector<int64_t>& s
     backward ? dino::attention_backward(args) : dino::attention(args);
 }
 
+// crops: address of [images, views] structs Crop; dtype: of the outputs, or -1 for bytes
+void multicrop(const std::vector<uintptr_t>& pixels, const std::vector<int64_t>& heights,
+               const std::vector<int64_t>& widths, const std::vector<int64_t>& row_strides, uintptr_t crops,
+               const std::vector<uintptr_t>& out, const std::vector<int64_t>& sizes,
+               const std::vector<int64_t>& out_strides, int dtype, int threads) {
+    py::gil_scoped_release unlocked;
+    std::vector<const uint8_t*> images = pointers<const uint8_t>(pixels);
+    std::vector<void*> views = pointers<void>(out);
+    dino::multicrop({images.data(), heights.data(), widths.data(), row_strides.data(),
+                     reinterpret_cast<const dino::Crop*>(crops), views.data(), sizes.data(), out_strides.data(),
+                     int64_t(images.size()), int64_t(views.size()), dtype < 0, dino::DType(std::max(dtype, 0)),
+                     threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -260,6 +275,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("mlp_backward", &mlp_backward);
     m.def("add_column_sums", &add_column_sums);
     m.def("add_to", &add_to);
+    m.def("multicrop", &multicrop);
     m.def("weight_norm", &weight_norm);
     m.def("weight_norm_backward", &weight_norm_backward);
     m.def("weight_norm_product_backward", &weight_norm_product_backward);

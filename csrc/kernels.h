@@ -5,9 +5,6 @@
 #include <cstring>
 #include <functional>
 #include <type_traits>
-#if defined(__x86_64__)
-#include <emmintrin.h>
-#endif
 
 namespace dino {
 
@@ -16,8 +13,10 @@ enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 inline int64_t width_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }  // bytes
 
 // Compiled once for the baseline and once for each wider instruction set; the loader picks at run time,
-// so that a wheel built on a new machine runs on an old one.
-#if defined(__x86_64__) && __GNUC__ >= 12
+// so that a wheel built on a new machine runs on an old one. DINO_ONE_VERSION leaves what -march says, to measure.
+#if defined(DINO_ONE_VERSION)
+#define DINO_MULTIVERSION
+#elif defined(__x86_64__) && __GNUC__ >= 12
 #define DINO_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #elif defined(__x86_64__)  // older compilers know no levels here, only single features
 #define DINO_MULTIVERSION __attribute__((target_clones("default", "avx2", "avx512f")))
@@ -243,6 +242,30 @@ struct AttentionArgs {
 void attention(const AttentionArgs& args);
 void attention_backward(const AttentionArgs& args);
 
+// Drawn parameters of a crop; dino_kernels/multicrop.py says what they are and has the same layout.
+struct Crop {
+    enum : uint8_t { kBrightness, kContrast, kSaturation, kHue };
+    int32_t left, top, right, bottom, size;
+    float brightness, contrast, saturation, hue, blur;
+    uint8_t order[4];  // of the jitter's four steps
+    bool flip, jitter, grayscale, solarize;
+};
+static_assert(sizeof(Crop) == 48);
+
+struct MultiCropArgs {
+    const uint8_t* const* pixels;                   // [images], each [H, W, 3] with adjacent pixels
+    const int64_t *heights, *widths, *row_strides;  // [images]; strides in bytes
+    const Crop* crops;                              // [images, views]
+    void* const* out;  // [views], each [images, 3, size, size], contiguous but for the first dimension
+    const int64_t *sizes, *out_strides;  // [views]; strides in elements from image to image
+    int64_t images, views;
+    bool levels;  // bytes as they are, else normalized and in dtype
+    DType dtype;
+    int threads;
+};
+// Throws std::invalid_argument, before anything is written, for a crop that does not fit its image or output.
+void multicrop(const MultiCropArgs& args);
+
 // Denormal results become zero while it lives: each costs a hundred cycles on most CPUs, and a sharp
 // softmax over many outputs is full of them.
 class FlushDenormals {
@@ -353,28 +376,6 @@ DINO_INLINE inline void store(void* data, DType dtype, int64_t offset, int64_t c
         for (int64_t i = 0; i < count; ++i) to[i] = float_to_bf16(from[i]);
     else
         for (int64_t i = 0; i < count; ++i) to[i] = float_to_half(from[i]);
-}
-
-// Bytes of a result from which on it goes past the caches, which it would only sweep.
-constexpr int64_t kCached = 16 << 20;
-
-// Copies to memory that nobody reads soon: past the caches, which would first fetch what is overwritten. Another thread
-// sees it after put_away_done().
-inline void put_away(void* to, const void* from, int64_t bytes, bool stream) {
-#if defined(__x86_64__)
-    if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0 && bytes % 16 == 0) {
-        for (int64_t i = 0; i < bytes / 16; ++i)
-            _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_load_si128(static_cast<const __m128i*>(from) + i));
-        return;
-    }
-#endif
-    std::memcpy(to, from, size_t(bytes));
-}
-
-inline void put_away_done() {
-#if defined(__x86_64__)
-    _mm_sfence();
-#endif
 }
 
 // exp(x) for x <= 0 within 2 ulp: 2^n * p(r), x = n ln 2 + r. Below -87 it stays at the smallest normal

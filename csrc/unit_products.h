@@ -4,17 +4,12 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <functional>
-#include <memory>
-#include <new>
 
+#include "buffer.h"
 #include "kernels.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
 #endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -28,30 +23,7 @@ namespace {
 constexpr int64_t kLanes = 16;  // units a vector; wider than some machines have, which then take several. Of AMX a tile
 constexpr int64_t kTile = 8;    // rows of a tile of a product
 
-constexpr size_t kHuge = 2 << 20;  // bytes of a huge page
-
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// Units on a cache line's border; a thread keeps its buffers from task to task.
-class Buffer {
-    std::unique_ptr<float, decltype(&std::free)> data_{nullptr, &std::free};
-    int64_t size_ = 0;
-
-   public:
-    float* fit(int64_t size) {  // what it held is lost
-        if (size > size_) {
-            size_t bytes = size_t(padded(size)) * sizeof(float), border = bytes < kHuge ? 64 : kHuge;
-            bytes = (bytes + border - 1) / border * border;
-            data_.reset(static_cast<float*>(std::aligned_alloc(border, bytes)));
-            if (!data_) throw std::bad_alloc();
-#if defined(__linux__)
-            if (border == kHuge) madvise(data_.get(), bytes, MADV_HUGEPAGE);  // fewer address translations
-#endif
-            size_ = padded(size);
-        }
-        return data_.get();
-    }
-};
 
 // --- products ----------------------------------------------------------------------------------------
 

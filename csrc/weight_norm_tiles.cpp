@@ -2,6 +2,7 @@
 // rows w, as large as they are, is made 32 rows at a time and never written. Formulas in dino_kernels/weight_norm.py.
 #include <cmath>
 
+#include "stream.h"
 #include "tile_products.h"
 
 namespace dino {
@@ -19,7 +20,7 @@ DINO_INLINE inline float dot(const float* x, const float* y, int64_t n) {
 DINO_MULTIVERSION
 void finish_rows(const WeightNormProductBackwardArgs& a, int64_t first, float* grad_w) {
     int64_t n = a.channels;
-    bool stream = a.rows * n * 4 > kCached;
+    bool past = a.rows * n * 4 > kCached;
     for (int64_t row = first; row < first + kPanel; ++row, grad_w += n) {
         const float* v = a.v + row * n;
         float* grad_v = a.grad_v + row * n;
@@ -28,14 +29,14 @@ void finish_rows(const WeightNormProductBackwardArgs& a, int64_t first, float* g
         if (a.fresh) {
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j) grad_w[j] = scale * (grad_w[j] - pull * v[j]);
-            put_away(grad_v, grad_w, n * 4, stream);
+            stream(grad_v, grad_w, n * 4, past);
         } else {
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j) grad_v[j] += scale * (grad_w[j] - pull * v[j]);
         }
         if (a.grad_g) a.grad_g[row] += along;
     }
-    put_away_done();
+    finish_streams();
 }
 
 }  // namespace

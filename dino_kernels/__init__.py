@@ -12,6 +12,7 @@ from dino_kernels.drop_path_add import drop_path_add, drop_path_add_reference
 from dino_kernels.ema_update import ema_update_, ema_update_reference_
 from dino_kernels.linear import linear, linear_reference
 from dino_kernels.mlp import mlp, mlp_reference
+from dino_kernels.multicrop import CROP, CropKind, draw_crops, multicrop
 from dino_kernels.weight_norm import (
     weight_norm_,
     weight_norm_backward_,
@@ -22,6 +23,8 @@ from dino_kernels.weight_norm import (
 )
 
 __all__ = [
+    "CROP",
+    "CropKind",
     "adamw_ema_step_",
     "adamw_ema_step_reference_",
     "add_layer_norm",
@@ -36,6 +39,7 @@ __all__ = [
     "dino_head_loss_reference",
     "dino_loss",
     "dino_loss_reference",
+    "draw_crops",
     "drop_path_add",
     "drop_path_add_reference",
     "ema_update_",
@@ -44,6 +48,7 @@ __all__ = [
     "linear_reference",
     "mlp",
     "mlp_reference",
+    "multicrop",
     "weight_norm_",
     "weight_norm_backward_",
     "weight_norm_backward_reference_",

@@ -165,6 +165,13 @@ class TestBuild:
         import dino_kernels._C as compiled
 
         symbols = subprocess.check_output(["nm", "--demangle", compiled.__file__], text=True)
-        for function in ("student_stats", "student_gradient", "teacher_probabilities", "mean_columns", "update"):
+        for function in (
+            "student_stats",
+            "student_gradient",
+            "teacher_probabilities",
+            "mean_columns",
+            "update",
+            "turn_hue",
+        ):
             for version in ("default", "(arch_x86_64_v3|avx2)", "(arch_x86_64_v4|avx512f)"):
                 assert re.search(rf"{function}\(.*\[clone \.{version}\]", symbols), (function, version)

@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
+from dino_kernels import CropKind
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RATIO = (3 / 4, 4 / 3)
@@ -25,17 +27,6 @@ _ENHANCE = {
     "contrast": ImageEnhance.Contrast,
     "saturation": ImageEnhance.Color,
 }
-
-
-@dataclass(frozen=True)
-class CropKind:
-    """What distinguishes the global crops 1 and 2 and the local crops: output side in pixels, area as a
-    fraction (low, high) of the image, probability of blur, probability of solarize."""
-
-    size: int
-    scale: tuple[float, float]
-    blur: float
-    solarize: float
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,65 @@
+// The parts of multicrop. A crop's pixels are three planes, red, green and blue, each [size, size] bytes.
+#pragma once
+
+#include <cstdint>
+
+#include "buffer.h"
+#include "kernels.h"
+
+// Floats must round as Pillow's do, product and sum each: a fused multiply-add differs where a level is cut off.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+// Elements of vectors a and b, seen as of a type, of the numbers that follow
+#if defined(__clang__)
+#define DINO_SHUFFLE(Type, a, b, ...) __builtin_shufflevector((Type)(a), (Type)(b), __VA_ARGS__)
+#else
+#define DINO_SHUFFLE(Type, a, b, ...) __builtin_shuffle((Type)(a), (Type)(b), Type{__VA_ARGS__})
+#endif
+
+namespace dino {
+
+// The box of an image of a row stride in bytes, resized to planes [3, size, size] and flipped as the crop says.
+void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes);
+
+// Brightness, contrast, saturation and hue in the crop's order, if it has jitter; then grayscale, if it has that.
+void change_colors(const Crop& crop, uint8_t* planes);
+
+// --- loops over pairs of 16-bit numbers, for the instruction set at hand: multicrop_vectors.h -----------
+
+constexpr int kWeightBits = 22, kLowBits = 8;
+constexpr int64_t kRows = 16;          // transposed at a time
+constexpr int64_t kLanes = 3 * kRows;  // a pixel of kRows rows; also what the pass along columns takes at a time
+constexpr int64_t kSlack = 64;         // the widest vector, in bytes
+
+// The weights of each output of a resize: of pairs of inputs from first[x], which is even, up to before end[x]. Those
+// of a pair are packed into the halves of high[pair * size + x], without their lowest kLowBits, and low[pair * size +
+// x].
+struct Weights {
+    int32_t *first, *end, *pairs, *high, *low;
+    int64_t size, most_pairs;
+};
+
+// A box of 2 * radius + 1 whole pixels (radius 0 or 1) and a part of one more on each side; weights in 2^-24.
+struct Box {
+    int64_t radius;
+    uint32_t whole, part;
+};
+
+struct Loops {
+    // Sums and half a level [n, kLanes] of outputs x .. x + n - 1, the other way round if flipped, from pairs of pixels
+    // [pairs, kLanes] that begin with pixel `start`
+    void (*columns)(const int32_t* from, int64_t start, const Weights& w, int64_t x, int64_t n, bool flip, int32_t* to);
+    // The same [width] of output row y, from pairs of rows [pairs, width]
+    void (*rows)(const int32_t* from, int64_t width, const Weights& w, int64_t y, int32_t* to);
+    // Sums to levels; reads up to 4 * kSlack bytes more
+    void (*levels)(const int32_t* sums, int64_t n, uint8_t* to);
+    // to[i] = the box around x[i], of pixels a step apart; reads and writes up to kSlack bytes more
+    void (*blur)(const Box& box, const uint8_t* x, int64_t step, int64_t n, uint8_t* to);
+};
+const Loops& widest_loops();
+
+}  // namespace dino

@@ -1,0 +1,138 @@
+// The loops of multicrop over pairs of 16-bit numbers, which processors multiply and add in one instruction that
+// compilers do not find. multicrop_vectors.cpp includes this once for each instruction set, with DINO_VECTORS its
+// namespace, DINO_BYTES the width of its vectors, DINO_TARGET its attribute and DINO_X86(op) the name of an intrinsic.
+namespace DINO_VECTORS {
+
+using Bytes __attribute__((vector_size(DINO_BYTES))) = uint8_t;
+using Units __attribute__((vector_size(DINO_BYTES))) = uint32_t;  // two 16-bit numbers, or a 32-bit one
+
+// Each works on 16 bytes, or on every 16 bytes of wider vectors: widening and packing undo each other.
+#if defined(__x86_64__)
+using Any = DINO_ANY;
+#define DINO_OP(name, op) \
+    DINO_TARGET DINO_INLINE inline Units name(Units a, Units b) { return (Units)DINO_X86(op)((Any)a, (Any)b); }
+DINO_OP(zip_low_bytes, unpacklo_epi8)
+DINO_OP(zip_high_bytes, unpackhi_epi8)
+DINO_OP(zip_low, unpacklo_epi16)  // of 16-bit numbers
+DINO_OP(zip_high, unpackhi_epi16)
+DINO_OP(add_16, add_epi16)
+DINO_OP(pair_products, madd_epi16)
+DINO_OP(pack_32, packs_epi32)   // to 16 bits, saturated
+DINO_OP(pack_16, packus_epi16)  // to bytes, saturated
+#undef DINO_OP
+#else  // any processor with vectors of 16 bytes
+using Shorts __attribute__((vector_size(16))) = int16_t;
+using Ints __attribute__((vector_size(16))) = int32_t;
+inline Units zip_low_bytes(Units a, Units b) {
+    return (Units)DINO_SHUFFLE(Bytes, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline Units zip_high_bytes(Units a, Units b) {
+    return (Units)DINO_SHUFFLE(Bytes, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+inline Units zip_low(Units a, Units b) { return (Units)DINO_SHUFFLE(Shorts, a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+inline Units zip_high(Units a, Units b) { return (Units)DINO_SHUFFLE(Shorts, a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+inline Units add_16(Units a, Units b) { return (Units)((Shorts)a + (Shorts)b); }
+inline Units pair_products(Units a, Units b) {
+    Ints x = (Ints)a, y = (Ints)b;
+    return (Units)((x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16));
+}
+// No number here needs more than 16 bits.
+inline Units pack_32(Units a, Units b) { return (Units)DINO_SHUFFLE(Shorts, a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
+inline Shorts saturated(Units a) {
+    Shorts x = (Shorts)a & ~((Shorts)a >> 15);
+    return x | (Shorts)(x > 255);
+}
+inline Units pack_16(Units a, Units b) {
+    return (Units)DINO_SHUFFLE(Bytes, saturated(a), saturated(b), 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28,
+                               30);
+}
+#endif
+
+DINO_TARGET DINO_INLINE inline Units load(const void* from) {
+    Units x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+DINO_TARGET DINO_INLINE inline void store(Units x, void* to) { std::memcpy(to, &x, sizeof x); }
+
+// --- resize ------------------------------------------------------------------------------------------
+
+// to[i] = half a level and the sum over pairs of weights times from[pair * stride + i], for i < kLanes
+DINO_TARGET DINO_INLINE inline void block(const int32_t* from, int64_t stride, const Weights& w, int64_t output,
+                                          int32_t* to) {
+    constexpr int64_t kWidth = sizeof(Units) / sizeof(int32_t), kVectors = 3;
+    for (int64_t i = 0; i < kLanes; i += kVectors * kWidth) {
+        Units high[kVectors] = {}, low[kVectors];
+        for (Units& sum : low) sum = Units{} + (1u << (kWeightBits - 1));
+        for (int64_t pair = 0; pair < w.pairs[output]; ++pair) {
+            Units weight_high = Units{} + uint32_t(w.high[pair * w.size + output]);
+            Units weight_low = Units{} + uint32_t(w.low[pair * w.size + output]);
+            for (int64_t v = 0; v < kVectors; ++v) {
+                Units x = load(from + pair * stride + i + v * kWidth);
+                high[v] += pair_products(x, weight_high);
+                low[v] += pair_products(x, weight_low);
+            }
+        }
+        for (int64_t v = 0; v < kVectors; ++v) store((high[v] << kLowBits) + low[v], to + i + v * kWidth);
+    }
+}
+
+DINO_TARGET void columns(const int32_t* from, int64_t start, const Weights& w, int64_t x, int64_t n, bool flip,
+                         int32_t* to) {
+    for (int64_t i = 0; i < n; ++i)
+        block(from + (w.first[x + i] - start) / 2 * kLanes, kLanes, w, x + i, to + (flip ? n - 1 - i : i) * kLanes);
+}
+
+DINO_TARGET void rows(const int32_t* from, int64_t width, const Weights& w, int64_t y, int32_t* to) {
+    for (int64_t i = 0; i < width; i += kLanes) block(from + i, width, w, y, to + i);
+}
+
+DINO_TARGET void levels(const int32_t* sums, int64_t n, uint8_t* to) {
+    using Signed __attribute__((vector_size(DINO_BYTES))) = int32_t;
+    constexpr int kWidth = sizeof(Units) / sizeof(int32_t), kParts = sizeof(Units) / 16;
+    for (int64_t i = 0; i < n; i += 4 * kWidth) {
+        Units x[4], ordered;
+        for (int v = 0; v < 4; ++v) x[v] = (Units)((Signed)load(sums + i + v * kWidth) >> kWeightBits);
+        Units packed = pack_16(pack_32(x[0], x[1]), pack_32(x[2], x[3]));  // 16 bytes of each in turn
+        for (int u = 0; u < kWidth; ++u) ordered[u] = packed[u % kParts * 4 + u / kParts];
+        if (n - i >= int64_t(sizeof ordered))
+            store(ordered, to + i);
+        else
+            std::memcpy(to + i, &ordered, size_t(n - i));
+    }
+}
+
+// --- blur --------------------------------------------------------------------------------------------
+
+// A pixel from the sums of those that count whole and of those that count in part: weights of 24 bits in two halves.
+DINO_TARGET DINO_INLINE inline Units weighted(Units pair, Units high, Units low) {
+    return ((pair_products(pair, high) << 12) + pair_products(pair, low) + (1u << 23)) >> 24;
+}
+
+DINO_TARGET DINO_INLINE inline Units weighted_16(Units whole, Units part, Units high, Units low) {
+    return pack_32(weighted(zip_low(whole, part), high, low), weighted(zip_high(whole, part), high, low));
+}
+
+DINO_TARGET void blur(const Box& box, const uint8_t* x, int64_t step, int64_t n, uint8_t* to) {
+    const Units zero = {}, high = zero + (box.whole >> 12 | box.part >> 12 << 16),
+                low = zero + ((box.whole & 0xfffu) | (box.part & 0xfffu) << 16);
+    for (int64_t i = 0; i < n; i += int64_t(sizeof(Units))) {
+        Units center = load(x + i), left = load(x + i - step), right = load(x + i + step);
+        Units whole_low = zip_low_bytes(center, zero), whole_high = zip_high_bytes(center, zero);
+        Units part_low = add_16(zip_low_bytes(left, zero), zip_low_bytes(right, zero));
+        Units part_high = add_16(zip_high_bytes(left, zero), zip_high_bytes(right, zero));
+        if (box.radius == 1) {
+            whole_low = add_16(whole_low, part_low);
+            whole_high = add_16(whole_high, part_high);
+            left = load(x + i - 2 * step);
+            right = load(x + i + 2 * step);
+            part_low = add_16(zip_low_bytes(left, zero), zip_low_bytes(right, zero));
+            part_high = add_16(zip_high_bytes(left, zero), zip_high_bytes(right, zero));
+        }
+        store(pack_16(weighted_16(whole_low, part_low, high, low), weighted_16(whole_high, part_high, high, low)),
+              to + i);
+    }
+}
+
+}  // namespace DINO_VECTORS

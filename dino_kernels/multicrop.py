@@ -1,0 +1,204 @@
+"""The random crops of DINO: parameters drawn per crop, then pixels from a decoded image straight into a batch.
+
+    crop = image[top:bottom, left:right]                    nothing outside the box contributes
+    crop = resize(crop, [size, size])                       bicubic (a = -0.5), antialiased, rows before columns
+    crop = flip(crop)                                       left to right, if flip
+    crop = blend(degenerate(crop), crop, factor)            if jitter, in its order: brightness (degenerate: black),
+                                                            contrast (mean luma), saturation (luma), and hue, which
+                                                            instead turns by int(hue * 255) / 256 of the circle
+    crop = luma(crop) = (19595 R + 38470 G + 7471 B + 32768) >> 16              if grayscale
+    crop = blur(crop, radius)                               Gaussian, as three box filters a direction, if blur > 0
+    crop = where(crop < 128, crop, 255 - crop)              if solarize
+    out = (crop / 255 - mean) / std                         of ImageNet; bytes are written as they are
+
+Every step but the last works on levels 0 .. 255 with the rounding of Pillow 12 on x86, which the reference uses: the
+levels are the same bit for bit, on every processor. (Pillow 13 resizes some tall boxes columns first, which differs by
+some levels there.)
+
+Dimensions: N images, V crops of each. `draw_crops` is a function of its key alone, so the crops of an image depend on
+no worker, rank, device or other image.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino_kernels._native import _C, DTYPES
+
+__all__ = ["CROP", "JITTER", "CropKind", "draw_crops", "multicrop"]
+
+JITTER = ("brightness", "contrast", "saturation", "hue")
+
+# A drawn crop; struct Crop in csrc/kernels.h. box: left, top, right, bottom in pixels of the image; size: side of the
+# output in pixels; hue: fraction of the circle; blur: radius in pixels, 0 for none; order: indices into JITTER, used
+# as the four factors are only if jitter is set.
+CROP = np.dtype(
+    [
+        ("box", np.int32, 4),
+        ("size", np.int32),
+        *((name, np.float32) for name in JITTER),
+        ("blur", np.float32),
+        ("order", np.uint8, 4),
+        *((name, np.bool_) for name in ("flip", "jitter", "grayscale", "solarize")),
+    ]
+)
+
+RATIO = (3 / 4, 4 / 3)
+
+_TRIES = 10
+_DRAWS = 2 * _TRIES + 13  # random numbers a crop, used or not
+_ORDERS = tuple(permutations(range(4)))
+
+
+# --- drawing -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CropKind:
+    """What distinguishes the global crops 1 and 2 and the local crops: output side in pixels, area as a
+    fraction (low, high) of the image, probability of blur, probability of solarize."""
+
+    size: int
+    scale: tuple[float, float]
+    blur: float
+    solarize: float
+
+
+def draw_crops(seed: int, epoch: int, index: int, kinds: Sequence[CropKind], image_size: tuple[int, int]) -> np.ndarray:
+    """The parameters of one crop of each kind of image `index` in an epoch, `main_dino.py:419-456`.
+
+    Depends on the arguments alone; the first crops stay the same whatever kinds follow. About 4 microseconds a crop.
+
+    Args:
+        seed, epoch, index: whole numbers >= 0.
+        image_size: (height, width) in pixels.
+
+    Returns:
+        [V] of dtype CROP.
+    """
+    seeds = np.random.SeedSequence(seed, spawn_key=(epoch, index))
+    draws = np.random.Generator(np.random.PCG64(seeds)).random((len(kinds), _DRAWS)).tolist()
+    return np.array([_draw_crop(u, kind, *image_size) for u, kind in zip(draws, kinds, strict=True)], CROP)
+
+
+def _draw_crop(u: list[float], kind: CropKind, height: int, width: int) -> tuple:
+    """A row of CROP from uniform numbers u [_DRAWS] in [0, 1)."""
+    flip, jitter, brightness, contrast, saturation, hue, order, grayscale, blur, radius, solarize = u[-11:]
+    return (
+        _draw_box(u, kind.scale, height, width),
+        kind.size,
+        0.6 + 0.8 * brightness,
+        0.6 + 0.8 * contrast,
+        0.8 + 0.4 * saturation,
+        -0.1 + 0.2 * hue,
+        0.1 + 1.9 * radius if blur < kind.blur else 0.0,
+        _ORDERS[int(24 * order)],
+        flip < 0.5,
+        jitter < 0.8,
+        grayscale < 0.2,
+        solarize < kind.solarize,
+    )
+
+
+def _draw_box(u: list[float], scale: tuple[float, float], height: int, width: int) -> tuple[int, int, int, int]:
+    """Box of a RandomResizedCrop: ten tries at a random area and log-uniform ratio, then the largest central box whose
+    ratio lies in RATIO. (left, top, right, bottom), inside the image and not empty."""
+    low, high = scale[0] * width * height, scale[1] * width * height
+    log_ratio = math.log(RATIO[1])  # RATIO is symmetric
+    for i in range(0, 2 * _TRIES, 2):
+        area = low + (high - low) * u[i]
+        ratio = math.exp(log_ratio * (2 * u[i + 1] - 1))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(u[2 * _TRIES] * (width - w + 1)), int(u[2 * _TRIES + 1] * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+# --- cropping ----------------------------------------------------------------------------------------
+
+
+def multicrop(
+    images: Sequence[np.ndarray | Tensor], crops: np.ndarray, out: Sequence[Tensor], *, threads: int | None = None
+) -> None:
+    """Writes the crops of decoded images into batches; see the top of the file. CPU only, without the GIL.
+
+    A worker that decoded image b of a batch fills its rows with
+    `multicrop([image], crops[None], [view[b : b + 1] for view in batch], threads=1)`.
+
+    Args:
+        images: N of uint8 [H, W, 3], RGB, of any sizes >= 1; arrays or CPU tensors; pixels adjacent, rows of any
+            stride.
+        crops: [N, V] of dtype CROP, as `draw_crops` returns a row of it.
+        out: V tensors [N, 3, size, size], where size is that of the crops [:, v]; all uint8 (levels) or all float32,
+            float16 or bfloat16 (normalized); contiguous but for the first dimension; what they held is lost.
+        threads: at most so many work on it; default torch's number.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride that does not fit the above; a box that is empty or reaches out of
+            its image; brightness, contrast or saturation outside [0, 100], hue outside [-0.5, 0.5], blur outside
+            [0, 2.4], an order that is no permutation. Nothing is written then.
+    """
+    arrays = [_check_image(i, image) for i, image in enumerate(images)]
+    if not isinstance(crops, np.ndarray) or crops.dtype != CROP or crops.shape != (len(arrays), len(out)):
+        raise ValueError(
+            f"crops must be an array of dtype CROP and shape [{len(arrays)}, {len(out)}], one row an image and one "
+            f"column a tensor of out, got {getattr(crops, 'dtype', type(crops))}, {list(np.shape(crops))}"
+        )
+    for v, view in enumerate(out):
+        _check_view(v, view, len(arrays), out[0].dtype)
+    if not crops.size:
+        return
+    crops = np.ascontiguousarray(crops)
+    _C.multicrop(
+        [image.ctypes.data for image in arrays],
+        [image.shape[0] for image in arrays],
+        [image.shape[1] for image in arrays],
+        [image.strides[0] for image in arrays],
+        crops.ctypes.data,
+        [view.data_ptr() for view in out],
+        [view.shape[-1] for view in out],
+        [view.stride(0) for view in out],
+        DTYPES.get(out[0].dtype, -1),
+        torch.get_num_threads() if threads is None else threads,
+    )
+
+
+def _check_image(i: int, image: np.ndarray | Tensor) -> np.ndarray:
+    if isinstance(image, Tensor) and image.device.type != "cpu":
+        raise ValueError(f"images[{i}] must be on the CPU, got {image.device}")
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3 or not array.size or array.dtype != np.uint8:
+        raise ValueError(
+            f"images[{i}] must have shape [H, W, 3] with H, W >= 1 and dtype uint8, "
+            f"got {list(array.shape)}, {array.dtype}"
+        )
+    if array.strides[1:] != (3, 1):
+        raise ValueError(
+            f"the pixels of a row of images[{i}] must be adjacent, strides [*, 3, 1], got {list(array.strides)}: "
+            "use np.ascontiguousarray"
+        )
+    return array
+
+
+def _check_view(v: int, view: Tensor, images: int, dtype: torch.dtype) -> None:
+    shape, size = view.shape, view.shape[-1] if view.ndim else 0
+    if shape != (images, 3, size, size) or not size:
+        raise ValueError(f"out[{v}] must have shape [{images}, 3, size, size] with size >= 1, got {list(shape)}")
+    if view.dtype != dtype or (dtype != torch.uint8 and dtype not in DTYPES) or not view.is_cpu:
+        raise ValueError(
+            "out must be on the CPU, all uint8 or all of one of float32, float16 and bfloat16, "
+            f"got {view.dtype} on {view.device} in out[{v}]"
+        )
+    if view.stride()[1:] != (size * size, size, 1) or view.requires_grad:
+        raise ValueError(
+            f"out[{v}] must be contiguous but for its first dimension and need no gradient, "
+            f"got strides {list(view.stride())}, requires_grad={view.requires_grad}"
+        )
