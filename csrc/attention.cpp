@@ -1,8 +1,8 @@
 // Attention of packed sequences, forward and backward; formulas and notation in dino_kernels/attention.py.
 //
 // A task is one head of one sequence. It gathers its queries, keys and values into scratch of its thread, takes the
-// queries a stripe of rows at a time, so that their scores stay in the first-level cache, and shares no sum with
-// another task: results do not depend on the threads.
+// queries (backward: the keys) a stripe of rows at a time, so that their scores stay in the first-level cache, and
+// shares no sum with another task: results do not depend on the threads.
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -21,14 +21,16 @@ class BufferOf {
    public:
     T* fit(int64_t size) {  // what it held is lost if it grows
         if (size > size_) {
-            size_ = (size + 63) / 64 * 64;
-            size_t bytes = size_t(size_) * sizeof(T), border = bytes < kHuge ? 64 : kHuge;
+            size = (size + 63) / 64 * 64;
+            size_ = 0;  // unless there is memory
+            size_t bytes = size_t(size) * sizeof(T), border = bytes < kHuge ? 64 : kHuge;
             bytes = (bytes + border - 1) / border * border;
             data_.reset(static_cast<T*>(std::aligned_alloc(border, bytes)));
             if (!data_) throw std::bad_alloc();
 #if defined(__linux__)
             if (border == kHuge) madvise(data_.get(), bytes, MADV_HUGEPAGE);  // fewer address translations
 #endif
+            size_ = size;
         }
         return data_.get();
     }

@@ -27,8 +27,8 @@ inline int64_t width_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }  //
 // Into a function compiled for several instruction sets everything must be inlined, to be compiled for them too.
 #define DINO_INLINE __attribute__((always_inline))
 
-// Runs body(task) for task = 0 .. tasks-1 on `threads` threads. Tasks are handed out in order, so results
-// must not depend on which thread runs which task.
+// Runs body(task) for task = 0 .. tasks-1 on `threads` threads. Each thread begins with a range of its own, so
+// results must not depend on which thread runs which task.
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body);
 
 struct DinoLossArgs {
@@ -156,7 +156,7 @@ struct AddProductArgs {
 };
 void add_product(const AddProductArgs& args);  // of float32
 
-// Whether this processor multiplies bfloat16 by matrix tiles, which the following four need, with all channels
+// Whether this processor multiplies bfloat16 by matrix tiles, which the following five need, with all channels
 // multiples of 32. Everything is contiguous; without a name of their own, dtypes are bfloat16.
 bool has_tiles();
 

@@ -24,17 +24,21 @@ struct alignas(64) Range {
 struct Job {
     const std::function<void(int64_t)>& body;
     std::vector<Range>& ranges;
+    int (*number)() = nullptr;  // of the calling thread; null: as they come
     std::atomic<int> workers{0};
 };
 
 void work(void* data) {
     Job& job = *static_cast<Job*>(data);
-    int count = int(job.ranges.size()), mine = job.workers.fetch_add(1);
+    int count = int(job.ranges.size()), mine = job.number ? job.number() : job.workers.fetch_add(1);
     for (int i = 0; i < count; ++i) {
         Range& range = job.ranges[(mine + i) % count];
         for (int64_t task; (task = range.next.fetch_add(1)) < range.end;) job.body(task);
     }
 }
+
+// An exception cannot leave the other threads behind: it ends the process.
+void work_together(void* data) noexcept { work(data); }
 
 }  // namespace
 
@@ -46,15 +50,16 @@ void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>
         ranges[i].next = i * tasks / threads;
         ranges[i].end = (i + 1) * tasks / threads;
     }
-    Job job{body, ranges};
+    static const auto number = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    Job job{body, ranges, gomp ? number : nullptr};
     if (threads <= 1) {
         work(&job);
     } else if (gomp) {
-        gomp(work, &job, unsigned(threads), 0);
+        gomp(work_together, &job, unsigned(threads), 0);
     } else {
         std::vector<std::thread> helpers;
-        for (int i = 1; i < threads; ++i) helpers.emplace_back(work, &job);
-        work(&job);
+        for (int i = 1; i < threads; ++i) helpers.emplace_back(work_together, &job);
+        work_together(&job);
         for (auto& helper : helpers) helper.join();
     }
 }

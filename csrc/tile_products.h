@@ -34,17 +34,13 @@ inline void next_panel(const uint16_t* x, int64_t rows, int64_t stride, bool to_
             __builtin_prefetch(x + i * stride + kPanel, 0);
 }
 
-// to [rows, 32] = c [rows, 32] + bias, rounded; past the caches where nobody reads it soon.
-template <bool Stream = false>
+// to [rows, 32] = c [rows, 32] + bias, rounded
 DINO_BF16 inline void finish(const float* c, int64_t rows, const float* bias, uint16_t* to, int64_t stride) {
     __m512 low = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();
     __m512 high = bias ? _mm512_loadu_ps(bias + 16) : _mm512_setzero_ps();
     for (int64_t i = 0; i < rows; ++i, c += kPanel, to += stride) {
         __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_load_ps(c + 16) + high, _mm512_load_ps(c) + low);
-        if (Stream)
-            _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)pair);
-        else
-            _mm512_storeu_si512(to, (__m512i)pair);
+        _mm512_storeu_si512(to, (__m512i)pair);
     }
 }
 

@@ -304,9 +304,8 @@ __attribute__((always_inline)) inline void prefetch(const void* x, int64_t offse
 }
 
 // `count` rows of `channels` values as units to [rows, width]; the rest is zero.
-[[maybe_unused]] DINO_MULTIVERSION void gather(const void* x, DType dtype, int64_t offset, int64_t stride,
-                                               int64_t count, int64_t channels, int64_t pair, float* to, int64_t rows,
-                                               int64_t width) {
+DINO_MULTIVERSION inline void gather(const void* x, DType dtype, int64_t offset, int64_t stride, int64_t count,
+                                     int64_t channels, int64_t pair, float* to, int64_t rows, int64_t width) {
     int64_t size = width_of(dtype);
     for (int64_t i = 0; i < count; ++i, offset += stride, to += width) {
         prefetch(x, (offset + kAhead * stride) * size, channels * size);
@@ -323,8 +322,8 @@ __attribute__((always_inline)) inline void prefetch(const void* x, int64_t offse
 }
 
 // The inverse, from floats or from pairs.
-[[maybe_unused]] DINO_MULTIVERSION void scatter(const float* from, int64_t width, int64_t count, int64_t channels,
-                                                int64_t pair, void* to, DType dtype, int64_t offset, int64_t stride) {
+DINO_MULTIVERSION inline void scatter(const float* from, int64_t width, int64_t count, int64_t channels, int64_t pair,
+                                      void* to, DType dtype, int64_t offset, int64_t stride) {
     for (int64_t i = 0; i < count; ++i, offset += stride, from += width)
         if (pair == 2)
             copy(from, channels * 2, static_cast<uint16_t*>(to) + offset);
@@ -333,8 +332,8 @@ __attribute__((always_inline)) inline void prefetch(const void* x, int64_t offse
 }
 
 // to [columns, rows] with rows to_row apart = from [rows, columns], both multiples of 16, by blocks of 16 x 16.
-[[maybe_unused]] DINO_MULTIVERSION void transpose_blocks(const float* from, int64_t rows, int64_t columns, float* to,
-                                                         int64_t to_row) {
+DINO_MULTIVERSION inline void transpose_blocks(const float* from, int64_t rows, int64_t columns, float* to,
+                                               int64_t to_row) {
     // Rotating the 8 bits of an element's number in a block by 4 transposes it, and rotating by one interleaves its
     // halves: loops that vectorize.
     alignas(64) float x[256], y[256];
@@ -381,7 +380,7 @@ __attribute__((target("avx512f"))) void transpose_avx512(const float* from, int6
 }
 #endif
 
-[[maybe_unused]] void transpose(const float* from, int64_t rows, int64_t columns, float* to, int64_t to_row) {
+inline void transpose(const float* from, int64_t rows, int64_t columns, float* to, int64_t to_row) {
 #if defined(__x86_64__)
     static const bool wide = __builtin_cpu_supports("avx512f");
     if (wide) return transpose_avx512(from, rows, columns, to, to_row);
@@ -390,8 +389,7 @@ __attribute__((target("avx512f"))) void transpose_avx512(const float* from, int6
 }
 
 // Units of pairs along a row, [rows, from_width], as units of pairs of rows, [rows / 2, width].
-[[maybe_unused]] DINO_MULTIVERSION void pair_up(const float* from, int64_t rows, int64_t from_width, float* to,
-                                                int64_t width) {
+DINO_MULTIVERSION inline void pair_up(const float* from, int64_t rows, int64_t from_width, float* to, int64_t width) {
     for (int64_t i = 0; i < rows; i += 2, to += width) {
         auto even = reinterpret_cast<const Value16*>(from + i * from_width), odd = even + 2 * from_width;
         auto out = reinterpret_cast<Unit*>(to);

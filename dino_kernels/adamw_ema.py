@@ -81,8 +81,8 @@ def adamw_ema_step_(
     _check(student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, offsets)
     _check_segments(student, offsets, steps, decayed, frozen, nonfinite)
     student_rows, teacher_rows = rows or (None, None)
-    if student_rows is not None and teacher_rows is not None:
-        _check_rows(student, offsets, student_rows, teacher_rows)
+    if rows is not None:
+        _check_rows(student, offsets, *rows)
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be > 0 or None, got {clip_norm}")
     if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps >= 0):

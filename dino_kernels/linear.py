@@ -93,9 +93,9 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 
 def fits_tiles(*operands: Tensor) -> bool:
-    """Whether operands [rows, multiple of 32] go to the kernels for matrix tiles."""
+    """Whether operands [rows, multiple of 32, not 0] go to the kernels for matrix tiles."""
     return _TILES and all(
-        x.dtype == torch.bfloat16 and x.shape[1] % 32 == 0 and x.is_contiguous() and x.device.type == "cpu"
+        x.dtype == torch.bfloat16 and x.shape[1] and x.shape[1] % 32 == 0 and x.is_contiguous() and not x.is_cuda
         for x in operands
     )
 
@@ -107,7 +107,7 @@ def _linear_cpu(x, weight, bias, transposed):
         addresses = (x.data_ptr(), weight.data_ptr(), 0 if wide_bias is None else wide_bias.data_ptr(), out.data_ptr())
         _C.linear(*addresses, *x.shape, outputs, transposed, torch.get_num_threads())
         return out
-    if x.dtype == torch.float32 and _HAS_ONEDNN:
+    if x.dtype == torch.float32 and _HAS_ONEDNN and x.shape[1]:
         # oneDNN, twice as fast as the library behind F.linear on AMD's AVX-512; torch takes it for 16 bit anyway.
         return torch.ops.mkldnn._linear_pointwise(x, weight.t() if transposed else weight, bias, "none", [], "")
     return linear_reference(x, weight, bias, transposed=transposed)

@@ -28,13 +28,13 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     Args:
         x: [T, C], float32, float16 or bfloat16; contiguous.
         weight1, weight2: [H, C] and [C, H], of the dtype of x; contiguous.
-        bias1, bias2: [H] and [C], float32.
+        bias1, bias2: [H] and [C], float32, contiguous.
 
     Returns:
         [T, C], of the dtype of x. Gradients of all five, of their dtypes.
 
     Raises:
-        ValueError: a shape, dtype or stride that does not fit the above.
+        ValueError: a shape, dtype, device or stride that does not fit the above.
     """
     if x.ndim != 2 or weight1.ndim != 2 or list(weight1.shape) != [len(weight1), x.shape[1]]:
         raise ValueError(
@@ -53,9 +53,13 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         )
     if bias1.dtype != torch.float32 or bias2.dtype != torch.float32:
         raise ValueError(f"bias1 and bias2 must be float32, got {bias1.dtype} and {bias2.dtype}")
-    for name, value in {"x": x, "weight1": weight1, "weight2": weight2}.items():
-        if not value.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {list(value.stride())}")
+    operands = {"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
+    for name, value in operands.items():
+        if not value.is_contiguous() or value.device != x.device:
+            raise ValueError(
+                f"{name} must be contiguous and on {x.device} as x, "
+                f"got strides {list(value.stride())} on {value.device}"
+            )
     return torch.ops.dino_kernels.mlp(x, weight1, bias1, weight2, bias2, torch.is_grad_enabled())[0]
 
 
@@ -142,6 +146,7 @@ def _forward(x, weight1, bias1, weight2, bias2, keep):
 
 
 def _backward_(grad, x, hidden, weight1, bias1, weight2, grad_weight1, grad_bias1, grad_weight2, grad_bias2):
+    assert len(hidden) == len(x), "made by the kernels for tiles, which keep nothing"
     grad_hidden, grad_bias, active = torch.ops.dino_kernels.bias_gelu_backward(
         linear(grad, weight2, transposed=True), hidden, bias1, True
     )

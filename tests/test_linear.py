@@ -68,6 +68,10 @@ def test_strided_operands_no_tokens_and_opcheck(tiles):
     expected = linear(x, weight, bias)
     torch.testing.assert_close(linear(wide[:, 5:69], weight.t().contiguous().t(), bias), expected)
     assert linear(x[:0], weight, bias).shape == (0, 32)
+    for dtype in DTYPES:  # a sum of nothing
+        assert torch.equal(
+            linear(torch.zeros(70, 0).to(dtype), torch.zeros(32, 0).to(dtype)), torch.zeros(70, 32).to(dtype)
+        )
     for transposed, w in ((False, weight), (True, weight.t().contiguous())):
         torch.library.opcheck(torch.ops.dino_kernels.linear.default, (x, w, bias, transposed))
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")

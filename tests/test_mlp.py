@@ -80,7 +80,9 @@ def test_no_tokens_opcheck_and_compile():
         ({"bias1": torch.zeros(5)}, r"got \[5\], \[5, 4\] and \[5\]"),
         ({"x": torch.zeros(9, 5).half()}, "of one dtype.*float16, torch.float32 and torch.float32"),
         ({"bias2": torch.zeros(5).half()}, "bias1 and bias2 must be float32, got torch.float32 and torch.float16"),
-        ({"x": torch.zeros(5, 9).T}, r"x must be contiguous, got strides \[1, 9\]"),
+        ({"x": torch.zeros(5, 9).T}, r"x must be contiguous .*got strides \[1, 9\]"),
+        ({"bias1": torch.ones(1).expand(4)}, r"bias1 must be contiguous .*got strides \[0\]"),
+        ({"bias2": torch.zeros(5, device="meta")}, "bias2 must be .* on cpu as x, got .* on meta"),
     ],
 )
 def test_bad_input(change, message):

@@ -9,8 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dino_train.arena import Arena
+from dino_train.block import Packing
 from dino_train.config import PretrainConfig
+from dino_train.head import DINOHead
 from dino_train.learner import Learner
+from dino_train.model import DINOModel, vit
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 SETTINGS = {
@@ -210,3 +214,29 @@ def test_a_graphed_step_is_the_plain_one(precision):
     (plain, weights), (graphed, others) = results
     assert graphed == pytest.approx(plain, rel=1e-4)
     torch.testing.assert_close(others, weights, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_block_takes_any_gradient_and_none(precision):
+    """Its chain of ops against the same block of separate ones: strided gradients, one result not used."""
+    torch.manual_seed(0)
+    student, teacher, plain = (vit("vit_nano", patch_size=8, img_size=32) for _ in range(3))
+    plain.load_state_dict(student.state_dict())
+    net, other = (DINOModel(backbone, DINOHead(96, 64)) for backbone in (student, teacher))
+    Arena(net, other, getattr(torch, precision))
+    tokens = torch.randn(2 * 17, student.embed_dim)
+    packing = Packing(torch.tensor([0, 17, 34], dtype=torch.int32), [(2, 17)])
+    wide = torch.randn(student.embed_dim, len(tokens)).t()
+    row = torch.randn(student.embed_dim).expand_as(tokens)
+    for grads in ((wide, wide), (row, None), (None, row)):
+        results = []
+        for backbone in (student, plain):
+            block, norm = backbone.blocks[0], backbone.blocks[1].norm1
+            leaves = tokens.clone().requires_grad_(), tokens.flip(0).requires_grad_()
+            outs = block(*leaves, norm, packing)
+            used = [(out, grad.to(out.dtype)) for out, grad in zip(outs, grads, strict=True) if grad is not None]
+            given, weights = zip(*used, strict=True)
+            results.append(torch.autograd.grad(given, leaves, weights))
+        for ours, expected in zip(*results, strict=True):
+            error = (ours - expected).norm() / expected.norm()
+            assert error < (1e-5 if precision == "float32" else 3e-2)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dino_kernels import add_layer_norm, add_layer_norm_reference, attention, without_autograd
 from dino_train.layers import Linear, Mlp
@@ -143,11 +144,12 @@ class _Chain(torch.autograd.Function):
     def forward(ctx, x, normed, block, next_norm, packing, drop_path, *_):  # type: ignore[override]
         out, out_normed, *between = _chain(x, normed, block, next_norm, packing, drop_path, keep=True)
         ctx.save_for_backward(normed, drop_path, out, *between)
-        ctx.modules, ctx.packing = (block, next_norm), packing
+        ctx.modules, ctx.packing, ctx.normed_dtype = (block, next_norm), packing, out_normed.dtype
         ctx.set_materialize_grads(False)
         return out, out_normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, grad_normed):  # type: ignore[override]
         block, next_norm = ctx.modules
         attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
@@ -155,6 +157,9 @@ class _Chain(torch.autograd.Function):
             ctx.saved_tensors
         )
         attention_scale, mlp_scale = (None, None) if drop_path is None else drop_path
+        # The kernels take dense memory; a result that nobody used has no gradient.
+        grad = None if grad is None else grad.contiguous()
+        grad_normed = (torch.zeros_like(out) if grad_normed is None else grad_normed).contiguous().to(ctx.normed_dtype)
         grad, grad_branch = _norm_gradients(grad, grad_normed, out, out_mean, out_rstd, next_norm, mlp_scale)
         grads = [parameter.grad for layer in (fc1, fc2) for parameter in (layer.weight, layer.bias)]
         weights = fc1.copies[0], fc1.bias, fc2.copies[0]

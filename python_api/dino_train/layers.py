@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dino_kernels import (
     add_product_,
@@ -31,6 +32,7 @@ class _Product(torch.autograd.Function):
         return linear(x, weight_copy, bias_copy)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
@@ -74,6 +76,7 @@ class _Mlp(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         grads = [parameter.grad for layer in ctx.layers for parameter in (layer.weight, layer.bias)]
         grad_x = torch.ops.dino_kernels.mlp_backward_(grad.contiguous(), *ctx.saved_tensors, *ctx.weights, *grads)
@@ -128,6 +131,7 @@ class _WeightNormProduct(torch.autograd.Function):
         return linear(x, layer.rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         (x,) = ctx.saved_tensors
         layer, v, g = ctx.layer, ctx.layer.weight_v, ctx.layer.weight_g
