@@ -31,6 +31,11 @@ def row(provider=OURS, ms=1.0, note="", error=1e-3, **values):
     return {**fixed, "provider": provider, "times": times, "note": note, **values}
 
 
+def step_row(provider, ms=10.0, peak_mib=100.0, losses=(11.0, 10.0), note=""):
+    row = {"provider": provider, "ms": ms, "images_per_s": 64e3 / ms, "peak_mib": peak_mib}
+    return {**row, "all_step_ms": [ms - 1, ms, ms + 5], "losses": list(losses), "note": note}
+
+
 def results_of(*rows, case="case", **header):
     cases = {case: {"rows": gpu_report.finish_rows(list(rows), CEILINGS), "problem": ""}}
     results = {"header": {**HEADER, **header}, "build": "done", "tests": [], "ceilings": CEILINGS}

@@ -8,12 +8,7 @@ import gpu_report
 import gpu_steps
 import pytest
 from gpu_report import OURS
-from test_gpu_report import results_of
-
-
-def step_row(provider, ms=10.0, peak_mib=100.0, losses=(11.0, 10.0), note=""):
-    row = {"provider": provider, "ms": ms, "images_per_s": 64e3 / ms, "peak_mib": peak_mib}
-    return {**row, "all_step_ms": [ms - 1, ms, ms + 5], "losses": list(losses), "note": note}
+from test_gpu_report import results_of, step_row
 
 
 def step_verdicts(*rows, gpu_name="NVIDIA H100"):
