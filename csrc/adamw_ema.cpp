@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "stream.h"
+#include "weight_norm.h"
 
 namespace dino {
 namespace {
@@ -77,12 +78,7 @@ DINO_INLINE inline void normalize(const AdamwEmaArgs& a, const float* v, float g
                                   float* scratch) {
     alignas(64) float rounded[kMostChannels];
     int64_t n = a.channels;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) sum += v[j] * v[j];
-    float scale = g / std::sqrt(sum);
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) scratch[j] = v[j] * scale;
+    normalize_row(v, g, n, scratch);
     put_copy(a, to, a.rows_dtype, row * n, n, scratch, rounded);
 }
 

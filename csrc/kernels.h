@@ -172,14 +172,13 @@ void linear(const LinearArgs& args);
 void add_linear(const AddProductArgs& args);  // add_product of bfloat16
 
 struct WeightNormProductBackwardArgs {
-    const void *grad, *x;    // of logits [T, K]; [T, D], T at most kMostTokens
+    const void *grad, *x;    // of logits [T, K]; [T, D]
     const float *v, *g;      // [K, D]; [K]
     float *grad_v, *grad_g;  // [K, D] and [K], added to; grad_g may be null
     bool fresh;              // grad_v is written, whatever it held
     int64_t tokens, rows, channels;
     int threads;
 };
-constexpr int64_t kMostTokens = 1024;
 void weight_norm_product_backward(const WeightNormProductBackwardArgs& args);
 
 struct MlpArgs {

@@ -20,9 +20,9 @@ void block(const LinearArgs& a, const Kind& kind, const float* packed, int64_t f
     for (int64_t j = 0; j < a.outputs; j += kPanel)
         by_tiles(kind, x, rows, width, packed + j * width, sums.fit(kBlock * kPanel),
                  [&](int64_t i, int64_t count, const float* c) {
-                     next_panel(static_cast<uint16_t*>(a.out) + (first + i) * a.outputs + j, count, a.outputs, true);
-                     finish(c, count, a.bias ? a.bias + j : nullptr,
-                            static_cast<uint16_t*>(a.out) + (first + i) * a.outputs + j, a.outputs);
+                     uint16_t* to = static_cast<uint16_t*>(a.out) + (first + i) * a.outputs + j;
+                     next_panel(to, count, a.outputs, true);
+                     finish(c, count, a.bias ? a.bias + j : nullptr, to, a.outputs);
                  });
 }
 
@@ -67,7 +67,7 @@ struct Gradient {
     int64_t narrow = std::min(a.inputs, a.outputs), wide = std::max(a.inputs, a.outputs), panels = wide / kPanel;
     int64_t groups = std::max<int64_t>(1, std::min<int64_t>({kGroups, a.threads, (a.tokens + kChunk - 1) / kChunk}));
     int64_t shares = std::min(panels, (2 * a.threads + groups - 1) / groups);
-    float* sums;  // [groups, panels, narrow, 32]; not used by a single group
+    float* sums = nullptr;  // [groups, panels, narrow, 32], where they live longer than a chunk
 
     void run(int64_t group, int64_t share) const;
     void add_panel(int64_t panel, const float* c) const;
@@ -86,8 +86,7 @@ void Gradient::run(int64_t group, int64_t share) const {
             transpose(pairs, width, kPanel, turned + j * width, width);
         }
         for (int64_t i = share * panels / shares; i < (share + 1) * panels / shares; ++i) {
-            bool kept = groups > 1 || end - begin > kChunk;
-            float* c = kept ? sums + (group * panels + i) * narrow * kPanel : sums_buffer.fit(narrow * kPanel);
+            float* c = sums ? sums + (group * panels + i) * narrow * kPanel : sums_buffer.fit(narrow * kPanel);
             pair_rows_of(wide_side + t * wide, wide, count, i * kPanel, pairs);
             product(kind, narrow, kPanel, {width, width, 1, kPanel, kPanel, t > begin}, turned, pairs, c);
             if (groups == 1 && t + count == end) add_panel(i, c);

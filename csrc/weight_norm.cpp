@@ -1,21 +1,13 @@
 // Rows of norm g, and the gradients of both; formulas in dino_kernels/weight_norm.py.
-#include <algorithm>
-#include <cmath>
-#include <vector>
+#include "weight_norm.h"
 
-#include "kernels.h"
+#include <algorithm>
+#include <vector>
 
 namespace dino {
 namespace {
 
 constexpr int64_t kChunk = 1 << 15;  // elements a task
-
-__attribute__((always_inline)) inline float dot(const float* x, const float* y, int64_t n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) sum += x[j] * y[j];
-    return sum;
-}
 
 DINO_MULTIVERSION
 void forward_rows(const WeightNormArgs& a, int64_t begin, int64_t end) {
@@ -23,10 +15,7 @@ void forward_rows(const WeightNormArgs& a, int64_t begin, int64_t end) {
     std::vector<float> scratch(n);
     float* out = scratch.data();
     for (int64_t row = begin; row < end; ++row) {
-        const float* v = a.v + row * n;
-        float scale = a.g[row] / std::sqrt(dot(v, v, n));
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) out[j] = v[j] * scale;
+        normalize_row(a.v + row * n, a.g[row], n, out);
         store(a.w, a.dtype, row * n, n, out);
     }
 }
@@ -38,11 +27,10 @@ void backward_rows(const WeightNormBackwardArgs& a, int64_t begin, int64_t end) 
     for (int64_t row = begin; row < end; ++row) {
         const float *v = a.v + row * n, *grad_w = load(a.grad_w, a.dtype, row * n, n, scratch.data());
         float* grad_v = a.grad_v + row * n;
-        float inverse = 1 / std::sqrt(dot(v, v, n)), along = dot(grad_w, v, n) * inverse;
-        float scale = a.g[row] * inverse, pull = along * inverse;
+        RowGradient of = row_gradient(grad_w, v, a.g[row], n);
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) grad_v[j] += scale * (grad_w[j] - pull * v[j]);
-        if (a.grad_g) a.grad_g[row] += along;
+        for (int64_t j = 0; j < n; ++j) grad_v[j] += of.scale * (grad_w[j] - of.pull * v[j]);
+        if (a.grad_g) a.grad_g[row] += of.along;
     }
 }
 

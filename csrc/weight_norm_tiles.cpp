@@ -1,20 +1,12 @@
 // Gradients of a weight-normed layer's v and g from those of its logits, by matrix tiles (AMX): the gradient of its
 // rows w, as large as they are, is made 32 rows at a time and never written. Formulas in dino_kernels/weight_norm.py.
-#include <cmath>
-
 #include "stream.h"
 #include "tile_products.h"
+#include "weight_norm.h"
 
 namespace dino {
 #if defined(DINO_HAS_AMX)
 namespace {
-
-DINO_INLINE inline float dot(const float* x, const float* y, int64_t n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) sum += x[j] * y[j];
-    return sum;
-}
 
 // Of rows [first, + 32), whose gradients of w are grad_w [32, channels].
 DINO_MULTIVERSION
@@ -24,17 +16,16 @@ void finish_rows(const WeightNormProductBackwardArgs& a, int64_t first, float* g
     for (int64_t row = first; row < first + kPanel; ++row, grad_w += n) {
         const float* v = a.v + row * n;
         float* grad_v = a.grad_v + row * n;
-        float inverse = 1 / std::sqrt(dot(v, v, n)), along = dot(grad_w, v, n) * inverse;
-        float scale = a.g[row] * inverse, pull = along * inverse;
+        RowGradient of = row_gradient(grad_w, v, a.g[row], n);
         if (a.fresh) {
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j) grad_w[j] = scale * (grad_w[j] - pull * v[j]);
+            for (int64_t j = 0; j < n; ++j) grad_w[j] = of.scale * (grad_w[j] - of.pull * v[j]);
             stream(grad_v, grad_w, n * 4, past);
         } else {
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j) grad_v[j] += scale * (grad_w[j] - pull * v[j]);
+            for (int64_t j = 0; j < n; ++j) grad_v[j] += of.scale * (grad_w[j] - of.pull * v[j]);
         }
-        if (a.grad_g) a.grad_g[row] += along;
+        if (a.grad_g) a.grad_g[row] += of.along;
     }
     finish_streams();
 }

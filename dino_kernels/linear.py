@@ -30,8 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed:
     Raises:
         ValueError: a shape or dtype that does not fit the above.
     """
-    fits = x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[0 if transposed else 1]
-    if not fits:
+    if not (x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[0 if transposed else 1]):
         expected = "[D, O]" if transposed else "[O, D]"
         raise ValueError(
             f"x and weight must have shapes [T, D] and {expected}, got {list(x.shape)} and {list(weight.shape)}"

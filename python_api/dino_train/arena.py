@@ -44,6 +44,11 @@ class Arena:
             copies = None if precision == torch.float32 else torch.zeros_like(flat, dtype=precision)
             self.copies[net] = copies
             self._bind(module, flat if copies is None else copies)
+        first, second = self.last_layers
+        *_, g, v = self.parameters.values()
+        assert g is first.weight_g and v is first.weight_v  # what the optimizer's pass takes for the last layer
+        assert first.rows is not None and second.rows is not None
+        self.rows = first.rows, second.rows
         self.trained = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
         for name in self.trained:
             self.parameters[name].grad = self.view(self.grad, name)
@@ -79,14 +84,6 @@ class Arena:
         """Renew the weight-normed layers, where the optimizer's pass did not."""
         for layer in self.last_layers:
             layer.materialize()
-
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Of both weight-normed layers, whose norms and directions are the last two parameters."""
-        student, teacher = self.last_layers
-        parameters = list(self.parameters.values())
-        assert parameters[-2] is student.weight_g and parameters[-1] is student.weight_v
-        assert student.rows is not None and teacher.rows is not None
-        return student.rows, teacher.rows
 
     def clear_grad(self) -> None:
         """Zero the gradient; a last layer's, the largest part by far, when it is next added to."""
@@ -149,7 +146,7 @@ class AdamWithEMA:
             clip_norm=self.clip_norm,
             student_16=arena.copies["student"],
             teacher_16=arena.copies["teacher"],
-            rows=arena.rows(),
+            rows=arena.rows,
         )
 
     def state_dict(self) -> dict[str, Any]:
