@@ -3,6 +3,7 @@
 import math
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -354,6 +355,16 @@ def test_boxes_of_extreme_images(shape):
 )
 def test_fallback_is_the_central_box(shape, box):
     assert {tuple(draw_crops(0, 0, i, KINDS[:1], shape)["box"][0].tolist()) for i in range(20)} == {box}
+
+
+def test_kinds_of_the_two_recipes():
+    config = PretrainConfig(global_crops_scale=(0.14, 1.0), local_crops_number=1, local_crops_size=32)
+    assert [(k.size, k.scale, k.blur, k.solarize) for k in config.crop_kinds] == [
+        (224, (0.14, 1.0), 1.0, 0.0),
+        (224, (0.14, 1.0), 0.1, 0.2),
+        (32, (0.05, 0.4), 0.5, 0.0),
+    ]
+    assert [kind.blur for kind in replace(config, augmentation="dinov2").crop_kinds] == [0.0, 0.9, 0.5]
 
 
 def test_draws_depend_on_the_key_only():

@@ -121,6 +121,10 @@ class PretrainConfig:
     local_crops_size: int = 96
     """Side of a local crop, in pixels."""
 
+    augmentation: Literal["dino", "dinov2"] = "dino"
+    """dino: blur as in the paper, with probability 1, 0.1 and 0.5 for the first global, the second and a local crop.
+    dinov2: as DINOv2 and DINOv3 were released, which take 1 - p for it: 0, 0.9 and 0.5."""
+
     saveckp_freq: int = 20
     """Keep a numbered checkpoint every so many epochs; last.pt is written after each. 0: last.pt only."""
     save_minutes: float = 15.0
@@ -183,10 +187,11 @@ class PretrainConfig:
     def crop_kinds(self) -> tuple[CropKind, ...]:
         """Of the crops of an image, in their order: the two global ones, then the local ones (main_dino.py:419-456)."""
         size, scale = self.global_crops_size, self.global_crops_scale
+        first, second = (1.0, 0.1) if self.augmentation == "dino" else (0.0, 0.9)
         local = CropKind(self.local_crops_size, self.local_crops_scale, blur=0.5, solarize=0.0)
         return (
-            CropKind(size, scale, blur=1.0, solarize=0.0),
-            CropKind(size, scale, blur=0.1, solarize=0.2),
+            CropKind(size, scale, blur=first, solarize=0.0),
+            CropKind(size, scale, blur=second, solarize=0.2),
             *[local] * self.local_crops_number,
         )
 
