@@ -6,6 +6,7 @@ import tyro
 
 from dino_train.evaluate.attention import Attention
 from dino_train.evaluate.copy_detection import CopyDetection
+from dino_train.evaluate.finetune import Finetune
 from dino_train.evaluate.knn import Knn
 from dino_train.evaluate.linear import Linear
 from dino_train.evaluate.retrieval import Retrieval
@@ -13,6 +14,7 @@ from dino_train.evaluate.retrieval import Retrieval
 Evaluate = Annotated[
     Annotated[Knn, tyro.conf.subcommand("knn")]
     | Annotated[Linear, tyro.conf.subcommand("linear")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Retrieval, tyro.conf.subcommand("retrieval")]
     | Annotated[CopyDetection, tyro.conf.subcommand("copy-detection")]
     | Annotated[Attention, tyro.conf.subcommand("attention")],
