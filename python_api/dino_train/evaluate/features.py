@@ -132,6 +132,9 @@ def extract(
     return values[:count], torch.cat(labels), torch.cat(indices)
 
 
+FORMAT = 1  # of what is kept: raise it with a change of decoding, transforms or features
+
+
 class Cache:
     """Features of one backbone, kept in a folder under a name that follows from all they depend on.
 
@@ -162,7 +165,7 @@ class Cache:
         Raises:
             ValueError: none of the images can be read.
         """
-        key = hashlib.sha256(json.dumps([self._weights, kind, images.classes, _identity(images)]).encode())
+        key = hashlib.sha256(json.dumps([FORMAT, self._weights, kind, images.classes, _identity(images)]).encode())
         path = self.folder / f"{title}-{key.hexdigest()[:24]}.safetensors"
         if path.exists():
             try:
@@ -186,5 +189,12 @@ def _identity(images: ImageFolder) -> list[Any]:
     facts: list[Any] = [images.names, images.labels, str(images.path.resolve())]
     if images.path.is_file():
         return [*facts, whole.st_size, whole.st_mtime_ns]
-    stats = [(images.path / images._prefix / name).stat() for name in images.names]
-    return [*facts, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+    return [*facts, [_stat(images.path / images._prefix / name) for name in images.names]]
+
+
+def _stat(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:  # it will be among the unreadable ones
+        return None
+    return stat.st_size, stat.st_mtime_ns

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dino_train.data import ImageFolder
 from dino_train.evaluate.features import Cache
 from dino_train.evaluate.metrics import mean_average_precision
-from dino_train.evaluate.protocol import Protocol
+from dino_train.evaluate.protocol import Extraction
 from dino_train.loader import BadImages, image_loader, to_tensor
 from dino_train.options import pick_device
 
@@ -124,7 +124,7 @@ def rank(database: Tensor, queries: Tensor, device: torch.device) -> np.ndarray:
 
 
 @dataclass(kw_only=True)
-class Retrieval(Protocol):
+class Retrieval(Extraction):
     """Mean average precision of image retrieval on revisited Oxford or Paris (eval_image_retrieval.py).
 
     Whole query images are used, as the reference does, not the boxes in them.
@@ -136,7 +136,7 @@ class Retrieval(Protocol):
     """Which of the two."""
     image_size: int = 224
     """Longest side in pixels; larger images are made smaller."""
-    multiscale: bool = False
+    multiscale: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Averages the features of three scales of an image."""
 
     def run(self) -> None:
