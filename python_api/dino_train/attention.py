@@ -25,7 +25,7 @@ def attention_of(backbone: VisionTransformer, image: Image.Image, working_size: 
     columns, rows = (max(1, round(side * scale / p)) for side in image.size)
     pixels = to_tensor(image.resize((columns * p, rows * p), Image.Resampling.BICUBIC))
     device = backbone.pos_embed.device
-    maps: Tensor = backbone.attention_maps(pixels[None].to(device))[0, :, 1:].float().cpu()
+    maps: Tensor = backbone.attention(pixels[None].to(device))[0, :, 1:].float().cpu()
     maps = maps.unflatten(1, (rows, columns))
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return ((maps - low) / (high - low).clamp_min(1e-12)).numpy()

@@ -13,10 +13,11 @@ from PIL.Image import Image
 
 from dino_train.config import EMBEDDED_DATA, PRESETS, PretrainConfig
 from dino_train.data import ImageFolder, UnreadableImage, load_file, split
+from dino_train.export import FOLDERS, Format, export
 from dino_train.learner import NonFiniteLoss
 from dino_train.model import ARCHS, VisionTransformer
 from dino_train.train import Interrupted, pick_device, pretrain
-from dino_train.weights import Trained, export, load_trained
+from dino_train.weights import Trained, load_trained
 
 
 @dataclass
@@ -26,11 +27,13 @@ class _Weights:
     checkpoint: Path
     """A run's folder, a checkpoint, or a file of published weights."""
     arch: Literal[ARCHS] | None = None  # type: ignore[valid-type]
-    """Backbone; only needed where the file does not tell."""
+    """Backbone that the weights must be of. Default: what they are of."""
     patch_size: int | None = None
-    """Side of a ViT's patch, in pixels; only needed where the file does not tell."""
+    """Side of a ViT's patch, in pixels, that the weights must be of. Default: what they are of."""
     net: Literal["teacher", "student"] = "teacher"
     """Which of the two networks."""
+    allow_partial: bool = False
+    """Load the weights that match and warn of the others, in place of an error."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
 
@@ -40,6 +43,7 @@ class _Weights:
             arch=self.arch,
             patch_size=self.patch_size,
             net=self.net,
+            allow_partial=self.allow_partial,
             device=pick_device(self.device),
         )
 
@@ -117,14 +121,19 @@ class Attention(_Weights):
 
 @dataclass
 class Export(_Weights):
-    """The backbone's weights as a safetensors file."""
+    """The backbone for other libraries: safetensors, timm, Hugging Face or ONNX."""
 
-    output: Path = Path("backbone.safetensors")
-    """File to write."""
+    format: Format = "safetensors"
+    """safetensors or onnx: a file. timm: a folder for create_model("local-dir:FOLDER", pretrained=True). huggingface:
+    a folder for ViTModel.from_pretrained(FOLDER, add_pooling_layer=False) and AutoImageProcessor."""
+    output: Path | None = None
+    """What to write. Default: backbone.safetensors, backbone.onnx, backbone-timm or backbone-huggingface."""
 
     def run(self) -> None:
-        export(self.load(), self.output)
-        print(f"wrote {self.output}")
+        name = f"backbone{'-' if self.format in FOLDERS else '.'}{self.format}"
+        output = self.output or Path(name)
+        export(self.load(), output, self.format)
+        print(f"wrote {output}")
 
 
 @dataclass(frozen=True)
@@ -150,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. What a user got wrong is one line, not a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="dino-train: %(message)s", level=logging.WARNING)
+    logging.getLogger("dino_train.weights").setLevel(logging.INFO)  # says which weights of a file it takes
     command = (
         Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=_preset(argv))]
         | Annotated[Knn, tyro.conf.subcommand("knn")]
