@@ -51,6 +51,9 @@ def test_safetensors_come_back(net, tmp_path):
     for name, value in net.backbone.state_dict().items():
         assert torch.equal(back.backbone.state_dict()[name], value), name
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+    other = tmp_path / "other"
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode
 
 
 def test_timm(net, tmp_path):
@@ -120,9 +123,9 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="huggingface takes a ViT, got resnet50; for it .* timm and onnx"):
         export(trained("resnet50"), tmp_path / "hf", "huggingface")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ValueError, match="ONNX needs .*onnxscript.*: pip install .*onnxscript"):
+    with pytest.raises(ValueError, match="the ONNX format needs .*onnxscript.*: pip install .*onnxscript"):
         export(trained(), tmp_path / "backbone.onnx", "onnx")
-    monkeypatch.setattr("dino_train.export._save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     for form in FORMATS[:3]:
         with pytest.raises(OSError, match="disk full"):
             export(trained(), tmp_path / form, form)

@@ -68,12 +68,15 @@ def assert_is(backbone, state):
 TEACHER, STUDENT = published_vit(0), published_vit(1)
 FULL = full_checkpoint(TEACHER, STUDENT)
 PUBLISHED = {
-    "backbone": (TEACHER, "the weights of"),
-    "module": (prefixed(TEACHER, "module."), "the weights, without 'module.' of"),
-    "student_alone": (FULL["student"] | prefixed(TEACHER, "module.backbone."), "without the 8 tensors of the head of"),
-    "classifier": ({**TEACHER, "fc.weight": torch.zeros(3, 96)}, "the weights, without the 1 tensors of the head of"),
-    "full": (FULL, "teacher, without 'backbone.', without the 8 tensors of the head of"),
-    "full_module": (full_checkpoint(TEACHER, STUDENT, "module."), "teacher, without 'module.', without 'backbone.'"),
+    "backbone": (TEACHER, "weights"),
+    "module": (prefixed(TEACHER, "module."), "weights (without prefix 'module.')"),
+    "net": (FULL["teacher"], "weights (without prefix 'backbone.' and 8 tensors of a head)"),
+    "classifier": ({**TEACHER, "fc.weight": torch.zeros(3, 96)}, "weights (without 1 tensors of a head)"),
+    "full": (FULL, "teacher (without prefix 'backbone.' and 8 tensors of a head)"),
+    "batch_norm": (
+        full_checkpoint(TEACHER, STUDENT, "module."),
+        "teacher (without prefix 'module.backbone.' and 8 tensors of a head)",
+    ),
 }
 
 
@@ -87,14 +90,15 @@ def test_published_vits_load_and_say_what_was_taken(tmp_path, caplog, name, zipp
     trained = load_trained(path)
     assert_is(trained.backbone, TEACHER)
     assert (trained.arch, trained.patch_size, trained.image_size) == ("vit_nano", PATCH, SIZE)
-    assert words in caplog.text and f"{path} as vit_nano/8" in caplog.text
+    assert f"{path}: {words}, a vit_nano/8\n" in caplog.text
 
 
 def test_the_student_of_a_full_checkpoint(tmp_path, caplog):
     caplog.set_level("INFO", "dino_train.weights")
     torch.save(FULL, tmp_path / "checkpoint.pth")
     assert_is(dino_train.load_backbone(tmp_path / "checkpoint.pth", net="student"), STUDENT)
-    assert "student, without 'module.', without 'backbone.', without the 8 tensors of the head" in caplog.text
+    words = "student (without prefix 'module.backbone.' and 8 tensors of a head), a vit_nano/8"
+    assert f"checkpoint.pth: {words}\n" in caplog.text
 
 
 def test_scalars_of_numpy_1_load(tmp_path):
@@ -143,7 +147,7 @@ def test_published_resnet50s_load(tmp_path, caplog):
         torch.save(published, tmp_path / f"{name}.pth")
         trained = load_trained(tmp_path / f"{name}.pth")
         assert_is(trained.backbone, state)
-        assert trained.arch == "resnet50" and f"{name}.pth as resnet50" in caplog.text
+        assert trained.arch == "resnet50" and f"{name}.pth: " in caplog.text and caplog.text.endswith(", a resnet50\n")
     assert dino_train.load_backbone(tmp_path / "full.pth")(torch.zeros(1, 3, 64, 64)).shape == (1, 2048)
     for call in (trained.backbone.features, trained.backbone.attention):
         with pytest.raises(ValueError, match="a ResNet has no blocks of tokens and no attention"):
@@ -160,7 +164,7 @@ def test_published_linear_classifiers_load(tmp_path, caplog):
         linear = load_linear(tmp_path / "checkpoint.pth.tar")
         x = torch.randn(3, 1536)
         torch.testing.assert_close(linear(x), x @ weight.T + bias)
-    assert "checkpoint.pth.tar: 10 classes of 1536 features" in caplog.text
+    assert "checkpoint.pth.tar: linear classifier, 10 classes of 1536 features" in caplog.text
     for wrong in (TEACHER, {"linear.weight": weight}, {"linear.weight": weight, "linear.bias": bias[:9]}, {}):
         torch.save(wrong, tmp_path / "wrong.pth")
         with pytest.raises(ValueError, match=r"no linear classifier: expected linear.weight \[classes, features\]"):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -57,9 +58,10 @@ def _safetensors(trained: Trained, path: Path) -> None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt", **metadata})
+    # Not save_file, whose files only their owner may read.
+    path.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, {"format": "pt", **metadata}))
 
 
 def _timm(trained: Trained, folder: Path) -> None:
@@ -194,19 +196,22 @@ class _PlainViT(nn.Module):
 def _onnx(trained: Trained, path: Path) -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"ONNX needs {' and '.join(missing)}, which is not installed: pip install {' '.join(missing)}")
+        raise ValueError(f"the ONNX format needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     backbone: nn.Module = trained.backbone
     plain = _PlainViT(backbone) if isinstance(backbone, VisionTransformer) else backbone
     images = torch.zeros(2, 3, trained.image_size, trained.image_size, device=next(backbone.parameters()).device)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # or it warns that torchvision is not installed
-    torch.onnx.export(
-        plain.eval(),
-        (images,),
-        path,
-        input_names=["images"],
-        output_names=["features"],
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        external_data=False,
-        verbose=False,
-    )
+    # Of torch's own parts, and of a torchvision that nothing here needs.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.onnx.export(
+            plain.eval(),
+            (images,),
+            path,
+            input_names=["images"],
+            output_names=["features"],
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            verbose=False,
+        )

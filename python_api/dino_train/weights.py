@@ -72,7 +72,7 @@ def load_trained(
         backbone, name = resnet50(), arch
     else:
         backbone, name = vit(arch, patch_size=patch_size, img_size=image_size), f"{arch}/{patch_size}"
-    logger.info("%s of %s as %s", origin, path, name)
+    logger.info("%s: %s, a %s", path, origin, name)
     fit(backbone, weights, allow_partial=allow_partial)
     data = Path(args["data"]) if "data" in args else None
     return Trained(backbone.eval().to(device), arch, patch_size, image_size, data)
@@ -100,7 +100,7 @@ def load_linear(path: Path) -> nn.Linear:
     classes, features = shapes["weight"]
     linear = nn.Linear(features, classes)
     linear.load_state_dict(weights)
-    logger.info("linear classifier of %s: %d classes of %d features", path, classes, features)
+    logger.info("%s: linear classifier, %d classes of %d features", path, classes, features)
     return linear
 
 
@@ -118,22 +118,21 @@ def backbone_weights(state: Mapping[str, Any], *, net: str = "teacher") -> tuple
     Raises:
         ValueError: a checkpoint lacks `net`, or there are no weights.
     """
-    origin = "the weights"
+    origin = "weights"
     if "teacher" in state or "student" in state:
         if net not in state:
             raise ValueError(f"the checkpoint has no {net!r}, only {', '.join(state)}")
         state, origin = state[net], net
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"expected a backbone's weights, or a teacher and a student, got {_listed(list(state))}")
-    first = next(iter(state))
-    for prefix in ("module.", "backbone."):
-        if first.startswith(prefix):
-            origin += f", without {prefix!r}"
-            first = first.removeprefix(prefix)
     bare = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
     weights = {key: value for key, value in bare.items() if not key.startswith(("head.", "fc."))}
+    prefix = next(iter(state)).removesuffix(next(iter(bare)))
+    left = [f"prefix {prefix!r}"] if prefix else []
     if len(weights) < len(bare):
-        origin += f", without the {len(bare) - len(weights)} tensors of the head"
+        left.append(f"{len(bare) - len(weights)} tensors of a head")
+    if left:
+        origin += f" (without {' and '.join(left)})"
     return weights, origin
 
 
