@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from dino_train.augment import MultiCrop
-from dino_train.data import BadImages, ImageFolder
+from dino_train.config import PretrainConfig
+from dino_train.data import ImageFolder
 from dino_train.evaluate import extract_features, knn_accuracy, knn_classify, recall_at_1, view_retrieval
+from dino_train.loader import BadImages
 from PIL import Image
 from torch import nn
 
@@ -90,7 +91,7 @@ def test_knn_without_labels_says_what_it_needs(tmp_path):
 
 
 def test_view_retrieval_is_perfect_for_constant_colors_and_chance_for_one_color(tmp_path):
-    crops = MultiCrop(local_crops_number=0, global_crops_size=16)
+    crops = PretrainConfig(global_crops_size=16).crop_kinds[:2]
     colors = np.random.default_rng(1).integers(0, 256, (40, 3))
     for folder, pick in (("many", lambda i: colors[i]), ("one", lambda i: colors[0])):
         (tmp_path / folder).mkdir()

@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "dino_kernels": {"torch", "triton", "numpy", "dino_kernels"},
-    "python_api": {"torch", "numpy", "PIL", "tyro", "tqdm", "matplotlib", "safetensors", "dino_kernels", "dino_train"},
+    "python_api": {"torch", "numpy", "PIL", "simplejpeg", "webdataset", "tyro", "tqdm", "matplotlib", "safetensors"}
+    | {"dino_kernels", "dino_train"},
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_train.augment import to_tensor
+from dino_train.loader import to_tensor
 from dino_train.model import VisionTransformer
 
 CELL = 128  # side of a sheet's cell, in pixels

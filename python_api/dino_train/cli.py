@@ -1,9 +1,9 @@
-"""The command line: dino-train pretrain | knn | attention | export."""
+"""The command line: dino-train pretrain | pack | knn | attention | export."""
 
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,11 +11,13 @@ from typing import Annotated, Literal
 import tyro
 from PIL.Image import Image
 
-from dino_train.config import EMBEDDED_DATA, PRESETS, PretrainConfig
-from dino_train.data import ImageFolder, UnreadableImage, load_file, split
+from dino_train.config import EMBEDDED_DATA, PRESETS, PretrainConfig, default_workers
+from dino_train.data import ImageFolder, split
+from dino_train.decode import UnreadableImage, load_file
 from dino_train.export import FOLDERS, Format, export
 from dino_train.learner import NonFiniteLoss
 from dino_train.model import ARCHS, VisionTransformer
+from dino_train.pack import pack
 from dino_train.train import Interrupted, pick_device, pretrain
 from dino_train.weights import Trained, load_trained
 
@@ -53,11 +55,11 @@ class Knn(_Weights):
     """Weighted k-NN accuracy of a trained backbone on images in class folders."""
 
     data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])] = EMBEDDED_DATA
-    """Folder or .zip with train/<class>/ and val/<class>/, or <class>/ (then a few images are held out)."""
+    """Folder, .zip or .tar with train/<class>/ and val/<class>/, or <class>/ (then a few images are held out)."""
     nb_knn: tuple[int, ...] = (10, 20)
     """Numbers of neighbors."""
-    num_workers: int = 0
-    """Processes that read images; 0 reads in the main process."""
+    num_workers: int = 2
+    """Threads that read images."""
 
     def run(self) -> None:
         from dino_train.evaluate import knn_accuracy
@@ -136,6 +138,33 @@ class Export(_Weights):
         print(f"wrote {output}")
 
 
+@dataclass
+class Pack:
+    """Write a folder of images as one tar of small JPEGs, which `pretrain --data` reads faster and other programs as
+    WebDataset. Called again after an interruption, it goes on."""
+
+    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])]
+    """Folder, .zip or .tar of images."""
+    out: Path
+    """File to write; ends in .tar."""
+    size: int = 400
+    """Largest side of an image, in pixels; larger ones are shrunk."""
+    quality: int = 90
+    """Quality of the JPEGs, 1 to 95. JPEGs that are small enough are copied."""
+    num_workers: int = field(default_factory=default_workers)
+    """Threads."""
+
+    def run(self) -> None:
+        images = ImageFolder(self.data)
+        try:
+            count = pack(images, self.out, size=self.size, quality=self.quality, num_workers=self.num_workers)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {self.out}: {error.strerror}; the same command goes on from {self.out}.partial"
+            ) from error
+        print(f"{count} of {len(images)} images in {self.out}, {self.out.stat().st_size / 1e6:.1f} MB")
+
+
 @dataclass(frozen=True)
 class Pretrain(PretrainConfig):
     """Complete DINO pretraining. Defaults are the reference's; --preset demo learns something in minutes."""
@@ -162,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("dino_train.weights").setLevel(logging.INFO)  # says which weights of a file it takes
     command = (
         Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=_preset(argv))]
+        | Annotated[Pack, tyro.conf.subcommand("pack")]
         | Annotated[Knn, tyro.conf.subcommand("knn")]
         | Annotated[Attention, tyro.conf.subcommand("attention")]
         | Annotated[Export, tyro.conf.subcommand("export")]
