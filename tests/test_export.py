@@ -8,8 +8,8 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from dino_train.augment import eval_transform
 from dino_train.export import export
+from dino_train.loader import eval_transform
 from dino_train.model import vit
 from dino_train.resnet import resnet50
 from dino_train.weights import Trained, load_trained

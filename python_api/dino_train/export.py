@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_train.augment import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.loader import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.model import VIT_SIZES, VisionTransformer
 from dino_train.weights import Trained
 
