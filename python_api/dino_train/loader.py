@@ -13,7 +13,7 @@ A sample is a function of (seed, epoch, index) alone: no number of threads or pr
 import logging
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -43,6 +43,7 @@ _NORMALIZED = (np.arange(256, dtype=np.float32) / 255 - _MEAN) / _STD
 logger = logging.getLogger(__name__)
 
 Bad = list[tuple[str, str]]  # (name, reason) of unreadable images
+Batch = tuple[Tensor, Tensor, Tensor, Bad]  # pixels, labels and indices of images, and those left out
 
 
 class Images(Protocol):
@@ -301,30 +302,40 @@ def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def eval_loader(
-    images: ImageFolder, size: int, batch_size: int, num_workers: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Bad]]:
-    """Every image once, in order, by threads: yields (`eval_transform`'s pixels [B, 3, size, size], labels int64 [B],
-    -1 without labels, indices int64 [B], bad).
+def image_loader(
+    images: ImageFolder,
+    transform: Callable[[Image.Image, tuple[int, int]], Tensor],
+    batch_size: int,
+    num_workers: int,
+    keys: Sequence[tuple[int, int]] | None = None,
+) -> Iterator[Batch]:
+    """`transform(image, key)` of each key (epoch, index), in order and by threads; of every image once without keys.
 
-    Unreadable images are left out of the tensors (so B may be below batch_size, even 0) and listed in bad.
+    Yields (pixels [B, ...], labels int64 [B], -1 without labels, indices int64 [B], bad). Unreadable images are left
+    out of the tensors (so B may be below batch_size, even 0) and listed in bad.
     """
+    keys = [(0, index) for index in range(len(images))] if keys is None else keys
 
-    def view(index: int) -> Tensor | tuple[str, str]:
+    def view(key: tuple[int, int]) -> Tensor | tuple[str, str]:
         try:
-            return eval_transform(images.load(index), size)
+            return transform(images.load(key[1]), key)
         except UnreadableImage as error:
             return error.name, error.reason
 
-    views = in_order(view, range(len(images)), threads=num_workers, ahead=2 * max(batch_size, num_workers))
-    for first in range(0, len(images), batch_size):
+    views = in_order(view, keys, threads=num_workers, ahead=2 * max(batch_size, num_workers))
+    for first in range(0, len(keys), batch_size):
         batch = list(islice(views, batch_size))
-        read = [first + i for i, one in enumerate(batch) if isinstance(one, Tensor)]
-        labels = [-1 if images.labels is None else images.labels[i] for i in read]
         pixels = [one for one in batch if isinstance(one, Tensor)]
-        stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, size, size)
         bad = [one for one in batch if not isinstance(one, Tensor)]
+        read = [key[1] for key, one in zip(keys[first:], batch, strict=False) if isinstance(one, Tensor)]
+        labels = [-1 if images.labels is None else images.labels[i] for i in read]
+        stacked = torch.stack(pixels) if pixels else torch.empty(0)
         yield stacked, torch.tensor(labels, dtype=torch.int64), torch.tensor(read, dtype=torch.int64), bad
+
+
+def eval_loader(images: ImageFolder, size: int, batch_size: int, num_workers: int) -> Iterator[Batch]:
+    """`eval_transform` of every image once, as `image_loader` yields it."""
+    return image_loader(images, lambda image, _: eval_transform(image, size), batch_size, num_workers)
 
 
 class BadImages:

@@ -18,6 +18,7 @@ class Threads:
     def __init__(self, number: int) -> None:
         self._work: SimpleQueue[tuple[Future, Callable[..., Any], tuple] | None] = SimpleQueue()
         self._threads: list[Thread] = []
+        assert number >= 1
         for _ in range(number):
             self.add()
 
