@@ -54,6 +54,15 @@ def test_importing_the_ops_loads_none_of_the_trainers_libraries():
     assert not {"dino_train", "PIL", "tyro", "matplotlib", "safetensors"} & set(modules)
 
 
+def test_importing_the_trainer_loads_not_even_torch_until_a_backbone_is_asked_for():
+    code = (
+        "import sys, dino_train; assert 'torch' not in sys.modules; "
+        "from dino_train import load_backbone; print(*sys.modules)"
+    )
+    modules = subprocess.check_output([sys.executable, "-c", code], text=True, cwd="/").split()
+    assert "torch" in modules and not {"PIL", "tyro", "matplotlib", "safetensors", "triton"} & set(modules)
+
+
 def test_a_process_on_the_cpu_does_not_load_triton():
     code = (
         "import sys, torch, dino_train.learner, dino_kernels; x = torch.ones(2, 3, requires_grad=True); "

@@ -12,23 +12,28 @@ import tyro
 from dino_train.config import PRESETS, PretrainConfig, default_workers
 from dino_train.data import ImageFolder
 from dino_train.evaluate.commands import Evaluate
+from dino_train.export import FOLDERS, Format, export
 from dino_train.learner import NonFiniteLoss
 from dino_train.options import WeightsOptions
 from dino_train.pack import pack
 from dino_train.train import Interrupted, pretrain
-from dino_train.weights import export
 
 
 @dataclass
 class Export(WeightsOptions):
-    """The backbone's weights as a safetensors file."""
+    """The backbone for other libraries: safetensors, timm, Hugging Face or ONNX."""
 
-    output: Path = Path("backbone.safetensors")
-    """File to write."""
+    format: Format = "safetensors"
+    """safetensors or onnx: a file. timm: a folder for create_model("local-dir:FOLDER", pretrained=True). huggingface:
+    a folder for ViTModel.from_pretrained(FOLDER, add_pooling_layer=False) and AutoImageProcessor."""
+    output: Path | None = None
+    """What to write. Default: backbone.safetensors, backbone.onnx, backbone-timm or backbone-huggingface."""
 
     def run(self) -> None:
-        export(self.load(), self.output)
-        print(f"wrote {self.output}")
+        name = f"backbone{'-' if self.format in FOLDERS else '.'}{self.format}"
+        output = self.output or Path(name)
+        export(self.load(), output, self.format)
+        print(f"wrote {output}")
 
 
 @dataclass
@@ -81,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. What a user got wrong is one line, not a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="dino-train: %(message)s", level=logging.WARNING)
+    logging.getLogger("dino_train.weights").setLevel(logging.INFO)  # says which weights of a file it takes
     command = (
         Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=_preset(argv))]
         | Annotated[Pack, tyro.conf.subcommand("pack")]

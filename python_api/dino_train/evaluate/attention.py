@@ -41,7 +41,7 @@ def attention_of(backbone: VisionTransformer, image: Image.Image, working_size: 
     columns, rows = (max(1, round(side * scale / p)) for side in image.size)
     pixels = to_tensor(image.resize((columns * p, rows * p), Image.Resampling.BICUBIC))
     device = backbone.pos_embed.device
-    maps = backbone.attention_maps(pixels[None].to(device))[0, :, 1:].float().cpu()
+    maps = backbone.attention(pixels[None].to(device))[0, :, 1:].float().cpu()
     return maps.unflatten(1, (rows, columns))
 
 
