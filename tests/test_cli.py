@@ -16,23 +16,13 @@ from dino_train.cli import main
 from dino_train.config import PRESETS, PretrainConfig
 from dino_train.model import build_model
 from dino_train.weights import load_trained
-from PIL import Image
 from safetensors import safe_open
-from test_train import make_images
-
-TINY = [
-    *("--arch", "vit_nano", "--patch-size", "8", "--out-dim", "64", "--head-hidden-dim", "16", "--epochs", "1"),
-    *("--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "1"),
-    *("--batch-size-per-gpu", "4", "--num-workers", "0", "--device", "cpu", "--log-interval", "2"),
-]
+from tiny_run import TINY, tiny_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
-    data = make_images(folder / "images", n=40)
-    assert main(["pretrain", "--data", str(data), "--output-dir", str(folder / "run"), *TINY]) == 0
-    return folder
+    return tiny_run(tmp_path_factory.mktemp("cli"))
 
 
 def parsed(monkeypatch, *words) -> PretrainConfig:
@@ -108,43 +98,6 @@ def test_errors_are_short_and_say_what_is_wrong(run, tmp_path, capsys, words, me
         code = stop.code
     error = " ".join(capsys.readouterr().err.split())
     assert code in (1, 2) and re.search(message, error) and "Traceback" not in error, error
-
-
-def test_knn(run, capsys):
-    assert main(["knn", "--checkpoint", str(run / "run"), "--data", str(run / "images")]) == 0
-    assert capsys.readouterr().out.startswith("knn10 ")
-
-
-def test_attention_maps_have_the_inputs_size(run, tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (50, 90, 3), np.uint8)).save(tmp_path / "wide.jpg")
-    (tmp_path / "broken.png").write_bytes(b"junk")
-    out = tmp_path / "maps"
-    words = ["attention", "--checkpoint", str(run / "run/last.pt"), "--output-dir", str(out)]
-    assert main([*words, "--image", str(tmp_path)]) == 0
-    heads = len(list(out.glob("wide_head?.png")))
-    assert heads == 3 and len(list(out.glob("wide_*_overlay.png"))) == heads + 1
-    for path in out.glob("wide_*.png"):
-        assert Image.open(path).size == (90, 50)
-    assert np.asarray(Image.open(out / "wide_head0.png")).std() > 5
-    assert (out / "sheet.png").exists()
-    assert main([*words, "--image", str(tmp_path / "broken.png")]) == 1
-    assert "none of the images could be read" in capsys.readouterr().err
-    assert main([*words, "--image", str(tmp_path / "wide.jpg")]) == 0
-
-
-def test_images_of_one_name_keep_their_own_maps(run, tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        Image.new("RGB", (20, 20)).save(tmp_path / folder / "x.png")
-    words = ["attention", "--checkpoint", str(run / "run"), "--output-dir", str(tmp_path / "maps")]
-    assert main([*words, "--image", str(tmp_path / "a/x.png"), str(tmp_path / "b/x.png")]) == 0
-    assert len(list((tmp_path / "maps").glob("*_mean.png"))) == 2
-
-
-def test_attention_takes_the_runs_own_images_by_default(run):
-    assert main(["attention", "--checkpoint", str(run / "run")]) == 0
-    assert (run / "run/attention/sheet.png").exists()
 
 
 def test_export_is_the_teachers_backbone(run, tmp_path):

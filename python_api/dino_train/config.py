@@ -35,7 +35,7 @@ Switch = Annotated[
 ]
 
 
-def _default_workers() -> int:
+def default_workers() -> int:
     return min(10, len(os.sched_getaffinity(0)))
 
 
@@ -129,7 +129,7 @@ class PretrainConfig:
     folders; 0 turns it off."""
     seed: int = 0
     """Seed of weights, shuffling and crops."""
-    num_workers: int = field(default_factory=_default_workers)
+    num_workers: int = field(default_factory=default_workers)
     """Processes that read and crop images; 0 does it in the main process. Results do not depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""

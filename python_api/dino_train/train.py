@@ -19,6 +19,7 @@ from dino_train.config import PretrainConfig
 from dino_train.data import BadImages, ImageFolder, crop_loader, require_batch, split
 from dino_train.evaluate import knn_accuracy, view_retrieval
 from dino_train.learner import Learner, NonFiniteLoss, StepResult
+from dino_train.options import pick_device
 from dino_train.watch import CollapseWatch, Metrics, Progress, plot_curves, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -392,10 +393,3 @@ class _Signals:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for signum, handler in self.before.items():
             signal.signal(signum, signal.SIG_IGN if self.torchrun and kind is Interrupted else handler)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of --device; ValueError where cuda is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -3,7 +3,8 @@ import pytest
 import torch
 from dino_train.augment import MultiCrop
 from dino_train.data import BadImages, ImageFolder
-from dino_train.evaluate import extract_features, knn_accuracy, knn_classify, recall_at_1, view_retrieval
+from dino_train.evaluate import knn
+from dino_train.evaluate.knn import extract_features, knn_accuracy, knn_top, nearest, recall_at_1, view_retrieval, vote
 from PIL import Image
 from torch import nn
 
@@ -12,29 +13,37 @@ def unit(*rows):
     return nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)
 
 
-def test_knn_by_hand():
+def test_votes_by_hand():
     train = unit([1, 0], [0.8, 0.6], [0, 1])
     labels = torch.tensor([0, 1, 1])
-    scores = knn_classify(train, labels, unit([1, 0]), k=2, classes=3)
+    similarity, rows = nearest(train, unit([1, 0]), 2)
+    torch.testing.assert_close(similarity, torch.tensor([[1.0, 0.8]]))
+    assert rows.tolist() == [[0, 1]]
     expected = torch.tensor([[np.exp(1 / 0.07), np.exp(0.8 / 0.07), 0.0]], dtype=torch.float32)
-    torch.testing.assert_close(scores, expected)
-    scores = knn_classify(train, labels, unit([0, 1]), k=50, classes=2)  # more neighbors than images: all vote
+    torch.testing.assert_close(vote(similarity, labels[rows], classes=3), expected)
+    similarity, rows = nearest(train, unit([0, 1]), 3)
     expected = torch.tensor([[1.0, np.exp(0.6 / 0.07) + np.exp(1 / 0.07)]], dtype=torch.float32)
-    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(vote(similarity, labels[rows], classes=2), expected)
 
 
-def test_knn_against_a_loop():
+def test_knn_by_blocks_against_a_loop(monkeypatch):
+    monkeypatch.setattr(knn, "TRAIN_BLOCK", 23)  # the last block is smaller than k
+    monkeypatch.setattr(knn, "QUERY_BLOCK", 17)
     g = torch.Generator().manual_seed(0)
-    train = nn.functional.normalize(torch.randn(60, 5, generator=g), dim=1)
-    test = nn.functional.normalize(torch.randn(700, 5, generator=g), dim=1)
-    labels = torch.randint(0, 4, (60,), generator=g)
-    scores = knn_classify(train, labels, test, k=7, classes=4)
-    for row in (0, 511, 512, 699):
-        similarity = train @ test[row]
-        votes = [0.0] * 4
-        for i in sorted(range(60), key=lambda j: -similarity[j])[:7]:
-            votes[labels[i]] += np.exp(similarity[i].item() / 0.07)
-        np.testing.assert_allclose(scores[row], votes, rtol=1e-4)
+    train = nn.functional.normalize(torch.randn(95, 5, generator=g), dim=1)
+    test = nn.functional.normalize(torch.randn(70, 5, generator=g), dim=1)
+    labels, test_labels = torch.randint(0, 9, (95,), generator=g), torch.randint(0, 9, (70,), generator=g)
+    found = knn_top(train, labels, test, test_labels, ks=(7, 30, 1000), classes=9)
+    for k in (7, 30, 1000):
+        ranked = []
+        for row, label in zip(test.double(), test_labels, strict=True):
+            similarity = (train.double() @ row).numpy()
+            votes = np.zeros(9)
+            for i in np.argsort(-similarity)[:k]:
+                votes[labels[i]] += np.exp(similarity[i] / 0.07)
+            ranked.append(np.sum(votes >= votes[label]) - 1)  # classes without a vote are never right
+        assert found[k]["top1"] == pytest.approx(100 * np.mean(np.array(ranked) < 1))
+        assert found[k]["top5"] == pytest.approx(100 * np.mean(np.array(ranked) < 5))
 
 
 def test_recall_by_hand():

@@ -1,0 +1,75 @@
+"""What the commands of all protocols share: their options, and how they report."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from dino_train.config import default_workers
+from dino_train.data import BadImages, ImageFolder
+from dino_train.model import VisionTransformer
+from dino_train.options import WeightsOptions
+from dino_train.weights import Trained
+
+
+@dataclass(kw_only=True)
+class Protocol(WeightsOptions):
+    """Options of every protocol."""
+
+    batch_size: int = 128
+    """Images that go through the network at once."""
+    num_workers: int = default_workers()
+    """Processes that read images; 0 reads in the main process."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the result as one JSON object instead of text."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ValueError(
+                "batch_size must be at least 1 and num_workers at least 0, "
+                f"got {self.batch_size} and {self.num_workers}"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """Where what belongs to the checkpoint is kept: its run's folder."""
+        return self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
+
+    def load_vit(self) -> tuple[Trained, VisionTransformer]:
+        """As `load`; ValueError where the backbone has no tokens."""
+        trained = self.load()
+        if not isinstance(trained.backbone, VisionTransformer):
+            raise ValueError(f"{trained.arch} has no tokens and no self-attention; choose a run of a ViT")
+        return trained, trained.backbone
+
+    def report(self, values: Mapping[str, Any], text: str) -> None:
+        """Print the result: `values` as JSON where that was asked for, else `text`."""
+        print(json.dumps(values) if self.json else text)
+
+
+def labelled(images: ImageFolder, what: str) -> BadImages:
+    """Check that images can be classified; returns where to count the unreadable ones.
+
+    Raises:
+        ValueError: there are none, or they lie in no class folders; `what` names them in it.
+    """
+    if not len(images):
+        raise ValueError(f"there is no {what} image in {images.path}: expected train/<class>/ and val/<class>/ in it")
+    if images.labels is None:
+        raise ValueError(
+            f"{images.path} has no class folders and this needs labels: put each class's images in a folder of its "
+            "own, train/<class>/ and val/<class>/"
+        )
+    return BadImages(len(images), 0)
+
+
+def log_skipped(bad: BadImages, what: str) -> None:
+    """Say how many images a result is without."""
+    if bad.count:
+        logging.warning(
+            "%d of %d %s images could not be read; the result is without them", bad.count, bad.n_images, what
+        )
