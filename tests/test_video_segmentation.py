@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 import shutil
 
@@ -6,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dino_train import evaluate_video as video_segmentation
-from dino_train.evaluate_davis import contour_accuracy, jaccard, read_mask, score, validation_videos
-from dino_train.evaluate_video import (
+from dino_train.cli import main
+from dino_train.evaluate import video_segmentation
+from dino_train.evaluate.davis import contour_accuracy, read_mask, region_similarity, score, validation_videos
+from dino_train.evaluate.video_segmentation import (
     Propagation,
     evaluate_videos,
     frame_features,
@@ -37,7 +39,7 @@ def masks(*boxes, size=(100, 100)):
 def test_jaccard_by_hand():
     truth = masks((0, 2, 0, 4), (0, 2, 0, 4), None, None, (5, 7, 5, 7))
     guess = masks((0, 2, 2, 6), (0, 2, 0, 4), None, (0, 1, 0, 1), None)
-    assert jaccard(truth, guess).tolist() == [4 / 12, 1, 1, 0, 0]
+    assert region_similarity(truth, guess).tolist() == [4 / 12, 1, 1, 0, 0]
 
 
 SQUARE = (20, 40, 20, 40)  # its boundary: a ring of 21 x 21 pixels from (19, 19), 80 of them. Tolerance: 2 pixels
@@ -70,7 +72,7 @@ def test_precision_and_recall_are_told_apart():
     two = masks(SQUARE) | masks((60, 80, 60, 80))
     assert contour_accuracy(two, masks(SQUARE)).item() == pytest.approx(2 / 3)
     assert contour_accuracy(masks(SQUARE), two).item() == pytest.approx(2 / 3)
-    torch.testing.assert_close(jaccard(two, masks(SQUARE)), torch.tensor([0.5], dtype=torch.float64))
+    torch.testing.assert_close(region_similarity(two, masks(SQUARE)), torch.tensor([0.5], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(480, 854), (37, 53)])
@@ -279,12 +281,12 @@ def test_a_second_run_does_what_is_left(davis, backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(video_segmentation, "segment", lambda b, v, o: asked.append(v.name) or original(b, v, o))
     assert evaluate_videos(backbone, davis, out, OPTIONS) == before and not asked
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    shutil.rmtree(out / "two")
+    (out / "two/00003.png").unlink()
     (out / "two.part").mkdir()  # as a kill in the middle of a video leaves it
     (out / "two.part/00000.png").write_bytes(b"cut")
     assert evaluate_videos(backbone, davis, out, OPTIONS) == before and asked == ["two"]
     assert sorted(path.name for path in out.iterdir()) == ["one", "settings.json", "two"]
-    with pytest.raises(ValueError, match="other weights or options: choose another --output-dir"):
+    with pytest.raises(ValueError, match="other weights, data or options: choose another --output-dir"):
         evaluate_videos(backbone, davis, out, Propagation(image_size=96, topk=4))
     other = vit("vit_nano", patch_size=8, img_size=32).eval()
     with pytest.raises(ValueError, match="other weights"):
@@ -361,3 +363,19 @@ def test_bad_data_is_named(backbone, tmp_path, spoil, message):
 def test_bad_options_are_named():
     with pytest.raises(ValueError, match="topk must be at least 1, got 0"):
         Propagation(topk=0)
+
+
+def test_the_command(davis, tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(vit("vit_nano", patch_size=8).state_dict(), tmp_path / "backbone.pth")
+    words = ["evaluate", "video-segmentation", "--checkpoint", str(tmp_path / "backbone.pth"), "--arch", "vit_nano"]
+    words += ["--patch-size", "8", "--data", str(davis), "--image-size", "96", "--device", "cpu"]
+    assert main([*words, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["J&F"] > 90 and values["output"] == str(tmp_path / "davis2017")
+    assert len(list((tmp_path / "davis2017").rglob("*.png"))) == 12
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert f"DAVIS 2017: J&F {values['J&F']:.2f} %" in text and text.startswith("one: J ")
+    assert main([*words, "--size-mask-neighborhood", "-1"]) == 1
+    assert "radius must be at least 0, got -1" in capsys.readouterr().err

@@ -17,22 +17,11 @@ from dino_train.weights import Trained
 
 
 @dataclass(kw_only=True)
-class Protocol(WeightsOptions):
+class Reporting(WeightsOptions):
     """Options of every protocol."""
 
-    batch_size: int = 128
-    """Images that go through the network at once."""
-    num_workers: int = default_workers()
-    """Processes that read images; 0 reads in the main process."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the result as one JSON object instead of text."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.num_workers < 0:
-            raise ValueError(
-                "batch_size must be at least 1 and num_workers at least 0, "
-                f"got {self.batch_size} and {self.num_workers}"
-            )
 
     @property
     def folder(self) -> Path:
@@ -49,6 +38,23 @@ class Protocol(WeightsOptions):
     def report(self, values: Mapping[str, Any], text: str) -> None:
         """Print the result: `values` as JSON where that was asked for, else `text`."""
         print(json.dumps(values) if self.json else text)
+
+
+@dataclass(kw_only=True)
+class Protocol(Reporting):
+    """Options of the protocols that read images in batches."""
+
+    batch_size: int = 128
+    """Images that go through the network at once."""
+    num_workers: int = default_workers()
+    """Processes that read images; 0 reads in the main process."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ValueError(
+                "batch_size must be at least 1 and num_workers at least 0, "
+                f"got {self.batch_size} and {self.num_workers}"
+            )
 
 
 def labelled(images: ImageFolder, what: str) -> BadImages:

@@ -7,7 +7,6 @@ the first frame and in the last few.
 Dimensions: h x w patches of a frame, C channels of a feature, K labels (0 is the background), n source frames.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -16,17 +15,20 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_train.augment import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.data import load_file
-from dino_train.evaluate_davis import Video, read_mask, score, validation_videos
+from dino_train.evaluate.davis import Video, read_mask, score, validation_videos
+from dino_train.evaluate.features import weights_digest
+from dino_train.evaluate.protocol import Reporting
 from dino_train.model import VisionTransformer
 
 TEMPERATURE = 0.1  # eval_video_segmentation.py:140
@@ -164,7 +166,7 @@ def segment(backbone: VisionTransformer, video: Video, options: Propagation) -> 
         yield labels_of(soft, patch, size)
 
 
-def evaluate_videos(backbone: nn.Module, root: Path, folder: Path, options: Propagation) -> dict[str, Any]:
+def evaluate_videos(backbone: VisionTransformer, root: Path, folder: Path, options: Propagation) -> dict[str, Any]:
     """Segment the validation videos of a DAVIS folder and compare with its annotations.
 
     Writes `folder`/VIDEO/NNNNN.png, indexed PNGs as the DAVIS tools take them. A video's folder appears when it is
@@ -175,23 +177,20 @@ def evaluate_videos(backbone: nn.Module, root: Path, folder: Path, options: Prop
         "F": [...]}}}.
 
     Raises:
-        ValueError: the backbone is not a ViT; `folder` holds results of other weights or options; as `segment`, `score`
-            and `validation_videos`.
+        ValueError: `folder` holds results of other weights, data or options; as `segment`, `score` and `validation_videos`.
     """
     from tqdm import tqdm
 
-    if not isinstance(backbone, VisionTransformer):
-        raise ValueError("label propagation needs the patch features of a ViT; choose a run of one")
     videos = validation_videos(root, options.year)
-    _claim(folder, {**asdict(options), "weights": _digest(backbone)})
+    _claim(folder, {**asdict(options), "data": str(root.resolve()), "weights": weights_digest(backbone)})
     scores: dict[str, tuple[Tensor, Tensor]] = {}
     with tqdm(total=sum(len(video.frames) for video in videos), unit="frame", disable=None) as bar:
         for video in videos:
             bar.set_description(video.name)
-            if not (folder / video.name).exists():
-                _write(folder / video.name, video, segment(backbone, video, options), bar)
-            else:
+            if all((folder / video.name / path.name).exists() for path in video.annotations):
                 bar.update(len(video.frames))
+            else:
+                _write(folder / video.name, video, segment(backbone, video, options), bar)
             scores[video.name] = score(video, folder / video.name, options.year, backbone.pos_embed.device)
     regions, contours = (100 * torch.cat([pair[i] for pair in scores.values()]).mean().item() for i in (0, 1))
     percent = {name: {"J": (100 * j).tolist(), "F": (100 * f).tolist()} for name, (j, f) in scores.items()}
@@ -209,6 +208,7 @@ def _write(folder: Path, video: Video, masks: Iterable[np.ndarray], bar: Any) ->
             image.putpalette(_palette())
             image.save(partial / path.name)
             bar.update()
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -230,12 +230,39 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
         temporary.write_text(text)
         os.replace(temporary, path)
     elif path.read_text() != text:
-        raise ValueError(f"{folder} holds segmentations of other weights or options: choose another --output-dir")
+        raise ValueError(f"{folder} holds segmentations of other weights, data or options: choose another --output-dir")
 
 
-def _digest(backbone: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in backbone.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().cpu().numpy())
-    return digest.hexdigest()
+@dataclass(kw_only=True)
+class VideoSegmentation(Reporting):
+    """Video object segmentation on DAVIS 2016 or 2017 by label propagation (eval_video_segmentation.py)."""
+
+    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])]
+    """DAVIS folder, with JPEGImages/480p/, Annotations/480p/ and ImageSets/."""
+    year: Literal[2016, 2017] = 2017
+    """2016 has one object a video, 2017 several."""
+    n_last_frames: int = 7
+    """Frames that labels come from, beside the first."""
+    topk: int = 5
+    """Most similar patches that a patch takes its labels from."""
+    size_mask_neighborhood: int = 12
+    """How far from its place they may be, in patches; 0 is no bound."""
+    image_size: int = 480
+    """Short side in pixels at which the network sees a frame."""
+    output_dir: Path | None = None
+    """Where the indexed PNGs go. Default: davis2016/ or davis2017/ beside the checkpoint."""
+
+    def run(self) -> None:
+        options = Propagation(self.year, self.n_last_frames, self.topk, self.size_mask_neighborhood, self.image_size)
+        folder = self.output_dir or self.folder / f"davis{self.year}"
+        values = evaluate_videos(self.load_vit()[1], self.data, folder, options)
+        lines = [f"{name}: J {_mean(v['J']):.1f} %  F {_mean(v['F']):.1f} %" for name, v in values["videos"].items()]
+        total = f"DAVIS {self.year}: J&F {values['J&F']:.2f} %  J {values['J']:.2f} %  F {values['F']:.2f} %"
+        self.report(
+            {"protocol": "video-segmentation", "year": self.year, "output": str(folder)} | values,
+            "\n".join([*lines, f"{total}, segmentations in {folder}"]),
+        )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

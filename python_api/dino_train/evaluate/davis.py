@@ -91,7 +91,7 @@ def read_mask(path: Path, year: int, size: tuple[int, int] | None = None) -> np.
     return labels
 
 
-def jaccard(truth: Tensor, guess: Tensor) -> Tensor:
+def region_similarity(truth: Tensor, guess: Tensor) -> Tensor:
     """Region similarity J of masks, bool [N, H, W]: float64 [N], 1 where both are empty."""
     both, either = (mask.sum((1, 2)).double() for mask in (truth & guess, truth | guess))
     return torch.where(either > 0, both / either.clamp_min(1), 1.0)
@@ -144,6 +144,6 @@ def score(video: Video, folder: Path, year: int, device: torch.device) -> tuple[
     for path in video.annotations[1:-1]:
         files = (path, folder / path.name)
         truth, guess = (torch.from_numpy(read_mask(file, year, size)).to(device) == objects for file in files)
-        regions.append(jaccard(truth, guess))
+        regions.append(region_similarity(truth, guess))
         contours.append(contour_accuracy(truth, guess))
     return torch.stack(regions).mean(0).cpu(), torch.stack(contours).mean(0).cpu()
