@@ -177,7 +177,8 @@ def evaluate_videos(backbone: VisionTransformer, root: Path, folder: Path, optio
         "F": [...]}}}.
 
     Raises:
-        ValueError: `folder` holds results of other weights, data or options; as `segment`, `score` and `validation_videos`.
+        ValueError: `folder` holds results of other weights, data or options; as `segment`, `score` and
+            `validation_videos`.
     """
     from tqdm import tqdm
 
