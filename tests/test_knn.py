@@ -1,11 +1,16 @@
 import numpy as np
 import pytest
 import torch
-from dino_train.augment import MultiCrop
+from dino_train.augment import MultiCrop, eval_transform
+from dino_train.cli import main
 from dino_train.data import BadImages, ImageFolder
-from dino_train.evaluate import knn
+from dino_train.evaluate import features, knn
+from dino_train.evaluate.features import Features, extract
 from dino_train.evaluate.knn import extract_features, knn_accuracy, knn_top, nearest, recall_at_1, view_retrieval, vote
+from dino_train.evaluate.metrics import accuracy
+from dino_train.weights import load_trained
 from PIL import Image
+from tiny_run import colored_classes, error_of, evaluate, tiny_checkpoint
 from torch import nn
 
 
@@ -67,14 +72,7 @@ class MeanColor(nn.Module):
 
 @pytest.fixture
 def folders(tmp_path):
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 12), ("val", 5)):
-        for name, color in {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}.items():
-            for i in range(count):
-                pixels = np.clip(rng.normal(color, 20, (40, 50, 3)), 0, 255).astype(np.uint8)
-                path = tmp_path / part / name / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(path)
+    colored_classes(tmp_path)
     return ImageFolder(tmp_path / "train"), ImageFolder(tmp_path / "val")
 
 
@@ -110,3 +108,108 @@ def test_view_retrieval_is_perfect_for_constant_colors_and_chance_for_one_color(
     recalls = [view_retrieval(MeanColor(), many, BadImages(40, 0), crops, seed=seed) for seed in (0, 0)]
     assert recalls[0] == recalls[1] >= 20  # color jitter moves colors, chance is 2.5
     assert view_retrieval(MeanColor(), one, BadImages(40, 0), crops, seed=0) <= 15
+
+
+def test_accuracy_by_hand():
+    scores = torch.tensor([[9.0, 8, 7, 6, 5, 4], [1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 1]])
+    assert accuracy(scores, torch.tensor([0, 0, 5])) == {"top1": pytest.approx(200 / 3), "top5": pytest.approx(200 / 3)}
+    assert accuracy(scores, torch.tensor([4, 5, 0])) == {"top1": pytest.approx(100 / 3), "top5": pytest.approx(200 / 3)}
+    assert accuracy(scores * torch.nan, torch.tensor([0, 0, 0])) == {"top1": 0, "top5": 0}
+
+
+def test_accuracy_is_that_of_torchmetrics():
+    functional = pytest.importorskip("torchmetrics.functional")
+    g = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(500, 40, generator=g), torch.randint(0, 40, (500,), generator=g)
+    for k in (1, 5):
+        expected = functional.accuracy(scores, labels, task="multiclass", num_classes=40, top_k=k, average="micro")
+        assert accuracy(scores, labels)[f"top{k}"] == pytest.approx(100 * expected.item())
+
+
+@pytest.fixture
+def setting(tmp_path):
+    return tiny_checkpoint(tmp_path / "run"), colored_classes(tmp_path / "data")
+
+
+def test_command_agrees_with_pretraining_s_number(setting, capsys):
+    run, data = setting
+    found = evaluate(capsys, "knn", "--checkpoint", run, "--data", data, "--nb-knn", 3, 20, 500)
+    train, val = ImageFolder(data / "train"), ImageFolder(data / "val")
+    assert found["train"] == 36 and found["val"] == 15
+    expected = knn_accuracy(load_trained(run).backbone, train, val, 16, ks=(3, 20, 500))
+    assert {k: found[k]["top1"] for k in expected} == pytest.approx(expected)
+    assert found["knn3"]["top1"] > 60 and found["knn500"]["top5"] == 100
+
+
+def test_a_second_call_reuses_the_features_and_a_change_does_not(setting, capsys, monkeypatch):
+    run, data = setting
+    words = ["knn", "--checkpoint", run, "--data", data]
+    extracted = []
+
+    def counting(backbone, forward, loader, bad, title=""):
+        extracted.append(title)
+        return extract(backbone, forward, loader, bad, title)
+
+    monkeypatch.setattr(features, "extract", counting)
+    first = evaluate(capsys, *words)
+    assert extracted == ["training", "held-out"] and len(list((run / "features").iterdir())) == 2
+    assert evaluate(capsys, *words) == first and len(extracted) == 2
+    evaluate(capsys, *words, "--image-size", 24)
+    assert len(extracted) == 4
+    Image.new("RGB", (9, 9)).save(data / "val/red/0.png")
+    evaluate(capsys, *words)
+    assert extracted[4:] == ["held-out"]
+    tiny_checkpoint(run, seed=1)
+    evaluate(capsys, *words)
+    assert len(extracted) == 7
+    for path in (run / "features").iterdir():  # a file cut short is made again
+        path.write_bytes(path.read_bytes()[:100])
+    evaluate(capsys, *words)
+    assert len(extracted) == 9 and not list((run / "features").glob("*.tmp"))
+
+
+def test_features_that_cannot_be_kept_cost_only_a_warning(setting, capsys):
+    run, data = setting
+    (run / "features").write_text("a file in the way")
+    assert evaluate(capsys, "knn", "--checkpoint", run, "--data", data)["val"] == 15
+
+
+def test_dumped_features_are_those_of_the_images_and_load(setting, capsys, tmp_path):
+    run, data = setting
+    (data / "val/red/3.png").write_bytes(b"")
+    dump = tmp_path / "dump"
+    first = evaluate(capsys, "knn", "--checkpoint", run, "--data", data, "--dump-features", dump)
+    val = Features.load(dump / "val.safetensors")
+    assert val.classes == ["blue", "green", "red"] and len(val.paths) == 14 and "red/3.png" not in val.paths
+    backbone = load_trained(run).backbone
+    for path, value, label in zip(val.paths, val.values, val.labels, strict=True):
+        image = eval_transform(Image.open(data / "val" / path), 16)
+        torch.testing.assert_close(value, backbone(image[None])[0].detach(), rtol=1e-4, atol=1e-5)
+        assert val.classes[label] == path.partition("/")[0]
+    assert evaluate(capsys, "knn", "--load-features", dump) == first
+    assert "no features at" in error_of(capsys, "knn", "--load-features", tmp_path)
+    (dump / "val.safetensors").write_bytes(b"junk")
+    assert "damaged or not a safetensors file" in error_of(capsys, "knn", "--load-features", dump)
+
+
+def test_what_is_wrong_with_the_data_is_said(setting, capsys, tmp_path):
+    run, data = setting
+    words = ["knn", "--checkpoint", run, "--data"]
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(30):
+        Image.new("RGB", (9, 9)).save(flat / f"{i}.png")
+    assert "has no class folders" in error_of(capsys, *words, flat)
+    assert "no such folder" in error_of(capsys, *words, tmp_path / "nowhere")
+    few = colored_classes(tmp_path / "few", train=4, val=0) / "train"
+    assert "no held-out image" in error_of(capsys, *words, few)
+    assert "pass either --checkpoint" in error_of(capsys, "knn")
+    assert "nb_knn must be" in error_of(capsys, *words, data, "--nb-knn", 0)
+    for path in (data / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    assert "none of 15 images" in " ".join(run_lines(capsys, *words, data))
+
+
+def run_lines(capsys, *words):
+    assert main(["evaluate", *map(str, words), "--num-workers", "0"]) == 1
+    return capsys.readouterr().err.splitlines()

@@ -159,14 +159,15 @@ class Attention(Protocol):
     """Takes the images as frames: one picture each in frames/, and an MP4 at this rate where ffmpeg is installed.
     Videos always are, by default at 25."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"fps must be above 0, got {self.fps}")
 
     def run(self) -> None:
+        self.check()
         trained, backbone = self.load_vit()
         size = self.image_size or max(trained.image_size, min(480, 2 * trained.image_size))
         look = partial(attention_of, backbone, working_size=size)

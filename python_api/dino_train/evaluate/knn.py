@@ -3,20 +3,17 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 from dino_train import parallel
 from dino_train.augment import MultiCrop
-from dino_train.config import EMBEDDED_DATA
 from dino_train.data import BadImages, ImageFolder, crop_loader, eval_loader, split
 from dino_train.evaluate.features import Cache, Features, extract
 from dino_train.evaluate.metrics import accuracy
-from dino_train.evaluate.protocol import Protocol, labelled, log_skipped
+from dino_train.evaluate.protocol import Classification, labelled
 from dino_train.options import pick_device
 
 KNN_TEMPERATURE = 0.07  # eval_knn.py:218
@@ -130,30 +127,27 @@ def knn_accuracy(
 
 
 @dataclass(kw_only=True)
-class Knn(Protocol):
+class Knn(Classification):
     """Weighted k-NN accuracy on images in class folders (eval_knn.py)."""
 
     checkpoint: Path | None = None  # type: ignore[assignment]
     """A run's folder, a checkpoint, or a file of published weights; not needed with --load-features."""
-    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])] = EMBEDDED_DATA
-    """Folder or .zip with train/<class>/ and val/<class>/, or <class>/ (then a few images are held out)."""
     nb_knn: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of neighbors."""
-    image_size: int | None = None
-    """Side in pixels of the central crop. Default: the training size."""
     dump_features: Path | None = None
     """Folder for train.safetensors and val.safetensors: features with paths and labels."""
     load_features: Path | None = None
     """Folder that --dump-features wrote, to use instead of a checkpoint and images."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if not self.nb_knn or min(self.nb_knn) < 1:
             raise ValueError(f"nb_knn must be numbers of at least 1, got {self.nb_knn}")
         if (self.checkpoint is None) == (self.load_features is None):
             raise ValueError("pass either --checkpoint, a run's folder or a file, or --load-features, a dumped folder")
 
     def run(self) -> None:
+        self.check()
         parts = ("train", "val")
         if self.load_features:
             train, val = (Features.load(self.load_features / f"{part}.safetensors") for part in parts)
@@ -183,15 +177,11 @@ class Knn(Protocol):
         trained = self.load()
         size = self.image_size or trained.image_size
         cache = Cache(trained.backbone, self.folder / "features")
-        found = []
-        for part, images in zip(("training", "held-out"), split(self.data), strict=True):
-            bad = labelled(images, part)
-            loader = eval_loader(images, size, self.batch_size, self.num_workers)
-            found.append(
-                cache.features(images, loader, trained.backbone, bad, kind=f"forward, center {size}", title=part)
-            )
-            log_skipped(bad, part)
-        return found[0], found[1]
+        train, val = split(self.data)
+        return (
+            self.extract(cache, train, trained.backbone, "output", size, "training"),
+            self.extract(cache, val, trained.backbone, "output", size, "held-out"),
+        )
 
 
 def recall_at_1(queries: Tensor, candidates: Tensor) -> float:

@@ -38,3 +38,32 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two bool arrays of one shape, in [0, 1]; 1 where both are empty."""
     union = np.count_nonzero(a | b)
     return np.count_nonzero(a & b) / union if union else 1.0
+
+
+def mean_average_precision(
+    ranks: np.ndarray, positives: Sequence[np.ndarray], passed: Sequence[np.ndarray], ks: Sequence[int]
+) -> dict[str, float]:
+    """mAP and mean precision at k in percent, over the queries that have positives (`utils.py:735`).
+
+    The precision of a query at k is taken at its last positive, if that comes before k.
+
+    Args:
+        ranks: [queries, n], rows of the database in the order in which they were retrieved.
+        positives: of each query, its rows.
+        passed: of each query, rows that are taken out of its ranks, neither right nor wrong.
+        ks: numbers of first results.
+
+    Returns:
+        {"mAP": 43.1, "mP@1": 80.0, ...}, empty where no query has a positive.
+    """
+    found: list[list[float]] = []
+    for order, right, neither in zip(ranks, positives, passed, strict=True):
+        if not len(right):
+            continue
+        places = np.flatnonzero(np.isin(order[~np.isin(order, neither)], right))
+        depths = [min(places.max() + 1, k) for k in ks]
+        precisions = [np.count_nonzero(places < depth) / depth for depth in depths]
+        found.append([average_precision(places, len(right)), *precisions])
+    if not found:
+        return {}
+    return dict(zip(("mAP", *(f"mP@{k}" for k in ks)), (100 * np.mean(found, axis=0)).tolist(), strict=True))

@@ -2,15 +2,17 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from torch import Tensor
 
-from dino_train.config import default_workers
-from dino_train.data import BadImages, ImageFolder
+from dino_train.config import EMBEDDED_DATA, default_workers
+from dino_train.data import BadImages, ImageFolder, eval_loader
+from dino_train.evaluate.features import Cache, Features
 from dino_train.model import VisionTransformer
 from dino_train.options import WeightsOptions
 from dino_train.weights import Trained
@@ -49,12 +51,38 @@ class Protocol(Reporting):
     num_workers: int = default_workers()
     """Processes that read images; 0 reads in the main process."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for options that make no sense; not in __post_init__, whose errors tyro garbles."""
         if self.batch_size < 1 or self.num_workers < 0:
             raise ValueError(
                 "batch_size must be at least 1 and num_workers at least 0, "
                 f"got {self.batch_size} and {self.num_workers}"
             )
+
+
+@dataclass(kw_only=True)
+class Classification(Protocol):
+    """Options of the protocols that classify images."""
+
+    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])] = EMBEDDED_DATA
+    """Folder or .zip with train/<class>/ and val/<class>/, or <class>/ (then a few images are held out). Default: the
+    embedded CIFAR-10 images."""
+    image_size: int | None = None
+    """Side of the network's input in pixels. Default: the training size."""
+
+    def extract(
+        self, cache: Cache, images: ImageFolder, forward: Callable[[Tensor], Tensor], kind: str, size: int, what: str
+    ) -> Features:
+        """Features of the central crops of labelled images, from the cache where they are; `kind` names `forward`.
+
+        Raises:
+            ValueError: there are no images, no labels, or none can be read.
+        """
+        bad = labelled(images, what)
+        loader = eval_loader(images, size, self.batch_size, self.num_workers)
+        features = cache.features(images, loader, forward, bad, kind=f"{kind}, center {size}", title=what)
+        log_skipped(bad, what)
+        return features
 
 
 def labelled(images: ImageFolder, what: str) -> BadImages:
