@@ -310,14 +310,15 @@ class Report(Reporting):
     """The page. Default: report.html in the run's folder."""
 
     def run(self) -> None:
-        rows, config = read_run(self.folder)
+        folder = self.checkpoint.parent if self.checkpoint.is_file() else self.checkpoint
+        rows, config = read_run(folder)
         logged = [row for row in rows if "loss" in row]
         log_k = math.log(config["out_dim"])
         verdicts = checks(logged, log_k)
         attention, neighbors, gallery = pictures(self, config)
         averaged = math.ceil(len(logged) / POINTS)
         page = Template(Path(__file__).with_suffix(".html").read_text()).substitute(
-            title=escape(str(self.folder)),
+            title=escape(str(folder)),
             about=escape(
                 f"{config['arch']}, K = {config['out_dim']}, {config['batch_size_per_gpu']} images a step and process, "
                 f"2 + {config['local_crops_number']} crops, {config['precision']}; data {config['data']}"
@@ -331,7 +332,7 @@ class Report(Reporting):
             neighbors=neighbors,
             configuration=settings(config),
         )
-        path = self.output or self.folder / "report.html"
+        path = self.output or folder / "report.html"
         write_page(path, page)
         warnings = [text for well, text in verdicts if not well]
         self.report(
