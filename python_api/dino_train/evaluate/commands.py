@@ -6,6 +6,7 @@ import tyro
 
 from dino_train.evaluate.attention import Attention
 from dino_train.evaluate.copy_detection import CopyDetection
+from dino_train.evaluate.finetune import Finetune
 from dino_train.evaluate.knn import Knn
 from dino_train.evaluate.linear import Linear
 from dino_train.evaluate.report import Report
@@ -15,6 +16,7 @@ from dino_train.evaluate.video_segmentation import VideoSegmentation
 Evaluate = Annotated[
     Annotated[Knn, tyro.conf.subcommand("knn")]
     | Annotated[Linear, tyro.conf.subcommand("linear")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Retrieval, tyro.conf.subcommand("retrieval")]
     | Annotated[CopyDetection, tyro.conf.subcommand("copy-detection")]
     | Annotated[VideoSegmentation, tyro.conf.subcommand("video-segmentation")]
