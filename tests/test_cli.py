@@ -14,6 +14,12 @@ import torch
 from dino_train import cli
 from dino_train.cli import main
 from dino_train.config import PRESETS, PretrainConfig
+from dino_train.evaluate.attention import Attention
+from dino_train.evaluate.copy_detection import CopyDetection
+from dino_train.evaluate.finetune import Finetune
+from dino_train.evaluate.knn import Knn
+from dino_train.evaluate.linear import Linear
+from dino_train.evaluate.retrieval import Retrieval
 from dino_train.model import build_model
 from dino_train.weights import load_trained
 from safetensors import safe_open
@@ -75,6 +81,18 @@ def test_help_documents_every_field(capsys):
     for name in PretrainConfig.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in text
     assert "in pixels" in text and "(default: 65536)" in text
+
+
+@pytest.mark.parametrize("protocol", [Knn, Linear, Finetune, Retrieval, CopyDetection, Attention])
+def test_help_documents_every_field_of_a_protocol(capsys, protocol):
+    name = {"CopyDetection": "copy-detection"}.get(protocol.__name__, protocol.__name__.lower())
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in protocol.__dataclass_fields__:
+        # A flag, its metavar or alias, and words that say what it is.
+        assert re.search(rf"--{field.replace('_', '-')}\b[^(]*[a-z]{{3}}", text), field
 
 
 @pytest.mark.parametrize(

@@ -117,13 +117,13 @@ def test_accuracy_by_hand():
     assert accuracy(scores * torch.nan, torch.tensor([0, 0, 0])) == {"top1": 0, "top5": 0}
 
 
-def test_accuracy_is_that_of_torchmetrics():
-    functional = pytest.importorskip("torchmetrics.functional")
+def test_accuracy_is_that_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
     g = torch.Generator().manual_seed(0)
     scores, labels = torch.randn(500, 40, generator=g), torch.randint(0, 40, (500,), generator=g)
     for k in (1, 5):
-        expected = functional.accuracy(scores, labels, task="multiclass", num_classes=40, top_k=k, average="micro")
-        assert accuracy(scores, labels)[f"top{k}"] == pytest.approx(100 * expected.item())
+        expected = metrics.top_k_accuracy_score(labels.numpy(), scores.numpy(), k=k, labels=range(40))
+        assert accuracy(scores, labels)[f"top{k}"] == pytest.approx(100 * expected)
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_dumped_features_are_those_of_the_images_and_load(setting, capsys, tmp_p
     backbone = load_trained(run).backbone
     for path, value, label in zip(val.paths, val.values, val.labels, strict=True):
         image = eval_transform(Image.open(data / "val" / path), 16)
-        torch.testing.assert_close(value, backbone(image[None])[0].detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, backbone(image[None])[0].detach(), rtol=1e-3, atol=1e-4)
         assert val.classes[label] == path.partition("/")[0]
     assert evaluate(capsys, "knn", "--load-features", dump) == first
     assert "no features at" in error_of(capsys, "knn", "--load-features", tmp_path)

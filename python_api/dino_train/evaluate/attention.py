@@ -160,7 +160,6 @@ class Attention(Protocol):
     Videos always are, by default at 25."""
 
     def check(self) -> None:
-        super().check()
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
         if self.fps is not None and self.fps <= 0:

@@ -18,7 +18,7 @@ from dino_train.data import BadImages, ImageFolder
 from dino_train.evaluate.features import Cache, Features
 from dino_train.evaluate.images import image_loader
 from dino_train.evaluate.metrics import average_precision
-from dino_train.evaluate.protocol import Protocol, log_skipped
+from dino_train.evaluate.protocol import Extraction, log_skipped
 from dino_train.model import VisionTransformer
 
 GEM_POWER = 4
@@ -86,7 +86,7 @@ def _prefix(path: str) -> str:
 
 
 @dataclass(kw_only=True)
-class CopyDetection(Protocol):
+class CopyDetection(Extraction):
     """Mean average precision of finding the original of altered images on Copydays (eval_copy_detection.py)."""
 
     data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])]
@@ -99,6 +99,11 @@ class CopyDetection(Protocol):
     """Side in pixels to which every image is resized, whatever its shape."""
     batch_size: int = 16
     """Images that go through the network at once."""
+
+    def check(self) -> None:
+        super().check()
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
     def run(self) -> None:
         self.check()

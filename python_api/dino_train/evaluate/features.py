@@ -133,6 +133,9 @@ def extract(
     return values[:count], torch.cat(labels), torch.cat(indices)
 
 
+FORMAT = 1  # of what is kept: raise it with a change of decoding, transforms or features
+
+
 def weights_digest(backbone: nn.Module) -> str:
     """Tells weights apart: SHA-256 of names, types, shapes and values."""
     digest = hashlib.sha256()
@@ -168,7 +171,7 @@ class Cache:
         Raises:
             ValueError: none of the images can be read.
         """
-        key = hashlib.sha256(json.dumps([self._weights, kind, images.classes, _identity(images)]).encode())
+        key = hashlib.sha256(json.dumps([FORMAT, self._weights, kind, images.classes, _identity(images)]).encode())
         path = self.folder / f"{title}-{key.hexdigest()[:24]}.safetensors"
         if path.exists():
             try:
@@ -192,5 +195,12 @@ def _identity(images: ImageFolder) -> list[Any]:
     facts: list[Any] = [images.names, images.labels, str(images.path.resolve())]
     if images.path.is_file():
         return [*facts, whole.st_size, whole.st_mtime_ns]
-    stats = [(images.path / images._prefix / name).stat() for name in images.names]
-    return [*facts, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+    return [*facts, [_stat(images.path / images._prefix / name) for name in images.names]]
+
+
+def _stat(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:  # it will be among the unreadable ones
+        return None
+    return stat.st_size, stat.st_mtime_ns

@@ -19,11 +19,14 @@ from dino_train.weights import Trained
 
 
 @dataclass(kw_only=True)
-class Reporting(WeightsOptions):
-    """Options of every protocol."""
+class Protocol(WeightsOptions):
+    """Options of every protocol. `run` evaluates and calls `report` once."""
 
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the result as one JSON object instead of text."""
+
+    def run(self) -> None:
+        raise NotImplementedError
 
     @property
     def folder(self) -> Path:
@@ -43,25 +46,20 @@ class Reporting(WeightsOptions):
 
 
 @dataclass(kw_only=True)
-class Protocol(Reporting):
-    """Options of the protocols that read images in batches."""
+class Extraction(Protocol):
+    """Options of the protocols that read images by workers."""
 
-    batch_size: int = 128
-    """Images that go through the network at once."""
     num_workers: int = default_workers()
     """Processes that read images; 0 reads in the main process."""
 
     def check(self) -> None:
         """Raises ValueError for options that make no sense; not in __post_init__, whose errors tyro garbles."""
-        if self.batch_size < 1 or self.num_workers < 0:
-            raise ValueError(
-                "batch_size must be at least 1 and num_workers at least 0, "
-                f"got {self.batch_size} and {self.num_workers}"
-            )
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
 
 
 @dataclass(kw_only=True)
-class Classification(Protocol):
+class Classification(Extraction):
     """Options of the protocols that classify images."""
 
     data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])] = EMBEDDED_DATA
@@ -69,6 +67,13 @@ class Classification(Protocol):
     embedded CIFAR-10 images."""
     image_size: int | None = None
     """Side of the network's input in pixels. Default: the training size."""
+    batch_size: int = 128
+    """Images that go through the network at once, and in an update where something is trained."""
+
+    def check(self) -> None:
+        super().check()
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
     def extract(
         self, cache: Cache, images: ImageFolder, forward: Callable[[Tensor], Tensor], kind: str, size: int, what: str

@@ -23,7 +23,7 @@ from dino_train.data import BadImages, ImageFolder, UnreadableImage, eval_loader
 from dino_train.evaluate.attention import attention_of, heat, overlay, to_range
 from dino_train.evaluate.features import extract
 from dino_train.evaluate.knn import nearest
-from dino_train.evaluate.protocol import Reporting
+from dino_train.evaluate.protocol import Protocol
 from dino_train.model import VisionTransformer
 from dino_train.watch import METRICS, collapse_signs, read_metrics
 from dino_train.weights import Trained
@@ -301,7 +301,7 @@ def figures(rows: list[Row], log_k: float) -> Iterator[str]:
 
 
 @dataclass(kw_only=True)
-class Report(Reporting):
+class Report(Protocol):
     """One HTML page about a run: curves, signs of a collapse, attention, neighbors, settings."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(aliases=["--run"])]

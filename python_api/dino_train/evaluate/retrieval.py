@@ -19,7 +19,7 @@ from dino_train.data import BadImages, ImageFolder
 from dino_train.evaluate.features import Cache
 from dino_train.evaluate.images import image_loader
 from dino_train.evaluate.metrics import mean_average_precision
-from dino_train.evaluate.protocol import Protocol
+from dino_train.evaluate.protocol import Extraction
 from dino_train.options import pick_device
 
 KS = (1, 5, 10)
@@ -125,7 +125,7 @@ def rank(database: Tensor, queries: Tensor, device: torch.device) -> np.ndarray:
 
 
 @dataclass(kw_only=True)
-class Retrieval(Protocol):
+class Retrieval(Extraction):
     """Mean average precision of image retrieval on revisited Oxford or Paris (eval_image_retrieval.py).
 
     Whole query images are used, as the reference does, not the boxes in them.
@@ -137,7 +137,7 @@ class Retrieval(Protocol):
     """Which of the two."""
     image_size: int = 224
     """Longest side in pixels; larger images are made smaller."""
-    multiscale: bool = False
+    multiscale: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Averages the features of three scales of an image."""
 
     def run(self) -> None:

@@ -28,7 +28,7 @@ from dino_train.augment import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.data import load_file
 from dino_train.evaluate.davis import Video, read_mask, score, validation_videos
 from dino_train.evaluate.features import weights_digest
-from dino_train.evaluate.protocol import Reporting
+from dino_train.evaluate.protocol import Protocol
 from dino_train.model import VisionTransformer
 
 TEMPERATURE = 0.1  # eval_video_segmentation.py:140
@@ -235,7 +235,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 @dataclass(kw_only=True)
-class VideoSegmentation(Reporting):
+class VideoSegmentation(Protocol):
     """Video object segmentation on DAVIS 2016 or 2017 by label propagation (eval_video_segmentation.py)."""
 
     data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])]
