@@ -124,6 +124,14 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes % 60:02d}:{int(seconds) % 60:02d}"
 
 
+def collapse_signs(loss: float, entropy: float, single_entropy: float, log_k: float) -> dict[str, bool]:
+    """The two ways in which a teacher's output says nothing about the image, see `CollapseWatch`; all in nats."""
+    return {
+        "uniform": abs(loss - log_k) < 1e-3 * log_k,
+        "constant": entropy - single_entropy < 1e-3 * log_k and entropy < 0.9 * log_k,
+    }
+
+
 class CollapseWatch:
     """Warns once when the teacher's output says nothing about the image, over `patience` log lines in a row.
 
@@ -138,11 +146,7 @@ class CollapseWatch:
     def update(self, step: int, loss: float, entropy: float, single_entropy: float) -> None:
         if step < self.quiet_steps:
             return
-        signs = {
-            "uniform": abs(loss - self.log_k) < 1e-3 * self.log_k,
-            "constant": entropy - single_entropy < 1e-3 * self.log_k and entropy < 0.9 * self.log_k,
-        }
-        for kind, seen in signs.items():
+        for kind, seen in collapse_signs(loss, entropy, single_entropy, self.log_k).items():
             self.counts[kind] = self.counts[kind] + 1 if seen else 0
             if self.counts[kind] == self.patience:
                 logger.warning("%s", self._text(kind, step, loss, entropy))

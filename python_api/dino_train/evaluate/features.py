@@ -135,6 +135,15 @@ def extract(
 FORMAT = 1  # of what is kept: raise it with a change of decoding, transforms or features
 
 
+def weights_digest(backbone: nn.Module) -> str:
+    """Tells weights apart: SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in backbone.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class Cache:
     """Features of one backbone, kept in a folder under a name that follows from all they depend on.
 
@@ -144,11 +153,7 @@ class Cache:
 
     def __init__(self, backbone: nn.Module, folder: Path) -> None:
         self.backbone, self.folder = backbone, folder
-        digest = hashlib.sha256()
-        for name, tensor in backbone.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        self._weights = digest.hexdigest()
+        self._weights = weights_digest(backbone)
 
     def features(
         self,
