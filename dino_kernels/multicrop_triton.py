@@ -198,12 +198,11 @@ def _filter_rows(pixels, weights, levels, crop, SIZE: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def _filter_columns(weights, levels, crop, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """These to levels [3, SIZE, SIZE], with the jitter up to contrast; returns int(mean luma + 0.5)."""
+    """These to levels [3, SIZE, SIZE], with the jitter up to contrast."""
     pixels: tl.constexpr = SIZE * SIZE
     height, taps = _field(crop, _HEIGHT), _field(crop, _TAPS_Y)
     weights += tl.load(crop + _WEIGHTS_Y)
     rows, levels = levels + tl.load(crop + _SPARE), levels + tl.load(crop + _LEVELS)
-    total = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, pixels, BLOCK):
         i = start + tl.arange(0, BLOCK)
         mask = i < pixels
@@ -211,7 +210,18 @@ def _filter_columns(weights, levels, crop, SIZE: tl.constexpr, BLOCK: tl.constex
         r, g, b = _filtered(rows + i % SIZE, SIZE, height * SIZE, height, weights, y, taps, SIZE)
         r, g, b = _recolored(r, g, b, crop, 0, _field(crop, _CONTRAST_AT))
         _store(levels, pixels, i, mask, r, g, b)
-        total += tl.where(mask, _luma(r, g, b), 0)
+
+
+@triton.jit
+def _mean_luma(levels, crop, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """int(mean + 0.5)"""
+    pixels: tl.constexpr = SIZE * SIZE
+    levels += tl.load(crop + _LEVELS)
+    total = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, pixels, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        r, g, b = _load(levels, pixels, i, i < pixels)
+        total += _luma(r, g, b)
     return ((2 * tl.sum(total.to(tl.int64)) + pixels) // (2 * pixels)).to(tl.int32)
 
 
@@ -283,9 +293,9 @@ def _crop_kernel(pixels, plan, weights, levels, out, SIZE: tl.constexpr, LANES: 
     tl.debug_barrier()
     _filter_rows(pixels, weights, levels, crop, SIZE, BLOCK)
     tl.debug_barrier()
-    mean = _filter_columns(weights, levels, crop, SIZE, BLOCK)
+    _filter_columns(weights, levels, crop, SIZE, BLOCK)
     tl.debug_barrier()
-    _finish_colors(mean, levels, crop, SIZE, BLOCK)
+    _finish_colors(_mean_luma(levels, crop, SIZE, BLOCK), levels, crop, SIZE, BLOCK)
     tl.debug_barrier()
     source, to = levels + tl.load(crop + _LEVELS), levels + tl.load(crop + _SPARE)
     passes = _field(crop, _PASSES)
