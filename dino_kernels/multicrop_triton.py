@@ -35,7 +35,7 @@ _BLOCK = 512  # pixels at a time, 2 a thread
 ) = map(tl.constexpr, range(24))  # fmt: skip
 _COLUMNS = tl.constexpr(_ORDER.value + 4)
 
-_MEAN, _STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # of ImageNet
+_MEAN, _STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)  # of ImageNet
 _SCALE = tl.constexpr(tuple((1 / (255 * _STD)).tolist()))
 _SHIFT = tl.constexpr(tuple((_MEAN / _STD).tolist()))
 
@@ -335,10 +335,11 @@ def _plan(places: np.ndarray, crops: np.ndarray, out: Sequence[Tensor]) -> tuple
     """The plan of crops [N, V] of one size, an output after the other, and what it needs of both scratches."""
     size, crops = out[0].shape[-1], crops.T.reshape(-1)
     offset, _, row = np.tile(places.T, len(out))
-    left, top, right, bottom = crops["box"].T.astype(np.int64)
-    taps_x, taps_y = _taps(right - left, size), _taps(bottom - top, size)
+    box: np.ndarray = crops["box"].T.astype(np.int64)
+    (left, top), (width, height) = box[:2], box[2:] - box[:2]
+    taps_x, taps_y = _taps(width, size), _taps(height, size)
     weights, weights_size = _starts((taps_x + taps_y + 2) * size)
-    spare_size = 3 * size * np.maximum(bottom - top, size)
+    spare_size = 3 * size * np.maximum(height, size)
     if spare_size.max() >= 1 << 31:
         raise ValueError(f"a crop of {size} pixels needs a box of less than {(1 << 31) // (3 * size)} rows on a GPU")
     spare, levels_size = _starts(spare_size + 3 * size * size)
@@ -350,7 +351,7 @@ def _plan(places: np.ndarray, crops: np.ndarray, out: Sequence[Tensor]) -> tuple
     addresses = np.concatenate([view.data_ptr() + rows * view.stride(0) * view.itemsize for view in out])
     hue = (crops["hue"].astype(np.float64) * 255).astype(np.int64)
     columns = [
-        offset + 3 * (top * row + left), 3 * row, right - left, bottom - top, taps_x, taps_y,
+        offset + 3 * (top * row + left), 3 * row, width, height, taps_x, taps_y,
         weights, weights + (taps_x + 1) * size, spare, spare + spare_size, crops["flip"],
         *factors, hue, np.argmax(order == contrast, axis=1), crops["grayscale"],
         6 * (crops["blur"] > 0), *_boxes(crops["blur"]), np.where(crops["solarize"], 128, 256), addresses, *order.T,
