@@ -18,16 +18,14 @@ constexpr float kMean[3] = {0.485f, 0.456f, 0.406f}, kStd[3] = {0.229f, 0.224f, 
 
 // --- what a caller can get wrong --------------------------------------------------------------------
 
-void check(const MultiCropArgs& a, int64_t image, int64_t view) {
-    const Crop& c = a.crops[image * a.views + view];
+void check(const Crop& c, int64_t height, int64_t width, int64_t size, int64_t image, int64_t view) {
     auto require = [=](bool fits, const char* rule) {
         if (!fits)
             throw std::invalid_argument("crops[" + std::to_string(image) + ", " + std::to_string(view) + "]: " + rule);
     };
-    require(0 <= c.left && c.left < c.right && c.right <= a.widths[image] && 0 <= c.top && c.top < c.bottom &&
-                c.bottom <= a.heights[image],
+    require(0 <= c.left && c.left < c.right && c.right <= width && 0 <= c.top && c.top < c.bottom && c.bottom <= height,
             "box must be (left, top, right, bottom), not empty and inside the image");
-    require(c.size == a.sizes[view], "size must be that of the output");
+    require(c.size == size, "size must be that of the output");
     for (float factor : {c.brightness, c.contrast, c.saturation})
         require(0.0f <= factor && factor <= kMostFactor, "brightness, contrast and saturation must be in [0, 100]");
     require(-0.5f <= c.hue && c.hue <= 0.5f, "hue must be in [-0.5, 0.5]");
@@ -127,8 +125,14 @@ void write(const MultiCropArgs& a, const uint8_t* planes, int64_t n, void* out, 
 
 }  // namespace
 
+void check_crops(const Crop* crops, int64_t images, int64_t views, const int64_t* heights, const int64_t* widths,
+                 const int64_t* sizes) {
+    for (int64_t i = 0; i < images; ++i)
+        for (int64_t v = 0; v < views; ++v) check(crops[i * views + v], heights[i], widths[i], sizes[v], i, v);
+}
+
 void multicrop(const MultiCropArgs& a) {
-    for (int64_t task = 0; task < a.images * a.views; ++task) check(a, task / a.views, task % a.views);
+    check_crops(a.crops, a.images, a.views, a.heights, a.widths, a.sizes);
     parallel_for(a.images * a.views, a.threads, [&](int64_t task) {
         static thread_local BufferOf<uint8_t> buffer;
         int64_t image = task / a.views, view = task % a.views;

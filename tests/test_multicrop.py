@@ -13,28 +13,13 @@ from dino_train.config import PretrainConfig
 from dino_train.loader import to_tensor
 from PIL import Image
 from pillow_crops import pillow_levels
+from test_multicrop_triton import crop_row, picture
 
 from dino_kernels import CROP, draw_crops, multicrop
 from dino_kernels.multicrop import JITTER
 
 KINDS = PretrainConfig().crop_kinds
 SMALL = PretrainConfig(global_crops_size=48, local_crops_size=20, local_crops_number=2).crop_kinds
-
-
-def picture(height, width, seed=0):
-    """Smooth areas, edges and noise, over all levels."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    waves = np.stack([np.sin(x / (3 + c) + y / 7) + np.sign(np.sin(x * y / 40 + c)) for c in range(3)], -1)
-    return np.clip(128 + 70 * waves + rng.normal(0, 20, waves.shape), 0, 255).astype(np.uint8)
-
-
-def crop_row(box, size, **fields):
-    """[1, 1] of CROP in which every step that is not given is off."""
-    crops = np.zeros((1, 1), CROP)
-    for name, value in {"box": box, "size": size, "order": range(4), **fields}.items():
-        crops[name] = value
-    return crops
 
 
 def ours(image, crops, threads=1):
@@ -229,7 +214,7 @@ IMAGE, ROW, OUT = picture(10, 12), crop_row((0, 0, 12, 10), 8), torch.zeros(1, 3
         ({"out": [OUT[0]]}, r"out\[0\] must have shape \[1, 3, size, size\] with size >= 1, got \[3, 8, 8\]"),
         ({"out": [OUT[..., :7]]}, r"got \[1, 3, 8, 7\]"),
         ({"out": [OUT.double()]}, r"all uint8 or all of one of float32.*float64 on cpu in out\[0\]"),
-        ({"out": [OUT.to("meta")]}, "must be on the CPU.*on meta"),
+        ({"out": [OUT.to("meta")]}, "must be on cpu.*on meta"),
         ({"out": [OUT.transpose(2, 3)]}, r"out\[0\] must be contiguous but for its first.*strides \[192, 64, 1, 8\]"),
         ({"out": [OUT.clone().requires_grad_()]}, "need no gradient.*requires_grad=True"),
         ({"out": [OUT[:, :, :7, :7].contiguous()]}, r"crops\[0, 0\]: size must be that of the output"),
