@@ -25,6 +25,9 @@ namespace dino {
 // The box of an image of a row stride in bytes, resized to planes [3, size, size] and flipped as the crop says.
 void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes);
 
+// The same on processors that multiply bytes; false on others, where nothing is done.
+bool resample_quads(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes);
+
 // Brightness, contrast, saturation and hue in the crop's order, if it has jitter; then grayscale, if it has that.
 void change_colors(const Crop& crop, uint8_t* planes);
 
@@ -39,7 +42,8 @@ constexpr int64_t kSlack = 64;         // the widest vector, in bytes
 // of a pair are packed into the halves of high[pair * size + x], without their lowest kLowBits, and low[pair * size +
 // x].
 struct Weights {
-    int32_t *first, *end, *pairs, *high, *low;
+    const int32_t *first, *end;
+    int32_t *high, *low;
     int64_t size, most_pairs;
 };
 

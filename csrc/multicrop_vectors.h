@@ -62,10 +62,11 @@ DINO_TARGET DINO_INLINE inline void store(Units x, void* to) { std::memcpy(to, &
 DINO_TARGET DINO_INLINE inline void block(const int32_t* from, int64_t stride, const Weights& w, int64_t output,
                                           int32_t* to) {
     constexpr int64_t kWidth = sizeof(Units) / sizeof(int32_t), kVectors = 3;
+    const int64_t pairs = (w.end[output] - w.first[output] + 1) / 2;
     for (int64_t i = 0; i < kLanes; i += kVectors * kWidth) {
         Units high[kVectors] = {}, low[kVectors];
         for (Units& sum : low) sum = Units{} + (1u << (kWeightBits - 1));
-        for (int64_t pair = 0; pair < w.pairs[output]; ++pair) {
+        for (int64_t pair = 0; pair < pairs; ++pair) {
             Units weight_high = Units{} + uint32_t(w.high[pair * w.size + output]);
             Units weight_low = Units{} + uint32_t(w.low[pair * w.size + output]);
             for (int64_t v = 0; v < kVectors; ++v) {
