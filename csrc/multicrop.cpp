@@ -134,7 +134,7 @@ void multicrop(const MultiCropArgs& a) {
         int64_t image = task / a.views, view = task % a.views;
         const Crop& crop = a.crops[task];
         int64_t n = int64_t(crop.size) * crop.size;
-        uint8_t* planes = buffer.fit(3 * n);
+        uint8_t* planes = buffer.fit(3 * n + kSlack);
         resample(a.pixels[image], a.row_strides[image], crop, planes);
         change_colors(crop, planes);
         for (int64_t c = 0; c < 3 && crop.blur > 0.0f; ++c) blur_plane(crop.blur, crop.size, planes + c * n);

@@ -63,6 +63,12 @@ struct Loops {
     void (*levels)(const int32_t* sums, int64_t n, uint8_t* to);
     // to[i] = the box around x[i], of pixels a step apart; reads and writes up to kSlack bytes more
     void (*blur)(const Box& box, const uint8_t* x, int64_t step, int64_t n, uint8_t* to);
+    // Colors of planes [3, n]; read up to kSlack bytes more
+    void (*blend_with_level)(int32_t degenerate, float factor, int64_t n, uint8_t* levels);
+    void (*blend_with_luma)(float factor, int64_t n, uint8_t* planes);
+    int64_t (*sum_of_luma)(int64_t n, const uint8_t* planes);
+    void (*to_gray)(int64_t n, uint8_t* planes);
+    void (*turn_hue)(uint8_t shift, int64_t n, uint8_t* planes);  // in 256ths of the circle
 };
 const Loops& widest_loops();
 

@@ -14,6 +14,7 @@ namespace {
 #define DINO_TARGET
 #define DINO_ANY __m128i
 #define DINO_X86(op) _mm_##op
+#include "multicrop_color_vectors.h"
 #include "multicrop_vectors.h"
 #undef DINO_VECTORS
 #undef DINO_BYTES
@@ -27,6 +28,7 @@ namespace {
 #define DINO_TARGET __attribute__((target("avx2")))
 #define DINO_ANY __m256i
 #define DINO_X86(op) _mm256_##op
+#include "multicrop_color_vectors.h"
 #include "multicrop_vectors.h"
 #undef DINO_VECTORS
 #undef DINO_BYTES
@@ -39,10 +41,13 @@ namespace {
 #define DINO_TARGET __attribute__((target("avx512f,avx512bw")))
 #define DINO_ANY __m512i
 #define DINO_X86(op) _mm512_##op
+#include "multicrop_color_vectors.h"
 #include "multicrop_vectors.h"
 #endif
 
-#define DINO_LOOPS(vectors) {vectors::columns, vectors::rows, vectors::levels, vectors::blur}
+#define DINO_LOOPS(vectors)                                                                                         \
+    {vectors::columns,         vectors::rows,        vectors::levels,  vectors::blur,    vectors::blend_with_level, \
+     vectors::blend_with_luma, vectors::sum_of_luma, vectors::to_gray, vectors::turn_hue}
 
 Loops widest() {
 #if defined(__AVX512BW__) || (defined(__x86_64__) && !defined(DINO_ONE_VERSION))
