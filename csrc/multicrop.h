@@ -61,8 +61,8 @@ struct Loops {
     void (*rows)(const int32_t* from, int64_t width, const Weights& w, int64_t y, int32_t* to);
     // Sums to levels; reads up to 4 * kSlack bytes more
     void (*levels)(const int32_t* sums, int64_t n, uint8_t* to);
-    // to[i] = the box around x[i], of pixels a step apart; reads and writes up to kSlack bytes more
-    void (*blur)(const Box& box, const uint8_t* x, int64_t step, int64_t n, uint8_t* to);
+    // to[i] = the box around x[i], of levels a step apart; reads and writes up to kSlack bytes more
+    void (*blur)(const Box& box, const int16_t* x, int64_t step, int64_t n, int16_t* to);
     // Colors of planes [3, n]; read up to kSlack bytes more
     void (*blend_with_level)(int32_t degenerate, float factor, int64_t n, uint8_t* levels);
     void (*blend_with_luma)(float factor, int64_t n, uint8_t* planes);

@@ -46,11 +46,18 @@ void to_digits(const int32_t* weights, int64_t size, int64_t n, int64_t step, ui
 
 // --- along rows --------------------------------------------------------------------------------------
 
+struct Picks {
+    alignas(64) uint8_t of[3][64];
+
+    constexpr Picks() : of{} {
+        for (int c = 0; c < 3; ++c)
+            for (int i = 0; i < 64; ++i) of[c][i] = uint8_t(3 * i + c);  // permutes take it modulo 64 or 128
+    }
+};
+constexpr Picks kPicks;
+
 // n pixels to planes of red, green and blue, `stride` bytes apart
 DINO_QUADS void split(const uint8_t* pixels, int64_t n, int64_t stride, uint8_t* to) {
-    alignas(64) uint8_t picks[3][64];
-    for (int c = 0; c < 3; ++c)
-        for (int i = 0; i < 64; ++i) picks[c][i] = uint8_t(3 * i + c);  // modulo 64 and 128, as the permutes take it
     for (int64_t i = 0; i < n; i += 64) {
         __m512i x[3];
         for (int v = 0; v < 3; ++v) {
@@ -59,7 +66,7 @@ DINO_QUADS void split(const uint8_t* pixels, int64_t n, int64_t stride, uint8_t*
             x[v] = _mm512_maskz_loadu_epi8(inside, pixels + 3 * i + 64 * v);
         }
         for (int c = 0; c < 3; ++c) {
-            __m512i pick = _mm512_load_si512(picks[c]);
+            __m512i pick = _mm512_load_si512(kPicks.of[c]);
             __m512i two = _mm512_permutex2var_epi8(x[0], pick, x[1]);
             __mmask64 third = _mm512_movepi8_mask(pick);  // 128 and more
             _mm512_store_si512(to + c * stride + i, _mm512_mask_permutexvar_epi8(two, third, pick, x[2]));

@@ -14,8 +14,9 @@ namespace {
 #define DINO_TARGET
 #define DINO_ANY __m128i
 #define DINO_X86(op) _mm_##op
-#include "multicrop_color_vectors.h"
 #include "multicrop_vectors.h"
+//
+#include "multicrop_color_vectors.h"
 #undef DINO_VECTORS
 #undef DINO_BYTES
 #undef DINO_TARGET
@@ -28,8 +29,9 @@ namespace {
 #define DINO_TARGET __attribute__((target("avx2")))
 #define DINO_ANY __m256i
 #define DINO_X86(op) _mm256_##op
-#include "multicrop_color_vectors.h"
 #include "multicrop_vectors.h"
+//
+#include "multicrop_color_vectors.h"
 #undef DINO_VECTORS
 #undef DINO_BYTES
 #undef DINO_TARGET
@@ -38,11 +40,12 @@ namespace {
 
 #define DINO_VECTORS vectors_64
 #define DINO_BYTES 64
-#define DINO_TARGET __attribute__((target("avx512f,avx512bw")))
+#define DINO_TARGET __attribute__((target("avx512f,avx512bw,avx512vnni")))
 #define DINO_ANY __m512i
 #define DINO_X86(op) _mm512_##op
-#include "multicrop_color_vectors.h"
 #include "multicrop_vectors.h"
+//
+#include "multicrop_color_vectors.h"
 #endif
 
 #define DINO_LOOPS(vectors)                                                                                         \
@@ -50,8 +53,8 @@ namespace {
      vectors::blend_with_luma, vectors::sum_of_luma, vectors::to_gray, vectors::turn_hue}
 
 Loops widest() {
-#if defined(__AVX512BW__) || (defined(__x86_64__) && !defined(DINO_ONE_VERSION))
-    if (__builtin_cpu_supports("avx512bw")) return DINO_LOOPS(vectors_64);
+#if defined(__AVX512VNNI__) || (defined(__x86_64__) && !defined(DINO_ONE_VERSION))
+    if (__builtin_cpu_supports("avx512vnni")) return DINO_LOOPS(vectors_64);
 #endif
 #if defined(__AVX2__) || (defined(__x86_64__) && !defined(DINO_ONE_VERSION))
     if (__builtin_cpu_supports("avx2")) return DINO_LOOPS(vectors_32);

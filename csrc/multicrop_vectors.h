@@ -48,6 +48,14 @@ inline Units pack_16(Units a, Units b) {
 }
 #endif
 
+#if DINO_BYTES == 64
+DINO_TARGET DINO_INLINE inline Units add_products(Units sum, Units a, Units b) {
+    return (Units)_mm512_dpwssd_epi32((Any)sum, (Any)a, (Any)b);
+}
+#else
+DINO_TARGET DINO_INLINE inline Units add_products(Units sum, Units a, Units b) { return sum + pair_products(a, b); }
+#endif
+
 DINO_TARGET DINO_INLINE inline Units load(const void* from) {
     Units x;
     std::memcpy(&x, from, sizeof x);
@@ -108,31 +116,19 @@ DINO_TARGET void levels(const int32_t* sums, int64_t n, uint8_t* to) {
 
 // A pixel from the sums of those that count whole and of those that count in part: weights of 24 bits in two halves.
 DINO_TARGET DINO_INLINE inline Units weighted(Units pair, Units high, Units low) {
-    return ((pair_products(pair, high) << 12) + pair_products(pair, low) + (1u << 23)) >> 24;
+    return add_products(add_products(Units{} + (1u << 23), pair, low) >> 12, pair, high) >> 12;
 }
 
-DINO_TARGET DINO_INLINE inline Units weighted_16(Units whole, Units part, Units high, Units low) {
-    return pack_32(weighted(zip_low(whole, part), high, low), weighted(zip_high(whole, part), high, low));
-}
-
-DINO_TARGET void blur(const Box& box, const uint8_t* x, int64_t step, int64_t n, uint8_t* to) {
-    const Units zero = {}, high = zero + (box.whole >> 12 | box.part >> 12 << 16),
-                low = zero + ((box.whole & 0xfffu) | (box.part & 0xfffu) << 16);
-    for (int64_t i = 0; i < n; i += int64_t(sizeof(Units))) {
-        Units center = load(x + i), left = load(x + i - step), right = load(x + i + step);
-        Units whole_low = zip_low_bytes(center, zero), whole_high = zip_high_bytes(center, zero);
-        Units part_low = add_16(zip_low_bytes(left, zero), zip_low_bytes(right, zero));
-        Units part_high = add_16(zip_high_bytes(left, zero), zip_high_bytes(right, zero));
+DINO_TARGET void blur(const Box& box, const int16_t* x, int64_t step, int64_t n, int16_t* to) {
+    const Units high = Units{} + (box.whole >> 12 | box.part >> 12 << 16),
+                low = Units{} + ((box.whole & 0xfffu) | (box.part & 0xfffu) << 16);
+    for (int64_t i = 0; i < n; i += int64_t(sizeof(Units) / sizeof *x)) {
+        Units whole = load(x + i), part = add_16(load(x + i - step), load(x + i + step));
         if (box.radius == 1) {
-            whole_low = add_16(whole_low, part_low);
-            whole_high = add_16(whole_high, part_high);
-            left = load(x + i - 2 * step);
-            right = load(x + i + 2 * step);
-            part_low = add_16(zip_low_bytes(left, zero), zip_low_bytes(right, zero));
-            part_high = add_16(zip_high_bytes(left, zero), zip_high_bytes(right, zero));
+            whole = add_16(whole, part);
+            part = add_16(load(x + i - 2 * step), load(x + i + 2 * step));
         }
-        store(pack_16(weighted_16(whole_low, part_low, high, low), weighted_16(whole_high, part_high, high, low)),
-              to + i);
+        store(pack_32(weighted(zip_low(whole, part), high, low), weighted(zip_high(whole, part), high, low)), to + i);
     }
 }
 
