@@ -53,8 +53,8 @@ Box box_of(float sigma) {                      // three passes of it are about a
     return {radius, whole, ((1u << 24) - uint32_t(2 * radius + 1) * whole) / 2};
 }
 
-// The plane as 16-bit numbers with kReach more on every side, so that a pass is one long loop; what it leaves in these is
-// replaced.
+// The plane as 16-bit numbers with kReach more on every side, so that a pass is one long loop; what it leaves in these
+// is replaced.
 struct Bordered {
     int64_t size, row = size + 2 * kReach;
 

@@ -20,13 +20,23 @@
 #define DINO_SHUFFLE(Type, a, b, ...) __builtin_shuffle((Type)(a), (Type)(b), Type{__VA_ARGS__})
 #endif
 
+// Which versions are compiled: all, or with DINO_ONE_VERSION those of -march. Quads take AVX-512 of 2019 and later,
+// VBMI and VNNI; older processors with AVX-512 take the version for AVX2.
+#if defined(__x86_64__) && (!defined(DINO_ONE_VERSION) || defined(__AVX2__))
+#define DINO_HAS_AVX2 1
+#endif
+#if defined(__x86_64__) && (!defined(DINO_ONE_VERSION) || (defined(__AVX512VBMI__) && defined(__AVX512VNNI__)))
+#define DINO_HAS_QUADS 1
+#define DINO_QUADS __attribute__((target("avx512f,avx512bw,avx512vbmi,avx512vnni")))
+#endif
+
 namespace dino {
 
 // The box of an image of a row stride in bytes, resized to planes [3, size, size] and flipped as the crop says.
 void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes);
 
-// The same on processors that multiply bytes; false on others, where nothing is done.
-bool resample_quads(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes);
+// The same by multiplying bytes
+void resample_quads(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes);
 
 // Brightness, contrast, saturation and hue in the crop's order, if it has jitter; then grayscale, if it has that.
 void change_colors(const Crop& crop, uint8_t* planes);
@@ -54,6 +64,7 @@ struct Box {
 };
 
 struct Loops {
+    // The first three are of the resize by pairs, null where it goes by quads.
     // Sums and half a level [n, kLanes] of outputs x .. x + n - 1, the other way round if flipped, from pairs of pixels
     // [pairs, kLanes] that begin with pixel `start`
     void (*columns)(const int32_t* from, int64_t start, const Weights& w, int64_t x, int64_t n, bool flip, int32_t* to);

@@ -93,8 +93,22 @@ DINO_TARGET DINO_INLINE inline Bytes blend(const Floats* degenerate, Bytes level
 DINO_TARGET void blend_with_level(int32_t degenerate, float factor, int64_t n, uint8_t* levels) {
     Floats same[4];
     for (Floats& x : same) x = Floats{} + float(degenerate);
+#if DINO_BYTES == 64  // a table of all levels in four registers
+    __m512i table[4];
+    for (int part = 0; part < 4; ++part) {
+        Bytes level;
+        for (int i = 0; i < 64; ++i) level[i] = uint8_t(64 * part + i);
+        table[part] = (__m512i)blend(same, level, factor);
+    }
+    for (int64_t i = 0; i < n; i += kWidth) {
+        __m512i x = (__m512i)load(levels + i), low = _mm512_permutex2var_epi8(table[0], x, table[1]);
+        __m512i high = _mm512_permutex2var_epi8(table[2], x, table[3]);
+        store_bytes((Bytes)_mm512_mask_mov_epi8(low, _mm512_movepi8_mask(x), high), levels + i, n - i);
+    }
+#else
     for (int64_t i = 0; i < n; i += kWidth)
         store_bytes(blend(same, (Bytes)load(levels + i), factor), levels + i, n - i);
+#endif
 }
 
 DINO_TARGET void blend_with_luma(float factor, int64_t n, uint8_t* planes) {

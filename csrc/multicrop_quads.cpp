@@ -6,10 +6,9 @@
 #include <algorithm>
 
 #include "multicrop_filter.h"
-#if defined(__x86_64__) && (!defined(DINO_ONE_VERSION) || (defined(__AVX512VBMI__) && defined(__AVX512VNNI__)))
-#include <immintrin.h>
 
-#define DINO_QUADS __attribute__((target("avx512f,avx512bw,avx512vbmi,avx512vnni")))
+#if DINO_HAS_QUADS
+#include <immintrin.h>
 
 namespace dino {
 namespace {
@@ -57,13 +56,14 @@ struct Picks {
 constexpr Picks kPicks;
 
 // n pixels to planes of red, green and blue, `stride` bytes apart
-DINO_QUADS void split(const uint8_t* pixels, int64_t n, int64_t stride, uint8_t* to) {
+DINO_QUADS void split(const uint8_t* pixels, int64_t n, int64_t ahead, int64_t stride, uint8_t* to) {
     for (int64_t i = 0; i < n; i += 64) {
         __m512i x[3];
         for (int v = 0; v < 3; ++v) {
             int64_t left = std::clamp<int64_t>(3 * (n - i) - 64 * v, 0, 64);
             __mmask64 inside = left == 64 ? ~0ull : (1ull << left) - 1;
             x[v] = _mm512_maskz_loadu_epi8(inside, pixels + 3 * i + 64 * v);
+            __builtin_prefetch(pixels + 3 * i + 64 * v + ahead);
         }
         for (int c = 0; c < 3; ++c) {
             __m512i pick = _mm512_load_si512(kPicks.of[c]);
@@ -182,9 +182,7 @@ Horizontal prepare(Scratch& s) {
 
 }  // namespace
 
-bool resample_quads(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes) {
-    static const bool able = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
-    if (!able) return false;
+void resample_quads(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes) {
     static thread_local Scratch s;
     const int64_t width = crop.right - crop.left, height = crop.bottom - crop.top, size = crop.size;
     s.horizontal.make(width, size, 1, kQuad, crop.flip);
@@ -203,7 +201,7 @@ bool resample_quads(const uint8_t* image, int64_t row_stride, const Crop& crop, 
         int64_t first = f.first[y] / kQuad, end = (f.end[y] + kQuad - 1) / kQuad;
         for (made = std::max(made, first); made < end; ++made) {
             for (int64_t r = 0; r < kQuad; ++r)
-                split(corner + std::min(kQuad * made + r, height - 1) * row_stride, width, stride,
+                split(corner + std::min(kQuad * made + r, height - 1) * row_stride, width, kQuad * row_stride, stride,
                       split_rows + r * 3 * stride);
             four_rows(h, split_rows, stride, rows + made % most * row);
         }
@@ -211,12 +209,7 @@ bool resample_quads(const uint8_t* image, int64_t row_stride, const Crop& crop, 
         one_row(quads, end - first, digits + y, size, row, levels);
         for (int64_t c = 0; c < 3; ++c) std::memcpy(planes + (c * size + y) * size, levels + c * row / 3, size_t(size));
     }
-    return true;
 }
 
-}  // namespace dino
-#else
-namespace dino {
-bool resample_quads(const uint8_t*, int64_t, const Crop&, uint8_t*) { return false; }
 }  // namespace dino
 #endif

@@ -166,8 +166,10 @@ void first_pass(const Loops& loops, const uint8_t* block, int64_t stride, int64_
 }  // namespace
 
 void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes) {
-    if (resample_quads(image, row_stride, crop, planes)) return;
     const Loops& loops = widest_loops();
+#if DINO_HAS_QUADS
+    if (!loops.columns) return resample_quads(image, row_stride, crop, planes);
+#endif
     static thread_local Scratch s;
     const int64_t height = crop.bottom - crop.top, size = crop.size;
     s.horizontal.make(crop.right - crop.left, size);
