@@ -187,7 +187,13 @@ def processor() -> str:
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def mosaics(folder: Path, count: int) -> Path:
+def copies(images: ImageFolder, folder: Path, count: int) -> None:
+    """Plain files, which processes can read at the same time."""
+    for i, name in enumerate(images.names[:count]):
+        (folder / f"{i}{Path(name).suffix}").write_bytes(images.read(i))
+
+
+def mosaics(folder: Path, count: int) -> None:
     """Pictures of 512 x 384 pixels, each of 192 embedded ones."""
     small = ImageFolder(EMBEDDED_DATA)
     for number in range(count):
@@ -196,7 +202,6 @@ def mosaics(folder: Path, count: int) -> Path:
             tile = small.load((192 * number + i) % len(small))
             image.paste(tile, (32 * (i % 16), 32 * (i // 16)))
         image.save(folder / f"{number}.jpg", quality=92)
-    return folder
 
 
 def main() -> None:
@@ -208,10 +213,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = ImageFolder(args.photos or mosaics(Path(temporary), args.images))
-        folder = folder.subset(range(min(args.images, len(folder))))
-        pack(folder, Path(temporary) / "packed.tar", size=400, quality=90, num_workers=2)
-        run(folder, ImageFolder(Path(temporary) / "packed.tar"), args.rounds, args.json)
+        files, packed = Path(temporary) / "files", Path(temporary) / "packed.tar"
+        files.mkdir()
+        copies(ImageFolder(args.photos), files, args.images) if args.photos else mosaics(files, args.images)
+        pack(ImageFolder(files), packed, size=400, quality=90, num_workers=2)
+        run(ImageFolder(files), ImageFolder(packed), args.rounds, args.json)
 
 
 def run(folder: ImageFolder, packed: ImageFolder, rounds: int, path: str | None) -> None:
