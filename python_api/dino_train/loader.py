@@ -103,6 +103,7 @@ class _Slot:
     def __init__(self) -> None:
         self.rows: list[_Row] = []
         self.crops: list[Tensor] = []
+        self.views: list[list[Tensor]] = []  # a row's crops
         self.pixels = torch.empty(0, dtype=torch.uint8)
         self.copied: torch.cuda.Event | None = None
 
@@ -177,7 +178,7 @@ class CropLoader:
                 if not begun:
                     return
                 slot = begun.popleft()
-                bad = [entry for row in slot.rows for entry in self._finish(row)]
+                bad = self._finish(slot.rows)
                 crops = self._crops_on_gpu(slot) if self._on_gpu else slot.crops
                 slot.rows = []
                 yield crops, bad
@@ -191,9 +192,10 @@ class CropLoader:
     def _begin(self, slot: _Slot, samples: list[Sample]) -> _Slot:
         if slot.copied:
             slot.copied.synchronize()
-        if not self._on_gpu and not slot.crops:
-            slot.crops = self._empty_crops()
-        slot.rows = [_Row(sample, [crop[i : i + 1] for crop in slot.crops]) for i, sample in enumerate(samples)]
+        if not slot.views:
+            slot.crops = [] if self._on_gpu else self._empty_crops()
+            slot.views = [[crop[i : i + 1] for crop in slot.crops] for i in range(self.rows)]
+        slot.rows = [_Row(sample, views) for sample, views in zip(samples, slot.views, strict=True)]
         for row in slot.rows:
             row.future = self._threads.submit(self._make, row, row.attempt)
         return slot
@@ -212,17 +214,19 @@ class CropLoader:
             slot.copied = torch.cuda.current_stream(self.device).record_event()
         return crops
 
-    def _finish(self, row: _Row) -> Bad:
-        """Waits for a row; another thread takes the work of one that hangs."""
+    def _finish(self, rows: list[_Row]) -> Bad:
+        """Waits for a batch; another thread takes the work of one that hangs."""
         slow: Bad = []
-        while not wait([row.future], timeout=1).done:
-            if row.attempt.give_up():
-                slow.append((row.attempt.name, f"not read within {STALL_SECONDS:.0f} s"))
-                row.slow.add(row.attempt.name)
-                row.attempt = _Attempt()
-                self._threads.add()
-                row.future = self._threads.submit(self._make, row, row.attempt)
-        return slow + row.future.result()
+        while pending := [row for row in rows if not row.future.done()]:
+            wait([row.future for row in pending], timeout=1)
+            for row in pending:
+                if row.attempt.give_up():
+                    slow.append((row.attempt.name, f"not read within {STALL_SECONDS:.0f} s"))
+                    row.slow.add(row.attempt.name)
+                    row.attempt = _Attempt()
+                    self._threads.add()
+                    row.future = self._threads.submit(self._make, row, row.attempt)
+        return slow + [entry for row in rows for entry in row.future.result()]
 
     def _make(self, row: _Row, attempt: _Attempt) -> Bad:
         """Fills a row's views; returns the unreadable images that were found on the way."""
