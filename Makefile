@@ -24,7 +24,7 @@ build: $(V)/.built
 
 demo: build
 	$(V)/dino-train pretrain --preset demo --resume
-	$(V)/dino-train attention --checkpoint runs/demo
+	$(V)/dino-train evaluate attention --checkpoint runs/demo
 
 test: $(V)/.dev
 	$(V)/python -m pytest

@@ -51,35 +51,48 @@ Box box_of(float sigma) {                      // three passes of it are about a
     return {radius, whole, ((1u << 24) - uint32_t(2 * radius + 1) * whole) / 2};
 }
 
-// The plane with kReach more pixels on every side, so that a pass is one long loop; what it leaves in these is
-// replaced.
+// The plane as 16-bit numbers with kReach more on every side, so that a pass is one long loop; what it leaves in these
+// is replaced.
 struct Bordered {
     int64_t size, row = size + 2 * kReach;
 
-    void repeat_sides(uint8_t* x) const {
+    void repeat_sides(int16_t* x) const {
         for (int64_t y = 0; y < size; ++y) {
-            uint8_t* line = x + (y + kReach) * row;
+            int16_t* line = x + (y + kReach) * row;
             line[0] = line[1] = line[kReach];
             line[row - 2] = line[row - 1] = line[row - 1 - kReach];
         }
     }
-    void repeat_ends(uint8_t* x) const {
+    void repeat_ends(int16_t* x) const {
         for (int64_t i = 0; i < kReach; ++i) {
-            std::memcpy(x + i * row, x + kReach * row, size_t(row));
-            std::memcpy(x + (row - 1 - i) * row, x + (row - 1 - kReach) * row, size_t(row));
+            std::copy_n(x + kReach * row, row, x + i * row);
+            std::copy_n(x + (row - 1 - kReach) * row, row, x + (row - 1 - i) * row);
         }
     }
 };
 
+template <class From, class To>
+DINO_INLINE inline void convert(const From* from, int64_t from_row, int64_t size, To* to, int64_t to_row) {
+    for (int64_t y = 0; y < size; ++y)
+#pragma omp simd
+        for (int64_t x = 0; x < size; ++x) to[y * to_row + x] = To(from[y * from_row + x]);
+}
+
+DINO_MULTIVERSION
+void widen(const uint8_t* plane, int64_t size, int16_t* to, int64_t row) { convert(plane, size, size, to, row); }
+
+DINO_MULTIVERSION
+void narrow(const int16_t* from, int64_t row, int64_t size, uint8_t* plane) { convert(from, row, size, plane, size); }
+
 // Pillow's Gaussian blur
 void blur_plane(float radius, int64_t size, uint8_t* plane) {
-    static thread_local BufferOf<uint8_t> buffers[2];
+    static thread_local BufferOf<int16_t> buffers[2];
     auto blur = widest_loops().blur;
     Box box = box_of(radius);
     Bordered shape{size};
     int64_t row = shape.row, inner = kReach * row, n = size * row;  // from the first to the last row of the plane
-    uint8_t *x = buffers[0].fit(row * row + kSlack), *y = buffers[1].fit(row * row + kSlack);
-    for (int64_t i = 0; i < size; ++i) std::memcpy(x + inner + i * row + kReach, plane + i * size, size_t(size));
+    int16_t *x = buffers[0].fit(row * row + kSlack), *y = buffers[1].fit(row * row + kSlack);
+    widen(plane, size, x + inner + kReach, row);
     for (int pass = 0; pass < kPasses; ++pass, std::swap(x, y)) {
         shape.repeat_sides(x);
         blur(box, x + inner, 1, n, y + inner);
@@ -88,7 +101,7 @@ void blur_plane(float radius, int64_t size, uint8_t* plane) {
         shape.repeat_ends(x);
         blur(box, x + inner, row, n, y + inner);
     }
-    for (int64_t i = 0; i < size; ++i) std::memcpy(plane + i * size, x + inner + i * row + kReach, size_t(size));
+    narrow(x + inner + kReach, row, size, plane);
 }
 
 // --- output ------------------------------------------------------------------------------------------
@@ -138,7 +151,7 @@ void multicrop(const MultiCropArgs& a) {
         int64_t image = task / a.views, view = task % a.views;
         const Crop& crop = a.crops[task];
         int64_t n = int64_t(crop.size) * crop.size;
-        uint8_t* planes = buffer.fit(3 * n);
+        uint8_t* planes = buffer.fit(3 * n + kSlack);
         resample(a.pixels[image], a.row_strides[image], crop, planes);
         change_colors(crop, planes);
         for (int64_t c = 0; c < 3 && crop.blur > 0.0f; ++c) blur_plane(crop.blur, crop.size, planes + c * n);

@@ -1,0 +1,279 @@
+"""Where the class token looks: pictures, video, overlap (`visualize_attention.py`, `video_generation.py`)."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+
+from dino_train.config import EMBEDDED_DATA
+from dino_train.data import ImageFolder, split
+from dino_train.decode import UnreadableImage, load_file
+from dino_train.evaluate import ffmpeg
+from dino_train.evaluate.metrics import jaccard
+from dino_train.evaluate.protocol import Protocol
+from dino_train.loader import to_tensor
+from dino_train.model import VisionTransformer
+from dino_train.weights import Trained
+
+CELL = 128  # side of a sheet's cell, in pixels
+SHEET_ROWS = 16
+
+Loader = Callable[[], Image.Image]
+
+
+@torch.no_grad()
+def attention_of(backbone: VisionTransformer, image: Image.Image, working_size: int) -> Tensor:
+    """Attention of the class token to each patch, per head: float32 [heads, rows, columns], on the CPU.
+
+    The image is resized so that its short side is `working_size`, then both sides to a multiple of the patch.
+    """
+    p = backbone.patch_size
+    scale = working_size / min(image.size)
+    columns, rows = (max(1, round(side * scale / p)) for side in image.size)
+    pixels = to_tensor(image.resize((columns * p, rows * p), Image.Resampling.BICUBIC))
+    device = backbone.pos_embed.device
+    maps = backbone.attention(pixels[None].to(device))[0, :, 1:].float().cpu()
+    return maps.unflatten(1, (rows, columns))
+
+
+def keep_mass(maps: Tensor, mass: float) -> Tensor:
+    """The fewest patches that together have at least `mass` of each map's sum (visualize_attention.py:172-179).
+
+    Args:
+        maps: [heads, rows, columns], not negative.
+        mass: in (0, 1].
+
+    Returns:
+        bool [heads, rows, columns].
+    """
+    values, order = maps.flatten(1).double().sort(dim=1)
+    kept = values.cumsum(1) > (1 - mass) * values.sum(1, keepdim=True)
+    return torch.zeros_like(kept).scatter_(1, order, kept).view(maps.shape)
+
+
+def to_range(values: Tensor) -> np.ndarray:
+    """Maps [..., rows, columns], each scaled to its own range, in [0, 1]."""
+    low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
+    return ((values - low) / (high - low).clamp_min(1e-12)).numpy()
+
+
+def enlarge(mask: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """A mask [rows, columns] at (width, height) pixels: bool [height, width]."""
+    return np.asarray(Image.fromarray(mask.numpy().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) > 0
+
+
+def heat(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """A map in [0, 1] as colors (inferno), enlarged smoothly to (width, height) pixels."""
+    from matplotlib import colormaps
+
+    gray = Image.fromarray(np.uint8(np.clip(values, 0, 1) * 255)).resize(size, Image.Resampling.BICUBIC)
+    return Image.fromarray(np.uint8(colormaps["inferno"](np.asarray(gray))[..., :3] * 255))
+
+
+def overlay(image: Image.Image, values: np.ndarray) -> Image.Image:
+    """The map over the image: dim where it is low."""
+    return Image.blend(image, heat(values, image.size), 0.6)
+
+
+def write_maps(maps: Tensor, image: Image.Image, stem: Path, mass: float) -> list[Path]:
+    """PNGs at the image's size of each head's map and their mean: alone, over the image, and thresholded.
+
+    Returns their paths: STEM_head0.png, STEM_head0_overlay.png, STEM_head0_mask.png, ..., STEM_mean_mask.png.
+    """
+    names = [f"head{i}" for i in range(len(maps))] + ["mean"]
+    maps = torch.cat((maps, maps.mean(0, keepdim=True)))
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, values, kept in zip(names, to_range(maps), keep_mass(maps, mass), strict=True):
+        mask = Image.fromarray(enlarge(kept, image.size))
+        pictures = {"": heat(values, image.size), "_overlay": overlay(image, values), "_mask": mask}
+        for suffix, picture in pictures.items():
+            paths.append(stem.with_name(f"{stem.name}_{name}{suffix}.png"))
+            picture.save(paths[-1])
+    return paths
+
+
+def sheet_row(maps: Tensor, image: Image.Image) -> np.ndarray:
+    """The image, its heads' mean over it, then each head's map, beside each other: uint8 [height, width, 3]."""
+    big = image.resize((CELL, CELL), Image.Resampling.BICUBIC)
+    cells = [big, overlay(big, to_range(maps.mean(0))), *(heat(m, big.size) for m in to_range(maps))]
+    return np.concatenate([np.pad(np.asarray(c), ((2, 2), (2, 2), (0, 0)), constant_values=255) for c in cells], axis=1)
+
+
+def frame(maps: Tensor, image: Image.Image, mass: float) -> Image.Image:
+    """One picture of a video: the mean over the heads of what `keep_mass` leaves of each, over the image."""
+    return overlay(image, to_range((maps * keep_mass(maps, mass)).mean(0)))
+
+
+def load_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A mask's foreground and what counts, bool [height, width] each.
+
+    In a picture with a palette, as of PASCAL VOC, 0 is background and 255 the border that does not count; in any
+    other all that is not 0 is foreground.
+
+    Args:
+        path: PNG. size: (width, height) of its image, in pixels.
+
+    Raises:
+        ValueError: it cannot be read, has another size or three channels.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except OSError as error:
+        raise ValueError(f"mask {path} cannot be read: {error}") from error
+    if picture.size != size:
+        raise ValueError(
+            f"mask {path} has {picture.width}x{picture.height} pixels, expected {size[0]}x{size[1]} as its image has"
+        )
+    levels = np.asarray(picture)
+    if levels.ndim != 2:
+        raise ValueError(f"mask {path} has mode {picture.mode}, expected one channel: a palette, gray or 1 bit")
+    return levels > 0, (levels != 255 if picture.mode == "P" else np.ones(levels.shape, bool))
+
+
+@dataclass(kw_only=True)
+class Attention(Protocol):
+    """Self-attention maps of the last block: PNGs, a video, or their overlap with masks."""
+
+    data: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--image"])] = ()
+    """Images, folders or .zip files of them, or videos. Default: 8 held-out images of the run's data."""
+    masks: Path | None = None
+    """Folder of PNG masks with the images' names: prints the Jaccard similarity (paper, figure 4) and draws nothing.
+    Images without a mask are left out."""
+    threshold: float = 0.6
+    """Part of a map's mass that is kept when it is made a mask."""
+    output_dir: Path | None = None
+    """Where the PNGs go. Default: attention/ beside the checkpoint."""
+    image_size: int | None = None
+    """Short side in pixels at which the network sees an image. Default: 2 x its training size (at most 480)."""
+    fps: float | None = None
+    """Takes the images as frames: one picture each in frames/, and an MP4 at this rate where ffmpeg is installed.
+    Videos always are, by default at 25."""
+
+    def check(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+        if self.fps is not None and self.fps <= 0:
+            raise ValueError(f"fps must be above 0, got {self.fps}")
+
+    def run(self) -> None:
+        self.check()
+        trained, backbone = self.load_vit()
+        size = self.image_size or max(trained.image_size, min(480, 2 * trained.image_size))
+        look = partial(attention_of, backbone, working_size=size)
+        videos = [path for path in self.data if ffmpeg.is_video(path)]
+        if self.masks:
+            self._compare(trained, look)
+        elif videos or self.fps:
+            self._film(trained, look, videos)
+        else:
+            self._draw(trained, look)
+
+    @property
+    def _output(self) -> Path:
+        return self.output_dir or self.folder / "attention"
+
+    def _images(self, trained: Trained) -> Iterator[tuple[str, Image.Image]]:
+        """(path, image) of each readable image asked for; the others are logged."""
+        from tqdm import tqdm
+
+        for name, load in tqdm(list(self._choose(trained)), "attention", disable=None, unit="image", leave=False):
+            try:
+                yield name, load()
+            except UnreadableImage as error:
+                logging.warning("skipped %s", error)
+
+    def _choose(self, trained: Trained) -> Iterator[tuple[str, Loader]]:
+        """(path, function that loads it) of each image asked for."""
+        for path in self.data:
+            if path.is_file() and path.suffix.lower() != ".zip":
+                yield path.name, partial(load_file, path)
+            else:
+                images = ImageFolder(path)
+                yield from ((name, partial(images.load, i)) for i, name in enumerate(images.names))
+        if not self.data:
+            images = split(trained.data or EMBEDDED_DATA)[1]
+            for i in range(0, len(images), max(1, len(images) // 8))[:8]:
+                yield images.names[i], partial(images.load, i)
+
+    def _draw(self, trained: Trained, look: Callable[[Image.Image], Tensor]) -> None:
+        stems: set[str] = set()
+        rows: list[np.ndarray] = []
+        written: list[Path] = []
+        for name, image in self._images(trained):
+            stem = str(Path(name).with_suffix("")).replace("/", "_")
+            stem = stem if stem not in stems else f"{stem}_{len(stems)}"
+            stems.add(stem)
+            maps = look(image)
+            written += write_maps(maps, image, self._output / stem, self.threshold)
+            if len(rows) < SHEET_ROWS:
+                rows.append(sheet_row(maps, image))
+        if not rows:
+            raise ValueError("none of the images could be read; name some with --data")
+        Image.fromarray(np.concatenate(rows)).save(self._output / "sheet.png")
+        self.report(
+            {"protocol": "attention", "output": str(self._output), "images": len(stems), "maps": len(written)},
+            f"{len(written)} maps and sheet.png in {self._output}",
+        )
+
+    def _film(self, trained: Trained, look: Callable[[Image.Image], Tensor], videos: list[Path]) -> None:
+        if videos and len(self.data) > 1:
+            raise ValueError(f"pass one video at a time, got {len(self.data)} paths")
+        fps = self.fps or 25.0
+        folder = self._output / "frames"
+        folder.mkdir(parents=True, exist_ok=True)
+        paths: list[Path] = []
+        images = ffmpeg.read(videos[0], fps) if videos else (image for _, image in self._images(trained))
+        with closing(images):
+            for image in images:
+                paths.append(folder / f"{len(paths):06d}.png")
+                frame(look(image), image, self.threshold).save(paths[-1])
+        if not paths:
+            raise ValueError("none of the frames could be read; name a folder or a video with --data")
+        video = ffmpeg.write(paths, self._output / "attention.mp4", fps)
+        self.report(
+            {"protocol": "attention", "frames": len(paths), "output": str(folder), "video": video and str(video)},
+            f"{len(paths)} frames in {folder}" + (f", video {video}" if video else "; no MP4: ffmpeg is not installed"),
+        )
+
+    def _compare(self, trained: Trained, look: Callable[[Image.Image], Tensor]) -> None:
+        assert self.masks is not None
+        if not self.masks.is_dir():
+            raise ValueError(f"no folder {self.masks}: expected PNG masks named as the images")
+        overlaps: list[list[float]] = []  # of each head, then of their mean
+        for name, image in self._images(trained):
+            path = self.masks / Path(name).with_suffix(".png")
+            path = path if path.exists() else self.masks / path.name
+            if not path.exists():
+                continue
+            foreground, counts = load_mask(path, image.size)
+            maps = look(image)
+            kept = keep_mass(torch.cat((maps, maps.mean(0, keepdim=True))), self.threshold)
+            overlaps.append([jaccard(enlarge(k, image.size)[counts], foreground[counts]) for k in kept])
+        if not overlaps:
+            raise ValueError(f"no image has a mask in {self.masks}: expected <name of the image>.png")
+        scores = 100 * np.array(overlaps)
+        values: dict[str, Any] = {
+            "protocol": "attention",
+            "images": len(scores),
+            "kept_mass": self.threshold,
+            "jaccard_best_head": scores[:, :-1].max(axis=1).mean(),
+            "jaccard_mean_map": scores[:, -1].mean(),
+            "jaccard_heads": scores[:, :-1].mean(axis=0).tolist(),
+        }
+        heads = "  ".join(f"{value:.1f}" for value in values["jaccard_heads"])
+        self.report(
+            values,
+            f"Jaccard similarity over {len(scores)} images, {self.threshold:.0%} of the mass kept: best head of each "
+            f"image {values['jaccard_best_head']:.1f} %  heads' mean {values['jaccard_mean_map']:.1f} %  heads {heads}",
+        )

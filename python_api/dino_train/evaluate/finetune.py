@@ -1,0 +1,243 @@
+"""Supervised fine-tuning of the whole backbone with a linear head.
+
+The recipe is that of BEiT and MAE without mixing of images: AdamW, a learning rate that falls by a factor from layer to
+layer towards the input, label smoothing, drop path, random crops and flips.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from dino_train import checkpoint
+from dino_train.data import ImageFolder, split
+from dino_train.evaluate.features import extract
+from dino_train.evaluate.images import training_loader
+from dino_train.evaluate.metrics import accuracy
+from dino_train.evaluate.protocol import Classification, labelled, log_skipped
+from dino_train.loader import BadImages, eval_loader
+from dino_train.model import VisionTransformer
+from dino_train.watch import Metrics
+from dino_train.weights import Trained
+
+WARMUP = 0.05  # part of the steps in which the learning rate rises
+MIN_FACTOR = 1e-3  # of the learning rate at the end
+
+
+class Classifier(nn.Module):
+    """A backbone and a linear layer on its features: images [B, 3, h, w] to scores [B, classes]."""
+
+    def __init__(self, backbone: nn.Module, dim: int, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(dim, classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+
+def depth_of(name: str, layers: int) -> int:
+    """Layer of a parameter: 0 for what is before the blocks (or a ResNet's stages), `layers` + 1 for what is after."""
+    parts = name.split(".")
+    if parts[:2] == ["backbone", "blocks"]:
+        return int(parts[2]) + 1
+    if parts[0] == "backbone" and parts[1].startswith("layer"):
+        return int(parts[1].removeprefix("layer"))
+    return layers + 1 if parts[0] == "head" or parts[1] == "norm" else 0
+
+
+def parameter_groups(model: Classifier, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: "scale" is layer_decay^(layers above); decayed are all matrices but class token and positions."""
+    backbone = model.backbone
+    layers = len(backbone.blocks) if isinstance(backbone, VisionTransformer) else 4
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        depth = depth_of(name, layers)
+        decayed = parameter.dim() > 1 and not name.endswith(("cls_token", "pos_embed"))
+        scale = layer_decay ** (layers + 1 - depth)
+        group = {"params": [], "scale": scale, "weight_decay": weight_decay if decayed else 0.0}
+        groups.setdefault((depth, decayed), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def rate_factor(step: int, total: int) -> float:
+    """Linear rise over the first 5 % of the steps, then a cosine to 0.001."""
+    warmup = max(1, round(WARMUP * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    fall = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return MIN_FACTOR + (1 - MIN_FACTOR) * fall
+
+
+@dataclass(kw_only=True)
+class Finetune(Classification):
+    """Supervised fine-tuning of the whole backbone; the result is a checkpoint like that of a run."""
+
+    output_dir: Path | None = None
+    """Folder for last.pt and metrics.jsonl. Default: finetune/ beside the checkpoint."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Continue from last.pt in output_dir, after its last whole epoch."""
+    epochs: int = 100
+    """Passes over the training images."""
+    lr: float = 5e-4
+    """Learning rate of the head for a batch of 256, scaled with the batch."""
+    layer_decay: float = 0.75
+    """Factor of the learning rate from a layer to the one before it."""
+    weight_decay: float = 0.05
+    """AdamW's; not on biases, norms, class token and positions."""
+    drop_path_rate: float = 0.1
+    """Probability that an image skips a branch of a ViT's last block; it rises linearly from 0 in the first."""
+    label_smoothing: float = 0.1
+    """Part of a label's weight that is spread over all classes."""
+    seed: int = 0
+    """Of the head, the order of the images, the random crops and drop path."""
+
+    def check(self) -> None:
+        super().check()
+        if self.epochs < 1 or self.lr <= 0 or not 0 < self.layer_decay <= 1 or not 0 <= self.drop_path_rate < 1:
+            raise ValueError(
+                "expected epochs of at least 1, lr above 0, layer_decay in (0, 1] and drop_path_rate in [0, 1), got "
+                f"{self.epochs}, {self.lr}, {self.layer_decay} and {self.drop_path_rate}"
+            )
+
+    def run(self) -> None:
+        self.check()
+        trained = self.load()
+        train, val = split(self.data)
+        bad, bad_held_out = labelled(train, "training"), labelled(val, "held-out")
+        tuning = _Tuning(self, trained, train, val)
+        values = tuning.train(bad, bad_held_out)
+        log_skipped(bad, "training")
+        log_skipped(bad_held_out, "held-out")
+        self.report(
+            {"protocol": "finetune", "train": len(train), "val": len(val), "checkpoint": str(tuning.path)} | values,
+            f"top-1 {values['top1']:.2f} %  top-5 {values['top5']:.2f} %  {tuning.path}",
+        )
+
+
+class _Tuning:
+    """One fine-tuning run: what it has, and its loop."""
+
+    def __init__(self, options: Finetune, trained: Trained, train: ImageFolder, val: ImageFolder) -> None:
+        self.options, self.trained, self.train_images, self.val = options, trained, train, val
+        self.size = options.image_size or trained.image_size
+        self.steps = len(train) // options.batch_size
+        self.folder = options.output_dir or options.folder / "finetune"
+        self.path = self.folder / checkpoint.LAST
+        backbone = trained.backbone
+        if isinstance(backbone, VisionTransformer):
+            backbone.drop_path_rate = options.drop_path_rate
+        self.device = next(backbone.parameters()).device
+        torch.manual_seed(options.seed)
+        dim: int = backbone.embed_dim  # type: ignore[assignment]
+        self.model = Classifier(backbone, dim, len(train.classes)).to(self.device)
+        groups = parameter_groups(self.model, options.layer_decay, options.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr)
+        self.epoch = self._resume() if options.resume else 0
+
+    def train(self, bad: BadImages, bad_held_out: BadImages) -> dict[str, float]:
+        """Train the epochs that are left; returns the last one's accuracy in percent."""
+        from tqdm import tqdm
+
+        options = self.options
+        first, total = self.epoch * self.steps, options.epochs * self.steps
+        loader = training_loader(
+            self.train_images,
+            self.size,
+            options.batch_size,
+            options.num_workers,
+            seed=options.seed,
+            start_step=first,
+            total_steps=total,
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        metrics = Metrics(self.folder, first)
+        values: dict[str, float] = {}
+        losses: list[Tensor] = []
+        try:
+            if first == total:
+                values = self._evaluate(bad_held_out)
+            with tqdm(loader, "finetune", disable=None, unit="batch", leave=False) as batches:
+                for step, (pixels, labels, _, unreadable) in enumerate(batches, first):
+                    bad.add(unreadable)
+                    if step % self.steps == 0:
+                        torch.manual_seed(options.seed + 1 + self.epoch)  # a resumed run drops the same paths
+                    if len(pixels):
+                        losses.append(self._step(pixels, labels, rate_factor(step, total)))
+                    if (step + 1) % self.steps == 0:
+                        loss = torch.stack(losses).mean().item() if losses else math.nan
+                        if not math.isfinite(loss):
+                            raise ValueError(f"the loss is {loss} in epoch {self.epoch + 1}; try a lower --lr")
+                        losses.clear()
+                        values = self._evaluate(bad_held_out)
+                        self.epoch += 1
+                        metrics.write(step + 1, epoch=self.epoch, loss=loss, **values)
+                        self._save()
+        finally:
+            metrics.close()
+        return values
+
+    def _step(self, pixels: Tensor, labels: Tensor, factor: float) -> Tensor:
+        options = self.options
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.lr * options.batch_size / 256 * factor * group["scale"]
+        scores = self.model(pixels.to(self.device, non_blocking=True))
+        loss = F.cross_entropy(scores, labels.to(self.device), label_smoothing=options.label_smoothing)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def _evaluate(self, bad: BadImages) -> dict[str, float]:
+        loader = eval_loader(self.val, self.size, self.options.batch_size, self.options.num_workers)
+        scores, labels, _ = extract(self.model, self.model, loader, bad)
+        if not len(scores):
+            raise ValueError(f"none of {len(self.val)} held-out images in {self.val.path} could be read")
+        return accuracy(scores, labels)
+
+    @property
+    def _fixed(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one before."""
+        options = self.options
+        names = ("epochs", "lr", "layer_decay", "weight_decay", "drop_path_rate", "label_smoothing", "seed")
+        own = {name: getattr(options, name) for name in (*names, "batch_size")}
+        return own | {"images": len(self.train_images), "classes": self.train_images.classes, "size": self.size}
+
+    def _save(self) -> None:
+        state = {
+            # As a run's checkpoint has it, so that every command takes it.
+            "teacher": self.model.state_dict(),
+            "args": {
+                "arch": self.trained.arch,
+                "patch_size": self.trained.patch_size,
+                "global_crops_size": self.trained.image_size,
+            },
+            "classes": self.train_images.classes,
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "finetune": self._fixed,
+        }
+        checkpoint.save(state, self.path, previous=self.folder / checkpoint.PREVIOUS)
+
+    def _resume(self) -> int:
+        state, path = checkpoint.load_newest(self.folder)
+        saved = state.get("finetune")
+        if saved is None:
+            raise ValueError(f"{path} is not from fine-tuning and cannot be resumed")
+        for name, value in self._fixed.items():
+            if saved[name] != value:
+                raise ValueError(
+                    f"the run in {self.folder} has {name} {saved[name]}, not {value}: "
+                    "pass the same settings to resume, or another --output-dir"
+                )
+        self.model.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return state["epoch"]

@@ -1,0 +1,194 @@
+"""Image retrieval on revisited Oxford and Paris (`eval_image_retrieval.py`; Radenovic et al. 2018)."""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+
+from dino_train.data import ImageFolder
+from dino_train.evaluate.features import Cache
+from dino_train.evaluate.metrics import mean_average_precision
+from dino_train.evaluate.protocol import Extraction
+from dino_train.loader import BadImages, image_loader, to_tensor
+from dino_train.options import pick_device
+
+KS = (1, 5, 10)
+SCALES = (1.0, 2**-0.5, 0.5)  # utils.py:806
+# Which annotations are positives and which are passed over; what is in neither is negative.
+LEVELS = {
+    "easy": (("easy",), ("junk", "hard")),
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("junk", "easy")),
+}
+
+_ALLOWED = {("builtins", name) for name in ("dict", "list", "tuple", "set", "int", "float", "str", "bytes", "complex")}
+_ALLOWED |= {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+_ALLOWED |= {
+    (f"numpy.{core}.{module}", name)
+    for core in ("core", "_core")
+    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds built-in containers and numpy arrays, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("__builtin__", "builtins")  # Python 2's name, and that of pickle's old protocols
+        if (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+@dataclass
+class GroundTruth:
+    """Names of the database images and queries, and of each query the database rows by annotation."""
+
+    images: list[str]
+    queries: list[str]
+    rows: list[dict[str, np.ndarray]]  # "easy", "hard", "junk"
+
+
+def load_ground_truth(path: Path) -> GroundTruth:
+    """Read gnd_roxford5k.pkl or gnd_rparis6k.pkl: {"imlist", "qimlist", "gnd": [{"easy", "hard", "junk"}, ...]}.
+
+    Raises:
+        ValueError: no such file, it holds more than plain values and numpy arrays (it is not run), or other values.
+    """
+    if not path.is_file():
+        raise ValueError(f"no ground truth at {path}: expected the revisited data's <dataset>/{path.name}")
+    try:
+        with open(path, "rb") as file:
+            # Old files are Python 2's; latin1 reads their byte strings as text.
+            found = _PlainUnpickler(file, encoding="latin1").load()
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged, or holds more than lists and numpy arrays and is not loaded for safety ({error})"
+        ) from error
+    except Exception as error:  # damaged pickles raise nearly anything
+        raise ValueError(f"{path} is damaged or not a pickle ({error})") from error
+    expected = 'a dict with "imlist", "qimlist" and "gnd", the last with "easy", "hard" and "junk" of each query'
+    try:
+        images, queries = [str(name) for name in found["imlist"]], [str(name) for name in found["qimlist"]]
+        rows = [
+            {name: np.asarray(entry[name], dtype=np.int64).reshape(-1) for name in ("easy", "hard", "junk")}
+            for entry in found["gnd"]
+        ]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{path} holds no revisited ground truth ({error!r}): expected {expected}") from error
+    if len(rows) != len(queries) or not rows:
+        raise ValueError(f"{path} has {len(queries)} queries and {len(rows)} annotations, expected as many of each")
+    for query, annotation in zip(queries, rows, strict=True):
+        numbers = np.concatenate(list(annotation.values()))
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(images):
+            raise ValueError(f"{path} annotates query {query} with rows beyond its {len(images)} images")
+    return GroundTruth(images, queries, rows)
+
+
+def shrink(limit: int, image: Image.Image, key: object = None) -> Tensor:
+    """The image, made smaller to `limit` pixels on its long side if it is longer, normalized: [3, h, w]."""
+    scale = min(1.0, limit / max(image.size))
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return to_tensor(image.resize((width, height), Image.Resampling.LANCZOS) if scale < 1 else image)
+
+
+def multi_scale(backbone: nn.Module, pixels: Tensor) -> Tensor:
+    """Features of an image at 1, 0.71 and 0.5 of its size, averaged (utils.py:803)."""
+    smallest = getattr(backbone, "patch_size", 1)
+    features = []
+    for scale in SCALES:
+        scaled = pixels if scale == 1 else F.interpolate(pixels, scale_factor=scale, mode="bilinear")
+        if min(scaled.shape[2:]) >= smallest:  # of a very small image only the larger scales count
+            features.append(backbone(scaled))
+    return torch.stack(features).mean(dim=0)
+
+
+def rank(database: Tensor, queries: Tensor, device: torch.device) -> np.ndarray:
+    """Rows of the database by falling cosine similarity to each query: [queries, database]."""
+    database = F.normalize(database, dim=1).to(device)
+    return np.stack(
+        [
+            (row @ database.T).argsort(dim=1, descending=True, stable=True).cpu().numpy()
+            for row in F.normalize(queries, dim=1).to(device).split(1)
+        ]
+    )[:, 0]
+
+
+@dataclass(kw_only=True)
+class Retrieval(Extraction):
+    """Mean average precision of image retrieval on revisited Oxford or Paris (eval_image_retrieval.py).
+
+    Whole query images are used, as the reference does, not the boxes in them.
+    """
+
+    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])]
+    """Folder with roxford5k/ or rparis6k/, each with gnd_<dataset>.pkl and jpg/; or one of these two itself."""
+    dataset: Literal["roxford5k", "rparis6k"] = "roxford5k"
+    """Which of the two."""
+    image_size: int = 224
+    """Longest side in pixels; larger images are made smaller."""
+    multiscale: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Averages the features of three scales of an image."""
+
+    def run(self) -> None:
+        self.check()
+        root = self.data / self.dataset if (self.data / self.dataset).is_dir() else self.data
+        truth = load_ground_truth(root / f"gnd_{self.dataset}.pkl")
+        images = ImageFolder(root / "jpg")
+        trained = self.load()
+        cache = Cache(trained.backbone, self.folder / "features")
+        forward: Callable[[Tensor], Tensor] = trained.backbone
+        if self.multiscale:
+            forward = partial(multi_scale, trained.backbone)
+        database = self._extract(cache, images, truth.images, forward, "database")
+        queries = self._extract(cache, images, truth.queries, forward, "queries")
+        ranks = rank(database, queries, pick_device(self.device))
+        levels = {
+            level: mean_average_precision(
+                ranks,
+                [np.concatenate([rows[name] for name in positives]) for rows in truth.rows],
+                [np.concatenate([rows[name] for name in passed]) for rows in truth.rows],
+                KS,
+            )
+            for level, (positives, passed) in LEVELS.items()
+        }
+        self.report(
+            {"protocol": "retrieval", "dataset": self.dataset, "images": len(database), "queries": len(queries)}
+            | levels,
+            "\n".join(
+                f"{level}: " + "  ".join(f"{name} {value:.2f} %" for name, value in values.items())
+                for level, values in levels.items()
+                if values
+            ),
+        )
+
+    def _extract(
+        self, cache: Cache, images: ImageFolder, names: list[str], forward: Callable[[Tensor], Tensor], title: str
+    ) -> Tensor:
+        """Features of the images of these names (without suffix), in their order."""
+        number = {Path(name).stem: i for i, name in enumerate(images.names)}
+        missing = [name for name in names if name not in number]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(names)} images of the {title} are not in {images.path}, the first: "
+                f"{missing[0]}.jpg"
+            )
+        chosen = images.subset([number[name] for name in names])
+        bad = BadImages(len(chosen), 0)
+        # One image at a time: they differ in shape.
+        loader = image_loader(chosen, partial(shrink, self.image_size), 1, self.num_workers)
+        kind = f"retrieval, longest side {self.image_size}, multi-scale {self.multiscale}"
+        features = cache.features(chosen, loader, forward, bad, kind=kind, title=title)
+        if len(features.paths) != len(names):
+            lost = sorted(set(chosen.names) - set(features.paths))
+            raise ValueError(f"{lost[0]} in {images.path} cannot be read, and the ranks need every image")
+        return features.values

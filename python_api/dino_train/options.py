@@ -1,0 +1,45 @@
+"""Options that several commands share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dino_train.model import ARCHS
+from dino_train.weights import Trained, load_trained
+
+
+@dataclass(kw_only=True)
+class WeightsOptions:
+    """Where a trained backbone comes from."""
+
+    checkpoint: Path
+    """A run's folder, a checkpoint, or a file of published weights."""
+    arch: Literal[ARCHS] | None = None  # type: ignore[valid-type]
+    """Backbone that the weights must be of. Default: what they are of."""
+    patch_size: int | None = None
+    """Side of a ViT's patch, in pixels, that the weights must be of. Default: what they are of."""
+    net: Literal["teacher", "student"] = "teacher"
+    """Which of the two networks."""
+    allow_partial: bool = False
+    """Load the weights that match and warn of the others, in place of an error."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+
+    def load(self) -> Trained:
+        return load_trained(
+            self.checkpoint,
+            arch=self.arch,
+            patch_size=self.patch_size,
+            net=self.net,
+            allow_partial=self.allow_partial,
+            device=pick_device(self.device),
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of --device; ValueError where cuda is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

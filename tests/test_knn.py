@@ -1,0 +1,216 @@
+import numpy as np
+import pytest
+import torch
+from dino_train.cli import main
+from dino_train.config import PretrainConfig
+from dino_train.data import ImageFolder
+from dino_train.evaluate import features, knn
+from dino_train.evaluate.features import Features, extract
+from dino_train.evaluate.knn import extract_features, knn_accuracy, knn_top, nearest, recall_at_1, view_retrieval, vote
+from dino_train.evaluate.metrics import accuracy
+from dino_train.loader import BadImages, eval_transform
+from dino_train.weights import load_trained
+from PIL import Image
+from tiny_run import colored_classes, error_of, evaluate, tiny_checkpoint
+from torch import nn
+
+
+def unit(*rows):
+    return nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)
+
+
+def test_votes_by_hand():
+    train = unit([1, 0], [0.8, 0.6], [0, 1])
+    labels = torch.tensor([0, 1, 1])
+    similarity, rows = nearest(train, unit([1, 0]), 2)
+    torch.testing.assert_close(similarity, torch.tensor([[1.0, 0.8]]))
+    assert rows.tolist() == [[0, 1]]
+    expected = torch.tensor([[np.exp(1 / 0.07), np.exp(0.8 / 0.07), 0.0]], dtype=torch.float32)
+    torch.testing.assert_close(vote(similarity, labels[rows], classes=3), expected)
+    similarity, rows = nearest(train, unit([0, 1]), 3)
+    expected = torch.tensor([[1.0, np.exp(0.6 / 0.07) + np.exp(1 / 0.07)]], dtype=torch.float32)
+    torch.testing.assert_close(vote(similarity, labels[rows], classes=2), expected)
+
+
+def test_knn_by_blocks_against_a_loop(monkeypatch):
+    monkeypatch.setattr(knn, "TRAIN_BLOCK", 23)  # the last block is smaller than k
+    monkeypatch.setattr(knn, "QUERY_BLOCK", 17)
+    g = torch.Generator().manual_seed(0)
+    train = nn.functional.normalize(torch.randn(95, 5, generator=g), dim=1)
+    test = nn.functional.normalize(torch.randn(70, 5, generator=g), dim=1)
+    labels, test_labels = torch.randint(0, 9, (95,), generator=g), torch.randint(0, 9, (70,), generator=g)
+    found = knn_top(train, labels, test, test_labels, ks=(7, 30, 1000), classes=9)
+    for k in (7, 30, 1000):
+        ranked = []
+        for row, label in zip(test.double(), test_labels, strict=True):
+            similarity = (train.double() @ row).numpy()
+            votes = np.zeros(9)
+            for i in np.argsort(-similarity)[:k]:
+                votes[labels[i]] += np.exp(similarity[i] / 0.07)
+            ranked.append(np.sum(votes >= votes[label]) - 1)  # classes without a vote are never right
+        assert found[k]["top1"] == pytest.approx(100 * np.mean(np.array(ranked) < 1))
+        assert found[k]["top5"] == pytest.approx(100 * np.mean(np.array(ranked) < 5))
+
+
+def test_recall_by_hand():
+    a = unit([1, 0], [0, 1], [-1, 0], [1, 1])
+    assert recall_at_1(a, a) == 100
+    assert recall_at_1(a, a[[1, 0, 2, 3]]) == 50
+
+
+class MeanColor(nn.Module):
+    """A backbone whose features are known: the mean color of the image, undone normalization."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.229, 0.224, 0.225]).view(1, 3))
+        self.shift = nn.Parameter(torch.tensor([0.485, 0.456, 0.406]).view(1, 3))
+
+    def forward(self, images):
+        assert not self.training
+        return images.mean(dim=(2, 3)) * self.scale + self.shift
+
+
+@pytest.fixture
+def folders(tmp_path):
+    colored_classes(tmp_path)
+    return ImageFolder(tmp_path / "train"), ImageFolder(tmp_path / "val")
+
+
+def test_features_and_knn_of_a_known_backbone(folders, tmp_path):
+    train, val = folders
+    (tmp_path / "val/red/0.png").write_bytes(b"")
+    backbone = MeanColor().train()
+    bad = BadImages(15, 0)
+    features, labels = extract_features(backbone, val, bad, 16, batch_size=4)
+    assert backbone.training and bad.count == 1
+    assert features.shape == (14, 3) and labels.tolist() == [0] * 5 + [1] * 5 + [2] * 4
+    red = nn.functional.normalize(torch.tensor([[200.0, 30, 30]]), dim=1)
+    torch.testing.assert_close(features[10:], red.expand(4, 3), rtol=0, atol=0.02)
+    assert knn_accuracy(backbone, train, val, 16, ks=(5,)) == {"knn5": 100.0}
+
+
+def test_knn_without_labels_says_what_it_needs(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    images = ImageFolder(tmp_path)
+    with pytest.raises(ValueError, match="put each class's images in a folder of its own"):
+        knn_accuracy(MeanColor(), images, images, 8)
+
+
+def test_view_retrieval_is_perfect_for_constant_colors_and_chance_for_one_color(tmp_path):
+    crops = PretrainConfig(global_crops_size=16).crop_kinds[:2]
+    colors = np.random.default_rng(1).integers(0, 256, (40, 3))
+    for folder, pick in (("many", lambda i: colors[i]), ("one", lambda i: colors[0])):
+        (tmp_path / folder).mkdir()
+        for i in range(40):
+            Image.new("RGB", (20, 20), tuple(int(c) for c in pick(i))).save(tmp_path / folder / f"{i:02d}.png")
+
+    many, one = (ImageFolder(tmp_path / name) for name in ("many", "one"))
+    recalls = [view_retrieval(MeanColor(), many, BadImages(40, 0), crops, seed=seed) for seed in (0, 0)]
+    assert recalls[0] == recalls[1] >= 20  # color jitter moves colors, chance is 2.5
+    assert view_retrieval(MeanColor(), one, BadImages(40, 0), crops, seed=0) <= 15
+
+
+def test_accuracy_by_hand():
+    scores = torch.tensor([[9.0, 8, 7, 6, 5, 4], [1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 1]])
+    assert accuracy(scores, torch.tensor([0, 0, 5])) == {"top1": pytest.approx(200 / 3), "top5": pytest.approx(200 / 3)}
+    assert accuracy(scores, torch.tensor([4, 5, 0])) == {"top1": pytest.approx(100 / 3), "top5": pytest.approx(200 / 3)}
+    assert accuracy(scores * torch.nan, torch.tensor([0, 0, 0])) == {"top1": 0, "top5": 0}
+
+
+def test_accuracy_is_that_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    g = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(500, 40, generator=g), torch.randint(0, 40, (500,), generator=g)
+    for k in (1, 5):
+        expected = metrics.top_k_accuracy_score(labels.numpy(), scores.numpy(), k=k, labels=range(40))
+        assert accuracy(scores, labels)[f"top{k}"] == pytest.approx(100 * expected)
+
+
+@pytest.fixture
+def setting(tmp_path):
+    return tiny_checkpoint(tmp_path / "run"), colored_classes(tmp_path / "data")
+
+
+def test_command_agrees_with_pretraining_s_number(setting, capsys):
+    run, data = setting
+    found = evaluate(capsys, "knn", "--checkpoint", run, "--data", data, "--nb-knn", 3, 20, 500)
+    train, val = ImageFolder(data / "train"), ImageFolder(data / "val")
+    assert found["train"] == 36 and found["val"] == 15
+    expected = knn_accuracy(load_trained(run).backbone, train, val, 16, ks=(3, 20, 500))
+    assert {k: found[k]["top1"] for k in expected} == pytest.approx(expected)
+    assert found["knn3"]["top1"] > 60 and found["knn500"]["top5"] == 100
+
+
+def test_a_second_call_reuses_the_features_and_a_change_does_not(setting, capsys, monkeypatch):
+    run, data = setting
+    words = ["knn", "--checkpoint", run, "--data", data]
+    extracted = []
+
+    def counting(backbone, forward, loader, bad, title=""):
+        extracted.append(title)
+        return extract(backbone, forward, loader, bad, title)
+
+    monkeypatch.setattr(features, "extract", counting)
+    first = evaluate(capsys, *words)
+    assert extracted == ["training", "held-out"] and len(list((run / "features").iterdir())) == 2
+    assert evaluate(capsys, *words) == first and len(extracted) == 2
+    evaluate(capsys, *words, "--image-size", 24)
+    assert len(extracted) == 4
+    Image.new("RGB", (9, 9)).save(data / "val/red/0.png")
+    evaluate(capsys, *words)
+    assert extracted[4:] == ["held-out"]
+    tiny_checkpoint(run, seed=1)
+    evaluate(capsys, *words)
+    assert len(extracted) == 7
+    for path in (run / "features").iterdir():  # a file cut short is made again
+        path.write_bytes(path.read_bytes()[:100])
+    evaluate(capsys, *words)
+    assert len(extracted) == 9 and not list((run / "features").glob("*.tmp"))
+
+
+def test_features_that_cannot_be_kept_cost_only_a_warning(setting, capsys):
+    run, data = setting
+    (run / "features").write_text("a file in the way")
+    assert evaluate(capsys, "knn", "--checkpoint", run, "--data", data)["val"] == 15
+
+
+def test_dumped_features_are_those_of_the_images_and_load(setting, capsys, tmp_path):
+    run, data = setting
+    (data / "val/red/3.png").write_bytes(b"")
+    dump = tmp_path / "dump"
+    first = evaluate(capsys, "knn", "--checkpoint", run, "--data", data, "--dump-features", dump)
+    val = Features.load(dump / "val.safetensors")
+    assert val.classes == ["blue", "green", "red"] and len(val.paths) == 14 and "red/3.png" not in val.paths
+    backbone = load_trained(run).backbone
+    for path, value, label in zip(val.paths, val.values, val.labels, strict=True):
+        image = eval_transform(Image.open(data / "val" / path), 16)
+        torch.testing.assert_close(value, backbone(image[None])[0].detach(), rtol=1e-3, atol=1e-4)
+        assert val.classes[label] == path.partition("/")[0]
+    assert evaluate(capsys, "knn", "--load-features", dump) == first
+    assert "no features at" in error_of(capsys, "knn", "--load-features", tmp_path)
+    (dump / "val.safetensors").write_bytes(b"junk")
+    assert "damaged or not a safetensors file" in error_of(capsys, "knn", "--load-features", dump)
+
+
+def test_what_is_wrong_with_the_data_is_said(setting, capsys, tmp_path):
+    run, data = setting
+    words = ["knn", "--checkpoint", run, "--data"]
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(30):
+        Image.new("RGB", (9, 9)).save(flat / f"{i}.png")
+    assert "has no class folders" in error_of(capsys, *words, flat)
+    assert "no such folder" in error_of(capsys, *words, tmp_path / "nowhere")
+    few = colored_classes(tmp_path / "few", train=4, val=0) / "train"
+    assert "no held-out image" in error_of(capsys, *words, few)
+    assert "pass either --checkpoint" in error_of(capsys, "knn")
+    assert "nb_knn must be" in error_of(capsys, *words, data, "--nb-knn", 0)
+    for path in (data / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    assert "none of 15 images" in " ".join(run_lines(capsys, *words, data))
+
+
+def run_lines(capsys, *words):
+    assert main(["evaluate", *map(str, words), "--num-workers", "1"]) == 1
+    return capsys.readouterr().err.splitlines()
