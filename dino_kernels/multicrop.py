@@ -169,8 +169,9 @@ def multicrop(
 def multicrop_packed(pixels: Tensor, places: np.ndarray, crops: np.ndarray, out: Sequence[Tensor]) -> None:
     """`multicrop` of images that lie in one buffer, on its device: with Triton on a GPU, else in C++.
 
-    On a GPU the levels are those of the CPU, bit for bit. A loader decodes a batch into one pinned buffer, uploads that
-    in one copy and crops there, in a launch for each size of crop:
+    Both have the same arithmetic; in Triton's interpreter the levels are the same bit for bit, no GPU has run it yet.
+    A loader decodes a batch into one pinned buffer, uploads that in one copy and crops there, in a launch for each size
+    of crop:
 
         pixels = pinned.to("cuda", non_blocking=True)  # pinned may be written again once the stream is past this
         multicrop_packed(pixels, places, crops, out)

@@ -6,7 +6,7 @@ the pass along them and later every other result of the blur. It is a few hundre
 loops end where the crop's own numbers say.
 
 Floats are rounded as on the CPU, product and sum each (enable_fp_fusion=False), and divided exactly: the last bit
-counts where a level is cut off. The levels are the same bit for bit.
+counts where a level is cut off.
 """
 
 from collections.abc import Sequence
