@@ -239,16 +239,16 @@ def test_threads_end_with_the_loader(root):
 
 def test_a_loader_that_is_still_in_use_does_not_keep_the_process_from_ending(root):
     code = (
-        "import sys; from dino_train.config import PretrainConfig; from dino_train.data import ImageFolder\n"
+        "import sys, time; from dino_train.config import PretrainConfig; from dino_train.data import ImageFolder\n"
         "from dino_train.loader import CropLoader\n"
-        "images = ImageFolder(sys.argv[1]); read = images._read\n"
-        "images._read = lambda name: read(name) if name[0] == 'b' else __import__('time').sleep(99)\n"
+        "images, seen = ImageFolder(sys.argv[1]), []; read = images._read\n"
+        "images._read = lambda name: read(name) if len(seen) < 9 and not seen.append(name) else time.sleep(99)\n"
         "loader = CropLoader(images, PretrainConfig().crop_kinds, batch_size=4, seed=0,\n"
-        "    start_step=0, total_steps=99, num_workers=2)\n"
-        "steps = iter(loader); loader.itself = steps; import threading\n"
-        "threading.Thread(target=next, args=(steps,), daemon=True).start()"
+        "    start_step=0, total_steps=99, num_workers=int(sys.argv[2]))\n"
+        "loader.steps = iter(loader); next(loader.steps)"
     )
-    subprocess.run([sys.executable, "-c", code, str(root)], check=True, timeout=60)
+    for workers in (1, 4):  # which are in a read that hangs, or cropping, when the process ends
+        subprocess.run([sys.executable, "-c", code, str(root), str(workers)], check=True, timeout=60)
 
 
 def resident():

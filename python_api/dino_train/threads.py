@@ -1,11 +1,14 @@
 """Threads for work that leaves the GIL: reading, decoding, cropping, encoding."""
 
+import atexit
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -13,9 +16,12 @@ Result = TypeVar("Result")
 
 class Threads:
     """As concurrent.futures.ThreadPoolExecutor, but a thread that hangs in a read can be given a substitute, and keeps
-    no process from ending."""
+    no process from ending for long."""
+
+    _all: "WeakSet[Threads]" = WeakSet()
 
     def __init__(self, number: int) -> None:
+        Threads._all.add(self)
         self._work: SimpleQueue[tuple[Future, Callable[..., Any], tuple] | None] = SimpleQueue()
         self._threads: list[Thread] = []
         assert number >= 1
@@ -39,8 +45,9 @@ class Threads:
                 entry[0].cancel()
         for _ in self._threads:
             self._work.put(None)
+        deadline = time.monotonic() + 2
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         while entry := self._work.get():
@@ -50,6 +57,13 @@ class Threads:
             except BaseException as error:
                 future.set_exception(error)
             del entry, future, arguments  # or they would live until the next task comes
+
+
+@atexit.register
+def _close_all() -> None:
+    """Python ends daemon threads that ask for its lock while it exits, which aborts the process in the midst of C++."""
+    for threads in list(Threads._all):
+        threads.close()
 
 
 def in_order(
