@@ -75,7 +75,7 @@ class Progress:
         self.quiet = quiet
         self.first, self.total, self.epochs, self.batch, self.interval = first, total, epochs, batch, interval
         self.start, self.bar = time.monotonic(), None
-        self.rate = 0.0
+        self.rate, self.seconds = 0.0, 0.0
         self._last = (first, self.start)
         if sys.stderr.isatty() and not quiet:
             from tqdm import tqdm
@@ -89,10 +89,11 @@ class Progress:
         return done % self.interval == 0 or done == self.total
 
     def update(self, done: int, epoch: int, loss: float, lr: float) -> None:
-        """A line; `rate` is then the images a second since the last one."""
+        """A line; `rate` is then the images a second since the last one, and `seconds` how long that is ago."""
         now = time.monotonic()
         step, then = self._last
-        self.rate = (done - step) * self.batch / max(now - then, 1e-9)
+        self.seconds = max(now - then, 1e-9)
+        self.rate = (done - step) * self.batch / self.seconds
         self._last = (done, now)
         text = f"epoch {epoch + 1}/{self.epochs}  loss {loss:.4f}  lr {lr:.2e}  {self.rate:.1f} images/s"
         if self.bar:
@@ -123,6 +124,14 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes % 60:02d}:{int(seconds) % 60:02d}"
 
 
+def collapse_signs(loss: float, entropy: float, single_entropy: float, log_k: float) -> dict[str, bool]:
+    """The two ways in which a teacher's output says nothing about the image, see `CollapseWatch`; all in nats."""
+    return {
+        "uniform": abs(loss - log_k) < 1e-3 * log_k,
+        "constant": entropy - single_entropy < 1e-3 * log_k and entropy < 0.9 * log_k,
+    }
+
+
 class CollapseWatch:
     """Warns once when the teacher's output says nothing about the image, over `patience` log lines in a row.
 
@@ -137,11 +146,7 @@ class CollapseWatch:
     def update(self, step: int, loss: float, entropy: float, single_entropy: float) -> None:
         if step < self.quiet_steps:
             return
-        signs = {
-            "uniform": abs(loss - self.log_k) < 1e-3 * self.log_k,
-            "constant": entropy - single_entropy < 1e-3 * self.log_k and entropy < 0.9 * self.log_k,
-        }
-        for kind, seen in signs.items():
+        for kind, seen in collapse_signs(loss, entropy, single_entropy, self.log_k).items():
             self.counts[kind] = self.counts[kind] + 1 if seen else 0
             if self.counts[kind] == self.patience:
                 logger.warning("%s", self._text(kind, step, loss, entropy))

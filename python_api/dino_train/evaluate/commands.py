@@ -9,7 +9,9 @@ from dino_train.evaluate.copy_detection import CopyDetection
 from dino_train.evaluate.finetune import Finetune
 from dino_train.evaluate.knn import Knn
 from dino_train.evaluate.linear import Linear
+from dino_train.evaluate.report import Report
 from dino_train.evaluate.retrieval import Retrieval
+from dino_train.evaluate.video_segmentation import VideoSegmentation
 
 Evaluate = Annotated[
     Annotated[Knn, tyro.conf.subcommand("knn")]
@@ -17,6 +19,8 @@ Evaluate = Annotated[
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Retrieval, tyro.conf.subcommand("retrieval")]
     | Annotated[CopyDetection, tyro.conf.subcommand("copy-detection")]
-    | Annotated[Attention, tyro.conf.subcommand("attention")],
+    | Annotated[VideoSegmentation, tyro.conf.subcommand("video-segmentation")]
+    | Annotated[Attention, tyro.conf.subcommand("attention")]
+    | Annotated[Report, tyro.conf.subcommand("report")],
     tyro.conf.subcommand("evaluate", description="How good a trained backbone is, by one of several protocols."),
 ]

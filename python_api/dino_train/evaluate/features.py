@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_train.data import BadImages, ImageFolder
+from dino_train.data import ImageFolder
+from dino_train.loader import BadImages, Batch
 
 logger = logging.getLogger(__name__)
-
-Batch = tuple[Tensor, Tensor, Tensor, list[tuple[str, str]]]  # as `data.eval_loader` yields them
 
 
 @dataclass
@@ -104,7 +103,7 @@ def extract(
     Args:
         backbone: put into eval mode meanwhile; its device is where the pixels go.
         forward: pixels [B, 3, h, w] to features [B, C].
-        loader: as `data.eval_loader`.
+        loader: as `eval_loader`.
         bad: what cannot be read is added.
         title: names a progress bar, shown where errors go to a terminal; none where empty.
     """
@@ -136,6 +135,15 @@ def extract(
 FORMAT = 1  # of what is kept: raise it with a change of decoding, transforms or features
 
 
+def weights_digest(backbone: nn.Module) -> str:
+    """Tells weights apart: SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in backbone.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class Cache:
     """Features of one backbone, kept in a folder under a name that follows from all they depend on.
 
@@ -145,11 +153,7 @@ class Cache:
 
     def __init__(self, backbone: nn.Module, folder: Path) -> None:
         self.backbone, self.folder = backbone, folder
-        digest = hashlib.sha256()
-        for name, tensor in backbone.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        self._weights = digest.hexdigest()
+        self._weights = weights_digest(backbone)
 
     def features(
         self,

@@ -1,0 +1,343 @@
+"""One page about a run: curves, signs of a collapse, pictures, settings. It needs no network and no other file."""
+
+import base64
+import io
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Annotated, Any, NamedTuple
+
+import torch.nn.functional as F
+import tyro
+from PIL import Image, ImageOps
+
+from dino_train.config import PretrainConfig, default_workers
+from dino_train.data import ImageFolder, split
+from dino_train.decode import UnreadableImage
+from dino_train.evaluate.attention import attention_of, heat, overlay, to_range
+from dino_train.evaluate.features import extract
+from dino_train.evaluate.knn import nearest
+from dino_train.evaluate.protocol import Protocol
+from dino_train.loader import BadImages, eval_loader
+from dino_train.model import VisionTransformer
+from dino_train.watch import METRICS, collapse_signs, read_metrics
+from dino_train.weights import Trained
+
+CELL = 120  # side of a picture, in pixels
+PICTURES = 8  # held-out images that are shown
+NEIGHBORS = 5
+GALLERY = 2048  # training images among which neighbors are looked for
+POINTS = 300  # of a curve; more are averaged
+LAST_LINES = 10  # of the log, that tell whether a run is collapsing: as many as `CollapseWatch` waits for
+ENTROPIES = ("teacher_entropy", "teacher_single_entropy")
+COLORS = ("#2563eb", "#d97706", "#059669")
+
+Row = dict[str, Any]
+
+
+class Panel(NamedTuple):
+    """A figure: what it shows, in what unit, of which metrics (name in metrics.jsonl, label)."""
+
+    title: str
+    unit: str
+    series: Sequence[tuple[str, str]]
+    level: str = ""  # label of a dashed line at ln K
+
+
+PANELS = (
+    Panel("Loss", "nats", [("loss", "loss")], "ln K, uniform outputs"),
+    Panel("k-NN accuracy", "%", [("knn10", "k = 10"), ("knn20", "k = 20")]),
+    Panel("View retrieval", "%, recall at 1", [("retrieval", "retrieval")]),
+    Panel(
+        "Teacher entropy",
+        "nats",
+        [("teacher_entropy", "of the mean output"), ("teacher_single_entropy", "of one image's output")],
+        "ln K",
+    ),
+    Panel("Throughput", "images/s", [("images_per_second", "images/s")]),
+    Panel("Learning rate", "", [("lr", "lr")]),
+    Panel("Weight decay", "", [("weight_decay", "weight decay")]),
+    Panel("Teacher momentum", "", [("momentum", "momentum")]),
+    Panel("Teacher temperature", "", [("teacher_temp", "temperature")]),
+)
+
+
+def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most POINTS points: where there are more, means of neighboring ones."""
+    n = math.ceil(len(points) / POINTS)
+    if n <= 1:
+        return points
+    groups = [points[i : i + n] for i in range(0, len(points), n)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def draw(panel: Panel, rows: list[Row], log_k: float) -> str:
+    """The panel as an SVG element; empty where no row has its metrics."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    curves = [(label, [(r["step"], r[name]) for r in rows if name in r]) for name, label in panel.series]
+    if not any(points for _, points in curves):
+        return ""
+    # Text as text, in the page's font; names of clip paths that differ between the figures of one page.
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": panel.title,
+        "font.family": "sans-serif",
+        "font.size": 9,
+    }
+    with rc_context(style), io.StringIO() as file:
+        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+        axis = figure.subplots()
+        for (label, points), color in zip(curves, COLORS, strict=False):
+            if points:
+                axis.plot(*zip(*thin(points), strict=True), label=label, color=color, lw=1.6)
+                if len(points) < 40:
+                    axis.lines[-1].set_marker(".")
+        if panel.level:
+            axis.axhline(log_k, color="#6b7280", lw=1, ls="--", label=panel.level)
+        if len(axis.lines) > 1:
+            axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.set_xlabel("step")
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        svg = file.getvalue()
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(panel.title)} over steps" ', 1)
+
+
+def checks(rows: list[Row], log_k: float) -> list[tuple[bool, str]]:
+    """(is it well, what was looked at) of the last lines of the log."""
+    last, newest = rows[-LAST_LINES:], rows[-1]
+    signs = [collapse_signs(row["loss"], row[ENTROPIES[0]], row[ENTROPIES[1]], log_k) for row in last]
+    uniform, constant = (sum(sign[kind] for sign in signs) for kind in ("uniform", "constant"))
+    mean, single = (newest[name] for name in ENTROPIES)
+    finite = sum(math.isfinite(row["loss"]) for row in rows)
+    return [
+        (finite == len(rows), f"The loss is finite in {finite} of {len(rows)} lines of the log."),
+        (
+            uniform < len(last),
+            f"The loss stays at ln K = {log_k:.2f}, as of uniform outputs, in {uniform} of the last {len(last)} lines; "
+            f"it is {newest['loss']:.2f} now, {rows[0]['loss']:.2f} in the first.",
+        ),
+        (
+            constant < len(last),
+            f"All images get one output in {constant} of the last {len(last)} lines; the mean output's entropy is "
+            f"{mean:.2f}, that of one image's {single:.2f} on average: the outputs tell {mean - single:.2f} nats about "
+            "the image.",
+        ),
+    ]
+
+
+def data_uri(image: Image.Image) -> str:
+    with io.BytesIO() as file:
+        image.save(file, format="JPEG", quality=85)
+        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def cell(image: Image.Image, *lines: str, kind: str = "") -> str:
+    """A picture and lines below it, cut off where they are too long."""
+    text = "".join(f'<div class="{kind}" title="{escape(line)}">{escape(line)}</div>' for line in lines)
+    return f'<div class="cell"><img src="{data_uri(image)}" alt="{escape(" ".join(lines))}">{text}</div>'
+
+
+def squared(image: Image.Image) -> Image.Image:
+    return ImageOps.fit(image, (CELL, CELL), Image.Resampling.BICUBIC)
+
+
+def grid(rows: Iterator[list[str]]) -> str:
+    return "".join(f'<div class="row">{"".join(cells)}</div>' for cells in rows)
+
+
+def spread(images: ImageFolder, count: int) -> ImageFolder:
+    """At most `count` of the images, evenly spread."""
+    count = min(count, len(images))
+    return images.subset([i * len(images) // count for i in range(count)])
+
+
+def class_of(images: ImageFolder, i: int) -> str:
+    return images.classes[images.labels[i]] if images.labels else ""
+
+
+def attention_rows(trained: Trained, images: ImageFolder) -> Iterator[list[str]]:
+    """A row for each readable image: it, the mean of its attention maps over it, each map."""
+    assert isinstance(trained.backbone, VisionTransformer)
+    size = max(trained.image_size, min(480, 2 * trained.image_size))
+    for i in range(len(images)):
+        try:
+            image = squared(images.load(i))
+        except UnreadableImage as error:
+            logging.warning("skipped %s", error)
+            continue
+        maps = attention_of(trained.backbone, image, size)
+        mean = cell(overlay(image, to_range(maps.mean(0))), "mean")
+        heads = [cell(heat(m, image.size), f"head {h + 1}") for h, m in enumerate(to_range(maps))]
+        yield [cell(image, class_of(images, i) or "image"), mean, *heads]
+
+
+def neighbor_rows(trained: Trained, queries: ImageFolder, gallery: ImageFolder) -> Iterator[list[str]]:
+    """A row for each readable query: it and the training images of the most similar features (cosine)."""
+    found = []
+    for images, title in ((queries, ""), (gallery, "neighbors")):
+        loader = eval_loader(images, trained.image_size, 64, default_workers())
+        found.append(extract(trained.backbone, trained.backbone, loader, BadImages(len(images), 0), title))
+    (own, _, own_indices), (others, _, indices) = found
+    if not len(own) or not len(others):
+        raise ValueError("none of the images could be read")
+    k = min(NEIGHBORS, len(others))
+    similarity, rows = nearest(F.normalize(others, dim=1), F.normalize(own, dim=1), k)
+    for query, values, neighbors in zip(own_indices.tolist(), similarity.tolist(), indices[rows].tolist(), strict=True):
+        name = class_of(queries, query)
+        cells = [cell(squared(queries.load(query)), name or "query")]
+        for value, i in zip(values, neighbors, strict=True):
+            other = class_of(gallery, i)
+            lines = (other, f"{value:.3f}") if other else (f"{value:.3f}",)
+            cells.append(cell(squared(gallery.load(i)), *lines, kind="same" if name and name == other else ""))
+        yield cells
+
+
+def pictures(report: "Report", config: Row) -> tuple[str, str, str]:
+    """The two sheets, and what is said of the second; where weights or images cannot be had, why."""
+    try:
+        trained = report.load()
+        train, held_out = split(Path(config["data"]))
+        if not len(held_out):
+            raise ValueError(f"no image of {config['data']} is held out")
+        queries, gallery = spread(held_out, PICTURES), spread(train, GALLERY)
+        neighbors = grid(neighbor_rows(trained, queries, gallery))
+        is_vit = isinstance(trained.backbone, VisionTransformer)
+        attention = grid(attention_rows(trained, queries)) if is_vit else f"{trained.arch} has no self-attention."
+    except (ValueError, OSError) as error:
+        logging.warning("no pictures: %s", error)
+        return f"No pictures: {escape(str(error))}", f"No pictures: {escape(str(error))}", ""
+    about = (
+        f"Held-out images and the {NEIGHBORS} training images, of {len(gallery)}, with the most similar features "
+        "(cosine)." + (" Green: of the same class; no label was used in training." if train.labels else "")
+    )
+    return attention, neighbors, about
+
+
+def tile(title: str, value: str, note: str) -> str:
+    return f'<div class="card"><span class="soft">{title}</span><b>{value}</b><span class="soft">{note}</span></div>'
+
+
+def tiles(rows: list[Row], config: Row) -> Iterator[str]:
+    """The numbers that one looks for first."""
+    logged = [row for row in rows if "loss" in row]
+    yield tile("Epoch", f"{logged[-1]['epoch'] + 1} of {config['epochs']}", f"step {logged[-1]['step']:,}")
+    yield tile("Loss", f"{logged[-1]['loss']:.3f}", f"ln K = {math.log(config['out_dim']):.2f}")
+    for name, title in (("knn10", "k-NN, k = 10"), ("knn20", "k-NN, k = 20"), ("retrieval", "View retrieval")):
+        values = [row[name] for row in rows if name in row]
+        if values:
+            yield tile(title, f"{values[-1]:.1f} %", f"from {values[0]:.1f}, best {max(values):.1f}")
+    rates = sorted(row["images_per_second"] for row in logged)
+    yield tile("Images a second", f"{rates[len(rates) // 2]:,.0f}", "median")
+
+
+def settings(config: Row) -> str:
+    """Rows of a table: each setting, marked where it is not the default."""
+    defaults = default_settings()
+    marked = ((name, value, "" if value == defaults.get(name) else ' class="set"') for name, value in config.items())
+    return "".join(
+        f"<tr><td>{escape(name)}</td><td{mark}>{escape(str(value))}</td></tr>" for name, value, mark in marked
+    )
+
+
+def default_settings() -> Row:
+    return json.loads(json.dumps(PretrainConfig().plain()))  # tuples become lists, as in config.json
+
+
+def read_run(folder: Path) -> tuple[list[Row], Row]:
+    """The rows of a run's metrics.jsonl and its config.json.
+
+    Raises:
+        ValueError: one of them is missing or damaged, or no training step is logged yet.
+    """
+    for name in (METRICS, "config.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"no {name} in {folder}: expected the folder of a run of dino-train pretrain")
+    rows = read_metrics(folder)
+    logged = [row for row in rows if "loss" in row]
+    if not logged:
+        raise ValueError(f"{folder / METRICS} has no line with a loss: the run has not logged a training step yet")
+    wanted = {"step", "epoch", "images_per_second", *ENTROPIES}
+    if missing := {name for row in logged for name in wanted - row.keys()}:
+        raise ValueError(
+            f"lines of {folder / METRICS} lack {', '.join(sorted(missing))}: expected what dino-train writes"
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
+    return rows, default_settings() | config
+
+
+def write_page(path: Path, page: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(page)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def verdict(well: bool, text: str) -> str:
+    kind, word = ("good", "OK") if well else ("bad", "Warn")
+    return f'<li class="{kind}"><strong>{word}</strong>{escape(text)}</li>'
+
+
+def figures(rows: list[Row], log_k: float) -> Iterator[str]:
+    for panel in PANELS:
+        if svg := draw(panel, rows, log_k):
+            caption = f"<figcaption>{panel.title} <span>{panel.unit}</span></figcaption>"
+            yield f'<figure class="card">{caption}{svg}</figure>'
+
+
+@dataclass(kw_only=True)
+class Report(Protocol):
+    """One HTML page about a run: curves, signs of a collapse, attention, neighbors, settings."""
+
+    checkpoint: Annotated[Path, tyro.conf.arg(aliases=["--run"])]
+    """A run's folder, with metrics.jsonl and config.json."""
+    output: Path | None = None
+    """The page. Default: report.html in the run's folder."""
+
+    def run(self) -> None:
+        folder = self.checkpoint.parent if self.checkpoint.is_file() else self.checkpoint
+        rows, config = read_run(folder)
+        logged = [row for row in rows if "loss" in row]
+        log_k = math.log(config["out_dim"])
+        verdicts = checks(logged, log_k)
+        attention, neighbors, gallery = pictures(self, config)
+        averaged = math.ceil(len(logged) / POINTS)
+        page = Template(Path(__file__).with_suffix(".html").read_text()).substitute(
+            title=escape(str(folder)),
+            about=escape(
+                f"{config['arch']}, K = {config['out_dim']}, {config['batch_size_per_gpu']} images a step and process, "
+                f"2 + {config['local_crops_number']} crops, {config['precision']}; data {config['data']}"
+            ),
+            tiles="".join(tiles(rows, config)),
+            checks="".join(verdict(*each) for each in verdicts),
+            averaged=f" Each point of a long curve is a mean of {averaged} lines of the log." if averaged > 1 else "",
+            curves="".join(figures(rows, log_k)),
+            attention=attention,
+            gallery=gallery,
+            neighbors=neighbors,
+            configuration=settings(config),
+        )
+        path = self.output or folder / "report.html"
+        write_page(path, page)
+        warnings = [text for well, text in verdicts if not well]
+        self.report(
+            {"protocol": "report", "output": str(path), "step": rows[-1]["step"], "warnings": warnings},
+            "\n".join([f"{path}, {len(page) / 1e6:.1f} MB", *(f"warning: {text}" for text in warnings)]),
+        )

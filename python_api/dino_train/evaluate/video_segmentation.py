@@ -1,0 +1,269 @@
+"""Video object segmentation on DAVIS by label propagation (eval_video_segmentation.py of the reference).
+
+The labels of a video's first frame are carried on, frame by frame, by the similarity of patch features alone: nothing
+is trained. A patch of the new frame takes the labels of the patches most similar to it among those near its place in
+the first frame and in the last few.
+
+Dimensions: h x w patches of a frame, C channels of a feature, K labels (0 is the background), n source frames.
+"""
+
+import itertools
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from torch import Tensor
+
+from dino_train.decode import load_file
+from dino_train.evaluate.davis import Video, read_mask, score, validation_videos
+from dino_train.evaluate.features import weights_digest
+from dino_train.evaluate.protocol import Protocol
+from dino_train.loader import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.model import VisionTransformer
+
+TEMPERATURE = 0.1  # eval_video_segmentation.py:140
+TILE = 12  # side of the squares of patches that find their sources together: keeps the similarities small
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """How labels are carried on. Defaults are the reference's (eval_video_segmentation.py:262-267).
+
+    year: 2016 (one object a video) or 2017. n_last_frames: source frames beside the first. topk: source patches that
+    give a patch its labels. radius: how far from its place they may be, in patches; 0 is no bound. image_size: short
+    side of a frame as the network sees it, in pixels.
+    """
+
+    year: int = 2017
+    n_last_frames: int = 7
+    topk: int = 5
+    radius: int = 12
+    image_size: int = 480
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_last_frames", 0), ("topk", 1), ("radius", 0), ("image_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def propagate(query: Tensor, sources: Sequence[Tensor], labels: Sequence[Tensor], *, topk: int, radius: int) -> Tensor:
+    """Labels of a frame's patches: the mean of those of the most similar source patches (:115-154).
+
+    label_i = sum_j softmax_j(cosine(i, j) / 0.1) label_j over the `topk` most similar patches j of all sources, and
+    those as similar as the last of them, among the patches at most `radius` rows and columns from i.
+
+    The product is banded: squares of the frame are multiplied with what lies within their reach, not with all patches.
+
+    Args:
+        query: features of the frame [h, w, C], of norm 1.
+        sources: n tensors like it.
+        labels: n tensors [h, w, K], what each source patch belongs to.
+        topk, radius: as in `Propagation`.
+
+    Returns:
+        [h, w, K].
+    """
+    h, w, _ = query.shape
+    reach = radius or max(h, w)
+    result = torch.empty_like(labels[0])
+    for top, left in itertools.product(range(0, h, TILE), range(0, w, TILE)):
+        down, right = (torch.arange(a, min(a + TILE, end), device=query.device) for a, end in ((top, h), (left, w)))
+        tile = slice(top, top + TILE), slice(left, left + TILE)
+        # What the tile can reach; each of its patches reaches a part of that.
+        near = slice(max(0, top - reach), top + TILE + reach), slice(max(0, left - reach), left + TILE + reach)
+        rows, columns = (torch.arange(end, device=query.device)[part] for part, end in zip(near, (h, w), strict=True))
+        inside = ((down[:, None] - rows).abs() <= reach)[:, None, :, None]
+        inside = inside & ((right[:, None] - columns).abs() <= reach)[None, :, None, :]
+        keys = torch.stack([source[near] for source in sources])
+        values = torch.stack([label[near] for label in labels])
+        similarity = query[tile].flatten(0, 1) @ keys.flatten(0, 2).T
+        outside = ~inside.flatten(2).flatten(0, 1)[:, None]
+        similarity = similarity.unflatten(1, (len(sources), -1)).masked_fill_(outside, -torch.inf).flatten(1)
+        last = similarity.topk(min(topk, similarity.shape[1])).values[:, -1:]
+        weights = similarity.masked_fill_(similarity < last, -torch.inf).div_(TEMPERATURE).softmax(1)
+        result[tile] = (weights @ values.flatten(0, 2)).unflatten(0, (len(down), len(right)))
+    return result
+
+
+def working_size(width: int, height: int, short: int, patch: int) -> tuple[int, int]:
+    """(width, height) at which the network sees a frame: the short side `short`, the long one cut to a multiple of 64
+    (:217-222); with patches that do not divide these, both to a multiple of the patch.
+
+    Raises:
+        ValueError: `short` is below one patch.
+    """
+    if short < patch:
+        raise ValueError(f"image_size must be at least one patch, {patch}, got {short}")
+    unit = 64 if 64 % patch == 0 and short >= 64 else patch
+    long = int(short * max(width, height) / min(width, height)) // unit * unit
+    short = short // patch * patch
+    return (short, long) if height > width else (long, short)
+
+
+def frame_features(backbone: VisionTransformer, frame: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Patch tokens of the last block, of norm 1: [h, w, C] float32. The frame is resized to `size` without antialias,
+    as OpenCV does (:209-232), and normalized as in training (the reference's 0.228 in place of 0.229 is a slip)."""
+    device = backbone.pos_embed.device
+    pixels = torch.from_numpy(np.array(frame)).to(device).permute(2, 0, 1)[None].float()
+    pixels = F.interpolate(pixels, size[::-1], mode="bilinear", align_corners=False).round_().div_(255)
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    tokens = backbone.features((pixels - mean) / std)[-1][0, 1:].float()
+    p = backbone.patch_size
+    return F.normalize(tokens, dim=-1).unflatten(0, (size[1] // p, size[0] // p))
+
+
+def labels_of(soft: Tensor, patch: int, size: tuple[int, int]) -> np.ndarray:
+    """Labels of patches [h, w, K] to labels of pixels, uint8 [H, W] (:63-74).
+
+    Enlarged bilinearly by the patch's side, each label's map stretched to [0, 1], the largest taken, then resized to
+    `size`, (width, height), by the nearest pixel.
+    """
+    maps = F.interpolate(soft.permute(2, 0, 1)[None], scale_factor=patch, mode="bilinear", align_corners=False)[0]
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    maps = torch.where(high > low, (maps - low) / (high - low), maps)
+    labels = Image.fromarray(maps.argmax(0).to(torch.uint8).cpu().numpy())
+    return np.asarray(labels.resize(size, Image.Resampling.NEAREST))
+
+
+@torch.no_grad()
+def segment(backbone: VisionTransformer, video: Video, options: Propagation) -> Iterator[np.ndarray]:
+    """Labels uint8 [H, W] of each frame: the first annotation, then what it is carried on to.
+
+    Raises:
+        ValueError: a frame or the annotation cannot be read or has no object; frames and annotation differ in size.
+    """
+    frame = load_file(video.frames[0])
+    size, patch = frame.size, backbone.patch_size
+    first = read_mask(video.annotations[0], options.year, size)
+    if not first.any():
+        raise ValueError(f"{video.annotations[0]} has no object: expected labels above 0")
+    yield first
+    inner = working_size(*size, options.image_size, patch)
+    small = Image.fromarray(first).resize((inner[0] // patch, inner[1] // patch), Image.Resampling.NEAREST)
+    device = backbone.pos_embed.device
+    soft = F.one_hot(torch.from_numpy(np.array(small)).long(), int(first.max()) + 1).float().to(device)
+    origin = (frame_features(backbone, frame, inner), soft)
+    recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=options.n_last_frames)
+    for path in video.frames[1:]:
+        frame = load_file(path)
+        if frame.size != size:
+            raise ValueError(f"{path} has {frame.width} x {frame.height} pixels, the first frame {size[0]} x {size[1]}")
+        features = frame_features(backbone, frame, inner)
+        sources, labels = zip(origin, *recent, strict=True)
+        soft = propagate(features, sources, labels, topk=options.topk, radius=options.radius)
+        recent.append((features, soft))
+        yield labels_of(soft, patch, size)
+
+
+def evaluate_videos(backbone: VisionTransformer, root: Path, folder: Path, options: Propagation) -> dict[str, Any]:
+    """Segment the validation videos of a DAVIS folder and compare with its annotations.
+
+    Writes `folder`/VIDEO/NNNNN.png, indexed PNGs as the DAVIS tools take them. A video's folder appears when it is
+    complete; a second run skips those that are there.
+
+    Returns:
+        {"J&F", "J", "F": percent, mean over all objects of all videos, "videos": {name: {"J": [percent of each object],
+        "F": [...]}}}.
+
+    Raises:
+        ValueError: `folder` holds results of other weights, data or options; as `segment`, `score` and
+            `validation_videos`.
+    """
+    from tqdm import tqdm
+
+    videos = validation_videos(root, options.year)
+    _claim(folder, {**asdict(options), "data": str(root.resolve()), "weights": weights_digest(backbone)})
+    scores: dict[str, tuple[Tensor, Tensor]] = {}
+    with tqdm(total=sum(len(video.frames) for video in videos), unit="frame", disable=None) as bar:
+        for video in videos:
+            bar.set_description(video.name)
+            if all((folder / video.name / path.name).exists() for path in video.annotations):
+                bar.update(len(video.frames))
+            else:
+                _write(folder / video.name, video, segment(backbone, video, options), bar)
+            scores[video.name] = score(video, folder / video.name, options.year, backbone.pos_embed.device)
+    regions, contours = (100 * torch.cat([pair[i] for pair in scores.values()]).mean().item() for i in (0, 1))
+    percent = {name: {"J": (100 * j).tolist(), "F": (100 * f).tolist()} for name, (j, f) in scores.items()}
+    return {"J&F": (regions + contours) / 2, "J": regions, "F": contours, "videos": percent}
+
+
+def _write(folder: Path, video: Video, masks: Iterable[np.ndarray], bar: Any) -> None:
+    """The masks as indexed PNGs in `folder`, which appears when all are there."""
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        for path, labels in zip(video.annotations, masks, strict=True):
+            image = Image.fromarray(labels)
+            image.putpalette(_palette())
+            image.save(partial / path.name)
+            bar.update()
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _palette() -> bytes:
+    """The colors of DAVIS and PASCAL VOC: bits 3 j to 3 j + 2 of a label are bit 7 - j of red, green and blue."""
+    label, channel, j = np.ogrid[:256, :3, :8]
+    return ((label >> (3 * j + channel) & 1) << (7 - j)).sum(2).astype(np.uint8).tobytes()
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Note in `folder` what its results come from, so that none of another origin is taken for done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS
+    text = json.dumps(settings, indent=2) + "\n"
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    elif path.read_text() != text:
+        raise ValueError(f"{folder} holds segmentations of other weights, data or options: choose another --output-dir")
+
+
+@dataclass(kw_only=True)
+class VideoSegmentation(Protocol):
+    """Video object segmentation on DAVIS 2016 or 2017 by label propagation (eval_video_segmentation.py)."""
+
+    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])]
+    """DAVIS folder, with JPEGImages/480p/, Annotations/480p/ and ImageSets/."""
+    year: Literal[2016, 2017] = 2017
+    """2016 has one object a video, 2017 several."""
+    n_last_frames: int = 7
+    """Frames that labels come from, beside the first."""
+    topk: int = 5
+    """Most similar patches that a patch takes its labels from."""
+    size_mask_neighborhood: int = 12
+    """How far from its place they may be, in patches; 0 is no bound."""
+    image_size: int = 480
+    """Short side in pixels at which the network sees a frame."""
+    output_dir: Path | None = None
+    """Where the indexed PNGs go. Default: davis2016/ or davis2017/ beside the checkpoint."""
+
+    def run(self) -> None:
+        options = Propagation(self.year, self.n_last_frames, self.topk, self.size_mask_neighborhood, self.image_size)
+        folder = self.output_dir or self.folder / f"davis{self.year}"
+        values = evaluate_videos(self.load_vit()[1], self.data, folder, options)
+        lines = [f"{name}: J {_mean(v['J']):.1f} %  F {_mean(v['F']):.1f} %" for name, v in values["videos"].items()]
+        total = f"DAVIS {self.year}: J&F {values['J&F']:.2f} %  J {values['J']:.2f} %  F {values['F']:.2f} %"
+        self.report(
+            {"protocol": "video-segmentation", "year": self.year, "output": str(folder)} | values,
+            "\n".join([*lines, f"{total}, segmentations in {folder}"]),
+        )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
