@@ -97,6 +97,25 @@ def test_16_bit_crops(root, dtype):
         assert all(torch.equal(crop, other.to(dtype)) for crop, other in zip(crops, exact, strict=True))
 
 
+def test_a_gpus_way_makes_the_same_crops(root):
+    """Images packed side by side, then cropped at once; on a CPU too, where no GPU is."""
+    packing = loader(ImageFolder(root))
+    packing._on_gpu = True
+    batches = [([crop.clone() for crop in crops], bad) for crops, bad in packing]
+    assert_same(batches, run(root))
+    assert {name for _, bad in batches for name, _ in bad} == {"a/1.png", "a/2.png"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_crops_of_a_gpu(root, dtype):
+    batches = [
+        ([crop.cpu() for crop in crops], bad) for crops, bad in loader(ImageFolder(root), dtype=dtype, device="cuda")
+    ]
+    assert_same(batches, run(root, dtype=dtype))
+
+
 def test_samples_and_replacements(root):
     images = ImageFolder(root)
     samples = [sample for step in images.steps(4, 3, 0, 7) for sample in step]

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_kernels import CropKind, draw_crops, multicrop
+from dino_kernels import CropKind, draw_crops, multicrop, multicrop_packed
 from dino_train.data import DataError, ImageFolder, Sample
 from dino_train.decode import UnreadableImage, decode, decode_smaller, jpeg_size, reason
 from dino_train.threads import Threads, in_order
@@ -89,33 +89,33 @@ class _Row:
     """One image's place in a batch."""
 
     sample: Sample
-    views: list[Tensor]  # [1, 3, size, size] each
+    views: list[Tensor]  # [1, 3, size, size] each; none where a GPU makes the crops
     attempt: _Attempt = field(default_factory=_Attempt)
     slow: set[str] = field(default_factory=set)  # images that were not read in time
     future: Future = field(default_factory=Future)
+    image: np.ndarray = field(default_factory=lambda: np.empty(0))  # decoded, for a GPU, with the table of its crops
+    table: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 class _Slot:
-    """Memory of one batch: pinned where a GPU takes it from; crops of a size are neighbors."""
+    """Memory of one batch: of its crops on a CPU, of its decoded images, pinned, for a GPU."""
 
-    def __init__(self, batch: int, kinds: Sequence[CropKind], dtype: torch.dtype, device: torch.device) -> None:
-        self.crops: list[Tensor] = []
-        self.copied: torch.cuda.Event | None = None
-        for size, count in _runs(kinds):
-            shape = (count, batch, 3, size, size)
-            self.crops += torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    def __init__(self) -> None:
         self.rows: list[_Row] = []
+        self.crops: list[Tensor] = []
+        self.pixels = torch.empty(0, dtype=torch.uint8)
+        self.copied: torch.cuda.Event | None = None
 
-
-def _runs(kinds: Sequence[CropKind]) -> list[tuple[int, int]]:
-    """(size, count) of neighbors of one size."""
-    runs: list[tuple[int, int]] = []
-    for kind in kinds:
-        if runs and runs[-1][0] == kind.size:
-            runs[-1] = (kind.size, runs[-1][1] + 1)
-        else:
-            runs.append((kind.size, 1))
-    return runs
+    def pack(self, pinned: bool) -> tuple[Tensor, np.ndarray]:
+        """The rows' images side by side, and where they lie: as `multicrop_packed` takes them."""
+        sizes = [row.image.size for row in self.rows]
+        if sum(sizes) > len(self.pixels):
+            self.pixels = torch.empty(sum(sizes) * 5 // 4, dtype=torch.uint8, pin_memory=pinned)
+        starts = np.cumsum([0, *sizes])
+        for row, start, size in zip(self.rows, starts, sizes, strict=False):
+            self.pixels[start : start + size] = torch.from_numpy(row.image.reshape(-1))
+        places = [(start, *row.image.shape[:2]) for row, start in zip(self.rows, starts, strict=False)]
+        return self.pixels[: sum(sizes)], np.array(places, np.int64)
 
 
 class CropLoader:
@@ -133,7 +133,7 @@ class CropLoader:
         num_workers: threads.
         rank, ranks: this process's share is 1 / ranks of every batch.
         dtype: of the crops: float32, float16 or bfloat16, normalized by ImageNet's mean and deviation.
-        device: where the crops are wanted.
+        device: where the crops are wanted, and made: a GPU is sent the decoded images.
         scaled_decode: let libjpeg-turbo shrink images all of whose crops are still made smaller then.
 
     Raises:
@@ -159,6 +159,7 @@ class CropLoader:
         require_batch(len(images), batch_size)
         self.kinds, self.seed, self.num_workers, self.scaled_decode = kinds, seed, num_workers, scaled_decode
         self.device, self.dtype, self.rows = torch.device(device), dtype, batch_size // ranks
+        self._on_gpu = self.device.type == "cuda"
         self._images = len(images)
         self._steps = images.steps(batch_size, seed, start_step, total_steps, rank, ranks)
         self._bad: dict[str, str] = {}
@@ -167,7 +168,7 @@ class CropLoader:
     def __iter__(self) -> Generator[tuple[list[Tensor], Bad], None, None]:
         self._threads = Threads(self.num_workers)
         ahead = 1 + max(1, -(-2 * self.num_workers // self.rows))  # so that no thread waits for the step
-        spare = [_Slot(self.rows, self.kinds, self.dtype, self.device) for _ in range(ahead)]
+        spare = [_Slot() for _ in range(ahead)]
         begun, used = deque[_Slot](), deque[_Slot]()
         try:
             while True:
@@ -177,7 +178,9 @@ class CropLoader:
                     return
                 slot = begun.popleft()
                 bad = [entry for row in slot.rows for entry in self._finish(row)]
-                yield self._deliver(slot), bad
+                crops = self._crops_on_gpu(slot) if self._on_gpu else slot.crops
+                slot.rows = []
+                yield crops, bad
                 used.append(slot)
                 if len(used) > (LAG if slot.copied else 0):
                     spare.append(used.popleft())
@@ -188,17 +191,25 @@ class CropLoader:
     def _begin(self, slot: _Slot, samples: list[Sample]) -> _Slot:
         if slot.copied:
             slot.copied.synchronize()
+        if not self._on_gpu and not slot.crops:
+            slot.crops = self._empty_crops()
         slot.rows = [_Row(sample, [crop[i : i + 1] for crop in slot.crops]) for i, sample in enumerate(samples)]
         for row in slot.rows:
             row.future = self._threads.submit(self._make, row, row.attempt)
         return slot
 
-    def _deliver(self, slot: _Slot) -> list[Tensor]:
-        slot.rows = []
-        if self.device.type == "cpu":
-            return slot.crops
-        crops = [crop.to(self.device, non_blocking=True) for crop in slot.crops]
-        slot.copied = torch.cuda.current_stream(self.device).record_event()
+    def _empty_crops(self) -> list[Tensor]:
+        shapes = [(self.rows, 3, kind.size, kind.size) for kind in self.kinds]
+        return [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
+
+    def _crops_on_gpu(self, slot: _Slot) -> list[Tensor]:
+        """One upload of the images, and a launch for each size of crop, in the stream of the step that needs them."""
+        pixels, places = slot.pack(pinned=self.device.type == "cuda")
+        crops = self._empty_crops()
+        table = np.stack([row.table for row in slot.rows])
+        multicrop_packed(pixels.to(self.device, non_blocking=True), places, table, crops)
+        if self.device.type == "cuda":
+            slot.copied = torch.cuda.current_stream(self.device).record_event()
         return crops
 
     def _finish(self, row: _Row) -> Bad:
@@ -233,7 +244,10 @@ class CropLoader:
                         self._bad[name] = reason(error)
                         found.append((name, self._bad[name]))
                 continue
-            multicrop([image], crops[None], row.views, threads=1)
+            if self._on_gpu:
+                row.image, row.table = image, crops
+            else:
+                multicrop([image], crops[None], row.views, threads=1)
             return found
         first = next(iter(self._bad.items()), ("", "all too slow"))
         raise DataError(f"none of the {self._images} images could be read, the first: {': '.join(first)}")
