@@ -11,6 +11,7 @@
 #pragma clang fp contract(off)
 #else
 #pragma GCC optimize("fp-contract=off")
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of what its own intrinsics leave open
 #endif
 
 // Elements of vectors a and b, seen as of a type, of the numbers that follow

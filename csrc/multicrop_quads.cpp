@@ -8,7 +8,6 @@
 #include "multicrop_filter.h"
 
 #if DINO_HAS_QUADS
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 about its own header
 #include <immintrin.h>
 
 namespace dino {

@@ -3,7 +3,6 @@
 
 #include "multicrop.h"
 #if defined(__x86_64__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 about its own header
 #include <immintrin.h>
 #endif
 
