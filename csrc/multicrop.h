@@ -11,6 +11,7 @@
 #pragma clang fp contract(off)
 #else
 #pragma GCC optimize("fp-contract=off")
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of what its own intrinsics leave open
 #endif
 
 // Elements of vectors a and b, seen as of a type, of the numbers that follow
@@ -35,13 +36,13 @@ namespace dino {
 // The box of an image of a row stride in bytes, resized to planes [3, size, size] and flipped as the crop says.
 void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes);
 
-// The same by multiplying bytes
+// The same where DINO_HAS_QUADS and Loops has no other way
 void resample_quads(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes);
 
 // Brightness, contrast, saturation and hue in the crop's order, if it has jitter; then grayscale, if it has that.
 void change_colors(const Crop& crop, uint8_t* planes);
 
-// --- loops over pairs of 16-bit numbers, for the instruction set at hand: multicrop_vectors.h -----------
+// --- loops for the instruction set at hand: multicrop_vectors.h ----------------------------------------
 
 constexpr int kWeightBits = 22, kLowBits = 8;
 constexpr int64_t kRows = 16;          // transposed at a time
@@ -64,7 +65,8 @@ struct Box {
 };
 
 struct Loops {
-    // The first three are of the resize by pairs, null where it goes by quads.
+    // The resize by pairs of 16-bit numbers; these three are null where it goes by quads instead.
+    //
     // Sums and half a level [n, kLanes] of outputs x .. x + n - 1, the other way round if flipped, from pairs of pixels
     // [pairs, kLanes] that begin with pixel `start`
     void (*columns)(const int32_t* from, int64_t start, const Weights& w, int64_t x, int64_t n, bool flip, int32_t* to);

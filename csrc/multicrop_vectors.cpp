@@ -15,9 +15,8 @@ namespace {
 #define DINO_ANY __m128i
 #define DINO_X86(op) _mm_##op
 #include "multicrop_vectors.h"
-//
-#include "multicrop_color_vectors.h"
-#include "multicrop_pair_vectors.h"
+#include "multicrop_vectors_color.h"
+#include "multicrop_vectors_pairs.h"
 #undef DINO_VECTORS
 #undef DINO_BYTES
 #undef DINO_TARGET
@@ -31,9 +30,8 @@ namespace {
 #define DINO_ANY __m256i
 #define DINO_X86(op) _mm256_##op
 #include "multicrop_vectors.h"
-//
-#include "multicrop_color_vectors.h"
-#include "multicrop_pair_vectors.h"
+#include "multicrop_vectors_color.h"
+#include "multicrop_vectors_pairs.h"
 #undef DINO_VECTORS
 #undef DINO_BYTES
 #undef DINO_TARGET
@@ -48,8 +46,7 @@ namespace {
 #define DINO_ANY __m512i
 #define DINO_X86(op) _mm512_##op
 #include "multicrop_vectors.h"
-//
-#include "multicrop_color_vectors.h"
+#include "multicrop_vectors_color.h"
 #endif
 
 #define DINO_COLORS(v) v::blur, v::blend_with_level, v::blend_with_luma, v::sum_of_luma, v::to_gray, v::turn_hue

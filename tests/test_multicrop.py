@@ -30,9 +30,8 @@ def ours(image, crops, threads=1):
     return out[0].permute(1, 2, 0).numpy()
 
 
-def assert_pillows(image, crops, most=0, share=0.0, mean=math.inf):
-    difference = np.abs(ours(image, crops).astype(int) - pillow_levels(Image.fromarray(image), crops[0, 0]))
-    assert difference.max() <= most and (difference > 0).mean() <= share and difference.mean() <= mean
+def assert_pillows(image, crops):
+    assert np.array_equal(ours(image, crops), pillow_levels(Image.fromarray(image), crops[0, 0]))
 
 
 # --- the pixels --------------------------------------------------------------------------------------
@@ -44,8 +43,7 @@ def test_a_step_alone_is_pillows(step):
         image = picture(90, 120, seed)
         drawn = draw_crops(seed, 0, 0, SMALL, image.shape[:2])
         for crop in only(step, drawn):
-            tolerance = {"most": 1, "share": 1e-3} if step == "hue" else {}
-            assert_pillows(image, crop.reshape(1, 1), **tolerance)
+            assert_pillows(image, crop.reshape(1, 1))
 
 
 BOXES = [
@@ -79,7 +77,7 @@ def test_factors_at_their_ends(operation, end, image):
     factor = ((-0.5, 0.5, 0.0) if operation == "hue" else (0.0, 100.0, 1.0))[end]
     factors = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, operation: factor}
     crops = crop_row((0, 0, *image.shape[1::-1]), len(image), jitter=True, **factors)
-    assert_pillows(image, crops, most=1, share=1e-3)
+    assert_pillows(image, crops)
 
 
 @pytest.mark.parametrize("radius", [1e-3, 0.1, 1.4, 1.42, 2.0, 2.4])
@@ -88,14 +86,13 @@ def test_blur_of_any_side(radius, side):
     assert_pillows(picture(side, side), crop_row((0, 0, side, side), side, blur=radius))
 
 
-def test_hue_of_many_colors():
-    r, g, b = np.meshgrid(range(0, 256, 3), range(0, 256, 3), [0, 1, 2, 64, 127, 128, 200, 253, 254, 255])
-    image = np.stack([r, g, b], -1).reshape(86, 860, 3).astype(np.uint8)
-    image = np.concatenate([image] * 10)
+def test_hue_of_every_color_with_a_zero_or_equal_channels():
+    """To hue and saturation this is all that there is: both depend on differences and on the largest alone."""
+    a, b = np.mgrid[:256, :256].astype(np.uint8)
+    colors = [(a, b, 0 * a), (a, 0 * a, b), (0 * a, a, b), (a, b, b)]
+    image = np.stack([np.stack(c, -1) for c in colors]).reshape(512, 512, 3)
     for hue in (-0.1, -0.0039, 0.0, 0.05, 0.1):
-        assert_pillows(
-            image, crop_row((0, 0, 860, 860), 860, jitter=True, hue=hue, **dict.fromkeys(JITTER[:3], 1)), 1, 1e-3
-        )
+        assert_pillows(image, crop_row((0, 0, 512, 512), 512, jitter=True, hue=hue, **dict.fromkeys(JITTER[:3], 1)))
 
 
 @pytest.mark.parametrize("shape", [(90, 120), (150, 60), (33, 33), (1, 1), (8, 160)])
@@ -103,7 +100,7 @@ def test_whole_crops_are_pillows(shape):
     for index in range(10):
         image = picture(*shape, index)
         for crop in draw_crops(1, 0, index, SMALL, shape):
-            assert_pillows(image, crop.reshape(1, 1), most=2, share=1, mean=0.05)
+            assert_pillows(image, crop.reshape(1, 1))
 
 
 def test_pixels_outside_the_box_do_not_contribute():
