@@ -203,6 +203,9 @@ def test_what_is_wrong_with_the_data_is_said(setting, capsys, tmp_path):
     assert "no such folder" in error_of(capsys, *words, tmp_path / "nowhere")
     few = colored_classes(tmp_path / "few", train=4, val=0) / "train"
     assert "no held-out image" in error_of(capsys, *words, few)
+    assert "has train/ but no val/: expected both" in error_of(capsys, *words, few.parent)
+    few.rename(few.with_name("val"))
+    assert "has val/ but no train/: expected both" in error_of(capsys, *words, few.parent)
     assert "pass either --checkpoint" in error_of(capsys, "knn")
     assert "nb_knn must be" in error_of(capsys, *words, data, "--nb-knn", 0)
     for path in (data / "val").rglob("*.png"):

@@ -15,7 +15,7 @@ import tyro
 from torch import Tensor, nn
 
 from dino_train import checkpoint
-from dino_train.data import BadImages, ImageFolder, eval_loader, split
+from dino_train.data import BadImages, ImageFolder, eval_loader
 from dino_train.evaluate.features import extract
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.metrics import accuracy
@@ -109,7 +109,7 @@ class Finetune(Classification):
     def run(self) -> None:
         self.check()
         trained = self.load()
-        train, val = split(self.data)
+        train, val = self.split()
         bad, bad_held_out = labelled(train, "training"), labelled(val, "held-out")
         tuning = _Tuning(self, trained, train, val)
         values = tuning.train(bad, bad_held_out)

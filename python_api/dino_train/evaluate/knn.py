@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dino_train import parallel
 from dino_train.augment import MultiCrop
-from dino_train.data import BadImages, ImageFolder, crop_loader, eval_loader, split
+from dino_train.data import BadImages, ImageFolder, crop_loader, eval_loader
 from dino_train.evaluate.features import Cache, Features, extract
 from dino_train.evaluate.metrics import accuracy
 from dino_train.evaluate.protocol import Classification, labelled
@@ -177,7 +177,7 @@ class Knn(Classification):
         trained = self.load()
         size = self.image_size or trained.image_size
         cache = Cache(trained.backbone, self.folder / "features")
-        train, val = split(self.data)
+        train, val = self.split()
         return (
             self.extract(cache, train, trained.backbone, "output", size, "training"),
             self.extract(cache, val, trained.backbone, "output", size, "held-out"),

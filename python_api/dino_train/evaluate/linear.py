@@ -12,7 +12,7 @@ import tyro
 from torch import Tensor, nn
 
 from dino_train.config import Switch
-from dino_train.data import BadImages, ImageFolder, split
+from dino_train.data import BadImages, ImageFolder
 from dino_train.evaluate.features import Cache, Features
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.metrics import accuracy
@@ -137,7 +137,7 @@ class Linear(Classification):
         forward = partial(block_features, trained.backbone, blocks, avgpool)
         extract = partial(self.extract, Cache(trained.backbone, self.folder / "features"), forward=forward, size=size)
         kind = f"{blocks} blocks, average {avgpool}"
-        train, val = split(self.data)
+        train, val = self.split()
         bad = labelled(train, "training")
         held_out = extract(val, kind=kind, what="held-out")
         device = next(trained.backbone.parameters()).device

@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from dino_train.config import EMBEDDED_DATA, default_workers
-from dino_train.data import BadImages, ImageFolder, eval_loader
+from dino_train.data import BadImages, ImageFolder, eval_loader, split
 from dino_train.evaluate.features import Cache, Features
 from dino_train.model import VisionTransformer
 from dino_train.options import WeightsOptions
@@ -74,6 +74,14 @@ class Classification(Extraction):
         super().check()
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+    def split(self) -> tuple[ImageFolder, ImageFolder]:
+        """Training and held-out images, as `data.split`; ValueError where a folder has one of train/ and val/ only."""
+        found = [part for part in ("train", "val") if (self.data / part).is_dir()]
+        if len(found) == 1:
+            other = "val" if found == ["train"] else "train"
+            raise ValueError(f"{self.data} has {found[0]}/ but no {other}/: expected both, or class folders alone")
+        return split(self.data)
 
     def extract(
         self, cache: Cache, images: ImageFolder, forward: Callable[[Tensor], Tensor], kind: str, size: int, what: str
