@@ -2,10 +2,11 @@
 
     python bench/bench_multicrop.py --photos DIR_OR_ZIP --json multicrop.json
 
-Prints how far each step is from Pillow's bytes, then of each provider the time for the crops of a decoded image and the
-images a second with decoding, the best of several rounds in which the providers take turns; one process, and one thread
-where the name says nothing else. All make normalized float32 crops. The AVX2 code is measured on a processor with
-AVX-512 by building for it alone (libgcc chooses among the versions, which heeds no GLIBC_TUNABLES):
+Prints how far each step is from Pillow's bytes; of each provider the time for the crops of a decoded image on one core;
+and the images a second of whole loaders, from files to batches, with one and with two workers (our threads, the others'
+processes). Medians of rounds in which the providers take turns; all make normalized float32 crops. Without --photos the
+pictures are mosaics of embedded ones. The AVX2 code is measured on a processor with AVX-512 by building for it alone
+(libgcc chooses among the versions, which heeds no GLIBC_TUNABLES):
 
     CXX="g++ -march=x86-64-v3 -DDINO_ONE_VERSION" python setup.py build_ext --inplace
 """
@@ -13,46 +14,31 @@ AVX-512 by building for it alone (libgcc chooses among the versions, which heeds
 import argparse
 import json
 import platform
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from dino_train.augment import IMAGENET_MEAN, IMAGENET_STD, Crop, CropKind, MultiCrop, apply_crop
+from dino_train.config import EMBEDDED_DATA, PretrainConfig
 from dino_train.data import ImageFolder
+from dino_train.loader import IMAGENET_MEAN, IMAGENET_STD, CropLoader
+from dino_train.pack import pack
 from PIL import Image
 from PIL import __version__ as pillow_version
+from pillow_crops import pillow_crop, pillow_levels, reference_loader
 
-from dino_kernels.multicrop import JITTER, draw_crops, multicrop
+from dino_kernels import CropKind, draw_crops, multicrop
+from dino_kernels.multicrop import JITTER
 
 STEPS = ("resize", "flip", *JITTER, "grayscale", "blur", "solarize")
-KINDS = MultiCrop().kinds
+KINDS = PretrainConfig().crop_kinds
 
 
 # --- parity ------------------------------------------------------------------------------------------
-
-
-def pillow_levels(image: Image.Image, crop: np.void) -> np.ndarray:
-    """A row of CROP by Pillow: int [size, size, 3]; rows before columns, which Pillow 13 does not always do."""
-    size = int(crop["size"])
-    image = image.crop(tuple(crop["box"].tolist()))
-    for shape in ((size, image.height), (size, size)):
-        image = image.resize(shape, Image.Resampling.BICUBIC)
-    factors = [(JITTER[i], float(crop[JITTER[i]])) for i in crop["order"]] if crop["jitter"] else []
-    steps = Crop(
-        (0, 0, size, size),
-        size,
-        bool(crop["flip"]),
-        tuple(factors),
-        bool(crop["grayscale"]),
-        float(crop["blur"]),
-        bool(crop["solarize"]),
-    )
-    value = apply_crop(image, steps).permute(1, 2, 0).double().numpy()
-    return np.round((value * IMAGENET_STD + IMAGENET_MEAN) * 255).astype(int)
 
 
 def only(step: str, drawn: np.ndarray) -> np.ndarray:
@@ -97,18 +83,18 @@ def parity(images: list[Image.Image], tables: list[np.ndarray]) -> dict[str, dic
 Provider = Callable[[int, Any], Any]
 
 
-def ours(batch: list[torch.Tensor], threads: int) -> Provider:
+def ours(batch: list[torch.Tensor]) -> Provider:
     """Fills the rows of a batch, as a loader does."""
 
     def crop(number: int, image: np.ndarray) -> None:
         rows = [view[number : number + 1] for view in batch]
-        multicrop([image], draw_crops(0, 0, number, KINDS, image.shape[:2])[None], rows, threads=threads)
+        multicrop([image], draw_crops(0, 0, number, KINDS, image.shape[:2])[None], rows, threads=1)
 
     return crop
 
 
 def pillow(number: int, image: Image.Image) -> list[torch.Tensor]:
-    return MultiCrop()(image, (0, 0, number))
+    return [pillow_crop(image, crop) for crop in draw_crops(0, 0, number, KINDS, image.size[::-1])]
 
 
 def albumentations() -> Provider:
@@ -139,55 +125,61 @@ def albumentations() -> Provider:
     return crop
 
 
-def providers(images: int) -> dict[str, tuple[Provider, int]]:
-    """Of each name what crops, and the number of threads."""
-    batch = [torch.zeros(images, 3, kind.size, kind.size) for kind in KINDS]
-    found: dict[str, tuple[Provider, int]] = {
-        "ours": (ours(batch, 1), 1),
-        "ours, 2 threads": (ours(batch, 2), 2),
-        "reference transforms on Pillow": (pillow, 1),
-    }
-    try:
-        found["albumentations, area"] = (albumentations(), 1)
-    except ImportError:
-        print("albumentations is not installed: left out")
-    return found
-
-
 # --- measuring ---------------------------------------------------------------------------------------
 
-
-def milliseconds(work: Callable[..., Any], *arguments: Any) -> float:
-    start = time.perf_counter()
-    work(*arguments)
-    return 1000 * (time.perf_counter() - start)
+REFERENCE = "reference transforms on Pillow"
+BATCH, STEPS_MEASURED = 4, 75
 
 
-def as_taken(name: str, image: Image.Image) -> Any:
-    return image if "Pillow" in name else np.asarray(image)
-
-
-def work_off(folder: ImageFolder, numbers: range, name: str, provider: Provider, threads: int) -> None:
-    """What workers of a loader do: each decodes an image and crops it."""
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda i: provider(i, as_taken(name, folder.load(i))), numbers))
-
-
-def measure(folder: ImageFolder, images: list[Image.Image], rounds: int) -> dict[str, dict[str, float]]:
-    """Each image and each pass over all with decoding at its fastest, since other programs run too."""
-    found, numbers = providers(len(images)), range(len(images))
-    crop = {name: np.full(len(images), np.inf) for name in found}
-    total = dict.fromkeys(found, np.inf)
+def crop_times(images: list[Image.Image], rounds: int) -> dict[str, float]:
+    """Milliseconds an image of each provider on one core, decoded images in."""
+    batch = [torch.zeros(len(images), 3, kind.size, kind.size) for kind in KINDS]
+    found: dict[str, Provider] = {"ours": ours(batch), REFERENCE: pillow}
+    try:
+        found["albumentations, area"] = albumentations()
+    except ImportError:
+        print("albumentations is not installed: left out")
+    arrays = [np.asarray(image) for image in images]
+    times: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds):
-        for name, (provider, threads) in found.items():
-            for i, image in enumerate(images):
-                crop[name][i] = min(crop[name][i], milliseconds(provider, i, as_taken(name, image)))
-            worker = found["ours"][0] if threads > 1 else provider
-            total[name] = min(total[name], milliseconds(work_off, folder, numbers, name, worker, threads))
-    return {
-        name: {"ms_per_image": float(crop[name].mean()), "images_per_s": 1000 * len(images) / total[name]}
-        for name in found
+        for name, provider in found.items():
+            taken = images if name == REFERENCE else arrays
+            start = time.perf_counter()
+            for i, image in enumerate(taken):
+                provider(i, image)
+            times[name].append(1000 * (time.perf_counter() - start) / len(images))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def our_loader(images: ImageFolder, workers: int) -> CropLoader:
+    steps = {"start_step": 0, "total_steps": STEPS_MEASURED}
+    return CropLoader(images, KINDS, batch_size=BATCH, seed=0, num_workers=workers, **steps)
+
+
+def rate(batches: Iterable[Any]) -> float:
+    """Images a second once the workers have started: of the first batches some are ready before they are asked for."""
+    iterator, skipped, count = iter(batches), 15, 0
+    for _ in range(skipped):
+        next(iterator)
+    start = time.perf_counter()
+    for _ in iterator:
+        count += BATCH
+    return count / (time.perf_counter() - start)
+
+
+def loader_rates(images: ImageFolder, packed: ImageFolder, rounds: int) -> dict[str, dict[int, float]]:
+    """Images a second of each loader by number of workers."""
+    loaders: dict[str, Callable[[int], Iterable[Any]]] = {
+        "ours": lambda workers: our_loader(images, workers),
+        "ours, packed to 400 pixels": lambda workers: our_loader(packed, workers),
+        REFERENCE: lambda workers: reference_loader(images, KINDS, BATCH, STEPS_MEASURED, workers),
     }
+    rates: dict[str, dict[int, list[float]]] = {name: {1: [], 2: []} for name in loaders}
+    for _ in range(rounds):
+        for name, loader in loaders.items():
+            for workers, values in rates[name].items():
+                values.append(rate(loader(workers)))
+    return {name: {w: statistics.median(v) for w, v in values.items()} for name, values in rates.items()}
 
 
 def processor() -> str:
@@ -195,32 +187,58 @@ def processor() -> str:
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
+def mosaics(folder: Path, count: int) -> Path:
+    """Pictures of 512 x 384 pixels, each of 192 embedded ones."""
+    small = ImageFolder(EMBEDDED_DATA)
+    for number in range(count):
+        image = Image.new("RGB", (512, 384))
+        for i in range(192):
+            tile = small.load((192 * number + i) % len(small))
+            image.paste(tile, (32 * (i % 16), 32 * (i // 16)))
+        image.save(folder / f"{number}.jpg", quality=92)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", required=True, help="folder or .zip of images")
+    parser.add_argument("--photos", help="folder, .zip or .tar of images; default: mosaics of the embedded ones")
     parser.add_argument("--json", help="file to write the results to")
-    parser.add_argument("--images", type=int, default=24, help="how many of them")
+    parser.add_argument("--images", type=int, default=40, help="how many of them")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = ImageFolder(args.photos)
-    images = [folder.load(i) for i in range(min(args.images, len(folder)))]
-    tables = [draw_crops(0, 0, i, KINDS, image.size[::-1]) for i, image in enumerate(images)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = ImageFolder(args.photos or mosaics(Path(temporary), args.images))
+        folder = folder.subset(range(min(args.images, len(folder))))
+        pack(folder, Path(temporary) / "packed.tar", size=400, quality=90, num_workers=2)
+        run(folder, ImageFolder(Path(temporary) / "packed.tar"), args.rounds, args.json)
 
-    report = parity(images, tables)
+
+def run(folder: ImageFolder, packed: ImageFolder, rounds: int, path: str | None) -> None:
+    images = [folder.load(i) for i in range(len(folder))]
+    report = parity(images, [draw_crops(0, 0, i, KINDS, image.size[::-1]) for i, image in enumerate(images)])
     print(f"{'step':24} bytes that differ   largest   mean difference from Pillow {pillow_version}")
     for step, row in report.items():
         print(f"{step:24} {100 * row['differing']:15.4f} %   {row['largest']:7}   {row['mean']:.6f}")
 
-    results = measure(folder, images, args.rounds)
-    print(f"\n{len(images)} images, {processor()}\n{'provider':32} ms per image   images/s with decoding")
-    for name, result in results.items():
-        speedup = results["reference transforms on Pillow"]["ms_per_image"] / result["ms_per_image"]
-        print(f"{name:32} {result['ms_per_image']:12.2f} ({speedup:4.1f}x) {result['images_per_s']:17.0f}")
-    if args.json:
+    times, rates = crop_times(images, rounds), loader_rates(folder, packed, rounds)
+    print(f"\n{len(images)} images, {processor()}")
+    print(f"{'provider':32} {'ms per image':>20} {'images/s, 1 worker':>24} {'2 workers':>20}")
+    results: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys((*times, *rates)):
+        cells = ["", "", ""]
+        results[name] = {}
+        if name in times:
+            results[name]["ms_per_image"] = times[name]
+            cells[0] = f"{times[name]:.2f} ({times[REFERENCE] / times[name]:.1f}x)"
+        if name in rates:
+            results[name]["images_per_s"] = rates[name]
+            cells[1:] = [f"{value:.0f} ({value / rates[REFERENCE][w]:.1f}x)" for w, value in rates[name].items()]
+        print(f"{name:32} {cells[0]:>20} {cells[1]:>24} {cells[2]:>20}")
+    if path:
         machine = {"processor": processor(), "pillow": pillow_version, "torch": torch.__version__}
         content = {"machine": machine, "images": len(images), "parity": report, "providers": results}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

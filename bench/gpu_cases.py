@@ -2,20 +2,21 @@
 
 A case's providers all compute the same results from the same inputs, which a test checks at toy sizes and every run
 checks at its own: a provider is a function without arguments, the first is ours, "reference" is the plain form in the
-same dtype. Each has its own state where the op writes in place. Losses and updates are here, the rest in
-gpu_block_cases.py.
+same dtype. Each has its own state where the op writes in place. Losses, updates and crops are here, the rest
+in gpu_block_cases.py.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from bench_dino_loss import einsum_form
 from dino_train.optim import clip_gradients
 from gpu_block_cases import add_layer_norm, attention_cases, bias_gelu, drop_path_add
 from gpu_report import OURS
-from gpu_setting import Case, Provider, Sizes, compiled, generator, name_of, random
+from gpu_setting import CROPS, Case, Provider, Sizes, compiled, generator, name_of, random
 from torch import Tensor
 
 import dino_kernels
@@ -256,6 +257,40 @@ def reference_phase(grads, optimizer, teachers, weights, copies, hyper) -> None:
         copy.copy_(x)
 
 
+# --- crops -------------------------------------------------------------------------------------------
+
+
+def multicrop(device: str, sizes: Sizes) -> Case:
+    """All crops of four batches of decoded images, at the reference setting 256, from the device's memory and from the
+    host's; the reference makes them on the CPU, with torch's number of threads, and uploads them."""
+    n, height, width = 4 * sizes.images, 375, 500
+    smooth = F.interpolate(random(generator(device), n, 3, 15, 20), (height, width), mode="bilinear")
+    pixels = (128 + 100 * smooth).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).flatten()
+    host = torch.empty_like(pixels, device="cpu", pin_memory=device == "cuda").copy_(pixels)
+    places = np.array([[3 * height * width * i, height, width] for i in range(n)])
+    crops = np.stack([dino_kernels.draw_crops(0, 0, i, CROPS, (height, width)) for i in range(n)])
+
+    def cropped(source, dtype=torch.bfloat16) -> list[Tensor]:
+        out = [torch.empty(n, 3, kind.size, kind.size, dtype=dtype, device=source.device) for kind in CROPS]
+        dino_kernels.multicrop_packed(source, places, crops, out)
+        return out
+
+    return Case(
+        op="multicrop",
+        shape=f"{n} images {width} x {height}, {len(CROPS)} crops",
+        dtype="bfloat16",
+        bytes=len(host) + sum(2 * n * 3 * kind.size**2 for kind in CROPS),
+        flops=0,
+        results=("crops",),
+        providers={
+            OURS: lambda: (cropped(pixels),),
+            f"{OURS}, with upload": lambda: (cropped(host.to(device, non_blocking=True)),),
+            "reference": lambda: ([x.to(device) for x in cropped(host)],),
+        },
+        exact=lambda: ([x.to(device, torch.float64) for x in cropped(host, torch.float32)],),
+    )
+
+
 # --- all of them -------------------------------------------------------------------------------------
 
 
@@ -271,6 +306,7 @@ def all_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
         "add_layer_norm": partial(add_layer_norm, sizes=sizes),
         "bias_gelu": partial(bias_gelu, sizes=sizes),
         "drop_path_add": partial(drop_path_add, sizes=sizes),
+        "multicrop": partial(multicrop, sizes=sizes),
         **attention_cases(sizes, "6 heads", ["785"]),
         "dino_loss float16": partial(dino_loss, sizes=sizes, dtype=torch.float16),
         **attention_cases(base, "12 heads", ["197", "37", "packed"]),

@@ -103,6 +103,11 @@ def share_of_bandwidth(rows: Rows) -> float:
     return 100 / floors(rows)
 
 
+def rate(count: int) -> Callable[[Rows], float]:
+    """Things a second, where a call takes so many."""
+    return lambda rows: 1e3 * count / _ms(rows, OURS)
+
+
 def workspace(provider: str) -> Callable[[Rows], float]:
     """Megabytes (10^6) needed beside inputs and results."""
 
@@ -178,7 +183,7 @@ def _attention_parts() -> list[Part]:
 
 
 def target_parts(cases: list[str]) -> list[Part]:
-    """Section 6 of the design, a line a number; Q is asked of every case."""
+    """Section 6 of the design, a line a number, and the rate of the crops (C1); Q is asked of every case."""
     parts = []
     for case in ("dino_loss bfloat16", "dino_loss float16"):
         parts += [
@@ -224,6 +229,7 @@ def target_parts(cases: list[str]) -> list[Part]:
             Part("S1", case, ">= {}x the best of stock PyTorch", stock, speedup("stock")),
             Part("S1", case, "peak memory <= {}x the reference's", 0.5, share_of_peak("reference"), at_most=True),
         ]
+    parts.append(Part("C1", "multicrop", ">= {} images/s", 10_000, rate(256)))
     for case in cases:
         # A hundredth for chance: where rounding to 16 bits is all of the error, ours and eager's are the same.
         parts.append(Part("Q", case, "error <= {}x eager's against float64", 1.01, excess_error, at_most=True))

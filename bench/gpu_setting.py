@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dino_kernels import CropKind
+
 Result = Tensor | Sequence[Tensor]
 Provider = Callable[[], Sequence[Result]]
 
@@ -28,6 +30,13 @@ class Sizes:
         """ViT-B is ViT-S twice as wide."""
         return replace(self, width=2 * self.width, heads=2 * self.heads)
 
+
+# The crops of an image there
+CROPS = (
+    CropKind(224, (0.4, 1.0), blur=1.0, solarize=0.0),
+    CropKind(224, (0.4, 1.0), blur=0.1, solarize=0.2),
+    *[CropKind(96, (0.05, 0.4), blur=0.5, solarize=0.0)] * 8,
+)
 
 TOY = Sizes(images=2, views=4, outputs=200, bottleneck=16, hidden=24, width=32, heads=2, depth=1, tokens=(9, 5, 17))
 

@@ -17,8 +17,10 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import triton
+from gpu_setting import CROPS
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -29,8 +31,10 @@ from dino_kernels import (
     bias_gelu_triton,
     dino_head_loss_triton,
     dino_loss_triton,
+    draw_crops,
     drop_path_add_triton,
     ema_update_triton,
+    multicrop_triton,
     weight_norm_triton,
 )
 
@@ -134,6 +138,14 @@ def weight_norm() -> None:
         weight_norm_triton.backward_triton(v, None, v.to(dtype), v, g)
 
 
+def multicrop() -> None:
+    places = np.array([[0, 375, 500]])
+    for dtype in (torch.bfloat16, torch.uint8):
+        out = [meta(1, 3, kind.size, kind.size, dtype=dtype) for kind in CROPS]
+        crops = draw_crops(0, 0, 0, CROPS, (375, 500))[None]
+        multicrop_triton.packed_triton(meta(3 * 375 * 500, dtype=torch.uint8), places, crops, out)
+
+
 OPS = (
     dino_loss,
     dino_head_loss,
@@ -144,6 +156,7 @@ OPS = (
     bias_gelu,
     drop_path_add,
     weight_norm,
+    multicrop,
 )
 
 

@@ -239,7 +239,14 @@ void attention(const std::vector<uintptr_t>& data, const std::vector<int64_t>& s
     backward ? dino::attention_backward(args) : dino::attention(args);
 }
 
-// crops: address of [images, views] structs Crop; dtype: of the outputs, or -1 for bytes
+// crops: address of [images, views] structs Crop
+void check_crops(uintptr_t crops, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths,
+                 const std::vector<int64_t>& sizes) {
+    dino::check_crops(reinterpret_cast<const dino::Crop*>(crops), int64_t(heights.size()), int64_t(sizes.size()),
+                      heights.data(), widths.data(), sizes.data());
+}
+
+// The same; dtype: of the outputs, or -1 for bytes
 void multicrop(const std::vector<uintptr_t>& pixels, const std::vector<int64_t>& heights,
                const std::vector<int64_t>& widths, const std::vector<int64_t>& row_strides, uintptr_t crops,
                const std::vector<uintptr_t>& out, const std::vector<int64_t>& sizes,
@@ -275,6 +282,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("mlp_backward", &mlp_backward);
     m.def("add_column_sums", &add_column_sums);
     m.def("add_to", &add_to);
+    m.def("check_crops", &check_crops);
     m.def("multicrop", &multicrop);
     m.def("weight_norm", &weight_norm);
     m.def("weight_norm_backward", &weight_norm_backward);

@@ -262,7 +262,10 @@ struct MultiCropArgs {
     DType dtype;
     int threads;
 };
-// Throws std::invalid_argument, before anything is written, for a crop that does not fit its image or output.
+// Throws std::invalid_argument for a crop [images, views] that does not fit its image or output.
+void check_crops(const Crop* crops, int64_t images, int64_t views, const int64_t* heights, const int64_t* widths,
+                 const int64_t* sizes);
+// Checks the crops before anything is written.
 void multicrop(const MultiCropArgs& args);
 
 // Denormal results become zero while it lives: each costs a hundred cycles on most CPUs, and a sharp

@@ -18,16 +18,14 @@ constexpr float kMean[3] = {0.485f, 0.456f, 0.406f}, kStd[3] = {0.229f, 0.224f, 
 
 // --- what a caller can get wrong --------------------------------------------------------------------
 
-void check(const MultiCropArgs& a, int64_t image, int64_t view) {
-    const Crop& c = a.crops[image * a.views + view];
+void check(const Crop& c, int64_t height, int64_t width, int64_t size, int64_t image, int64_t view) {
     auto require = [=](bool fits, const char* rule) {
         if (!fits)
             throw std::invalid_argument("crops[" + std::to_string(image) + ", " + std::to_string(view) + "]: " + rule);
     };
-    require(0 <= c.left && c.left < c.right && c.right <= a.widths[image] && 0 <= c.top && c.top < c.bottom &&
-                c.bottom <= a.heights[image],
+    require(0 <= c.left && c.left < c.right && c.right <= width && 0 <= c.top && c.top < c.bottom && c.bottom <= height,
             "box must be (left, top, right, bottom), not empty and inside the image");
-    require(c.size == a.sizes[view], "size must be that of the output");
+    require(c.size == size, "size must be that of the output");
     for (float factor : {c.brightness, c.contrast, c.saturation})
         require(0.0f <= factor && factor <= kMostFactor, "brightness, contrast and saturation must be in [0, 100]");
     require(-0.5f <= c.hue && c.hue <= 0.5f, "hue must be in [-0.5, 0.5]");
@@ -53,35 +51,48 @@ Box box_of(float sigma) {                      // three passes of it are about a
     return {radius, whole, ((1u << 24) - uint32_t(2 * radius + 1) * whole) / 2};
 }
 
-// The plane with kReach more pixels on every side, so that a pass is one long loop; what it leaves in these is
-// replaced.
+// The plane as 16-bit numbers with kReach more on every side, so that a pass is one long loop; what it leaves in these
+// is replaced.
 struct Bordered {
     int64_t size, row = size + 2 * kReach;
 
-    void repeat_sides(uint8_t* x) const {
+    void repeat_sides(int16_t* x) const {
         for (int64_t y = 0; y < size; ++y) {
-            uint8_t* line = x + (y + kReach) * row;
+            int16_t* line = x + (y + kReach) * row;
             line[0] = line[1] = line[kReach];
             line[row - 2] = line[row - 1] = line[row - 1 - kReach];
         }
     }
-    void repeat_ends(uint8_t* x) const {
+    void repeat_ends(int16_t* x) const {
         for (int64_t i = 0; i < kReach; ++i) {
-            std::memcpy(x + i * row, x + kReach * row, size_t(row));
-            std::memcpy(x + (row - 1 - i) * row, x + (row - 1 - kReach) * row, size_t(row));
+            std::copy_n(x + kReach * row, row, x + i * row);
+            std::copy_n(x + (row - 1 - kReach) * row, row, x + (row - 1 - i) * row);
         }
     }
 };
 
+template <class From, class To>
+DINO_INLINE inline void convert(const From* from, int64_t from_row, int64_t size, To* to, int64_t to_row) {
+    for (int64_t y = 0; y < size; ++y)
+#pragma omp simd
+        for (int64_t x = 0; x < size; ++x) to[y * to_row + x] = To(from[y * from_row + x]);
+}
+
+DINO_MULTIVERSION
+void widen(const uint8_t* plane, int64_t size, int16_t* to, int64_t row) { convert(plane, size, size, to, row); }
+
+DINO_MULTIVERSION
+void narrow(const int16_t* from, int64_t row, int64_t size, uint8_t* plane) { convert(from, row, size, plane, size); }
+
 // Pillow's Gaussian blur
 void blur_plane(float radius, int64_t size, uint8_t* plane) {
-    static thread_local BufferOf<uint8_t> buffers[2];
+    static thread_local BufferOf<int16_t> buffers[2];
     auto blur = widest_loops().blur;
     Box box = box_of(radius);
     Bordered shape{size};
     int64_t row = shape.row, inner = kReach * row, n = size * row;  // from the first to the last row of the plane
-    uint8_t *x = buffers[0].fit(row * row + kSlack), *y = buffers[1].fit(row * row + kSlack);
-    for (int64_t i = 0; i < size; ++i) std::memcpy(x + inner + i * row + kReach, plane + i * size, size_t(size));
+    int16_t *x = buffers[0].fit(row * row + kSlack), *y = buffers[1].fit(row * row + kSlack);
+    widen(plane, size, x + inner + kReach, row);
     for (int pass = 0; pass < kPasses; ++pass, std::swap(x, y)) {
         shape.repeat_sides(x);
         blur(box, x + inner, 1, n, y + inner);
@@ -90,7 +101,7 @@ void blur_plane(float radius, int64_t size, uint8_t* plane) {
         shape.repeat_ends(x);
         blur(box, x + inner, row, n, y + inner);
     }
-    for (int64_t i = 0; i < size; ++i) std::memcpy(plane + i * size, x + inner + i * row + kReach, size_t(size));
+    narrow(x + inner + kReach, row, size, plane);
 }
 
 // --- output ------------------------------------------------------------------------------------------
@@ -127,14 +138,20 @@ void write(const MultiCropArgs& a, const uint8_t* planes, int64_t n, void* out, 
 
 }  // namespace
 
+void check_crops(const Crop* crops, int64_t images, int64_t views, const int64_t* heights, const int64_t* widths,
+                 const int64_t* sizes) {
+    for (int64_t i = 0; i < images; ++i)
+        for (int64_t v = 0; v < views; ++v) check(crops[i * views + v], heights[i], widths[i], sizes[v], i, v);
+}
+
 void multicrop(const MultiCropArgs& a) {
-    for (int64_t task = 0; task < a.images * a.views; ++task) check(a, task / a.views, task % a.views);
+    check_crops(a.crops, a.images, a.views, a.heights, a.widths, a.sizes);
     parallel_for(a.images * a.views, a.threads, [&](int64_t task) {
         static thread_local BufferOf<uint8_t> buffer;
         int64_t image = task / a.views, view = task % a.views;
         const Crop& crop = a.crops[task];
         int64_t n = int64_t(crop.size) * crop.size;
-        uint8_t* planes = buffer.fit(3 * n);
+        uint8_t* planes = buffer.fit(3 * n + kSlack);
         resample(a.pixels[image], a.row_strides[image], crop, planes);
         change_colors(crop, planes);
         for (int64_t c = 0; c < 3 && crop.blur > 0.0f; ++c) blur_plane(crop.blur, crop.size, planes + c * n);

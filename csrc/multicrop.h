@@ -20,10 +20,23 @@
 #define DINO_SHUFFLE(Type, a, b, ...) __builtin_shuffle((Type)(a), (Type)(b), Type{__VA_ARGS__})
 #endif
 
+// Which versions are compiled: all, or with DINO_ONE_VERSION those of -march. Quads take AVX-512 of 2019 and later,
+// VBMI and VNNI; older processors with AVX-512 take the version for AVX2.
+#if defined(__x86_64__) && (!defined(DINO_ONE_VERSION) || defined(__AVX2__))
+#define DINO_HAS_AVX2 1
+#endif
+#if defined(__x86_64__) && (!defined(DINO_ONE_VERSION) || (defined(__AVX512VBMI__) && defined(__AVX512VNNI__)))
+#define DINO_HAS_QUADS 1
+#define DINO_QUADS __attribute__((target("avx512f,avx512bw,avx512vbmi,avx512vnni")))
+#endif
+
 namespace dino {
 
 // The box of an image of a row stride in bytes, resized to planes [3, size, size] and flipped as the crop says.
 void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes);
+
+// The same by multiplying bytes
+void resample_quads(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes);
 
 // Brightness, contrast, saturation and hue in the crop's order, if it has jitter; then grayscale, if it has that.
 void change_colors(const Crop& crop, uint8_t* planes);
@@ -39,7 +52,8 @@ constexpr int64_t kSlack = 64;         // the widest vector, in bytes
 // of a pair are packed into the halves of high[pair * size + x], without their lowest kLowBits, and low[pair * size +
 // x].
 struct Weights {
-    int32_t *first, *end, *pairs, *high, *low;
+    const int32_t *first, *end;
+    int32_t *high, *low;
     int64_t size, most_pairs;
 };
 
@@ -50,6 +64,7 @@ struct Box {
 };
 
 struct Loops {
+    // The first three are of the resize by pairs, null where it goes by quads.
     // Sums and half a level [n, kLanes] of outputs x .. x + n - 1, the other way round if flipped, from pairs of pixels
     // [pairs, kLanes] that begin with pixel `start`
     void (*columns)(const int32_t* from, int64_t start, const Weights& w, int64_t x, int64_t n, bool flip, int32_t* to);
@@ -57,8 +72,14 @@ struct Loops {
     void (*rows)(const int32_t* from, int64_t width, const Weights& w, int64_t y, int32_t* to);
     // Sums to levels; reads up to 4 * kSlack bytes more
     void (*levels)(const int32_t* sums, int64_t n, uint8_t* to);
-    // to[i] = the box around x[i], of pixels a step apart; reads and writes up to kSlack bytes more
-    void (*blur)(const Box& box, const uint8_t* x, int64_t step, int64_t n, uint8_t* to);
+    // to[i] = the box around x[i], of levels a step apart; reads and writes up to kSlack bytes more
+    void (*blur)(const Box& box, const int16_t* x, int64_t step, int64_t n, int16_t* to);
+    // Colors of planes [3, n]; read up to kSlack bytes more
+    void (*blend_with_level)(int32_t degenerate, float factor, int64_t n, uint8_t* levels);
+    void (*blend_with_luma)(float factor, int64_t n, uint8_t* planes);
+    int64_t (*sum_of_luma)(int64_t n, const uint8_t* planes);
+    void (*to_gray)(int64_t n, uint8_t* planes);
+    void (*turn_hue)(uint8_t shift, int64_t n, uint8_t* planes);  // in 256ths of the circle
 };
 const Loops& widest_loops();
 

@@ -4,9 +4,8 @@
 // Both passes are sums of vectors, each times a weight. Along columns the vectors are rows as they lie in memory; for
 // the pass along rows, kRows rows at a time are transposed before it and after it.
 #include <algorithm>
-#include <cmath>
 
-#include "multicrop.h"
+#include "multicrop_filter.h"
 
 namespace dino {
 namespace {
@@ -16,82 +15,42 @@ constexpr int64_t kHalf = kRows / 2 * kLanes;  // every other one of kRows pixel
 
 int64_t padded(int64_t n) { return (n + kRows - 1) / kRows * kRows; }
 
-struct Filter : Weights {
-    BufferOf<int32_t> first_, begin_, end_, pairs_, high_, low_;
-    BufferOf<double> center_, sum_, exact_;
+struct PairFilter : Weights {
+    Filter filter;
+    BufferOf<int32_t> high_, low_;
 
     void make(int64_t inputs, int64_t outputs);
 };
 
 struct Scratch {
-    Filter horizontal, vertical;
+    PairFilter horizontal, vertical;
     BufferOf<int32_t> columns, rows, sums, row_sums;
     BufferOf<uint8_t> filtered, bytes, levels;
 };
 
 // --- weights -----------------------------------------------------------------------------------------
 
-DINO_INLINE inline double bicubic(double x) {  // a = -0.5
-    double near = (1.5 * x - 2.5) * x * x + 1.0, far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5;
-    return x < 1.0 ? near : x < 2.0 ? far : 0.0;
-}
-
-DINO_INLINE inline int32_t fixed(double weight) {
-    weight *= 1 << kWeightBits;
-    return int32_t(weight + (weight < 0.0 ? -0.5 : 0.5));
-}
-
-// The weights of input first[x] + tap for all outputs at once: a loop over the few taps of one would not fill a vector.
 DINO_MULTIVERSION
-void weigh(const Filter& f, int64_t tap, double inverse, const int32_t* begin, const double* center,
-           double* __restrict sum, double* __restrict exact) {
-    const int32_t *first = f.first, *end = f.end;
-#pragma omp simd
-    for (int64_t x = 0; x < f.size; ++x) {
-        int32_t input = first[x] + int32_t(tap);
-        double weight = bicubic(std::abs((double(input) - center[x] + 0.5) * inverse));
-        exact[x] = input >= begin[x] && input < end[x] ? weight : 0.0;
-        sum[x] += exact[x];
-    }
-}
-
-DINO_MULTIVERSION
-void pack(int64_t size, const double* even, const double* odd, const double* sum, int32_t* __restrict high,
-          int32_t* __restrict low) {
+void pack(int64_t size, const int32_t* even, const int32_t* odd, int32_t* __restrict high, int32_t* __restrict low) {
     constexpr int32_t kLow = (1 << kLowBits) - 1;
 #pragma omp simd
     for (int64_t x = 0; x < size; ++x) {
-        int32_t a = fixed(even[x] / sum[x]), b = fixed(odd[x] / sum[x]);
+        int32_t a = even[x], b = odd[x];
         high[x] = int32_t((uint32_t(a >> kLowBits) & 0xffffu) | uint32_t(b >> kLowBits) << 16);
         low[x] = (a & kLow) | (b & kLow) << 16;
     }
 }
 
-void Filter::make(int64_t inputs, int64_t outputs) {
+void PairFilter::make(int64_t inputs, int64_t outputs) {
+    filter.make(inputs, outputs, 2, 2, false);
+    first = filter.first;
+    end = filter.end;
     size = outputs;
-    double scale = double(inputs) / double(size), stretch = std::max(scale, 1.0), support = 2.0 * stretch;
-    first = first_.fit(size);
-    end = end_.fit(size);
-    pairs = pairs_.fit(size);
-    int32_t* begin = begin_.fit(size);
-    double *center = center_.fit(size), *sum = sum_.fit(size);
-    most_pairs = 0;
-    for (int64_t x = 0; x < size; ++x) {
-        center[x] = (double(x) + 0.5) * scale;
-        begin[x] = int32_t(std::max(center[x] - support + 0.5, 0.0));
-        end[x] = int32_t(std::min(int64_t(center[x] + support + 0.5), inputs));
-        first[x] = begin[x] & ~1;
-        pairs[x] = (end[x] - first[x] + 1) / 2;
-        most_pairs = std::max<int64_t>(most_pairs, pairs[x]);
-        sum[x] = 0.0;
-    }
-    double* exact = exact_.fit(2 * most_pairs * size);
+    most_pairs = filter.taps / 2;
     high = high_.fit(most_pairs * size);
     low = low_.fit(most_pairs * size);
-    for (int64_t tap = 0; tap < 2 * most_pairs; ++tap)
-        weigh(*this, tap, 1.0 / stretch, begin, center, sum, exact + tap * size);
-    for (int64_t pair = 0; pair < most_pairs; ++pair)
-        pack(size, exact + 2 * pair * size, exact + (2 * pair + 1) * size, sum, high + pair * size, low + pair * size);
+    for (int64_t i = 0; i < most_pairs * size; i += size)
+        pack(size, filter.weights + 2 * i, filter.weights + 2 * i + size, high + i, low + i);
 }
 
 // --- transposing -------------------------------------------------------------------------------------
@@ -190,7 +149,7 @@ void columns_to_rows(const uint8_t* columns, int64_t width, uint8_t* bytes, int3
 // whose columns stay in the nearest cache.
 void first_pass(const Loops& loops, const uint8_t* block, int64_t stride, int64_t height, bool flip, int64_t row,
                 Scratch& s, int32_t* rows) {
-    const Filter& f = s.horizontal;
+    const PairFilter& f = s.horizontal;
     uint8_t* filtered = s.filtered.fit(row * kRows);
     int32_t* results = s.sums.fit(kOutputs * kLanes + kSlack);
     for (int64_t x = 0; x < f.size; x += kOutputs) {
@@ -208,11 +167,14 @@ void first_pass(const Loops& loops, const uint8_t* block, int64_t stride, int64_
 
 void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes) {
     const Loops& loops = widest_loops();
+#if DINO_HAS_QUADS
+    if (!loops.columns) return resample_quads(image, row_stride, crop, planes);
+#endif
     static thread_local Scratch s;
     const int64_t height = crop.bottom - crop.top, size = crop.size;
     s.horizontal.make(crop.right - crop.left, size);
     s.vertical.make(height, size);
-    const Filter& f = s.vertical;
+    const PairFilter& f = s.vertical;
     const int64_t row = 3 * padded(size), held = 2 * f.most_pairs + kRows;
     int32_t *rows = s.rows.fit(held / 2 * row), *results = s.row_sums.fit(row + kSlack);
     uint8_t* levels = s.levels.fit(row);

@@ -48,6 +48,14 @@ inline Units pack_16(Units a, Units b) {
 }
 #endif
 
+#if DINO_BYTES == 64
+DINO_TARGET DINO_INLINE inline Units add_products(Units sum, Units a, Units b) {
+    return (Units)_mm512_dpwssd_epi32((Any)sum, (Any)a, (Any)b);
+}
+#else
+DINO_TARGET DINO_INLINE inline Units add_products(Units sum, Units a, Units b) { return sum + pair_products(a, b); }
+#endif
+
 DINO_TARGET DINO_INLINE inline Units load(const void* from) {
     Units x;
     std::memcpy(&x, from, sizeof x);
@@ -56,82 +64,23 @@ DINO_TARGET DINO_INLINE inline Units load(const void* from) {
 
 DINO_TARGET DINO_INLINE inline void store(Units x, void* to) { std::memcpy(to, &x, sizeof x); }
 
-// --- resize ------------------------------------------------------------------------------------------
-
-// to[i] = half a level and the sum over pairs of weights times from[pair * stride + i], for i < kLanes
-DINO_TARGET DINO_INLINE inline void block(const int32_t* from, int64_t stride, const Weights& w, int64_t output,
-                                          int32_t* to) {
-    constexpr int64_t kWidth = sizeof(Units) / sizeof(int32_t), kVectors = 3;
-    for (int64_t i = 0; i < kLanes; i += kVectors * kWidth) {
-        Units high[kVectors] = {}, low[kVectors];
-        for (Units& sum : low) sum = Units{} + (1u << (kWeightBits - 1));
-        for (int64_t pair = 0; pair < w.pairs[output]; ++pair) {
-            Units weight_high = Units{} + uint32_t(w.high[pair * w.size + output]);
-            Units weight_low = Units{} + uint32_t(w.low[pair * w.size + output]);
-            for (int64_t v = 0; v < kVectors; ++v) {
-                Units x = load(from + pair * stride + i + v * kWidth);
-                high[v] += pair_products(x, weight_high);
-                low[v] += pair_products(x, weight_low);
-            }
-        }
-        for (int64_t v = 0; v < kVectors; ++v) store((high[v] << kLowBits) + low[v], to + i + v * kWidth);
-    }
-}
-
-DINO_TARGET void columns(const int32_t* from, int64_t start, const Weights& w, int64_t x, int64_t n, bool flip,
-                         int32_t* to) {
-    for (int64_t i = 0; i < n; ++i)
-        block(from + (w.first[x + i] - start) / 2 * kLanes, kLanes, w, x + i, to + (flip ? n - 1 - i : i) * kLanes);
-}
-
-DINO_TARGET void rows(const int32_t* from, int64_t width, const Weights& w, int64_t y, int32_t* to) {
-    for (int64_t i = 0; i < width; i += kLanes) block(from + i, width, w, y, to + i);
-}
-
-DINO_TARGET void levels(const int32_t* sums, int64_t n, uint8_t* to) {
-    using Signed __attribute__((vector_size(DINO_BYTES))) = int32_t;
-    constexpr int kWidth = sizeof(Units) / sizeof(int32_t), kParts = sizeof(Units) / 16;
-    for (int64_t i = 0; i < n; i += 4 * kWidth) {
-        Units x[4], ordered;
-        for (int v = 0; v < 4; ++v) x[v] = (Units)((Signed)load(sums + i + v * kWidth) >> kWeightBits);
-        Units packed = pack_16(pack_32(x[0], x[1]), pack_32(x[2], x[3]));  // 16 bytes of each in turn
-        for (int u = 0; u < kWidth; ++u) ordered[u] = packed[u % kParts * 4 + u / kParts];
-        if (n - i >= int64_t(sizeof ordered))
-            store(ordered, to + i);
-        else
-            std::memcpy(to + i, &ordered, size_t(n - i));
-    }
-}
-
 // --- blur --------------------------------------------------------------------------------------------
 
 // A pixel from the sums of those that count whole and of those that count in part: weights of 24 bits in two halves.
 DINO_TARGET DINO_INLINE inline Units weighted(Units pair, Units high, Units low) {
-    return ((pair_products(pair, high) << 12) + pair_products(pair, low) + (1u << 23)) >> 24;
+    return add_products(add_products(Units{} + (1u << 23), pair, low) >> 12, pair, high) >> 12;
 }
 
-DINO_TARGET DINO_INLINE inline Units weighted_16(Units whole, Units part, Units high, Units low) {
-    return pack_32(weighted(zip_low(whole, part), high, low), weighted(zip_high(whole, part), high, low));
-}
-
-DINO_TARGET void blur(const Box& box, const uint8_t* x, int64_t step, int64_t n, uint8_t* to) {
-    const Units zero = {}, high = zero + (box.whole >> 12 | box.part >> 12 << 16),
-                low = zero + ((box.whole & 0xfffu) | (box.part & 0xfffu) << 16);
-    for (int64_t i = 0; i < n; i += int64_t(sizeof(Units))) {
-        Units center = load(x + i), left = load(x + i - step), right = load(x + i + step);
-        Units whole_low = zip_low_bytes(center, zero), whole_high = zip_high_bytes(center, zero);
-        Units part_low = add_16(zip_low_bytes(left, zero), zip_low_bytes(right, zero));
-        Units part_high = add_16(zip_high_bytes(left, zero), zip_high_bytes(right, zero));
+DINO_TARGET void blur(const Box& box, const int16_t* x, int64_t step, int64_t n, int16_t* to) {
+    const Units high = Units{} + (box.whole >> 12 | box.part >> 12 << 16),
+                low = Units{} + ((box.whole & 0xfffu) | (box.part & 0xfffu) << 16);
+    for (int64_t i = 0; i < n; i += int64_t(sizeof(Units) / sizeof *x)) {
+        Units whole = load(x + i), part = add_16(load(x + i - step), load(x + i + step));
         if (box.radius == 1) {
-            whole_low = add_16(whole_low, part_low);
-            whole_high = add_16(whole_high, part_high);
-            left = load(x + i - 2 * step);
-            right = load(x + i + 2 * step);
-            part_low = add_16(zip_low_bytes(left, zero), zip_low_bytes(right, zero));
-            part_high = add_16(zip_high_bytes(left, zero), zip_high_bytes(right, zero));
+            whole = add_16(whole, part);
+            part = add_16(load(x + i - 2 * step), load(x + i + 2 * step));
         }
-        store(pack_16(weighted_16(whole_low, part_low, high, low), weighted_16(whole_high, part_high, high, low)),
-              to + i);
+        store(pack_32(weighted(zip_low(whole, part), high, low), weighted(zip_high(whole, part), high, low)), to + i);
     }
 }
 

@@ -12,7 +12,7 @@ from dino_kernels.drop_path_add import drop_path_add, drop_path_add_reference
 from dino_kernels.ema_update import ema_update_, ema_update_reference_
 from dino_kernels.linear import linear, linear_reference
 from dino_kernels.mlp import mlp, mlp_reference
-from dino_kernels.multicrop import CROP, CropKind, draw_crops, multicrop
+from dino_kernels.multicrop import CROP, CropKind, draw_crops, multicrop, multicrop_packed
 from dino_kernels.weight_norm import (
     weight_norm_,
     weight_norm_backward_,
@@ -49,6 +49,7 @@ __all__ = [
     "mlp",
     "mlp_reference",
     "multicrop",
+    "multicrop_packed",
     "weight_norm_",
     "weight_norm_backward_",
     "weight_norm_backward_reference_",

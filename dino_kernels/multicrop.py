@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES
 
-__all__ = ["CROP", "JITTER", "CropKind", "draw_crops", "multicrop"]
+__all__ = ["CROP", "JITTER", "CropKind", "draw_crops", "multicrop", "multicrop_packed"]
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
 
@@ -128,7 +128,8 @@ def _draw_box(u: list[float], scale: tuple[float, float], height: int, width: in
 def multicrop(
     images: Sequence[np.ndarray | Tensor], crops: np.ndarray, out: Sequence[Tensor], *, threads: int | None = None
 ) -> None:
-    """Writes the crops of decoded images into batches; see the top of the file. CPU only, without the GIL.
+    """Writes the crops of decoded images into batches; see the top of the file. On the CPU, without the GIL; for a GPU
+    there is `multicrop_packed`.
 
     A worker that decoded image b of a batch fills its rows with
     `multicrop([image], crops[None], [view[b : b + 1] for view in batch], threads=1)`.
@@ -147,13 +148,7 @@ def multicrop(
             [0, 2.4], an order that is no permutation. Nothing is written then.
     """
     arrays = [_check_image(i, image) for i, image in enumerate(images)]
-    if not isinstance(crops, np.ndarray) or crops.dtype != CROP or crops.shape != (len(arrays), len(out)):
-        raise ValueError(
-            f"crops must be an array of dtype CROP and shape [{len(arrays)}, {len(out)}], one row an image and one "
-            f"column a tensor of out, got {getattr(crops, 'dtype', type(crops))}, {list(np.shape(crops))}"
-        )
-    for v, view in enumerate(out):
-        _check_view(v, view, len(arrays), out[0].dtype)
+    _check_batch(crops, out, len(arrays), torch.device("cpu"))
     if not crops.size:
         return
     crops = np.ascontiguousarray(crops)
@@ -169,6 +164,79 @@ def multicrop(
         DTYPES.get(out[0].dtype, -1),
         torch.get_num_threads() if threads is None else threads,
     )
+
+
+def multicrop_packed(pixels: Tensor, places: np.ndarray, crops: np.ndarray, out: Sequence[Tensor]) -> None:
+    """`multicrop` of images that lie in one buffer, on its device: with Triton on a GPU, else in C++.
+
+    On a GPU the levels are those of the CPU, bit for bit. A loader decodes a batch into one pinned buffer, uploads that
+    in one copy and crops there, in a launch for each size of crop:
+
+        pixels = pinned.to("cuda", non_blocking=True)  # pinned may be written again once the stream is past this
+        multicrop_packed(pixels, places, crops, out)
+
+    It works in the current stream and never waits for the device. It uploads 224 bytes a crop by itself, so it does not
+    belong into a captured graph. While it works it needs, for the crops of that size which needs most, about
+    3 * size * (max(height, size) + size) + 16 * (height + width) bytes each, of the box.
+
+    Args:
+        pixels: uint8 [P], contiguous; image i is [H, W, 3], RGB, without gaps.
+        places: int64 [N, 3], on the host: of each image the index of its first byte in pixels, H and W.
+        crops: [N, V] of dtype CROP, on the host.
+        out: V tensors as those of `multicrop`, on the device of pixels.
+
+    Raises:
+        ValueError: as `multicrop`; an image that reaches out of pixels; on a GPU a crop with 3 * size * max(height of
+            the box, size) >= 2^31. Nothing is written then.
+    """
+    _check_pixels(pixels, places)
+    _check_batch(crops, out, len(places), pixels.device)
+    if not crops.size:
+        return
+    crops = np.ascontiguousarray(crops)
+    _, heights, widths = places.T.tolist()
+    _C.check_crops(crops.ctypes.data, heights, widths, [view.shape[-1] for view in out])
+    if pixels.is_cpu:
+        _packed_cpu(pixels, places, crops, out)
+    else:
+        from dino_kernels.multicrop_triton import packed_triton
+
+        packed_triton(pixels, places, crops, out)
+
+
+def _packed_cpu(pixels: Tensor, places: np.ndarray, crops: np.ndarray, out: Sequence[Tensor]) -> None:
+    multicrop([pixels[at : at + 3 * h * w].view(h, w, 3) for at, h, w in places.tolist()], crops, out)
+
+
+def _check_pixels(pixels: Tensor, places: np.ndarray) -> None:
+    if pixels.ndim != 1 or pixels.dtype != torch.uint8 or not pixels.is_contiguous():
+        raise ValueError(
+            f"pixels must have shape [P], dtype uint8 and be contiguous, got {list(pixels.shape)}, {pixels.dtype}, "
+            f"strides {list(pixels.stride())}"
+        )
+    if not (pixels.is_cpu or pixels.is_cuda):
+        raise ValueError(f"pixels must be on the CPU or a GPU, got {pixels.device}")
+    if not isinstance(places, np.ndarray) or places.dtype != np.int64 or places.shape[1:] != (3,) or places.ndim != 2:
+        raise ValueError(
+            "places must be an int64 array [N, 3] of first byte, height and width, "
+            f"got {getattr(places, 'dtype', type(places))}, {list(np.shape(places))}"
+        )
+    for i, (at, height, width) in enumerate(places.tolist()):
+        if at < 0 or height < 1 or width < 1 or at + 3 * height * width > len(pixels):
+            raise ValueError(
+                f"image {i} must have height and width >= 1 and lie inside the {len(pixels)} bytes of pixels, "
+                f"got a first byte of {at}, height {height} and width {width}"
+            )
+
+
+def _check_batch(crops: np.ndarray, out: Sequence[Tensor], images: int, device: torch.device) -> None:
+    if not isinstance(crops, np.ndarray) or crops.dtype != CROP or crops.shape != (images, len(out)):
+        raise ValueError(
+            f"crops must be an array of dtype CROP and shape [{images}, {len(out)}], one row an image and one "
+            f"column a tensor of out, got {getattr(crops, 'dtype', type(crops))}, {list(np.shape(crops))}"
+        )
+    for v, view in enumerate(out):
+        _check_view(v, view, images, out[0].dtype, device)
 
 
 def _check_image(i: int, image: np.ndarray | Tensor) -> np.ndarray:
@@ -188,13 +256,13 @@ def _check_image(i: int, image: np.ndarray | Tensor) -> np.ndarray:
     return array
 
 
-def _check_view(v: int, view: Tensor, images: int, dtype: torch.dtype) -> None:
+def _check_view(v: int, view: Tensor, images: int, dtype: torch.dtype, device: torch.device) -> None:
     shape, size = view.shape, view.shape[-1] if view.ndim else 0
     if shape != (images, 3, size, size) or not size:
         raise ValueError(f"out[{v}] must have shape [{images}, 3, size, size] with size >= 1, got {list(shape)}")
-    if view.dtype != dtype or (dtype != torch.uint8 and dtype not in DTYPES) or not view.is_cpu:
+    if view.dtype != dtype or (dtype != torch.uint8 and dtype not in DTYPES) or view.device != device:
         raise ValueError(
-            "out must be on the CPU, all uint8 or all of one of float32, float16 and bfloat16, "
+            f"out must be on {device}, all uint8 or all of one of float32, float16 and bfloat16, "
             f"got {view.dtype} on {view.device} in out[{v}]"
         )
     if view.stride()[1:] != (size * size, size, 1) or view.requires_grad:

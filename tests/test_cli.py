@@ -1,4 +1,3 @@
-import argparse
 import json
 import os
 import re
@@ -6,9 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 
-import numpy as np
 import pytest
 import torch
 from dino_train import cli
@@ -20,8 +17,6 @@ from dino_train.evaluate.finetune import Finetune
 from dino_train.evaluate.knn import Knn
 from dino_train.evaluate.linear import Linear
 from dino_train.evaluate.retrieval import Retrieval
-from dino_train.model import build_model
-from dino_train.weights import load_trained
 from safetensors import safe_open
 from tiny_run import TINY, tiny_run
 
@@ -130,37 +125,7 @@ def test_export_is_the_teachers_backbone(run, tmp_path):
             assert torch.equal(file.get_tensor(name), state[f"backbone.{name}"])
 
 
-def test_published_formats_load(tmp_path, capsys):
-    torch.manual_seed(0)
-    settings = {"patch_size": 16, "out_dim": 32, "img_size": 224, "drop_path_rate": 0.0, "head_hidden_dim": 8}
-    net = build_model("vit_tiny", **settings, use_bn_in_head=False, norm_last_layer=True).eval()
-    image = torch.randn(1, 3, 224, 224)
-    expected = net.backbone(image)
-    full = {
-        "student": {f"module.{k}": torch.zeros_like(v) for k, v in net.state_dict().items()},
-        "teacher": net.state_dict(),
-        "optimizer": {"param_groups": [{"lr": np.float64(0.1)}]},
-        "epoch": 100,
-        "args": argparse.Namespace(arch="deit_tiny", patch_size=16, data_path="/x"),
-    }
-    torch.save(full, tmp_path / "checkpoint.pth")
-    torch.save(net.backbone.state_dict(), tmp_path / "backbone.pth")
-    assert torch.equal(load_trained(tmp_path / "checkpoint.pth").backbone(image), expected)
-    with zipfile.ZipFile(tmp_path / "checkpoint.pth") as new, zipfile.ZipFile(tmp_path / "numpy1.pth", "w") as old:
-        for name in new.namelist():  # as numpy 1 named its scalars
-            old.writestr(name, new.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
-    assert torch.equal(load_trained(tmp_path / "numpy1.pth").backbone(image), expected)
-    assert torch.equal(load_trained(tmp_path / "backbone.pth", arch="vit_tiny").backbone(image), expected)
-    assert main(["export", "--checkpoint", str(tmp_path / "backbone.pth")]) == 1
-    assert "does not tell its architecture: add --arch" in capsys.readouterr().err
-    assert main(["export", "--checkpoint", str(tmp_path / "nothing.pth")]) == 1
-    assert "no checkpoint at" in capsys.readouterr().err
-    torch.save({"evil": os.system}, tmp_path / "evil.pth")
-    assert main(["export", "--checkpoint", str(tmp_path / "evil.pth")]) == 1
-    assert "not loaded for safety" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_ctrl_c_in_a_real_process_exits_cleanly(run, tmp_path, workers):
     words = ["pretrain", "--data", str(run / "images"), "--output-dir", str(tmp_path / "run"), *TINY]
     words += ["--epochs", "10000", "--num-workers", workers, "--knn-freq", "0"]

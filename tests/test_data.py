@@ -11,12 +11,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from dino_train.data import (
-    DataError,
-    ImageFolder,
-    UnreadableImage,
-    split,
-)
+from dino_train.data import DataError, ImageFolder, split
+from dino_train.decode import UnreadableImage, decode, jpeg_size
 from pictures import fill, save, zip_of
 from PIL import Image
 
@@ -114,6 +110,44 @@ def test_exif_orientation(tmp_path, suffix, mode):
 def test_damaged_exif_is_no_reason_to_drop_an_image(tmp_path, suffix):
     save(tmp_path / f"a.{suffix}", Image.new("RGB", (8, 8), RED), exif=b"Exif\0\0XX*\0\x08\0\0\0\xff\xff")
     assert np.abs(loaded(tmp_path) - RED).max() <= 3
+
+
+def jpeg(mode="RGB", **options):
+    file = io.BytesIO()
+    y, x = np.mgrid[:37, :53]
+    pixels = np.stack([128 + 100 * np.sin(x / (3 + c) + y / 5) for c in range(3)], -1).astype(np.uint8)
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("options", [{}, {"quality": 30}, {"subsampling": 0}, {"progressive": True}, {"mode": "L"}])
+def test_jpegs_are_decoded_to_pillows_bytes(options):
+    data = jpeg(**options)
+    assert jpeg_size(data) == (37, 53)
+    assert np.array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_what_is_left_to_pillow(monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned, inks = jpeg(exif=exif), jpeg("CMYK")
+    assert jpeg_size(turned) is jpeg_size(inks) is jpeg_size(png()) is jpeg_size(b"\xff\xd8\xff") is None
+    assert decode(turned).shape == (53, 37, 3)
+    assert np.array_equal(decode(inks), np.asarray(Image.open(io.BytesIO(inks)).convert("RGB")))
+    text = jpeg(comment=b"Exif\0\0")  # no EXIF segment, though it says so
+    assert jpeg_size(text) == (37, 53)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert jpeg_size(jpeg()) is None
+
+
+@pytest.mark.parametrize(("data", "reason"), [(jpeg()[:700], "truncated"), (jpeg() + b"junk", None)])
+def test_pillow_judges_what_is_damaged(tmp_path, data, reason):
+    (tmp_path / "a.jpg").write_bytes(data)
+    if reason is None:
+        assert ImageFolder(tmp_path).pixels(0).shape == (37, 53, 3)
+        return
+    with pytest.raises(UnreadableImage, match=f"^a.jpg: {reason}$"):
+        ImageFolder(tmp_path).pixels(0)
 
 
 def png(width=32, height=32):
@@ -251,8 +285,9 @@ def test_missing_and_unsuitable_paths(tmp_path, monkeypatch):
     text.write_text("a.png")
     cut.write_bytes(zip_of(fill(tmp_path / "set", "a.png")).read_bytes()[:-30])
     bare.mkdir()
-    assert message(tmp_path / "gone") == f"no such folder or zip file: {tmp_path / 'gone'}"
-    assert message(text) == f"{text} is neither a folder nor a zip: expected a folder of images or a .zip of one"
+    assert message(tmp_path / "gone") == f"no such folder, zip or tar file: {tmp_path / 'gone'}"
+    kinds = "expected a folder of images, or a .zip or .tar of one"
+    assert message(text) == f"{text} is neither a folder nor a zip nor a tar: {kinds}"
     assert message(cut) == f"{cut} is a damaged zip (File is not a zip file): copy or download it again"
     looked = "looked for .jpg .jpeg .png .webp .bmp .tif .tiff in it and its subfolders, found"
     assert message(bare) == f"no images in {bare}: {looked} no files"

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from dino_train.augment import to_tensor
 from dino_train.evaluate.copy_detection import Whitening, block_precisions, class_and_gem
 from dino_train.evaluate.features import Features
+from dino_train.loader import to_tensor
 from dino_train.model import vit
 from dino_train.weights import load_trained
 from PIL import Image

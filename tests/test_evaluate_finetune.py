@@ -43,7 +43,7 @@ def test_a_run_that_was_stopped_goes_on_bitwise(words, tmp_path, capsys, monkeyp
         return step(self, pixels, labels, factor)
 
     monkeypatch.setattr(finetune._Tuning, "_step", stopping)
-    assert main(["evaluate", *map(str, words), "--num-workers", "0"]) == 130
+    assert main(["evaluate", *map(str, words), "--num-workers", "1"]) == 130
     monkeypatch.setattr(finetune._Tuning, "_step", step)
     resumed = evaluate(capsys, *words, "--resume")
     assert resumed["top1"] == whole["top1"]

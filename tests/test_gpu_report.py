@@ -106,6 +106,7 @@ P = gpu_report.Part
         (P("", "case", "", 62, gpu_report.workspace(OURS), at_most=True), ("62.9", "not met")),
         (P("", "case", "", 0, gpu_report.waits, at_most=True), ("0", "met")),
         (P("", "case", "", 1, gpu_report.repeats), ("1", "met")),
+        (P("", "case", "", 10_000, gpu_report.rate(256)), ("2.56e+05", "met")),
         (P("", "case", "", 1, gpu_report.excess_error, at_most=True), ("0.5", "met")),
         (P("", "other", "", 1, gpu_report.floors), ("-", "not measured: not reached")),
         (P("", "case", "", 0.5, gpu_report.share_of_peak("reference"), at_most=True), ("1", "not met")),

@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "dino_kernels": {"torch", "triton", "numpy", "dino_kernels"},
-    "python_api": {"torch", "numpy", "PIL", "tyro", "tqdm", "matplotlib", "safetensors", "dino_kernels", "dino_train"},
+    "python_api": {"torch", "numpy", "PIL", "simplejpeg", "webdataset", "tyro", "tqdm", "matplotlib", "safetensors"}
+    | {"dino_kernels", "dino_train"},
 }
 
 
@@ -51,6 +52,15 @@ def test_importing_the_ops_loads_none_of_the_trainers_libraries():
     code = "import sys, dino_kernels; print(*sys.modules)"
     modules = subprocess.check_output([sys.executable, "-c", code], text=True, cwd="/").split()
     assert not {"dino_train", "PIL", "tyro", "matplotlib", "safetensors"} & set(modules)
+
+
+def test_importing_the_trainer_loads_not_even_torch_until_a_backbone_is_asked_for():
+    code = (
+        "import sys, dino_train; assert 'torch' not in sys.modules; "
+        "from dino_train import load_backbone; print(*sys.modules)"
+    )
+    modules = subprocess.check_output([sys.executable, "-c", code], text=True, cwd="/").split()
+    assert "torch" in modules and not {"PIL", "tyro", "matplotlib", "safetensors", "triton"} & set(modules)
 
 
 def test_a_process_on_the_cpu_does_not_load_triton():

@@ -1,33 +1,38 @@
-"""The loaders: batches, workers, unreadable images."""
+"""The loaders: batches, threads, unreadable and slow images, memory."""
 
+import gc
+import itertools
 import logging
-import multiprocessing
-import os
-import pickle
 import subprocess
 import sys
-import traceback
+import threading
+import time
 from collections import Counter
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from dino_train.augment import MultiCrop, eval_transform
-from dino_train.data import (
+from dino_train import loader as loader_module
+from dino_train.config import PretrainConfig
+from dino_train.data import DataError, ImageFolder
+from dino_train.loader import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     BadImages,
-    Batches,
-    CropDataset,
-    DataError,
-    ImageFolder,
-    collate,
-    crop_loader,
+    CropLoader,
     eval_loader,
+    eval_transform,
     require_batch,
+    to_tensor,
 )
 from pictures import fill, save, zip_of
 from PIL import Image
 
-MULTICROP = MultiCrop(global_crops_size=16, local_crops_size=8, local_crops_number=2)
+from dino_kernels import CropKind, draw_crops, multicrop
+
+KINDS = PretrainConfig(global_crops_size=16, patch_size=8, local_crops_size=8, local_crops_number=2).crop_kinds
 
 
 @pytest.fixture
@@ -39,11 +44,15 @@ def root(tmp_path):
     return root
 
 
-def run(path, num_workers, start_step=0, total_steps=7, seed=3):
-    options = {"batch_size": 4, "seed": seed, "start_step": start_step, "total_steps": total_steps}
-    images = ImageFolder(path)
-    images.load(0)  # opens the handle of a zip before the workers start
-    return list(crop_loader(images, MULTICROP, num_workers=num_workers, **options))
+def loader(images, num_workers=2, start_step=0, total_steps=7, seed=3, **options):
+    settings = {"batch_size": 4, "seed": seed, "start_step": start_step, "total_steps": total_steps}
+    return CropLoader(images, KINDS, num_workers=num_workers, **settings | options)
+
+
+def run(path, *arguments, **options):
+    """All batches; copied, since their memory is used again."""
+    batches = loader(ImageFolder(path), *arguments, **options)
+    return [([crop.clone() for crop in crops], bad) for crops, bad in batches]
 
 
 def assert_same(first, second):
@@ -52,95 +61,118 @@ def assert_same(first, second):
         assert all(map(torch.equal, crops, other))
 
 
-def test_crops_do_not_depend_on_workers_resume_or_zip(root):
-    whole = run(root, 0)
+def crops_of(images, image, epoch, index):
+    """Crops of one image by the random numbers of an index."""
+    pixels = images.pixels(image)
+    out = [torch.empty(1, 3, kind.size, kind.size) for kind in KINDS]
+    multicrop([pixels], draw_crops(3, epoch, index, KINDS, pixels.shape[:2])[None], out)
+    return [crop[0] for crop in out]
+
+
+def test_crops_do_not_depend_on_threads_resume_or_zip(root):
+    whole = run(root, 1)
     assert [[tuple(c.shape) for c in crops] for crops, _ in whole] == [[(4, 3, 16, 16)] * 2 + [(4, 3, 8, 8)] * 2] * 7
     assert {c.dtype for crops, _ in whole for c in crops} == {torch.float32}
-    assert_same(whole, run(zip_of(root), 2))
+    assert_same(whole, run(zip_of(root), 3))
     assert_same(whole[3:], run(root, 2, start_step=3))
-    assert_same(whole[:5], run(root, 0, total_steps=5))
-    assert run(root, 0, start_step=7) == []
-    assert not torch.equal(whole[0][0][0], run(root, 0, total_steps=1, seed=4)[0][0][0])
-    bad = Counter(name for _, bad in whole for name, _ in bad)
-    assert bad == {"a/1.png": 1, "a/2.png": 1}  # each reported once
-    assert {name for _, bad in run(root, 2) for name, _ in bad} == set(bad)
+    assert_same(whole[:5], run(root, 1, total_steps=5))
+    assert run(root, 1, start_step=7) == []
+    assert not torch.equal(whole[0][0][0], run(root, 1, total_steps=1, seed=4)[0][0][0])
+    for batches in (whole, run(root, 3)):
+        bad = Counter(name for _, bad in batches for name, _ in bad)
+        assert bad == {"a/1.png": 1, "a/2.png": 1}  # each reported once
+
+
+def test_ranks_share_every_batch(root):
+    whole = run(root)
+    parts = [run(root, rank=rank, ranks=2) for rank in range(2)]
+    for step, (crops, _) in enumerate(whole):
+        shares = (parts[rank][step][0] for rank in range(2))
+        assert all(map(torch.equal, crops, map(torch.cat, zip(*shares, strict=True))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_crops(root, dtype):
+    for (crops, _), (exact, _) in zip(run(root, dtype=dtype), run(root), strict=True):
+        assert all(torch.equal(crop, other.to(dtype)) for crop, other in zip(crops, exact, strict=True))
+
+
+def test_a_gpus_way_makes_the_same_crops(root):
+    """Images packed side by side, then cropped at once; on a CPU too, where no GPU is."""
+    packing = loader(ImageFolder(root))
+    packing._on_gpu = True
+    batches = [([crop.clone() for crop in crops], bad) for crops, bad in packing]
+    assert_same(batches, run(root))
+    assert {name for _, bad in batches for name, _ in bad} == {"a/1.png", "a/2.png"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_crops_of_a_gpu(root, dtype):
+    batches = [
+        ([crop.cpu() for crop in crops], bad) for crops, bad in loader(ImageFolder(root), dtype=dtype, device="cuda")
+    ]
+    assert_same(batches, run(root, dtype=dtype))
 
 
 def test_samples_and_replacements(root):
     images = ImageFolder(root)
-    dataset = CropDataset(images, MULTICROP, seed=3)
-
-    def crops_of(image, epoch, index):
-        return MULTICROP(images.load(image), (3, epoch, index))
-
-    assert all(map(torch.equal, dataset[2, 7][0], crops_of(7, 2, 7)))
-    crops, bad = dataset[2, 1]
-    assert bad == [("a/1.png", "empty file"), ("a/2.png", "not an image that Pillow reads")]
-    assert all(map(torch.equal, crops, crops_of(3, 2, 1)))  # image 3 with the random numbers of 1
-    assert not any(map(torch.equal, crops, dataset[2, 3][0]))
-    assert not any(map(torch.equal, crops, dataset[3, 1][0]))
-    again, bad = dataset[2, 1]
-    assert bad == [] and all(map(torch.equal, crops, again))
-    (root / "b/9.png").write_bytes(b"")
-    assert all(map(torch.equal, dataset[0, 9][0], crops_of(0, 0, 9)))  # wraps around
+    samples = [sample for step in images.steps(4, 3, 0, 7) for sample in step]
+    rows = [tuple(crop[i] for crop in crops) for crops, _ in run(root) for i in range(4)]
+    taken = {1: 3, 2: 3}  # the next readable one, cropped by the random numbers of the index asked for
+    for sample, row in zip(samples, rows, strict=True):
+        image = taken.get(sample.index, sample.index)
+        assert all(map(torch.equal, row, crops_of(images, image, sample.epoch, sample.index)))
+    assert {sample.index for sample in samples} == set(range(10))
+    names = [name for name, _ in itertools.islice(images.sample(0, 8).candidates(), 4)]
+    assert names == ["b/8.png", "b/9.png", "a/0.png", "a/1.png"]
 
 
 def test_bad_images_are_decoded_once(root, monkeypatch):
     read: Counter[str] = Counter()
-    original = ImageFolder._read
+    images = ImageFolder(root)
+    original = images._read
 
-    def counting(images, name):
+    def counting(name):
         read[name] += 1
-        return original(images, name)
+        return original(name)
 
-    monkeypatch.setattr(ImageFolder, "_read", counting)
-    dataset = CropDataset(ImageFolder(root), MULTICROP, seed=0)
-    for epoch in range(3):
-        dataset[epoch, 1], dataset[epoch, 2]
-    assert read == {"a/1.png": 1, "a/2.png": 1, "a/3.png": 6}
+    monkeypatch.setattr(images, "_read", counting)
+    for _ in loader(images, 1, total_steps=20):
+        pass
+    assert read["a/1.png"] == read["a/2.png"] == 1 and read["a/3.png"] > 10
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_no_image_can_be_read(root, num_workers):
     for file in root.rglob("*.png"):
         file.write_bytes(b"")
-    loader = crop_loader(
-        ImageFolder(root),
-        MULTICROP,
-        batch_size=4,
-        seed=0,
-        start_step=0,
-        total_steps=2,
-        num_workers=num_workers,
-    )
     message = r"^none of the 10 images could be read, the first: [ab]/\d.png: empty file$"
-    with pytest.raises(DataError, match=message) as error:
-        list(loader)
-    traceback.clear_frames(error.tb)  # they keep the workers alive
+    with pytest.raises(DataError, match=message):
+        list(loader(ImageFolder(root), num_workers))
 
 
-def test_collate(root):
-    dataset = CropDataset(ImageFolder(root), MULTICROP, seed=0)
-    samples = [dataset[0, i] for i in (0, 2, 1)]
-    crops, bad = collate(samples)
-    assert all(torch.equal(crops[v][b], samples[b][0][v]) for v in range(4) for b in range(3))
-    assert [name for name, _ in bad] == ["a/2.png", "a/1.png"]
+def test_steps():
+    class Numbers(ImageFolder):
+        def __init__(self):
+            self._prefix, self.names = "", [str(i) for i in range(10)]
 
+        def _read(self, name):
+            raise AssertionError
 
-def test_batches():
-    def batches(n=10, size=3, seed=5, start=0, total=7):
-        return list(Batches(n, size, seed, start, total))
+    def steps(size=3, seed=5, start=0, total=7):
+        return [[(s.epoch, s.index) for s in step] for step in Numbers().steps(size, seed, start, total)]
 
-    steps = batches()
-    assert [{epoch for epoch, _ in step} for step in steps] == [{0}] * 3 + [{1}] * 3 + [{2}]
+    whole = steps()
+    assert [{epoch for epoch, _ in step} for step in whole] == [{0}] * 3 + [{1}] * 3 + [{2}]
     for epoch in range(2):
-        indices = [i for step in steps[3 * epoch : 3 * epoch + 3] for _, i in step]
+        indices = [i for step in whole[3 * epoch : 3 * epoch + 3] for _, i in step]
         assert len(indices) == len(set(indices)) == 9 and set(indices) <= set(range(10))
-    assert [i for _, i in steps[0]] != [i for _, i in steps[3]] and steps[0] != batches(seed=6)[0]
-    assert batches(start=4) == steps[4:] and batches(start=4, total=5) == steps[4:5]
-    assert len(Batches(10, 3, 5, 4, 7)) == 3 and len(Batches(10, 3, 5, 9, 7)) == 0
-    assert all(type(i) is int for step in steps for _, i in step)
-    assert {i for epoch in range(60) for _, i in batches(start=3 * epoch, total=3 * epoch + 1)[0]} == set(range(10))
+    assert [i for _, i in whole[0]] != [i for _, i in whole[3]] and whole[0] != steps(seed=6)[0]
+    assert steps(start=4) == whole[4:] and steps(start=4, total=5) == whole[4:5]
+    assert all(type(i) is int for step in whole for _, i in step)
+    assert {i for epoch in range(60) for _, i in steps(start=3 * epoch, total=3 * epoch + 1)[0]} == set(range(10))
 
 
 def test_fewer_images_than_one_batch(root):
@@ -149,10 +181,170 @@ def test_fewer_images_than_one_batch(root):
         require_batch(10, 11)
     require_batch(10, 10)
     with pytest.raises(DataError, match=message):
-        crop_loader(ImageFolder(root), MULTICROP, batch_size=11, seed=0, start_step=0, total_steps=1, num_workers=0)
+        loader(ImageFolder(root), batch_size=11)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+def test_no_more_is_read_than_is_needed_soon(root, monkeypatch):
+    images = ImageFolder(root)
+    read: list[str] = []
+    original = images._read
+    monkeypatch.setattr(images, "_read", lambda name: read.append(name) or original(name))
+    with closing(iter(loader(images, 2, total_steps=1000))) as batches:
+        for _ in range(3):
+            next(batches)
+        time.sleep(0.3)
+        assert len(read) <= 4 * (3 + 2) + 8  # three batches, two ahead, and stand-ins
+
+
+def test_a_slow_image_is_replaced_and_stalls_nobody(root, monkeypatch, caplog):
+    images = ImageFolder(root)
+    original, awake = images._read, threading.Event()
+
+    def read(name):
+        if name == "b/7.png":
+            awake.wait()
+        return original(name)
+
+    monkeypatch.setattr(images, "_read", read)
+    monkeypatch.setattr(loader_module, "STALL_SECONDS", 1.5)
+    samples = [sample for step in images.steps(4, 3, 0, 7) for sample in step]
+    rows, bad = [], []
+    for crops, found in loader(images, 2):
+        rows += [tuple(crop[i].clone() for crop in crops) for i in range(4)]
+        bad += found
+    assert bad.count(("b/7.png", "not read within 2 s")) == sum(sample.index == 7 for sample in samples) > 0
+    for sample, row in zip(samples, rows, strict=True):
+        if sample.index in (7, 8):
+            assert all(map(torch.equal, row, crops_of(ImageFolder(root), 8, sample.epoch, sample.index)))
+    awake.set()  # what comes too late writes nowhere
+    time.sleep(0.2)
+    assert torch.equal(crops[0], torch.stack([row[0] for row in rows[-4:]]))
+
+
+def test_threads_end_with_the_loader(root):
+    def threads():
+        return [thread for thread in threading.enumerate() if thread.name == "dino-train worker"]
+
+    before = len(threads())
+    batches = iter(loader(ImageFolder(root), 3, total_steps=1000))
+    next(batches)
+    assert len(threads()) == before + 3
+    batches.close()
+    assert len(threads()) == before
+    views = eval_loader(ImageFolder(root), 16, 2, 2)
+    next(views)
+    views.close()
+    assert len(threads()) == before
+
+
+def test_a_loader_that_is_still_in_use_does_not_keep_the_process_from_ending(root):
+    code = (
+        "import sys; from dino_train.config import PretrainConfig; from dino_train.data import ImageFolder\n"
+        "from dino_train.loader import CropLoader\n"
+        "images = ImageFolder(sys.argv[1]); read = images._read\n"
+        "images._read = lambda name: read(name) if name[0] == 'b' else __import__('time').sleep(99)\n"
+        "loader = CropLoader(images, PretrainConfig().crop_kinds, batch_size=4, seed=0,\n"
+        "    start_step=0, total_steps=99, num_workers=2)\n"
+        "steps = iter(loader); loader.itself = steps; import threading\n"
+        "threading.Thread(target=next, args=(steps,), daemon=True).start()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(root)], check=True, timeout=60)
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_memory_stays_flat(root):
+    sizes = {}
+    for step, _ in enumerate(loader(ImageFolder(root), 2, total_steps=4001)):
+        if step in (1000, 4000):
+            gc.collect()
+            sizes[step] = resident()
+    assert sizes[4000] - sizes[1000] < 4 << 20  # 12,000 samples lie between
+
+
+# ---- a decode that shrinks
+
+
+def photo(width, height, seed=0):
+    """Smooth, so that two good ways to shrink it agree."""
+    y, x = np.mgrid[:height, :width] / 90
+    waves = [127 + 100 * np.sin(x * (1 + c) + seed) * np.cos(y * (2 - c / 2)) for c in range(3)]
+    return Image.fromarray(np.stack(waves, -1).astype(np.uint8))
+
+
+def test_scaled_decode_is_used_where_every_crop_allows_and_changes_little(tmp_path, monkeypatch):
+    for i in range(4):
+        save(tmp_path / f"{i}.jpg", photo(640, 480, i), quality=95)
+    scales = []
+    original = loader_module.decode_smaller
+
+    def decode_smaller(data, shrink):
+        image = original(data, shrink)
+        scales.append(480 / image.shape[0])
+        return image
+
+    monkeypatch.setattr(loader_module, "decode_smaller", decode_smaller)
+    kinds = [CropKind(size, (0.2, 1.0), 0.0, 0.0) for size in (64, 32)]
+    options = {"batch_size": 4, "seed": 0, "start_step": 0, "total_steps": 8, "num_workers": 1}
+    images = ImageFolder(tmp_path)
+    exact = [[c.clone() for c in crops] for crops, _ in CropLoader(images, kinds, **options)]
+    assert not scales
+    near = [[c.clone() for c in crops] for crops, _ in CropLoader(images, kinds, **options, scaled_decode=True)]
+    assert len(scales) == 32 and min(scales) >= 2 and len(set(scales)) > 1
+    pairs = zip(itertools.chain(*exact), itertools.chain(*near), strict=True)
+    difference = torch.cat([(a - b).abs().flatten() for a, b in pairs])
+    assert 0 < difference.mean() < 0.05 and difference.max() < 0.8  # of a range of about 4.7
+    tight = [CropKind(400, (0.2, 1.0), 0.0, 0.0)]
+    next(iter(CropLoader(images, tight, **options, scaled_decode=True)))
+    assert len(scales) == 32  # crops that are enlarged need every pixel
+
+
+# ---- evaluation
+
+
+def noise(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def levels(tensor):
+    """Undo the normalization: int [H, W, 3]."""
+    value = (tensor.permute(1, 2, 0).double().numpy() * IMAGENET_STD + IMAGENET_MEAN) * 255
+    assert np.abs(value - np.round(value)).max() < 1e-3
+    return np.round(value).astype(int)
+
+
+def test_to_tensor():
+    image = noise(31, 17)
+    expected = (np.asarray(image).astype(np.float64) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    tensor = to_tensor(image)
+    assert tensor.dtype == torch.float32 and tensor.shape == (3, 17, 31) and tensor.is_contiguous()
+    np.testing.assert_allclose(tensor.permute(1, 2, 0).numpy(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [224, 96, 33])
+@pytest.mark.parametrize("image_size", [(300, 200), (171, 400), (110, 110)])
+def test_eval_transform_is_resize_then_center_crop(image_size, size):
+    image = noise(*image_size)
+    short, (width, height) = round(size * 256 / 224), image_size
+    resized = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    left, top = (round((side - size) / 2) for side in resized)
+    whole = np.asarray(image.resize(resized, Image.Resampling.BICUBIC)).astype(int)
+    tensor = eval_transform(image, size)
+    assert tensor.shape == (3, size, size)
+    assert np.array_equal(levels(tensor), whole[top : top + size, left : left + size])
+
+
+def test_eval_transform_of_a_long_strip():
+    strip = Image.new("RGB", (2_000_000, 1), (255, 0, 0))
+    strip.paste((10, 20, 30), (999_990, 0, 1_000_010, 1))
+    assert (levels(eval_transform(strip, 224)) == (10, 20, 30)).all()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_eval_loader(root, num_workers):
     images = ImageFolder(root)
     batches = list(eval_loader(images, size=16, batch_size=2, num_workers=num_workers))
@@ -168,82 +360,17 @@ def test_eval_loader_without_labels_and_without_readable_images(tmp_path):
     fill(tmp_path, "0.png", "1.png")
     (tmp_path / "1.png").write_bytes(b"")
     images = ImageFolder(tmp_path)
-    batches = list(eval_loader(images, size=16, batch_size=1, num_workers=0))
+    batches = list(eval_loader(images, size=16, batch_size=1, num_workers=1))
     assert [labels.tolist() for _, labels, _, _ in batches] == [[-1], []]
-    assert batches[1][0].shape == (0, 3, 16, 16) and batches[1][3] == [("1.png", "empty file")]
-    assert list(eval_loader(images.subset([]), size=16, batch_size=1, num_workers=0)) == []
+    assert not len(batches[1][0]) and batches[1][3] == [("1.png", "empty file")]
+    assert list(eval_loader(images.subset([]), size=16, batch_size=1, num_workers=1)) == []
 
 
 def test_loaders_leave_the_global_generator_alone(root):
     state = torch.get_rng_state()
     run(root, 2, total_steps=1)
-    list(eval_loader(ImageFolder(root), size=16, batch_size=5, num_workers=0))
+    list(eval_loader(ImageFolder(root), size=16, batch_size=5, num_workers=1))
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_workers_survive_signals_and_end_with_the_loader(root):
-    before = set(multiprocessing.active_children())
-    steps = iter(
-        crop_loader(ImageFolder(root), MULTICROP, batch_size=4, seed=0, start_step=0, total_steps=30, num_workers=2)
-    )
-    next(steps), next(steps)  # both workers have started
-    workers = set(multiprocessing.active_children()) - before
-    pids = [str(worker.pid) for worker in workers]
-    assert len(pids) == 2
-    for name in ("-INT", "-TERM"):  # as a terminal or a scheduler does: not sent by the parent itself
-        subprocess.run(["kill", name, *pids], check=True)
-    assert len(list(steps)) == 28
-    del steps
-    for worker in workers:
-        worker.join(timeout=10)
-        assert worker.exitcode == 0
-
-
-def test_a_loader_that_is_still_in_use_does_not_keep_the_process_from_ending(root):
-    code = (
-        "import sys; from dino_train.data import ImageFolder, MultiCrop, crop_loader\n"
-        "loader = crop_loader(ImageFolder(sys.argv[1]), MultiCrop(), batch_size=4, seed=0,\n"
-        "    start_step=0, total_steps=99, num_workers=2)\n"
-        "steps = iter(loader); next(steps); steps.itself = steps"
-    )
-    subprocess.run([sys.executable, "-c", code, str(root)], check=True, timeout=120)
-
-
-def test_a_forked_process_opens_the_zip_anew(tmp_path):
-    for name in ("a.png", "b.png"):  # larger than the buffer of a file
-        noise = np.random.default_rng(0).integers(0, 256, (99, 99, 3)).astype(np.uint8)
-        save(tmp_path / "set" / name, Image.fromarray(noise))
-    images = ImageFolder(zip_of(tmp_path / "set"))
-    images.load(0)
-    file = images._open_zip().fp
-    assert file is not None
-    position = os.lseek(file.fileno(), 0, os.SEEK_CUR)
-    child = multiprocessing.get_context("fork").Process(target=images.load, args=(1,))
-    child.start()
-    child.join()
-    assert child.exitcode == 0 and os.lseek(file.fileno(), 0, os.SEEK_CUR) == position
-
-
-class Threads(ImageFolder):
-    """Stands for images of which each shows the number of torch threads of the process that reads it."""
-
-    def load(self, i):
-        return Image.new("RGB", (8, 8), (torch.get_num_threads(),) * 3)
-
-
-def test_workers_use_one_thread(root):
-    expected = eval_transform(Image.new("RGB", (8, 8), (1, 1, 1)), 8)
-    (pixels, *_) = next(iter(eval_loader(Threads(root), size=8, batch_size=1, num_workers=1)))
-    assert torch.equal(pixels[0], expected)
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_pickle(root, zipped):
-    images = ImageFolder(zip_of(root) if zipped else root)
-    images.load(0)
-    dataset = CropDataset(images, MULTICROP, seed=0)
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert all(map(torch.equal, copy[0, 5][0], dataset[0, 5][0]))
 
 
 # ---- bad images

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from dino_train.model import DINOHead, DINOModel, VisionTransformer, build_model, load_backbone_weights, vit
+from dino_train.model import DINOHead, DINOModel, VisionTransformer, build_model, vit
 from dino_train.resnet import resnet50
 from torch import nn
 
@@ -209,14 +209,14 @@ def test_mixed_resolutions_equal_one_image_at_a_time(dtype, tolerance):
     torch.testing.assert_close(model(crops[3].to(dtype)).double(), expected[5:8], rtol=0, atol=tolerance)
 
 
-def test_features_and_attention_maps():
+def test_features_and_attention():
     model, crop = small_vit(drop_path_rate=0.5), images([(2, 12, 20)])[0]
     p = dict(model.named_parameters())
     outputs, weights = zip(*(vit_by_hand(p, image, PATCH, HEADS) for image in crop), strict=True)
     for n in (1, 2, DEPTH):
         for tokens, expected in zip(model.features(crop, n), list(zip(*outputs, strict=True))[-n:], strict=True):
             torch.testing.assert_close(tokens, torch.stack(expected), rtol=0, atol=1e-10)
-    maps = model.attention_maps(crop)
+    maps = model.attention(crop)
     torch.testing.assert_close(maps, torch.stack(weights)[:, :, 0], rtol=0, atol=1e-10)
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, HEADS, dtype=maps.dtype))
 
@@ -376,49 +376,9 @@ def test_convnet_sees_one_run_of_equal_sizes_at_a_time():
     assert Backbone.seen == [(4, 3, 16, 16), (2, 3, 8, 8), (2, 3, 8, 12), (2, 3, 12, 12)]
 
 
-def prefixed(state, prefix):
-    return {prefix + key: value for key, value in state.items()}
-
-
 def nano(seed=0, **kwargs):
     torch.manual_seed(seed)
     return vit("vit_nano", **{"patch_size": 8, "img_size": 32, **kwargs})
-
-
-def test_load_every_published_format():
-    source, other = nano(1).state_dict(), nano(2).state_dict()
-    head = {"head.mlp.0.weight": torch.zeros(3), "head.last_layer.weight_g": torch.zeros(3)}
-    teacher = {**prefixed(source, "backbone."), **head}
-    student = prefixed({**prefixed(other, "backbone."), **head}, "module.")
-    checkpoint = {"teacher": teacher, "student": student, "epoch": 3, "args": None}
-    formats = [source, prefixed(source, "module."), {**source, "fc.bias": torch.zeros(3)}, teacher]
-    formats += [prefixed(teacher, "module."), checkpoint]
-    for state in formats:
-        model = nano(3)
-        load_backbone_weights(model, state)
-        assert all(torch.equal(value, source[key]) for key, value in model.state_dict().items())
-    model = nano(3)
-    load_backbone_weights(model, checkpoint, net="student")
-    assert all(torch.equal(value, other[key]) for key, value in model.state_dict().items())
-
-
-def test_load_errors():
-    source = nano().state_dict()
-    with pytest.raises(ValueError, match=r"no 'teacher', only student, epoch"):
-        load_backbone_weights(nano(), {"student": source, "epoch": 1})
-    missing = {key: value for key, value in source.items() if key not in ("norm.bias", "cls_token")}
-    with pytest.raises(ValueError, match=r"missing cls_token; missing norm\.bias$"):
-        load_backbone_weights(nano(), missing)
-    with pytest.raises(ValueError, match=r"unexpected extra\.weight$"):
-        load_backbone_weights(nano(), {**source, "extra.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"pos_embed has shape \[1, 17, 96\], expected \[1, 65, 96\]$"):
-        load_backbone_weights(nano(img_size=64), source)
-    target = nano(4)
-    before = {key: value.clone() for key, value in target.state_dict().items()}
-    with pytest.raises(ValueError, match=r"missing .*; and \d+ more$") as error:
-        load_backbone_weights(target, {"conv1.weight": torch.zeros(64, 3, 7, 7)})
-    assert str(error.value).count("missing") == 5
-    assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
 
 
 def test_bad_input_messages():
@@ -438,11 +398,11 @@ def test_bad_input_messages():
     with torch.device("meta"):
         convnet = small_model("resnet50", use_bn_in_head=True, patch_size=7)  # of no use there
     assert convnet.head.mlp[0].in_features == 2048 and isinstance(convnet.head.mlp[1], nn.BatchNorm1d)
-    for call in (nano(), nano().features, nano().attention_maps, lambda x: small_model()([x]), lambda x: convnet([x])):
+    for call in (nano(), nano().features, nano().attention, lambda x: small_model()([x]), lambda x: convnet([x])):
         with pytest.raises(ValueError, match=r"\[B, 3, height, width\], got \[2, 1, 32, 32\].*RGB"):
             call(gray)
     with pytest.raises(ValueError, match=r"got \[3, 32, 32\]"):
         nano()([torch.zeros(3, 32, 32)])
     for n in (0, 5):
-        with pytest.raises(ValueError, match=f"n must be from 1 to the number of blocks, 3, got {n}"):
+        with pytest.raises(ValueError, match=f"n_blocks must be from 1 to the number of blocks, 3, got {n}"):
             nano().features(torch.zeros(1, 3, 32, 32), n)

@@ -3,36 +3,23 @@
 import math
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from bench_multicrop import STEPS, only, pillow_levels
-from dino_train.augment import MultiCrop, to_tensor
+from bench_multicrop import STEPS, only
+from dino_train.config import PretrainConfig
+from dino_train.loader import to_tensor
 from PIL import Image
-from test_augment import accepted_boxes, assert_frequency, assert_same_distribution, assert_uniform
+from pillow_crops import pillow_levels
+from test_multicrop_triton import crop_row, picture
 
 from dino_kernels import CROP, draw_crops, multicrop
 from dino_kernels.multicrop import JITTER
 
-KINDS = MultiCrop().kinds
-SMALL = MultiCrop(global_crops_size=48, local_crops_size=20, local_crops_number=2).kinds
-
-
-def picture(height, width, seed=0):
-    """Smooth areas, edges and noise, over all levels."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    waves = np.stack([np.sin(x / (3 + c) + y / 7) + np.sign(np.sin(x * y / 40 + c)) for c in range(3)], -1)
-    return np.clip(128 + 70 * waves + rng.normal(0, 20, waves.shape), 0, 255).astype(np.uint8)
-
-
-def crop_row(box, size, **fields):
-    """[1, 1] of CROP in which every step that is not given is off."""
-    crops = np.zeros((1, 1), CROP)
-    for name, value in {"box": box, "size": size, "order": range(4), **fields}.items():
-        crops[name] = value
-    return crops
+KINDS = PretrainConfig().crop_kinds
+SMALL = PretrainConfig(global_crops_size=48, local_crops_size=20, local_crops_number=2).crop_kinds
 
 
 def ours(image, crops, threads=1):
@@ -227,7 +214,7 @@ IMAGE, ROW, OUT = picture(10, 12), crop_row((0, 0, 12, 10), 8), torch.zeros(1, 3
         ({"out": [OUT[0]]}, r"out\[0\] must have shape \[1, 3, size, size\] with size >= 1, got \[3, 8, 8\]"),
         ({"out": [OUT[..., :7]]}, r"got \[1, 3, 8, 7\]"),
         ({"out": [OUT.double()]}, r"all uint8 or all of one of float32.*float64 on cpu in out\[0\]"),
-        ({"out": [OUT.to("meta")]}, "must be on the CPU.*on meta"),
+        ({"out": [OUT.to("meta")]}, "must be on cpu.*on meta"),
         ({"out": [OUT.transpose(2, 3)]}, r"out\[0\] must be contiguous but for its first.*strides \[192, 64, 1, 8\]"),
         ({"out": [OUT.clone().requires_grad_()]}, "need no gradient.*requires_grad=True"),
         ({"out": [OUT[:, :, :7, :7].contiguous()]}, r"crops\[0, 0\]: size must be that of the output"),
@@ -253,6 +240,36 @@ def test_bad_input(change, message):
 
 
 # --- the draws ---------------------------------------------------------------------------------------
+
+
+def assert_frequency(flags, p):
+    n = len(flags)
+    assert abs(sum(flags) - n * p) <= 4.5 * math.sqrt(n * p * (1 - p))
+
+
+def assert_uniform(values, low, high, slack=0.0):
+    """All in range, and the Kolmogorov-Smirnov statistic below its 1e-5 point."""
+    values = np.sort(values)
+    assert low - slack <= values[0] and values[-1] <= high + slack
+    n = len(values)
+    distance = np.abs((values - low) / (high - low) - (np.arange(n) + 0.5) / n).max()
+    assert distance < 2.5 / math.sqrt(n) + slack / (high - low)
+
+
+def accepted_boxes(scale, n=60_000):
+    """Relative area and log ratio of random boxes of which those that fit into a square are kept."""
+    rng = np.random.default_rng(0)
+    area, log_ratio = rng.uniform(scale[0], scale[1], n), rng.uniform(math.log(3 / 4), math.log(4 / 3), n)
+    fits = np.sqrt(area * np.exp(np.abs(log_ratio))) <= 1
+    return area[fits], log_ratio[fits]
+
+
+def assert_same_distribution(values, expected):
+    """Two-sample Kolmogorov-Smirnov statistic below its 1e-5 point."""
+    grid = np.concatenate([values, expected])
+    below = [np.searchsorted(np.sort(sample), grid, side="right") / len(sample) for sample in (values, expected)]
+    assert np.abs(below[0] - below[1]).max() < 2.5 * math.sqrt(1 / len(values) + 1 / len(expected))
+
 
 N_DRAWS = 3000
 
@@ -323,6 +340,16 @@ def test_boxes_of_extreme_images(shape):
 )
 def test_fallback_is_the_central_box(shape, box):
     assert {tuple(draw_crops(0, 0, i, KINDS[:1], shape)["box"][0].tolist()) for i in range(20)} == {box}
+
+
+def test_kinds_of_the_two_recipes():
+    config = PretrainConfig(global_crops_scale=(0.14, 1.0), local_crops_number=1, local_crops_size=32)
+    assert [(k.size, k.scale, k.blur, k.solarize) for k in config.crop_kinds] == [
+        (224, (0.14, 1.0), 1.0, 0.0),
+        (224, (0.14, 1.0), 0.1, 0.2),
+        (32, (0.05, 0.4), 0.5, 0.0),
+    ]
+    assert [kind.blur for kind in replace(config, augmentation="dinov2").crop_kinds] == [0.0, 0.9, 0.5]
 
 
 def test_draws_depend_on_the_key_only():

@@ -32,7 +32,7 @@ SETTINGS = {
     "epochs": 3,  # of 5 steps
     "warmup_epochs": 1,
     "log_interval": 2,
-    "num_workers": 0,
+    "num_workers": 1,
     "device": "cpu",
 }
 

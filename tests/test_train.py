@@ -49,7 +49,7 @@ def config(tmp_path) -> PretrainConfig:
         epochs=3,
         warmup_epochs=1,
         log_interval=2,
-        num_workers=0,
+        num_workers=1,
         device="cpu",
     )
 
@@ -97,7 +97,7 @@ train.pretrain(PretrainConfig(**values))
 )
 def test_killed_and_resumed_ends_bitwise_the_same(config, step, amid_save, save_minutes, monkeypatch):
     config = replace(config, save_minutes=save_minutes)
-    whole = replace(config, output_dir=config.output_dir / "whole", num_workers=1)
+    whole = replace(config, output_dir=config.output_dir / "whole", num_workers=2)
     pretrain(whole)
     values = {**config.plain(), "save_minutes": save_minutes}
     done = subprocess.run([sys.executable, "-c", _KILLED], input=json.dumps([values, step, amid_save]), text=True)

@@ -13,7 +13,7 @@ from test_train import make_images
 TINY = [
     *("--arch", "vit_nano", "--patch-size", "8", "--out-dim", "64", "--head-hidden-dim", "16", "--epochs", "1"),
     *("--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "1"),
-    *("--batch-size-per-gpu", "4", "--num-workers", "0", "--device", "cpu", "--log-interval", "2"),
+    *("--batch-size-per-gpu", "4", "--num-workers", "1", "--device", "cpu", "--log-interval", "2"),
 ]
 
 
@@ -37,7 +37,7 @@ def tiny_checkpoint(folder, seed=0):
 def evaluate(capsys, *words):
     """What `dino-train evaluate WORDS --json` prints."""
     capsys.readouterr()
-    code = main(["evaluate", *map(str, words), "--num-workers", "0", "--json"])
+    code = main(["evaluate", *map(str, words), "--num-workers", "1", "--json"])
     out, err = capsys.readouterr()
     assert code == 0, err
     return json.loads(out)
@@ -46,7 +46,7 @@ def evaluate(capsys, *words):
 def error_of(capsys, *words):
     """The one line with which `dino-train evaluate WORDS` ends."""
     capsys.readouterr()
-    code = main(["evaluate", *map(str, words), "--num-workers", "0"])
+    code = main(["evaluate", *map(str, words), "--num-workers", "1"])
     err = capsys.readouterr().err
     assert code == 1 and err.count("\n") == 1, err
     return err

@@ -1,32 +1,66 @@
-"""The command line: dino-train pretrain | evaluate <protocol> | export."""
+"""The command line: dino-train pretrain | pack | evaluate <protocol> | export."""
 
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from dino_train.config import PRESETS, PretrainConfig
+from dino_train.config import PRESETS, PretrainConfig, default_workers
+from dino_train.data import ImageFolder
 from dino_train.evaluate.commands import Evaluate
+from dino_train.export import FOLDERS, Format, export
 from dino_train.learner import NonFiniteLoss
 from dino_train.options import WeightsOptions
+from dino_train.pack import pack
 from dino_train.train import Interrupted, pretrain
-from dino_train.weights import export
 
 
 @dataclass
 class Export(WeightsOptions):
-    """The backbone's weights as a safetensors file."""
+    """The backbone for other libraries: safetensors, timm, Hugging Face or ONNX."""
 
-    output: Path = Path("backbone.safetensors")
-    """File to write."""
+    format: Format = "safetensors"
+    """safetensors or onnx: a file. timm: a folder for create_model("local-dir:FOLDER", pretrained=True). huggingface:
+    a folder for ViTModel.from_pretrained(FOLDER, add_pooling_layer=False) and AutoImageProcessor."""
+    output: Path | None = None
+    """What to write. Default: backbone.safetensors, backbone.onnx, backbone-timm or backbone-huggingface."""
 
     def run(self) -> None:
-        export(self.load(), self.output)
-        print(f"wrote {self.output}")
+        name = f"backbone{'-' if self.format in FOLDERS else '.'}{self.format}"
+        output = self.output or Path(name)
+        export(self.load(), output, self.format)
+        print(f"wrote {output}")
+
+
+@dataclass
+class Pack:
+    """Write a folder of images as one tar of small JPEGs, which `pretrain --data` reads faster and other programs as
+    WebDataset. Called again after an interruption, it goes on."""
+
+    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])]
+    """Folder, .zip or .tar of images."""
+    out: Path
+    """File to write; ends in .tar."""
+    size: int = 400
+    """Largest side of an image, in pixels; larger ones are shrunk."""
+    quality: int = 90
+    """Quality of the JPEGs, 1 to 95. JPEGs that are small enough are copied."""
+    num_workers: int = field(default_factory=default_workers)
+    """Threads."""
+
+    def run(self) -> None:
+        images = ImageFolder(self.data)
+        try:
+            count = pack(images, self.out, size=self.size, quality=self.quality, num_workers=self.num_workers)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {self.out}: {error.strerror}; the same command goes on from {self.out}.partial"
+            ) from error
+        print(f"{count} of {len(images)} images in {self.out}, {self.out.stat().st_size / 1e6:.1f} MB")
 
 
 @dataclass(frozen=True)
@@ -52,8 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. What a user got wrong is one line, not a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="dino-train: %(message)s", level=logging.WARNING)
+    logging.getLogger("dino_train.weights").setLevel(logging.INFO)  # says which weights of a file it takes
     command = (
         Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=_preset(argv))]
+        | Annotated[Pack, tyro.conf.subcommand("pack")]
         | Evaluate
         | Annotated[Export, tyro.conf.subcommand("export")]
     )

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from dino_kernels import CropKind
 from dino_train.model import ARCHS
 
 EMBEDDED_DATA = Path(__file__).with_name("cifar10-5k.zip")
@@ -36,7 +37,7 @@ Switch = Annotated[
 
 
 def default_workers() -> int:
-    return min(10, len(os.sched_getaffinity(0)))
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ class PretrainConfig:
 
     preset: Literal["none", "vits16-vanilla", "vits16-boosted", "vitb16", "resnet50", "demo"] = "none"
     """Published recipe whose values become the defaults; flags given beside it win."""
-    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])] = EMBEDDED_DATA
-    """Folder of images (any nesting; JPEG, PNG, WebP, BMP, TIFF) or a .zip of one. With folders train/ and val/
-    these are used; else a few images are held out. Default: 5,000 embedded CIFAR-10 images."""
+    data: Annotated[str, tyro.conf.arg(aliases=["--data-path"])] = str(EMBEDDED_DATA)
+    """Folder of images (any nesting; JPEG, PNG, WebP, BMP, TIFF), or a .zip or .tar of one (see dino-train pack). With
+    folders train/ and val/ these are used; else a few images are held out. Or WebDataset shards to stream, of which
+    none is held out: 'train-{000000..000146}.tar', 'pipe:aws s3 cp s3://bucket/{000..146}.tar -'. Default: 5,000
+    embedded CIFAR-10 images."""
     output_dir: Path = Path("runs/dino")
     """Folder for checkpoints, metrics and plots."""
     resume: bool = False
@@ -118,6 +121,10 @@ class PretrainConfig:
     local_crops_size: int = 96
     """Side of a local crop, in pixels."""
 
+    augmentation: Literal["dino", "dinov2"] = "dino"
+    """dino: blur as in the paper, with probability 1, 0.1 and 0.5 for the first global, the second and a local crop.
+    dinov2: as DINOv2 and DINOv3 were released, which take 1 - p for it: 0, 0.9 and 0.5."""
+
     saveckp_freq: int = 20
     """Keep a numbered checkpoint every so many epochs; last.pt is written after each. 0: last.pt only."""
     save_minutes: float = 15.0
@@ -130,16 +137,19 @@ class PretrainConfig:
     seed: int = 0
     """Seed of weights, shuffling and crops."""
     num_workers: int = field(default_factory=default_workers)
-    """Processes that read and crop images; 0 does it in the main process. Results do not depend on it."""
+    """Threads that read and crop images (of each process). Results do not depend on it."""
+    scaled_decode: Switch = False
+    """Let the JPEG decoder shrink images whose crops are all made smaller anyway: much faster for photos of many
+    megapixels, and a little different from the pixels of a full decode."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
         least = {"patch_size": 1, "out_dim": 2, "head_hidden_dim": 1, "batch_size_per_gpu": 1, "epochs": 1}
-        least |= {"accumulate": 1, "log_interval": 1, "global_crops_size": 1, "local_crops_size": 1}
+        least |= {"accumulate": 1, "log_interval": 1, "num_workers": 1, "global_crops_size": 1, "local_crops_size": 1}
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "local_crops_number"):
             least[name] = 0
-        for name in ("saveckp_freq", "save_minutes", "knn_freq", "num_workers", "seed", "lr", "clip_grad"):
+        for name in ("saveckp_freq", "save_minutes", "knn_freq", "seed", "lr", "clip_grad"):
             least[name] = 0
         for name, bound in least.items():
             _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
@@ -172,6 +182,18 @@ class PretrainConfig:
                     self.local_crops_size,
                     f"at least patch_size {self.patch_size}",
                 )
+
+    @property
+    def crop_kinds(self) -> tuple[CropKind, ...]:
+        """Of the crops of an image, in their order: the two global ones, then the local ones (main_dino.py:419-456)."""
+        size, scale = self.global_crops_size, self.global_crops_scale
+        first, second = (1.0, 0.1) if self.augmentation == "dino" else (0.0, 0.9)
+        local = CropKind(self.local_crops_size, self.local_crops_scale, blur=0.5, solarize=0.0)
+        return (
+            CropKind(size, scale, blur=first, solarize=0.0),
+            CropKind(size, scale, blur=second, solarize=0.2),
+            *[local] * self.local_crops_number,
+        )
 
     def plain(self) -> dict[str, Any]:
         """As plain values, which a checkpoint holds and `torch.load(weights_only=True)` reads."""

@@ -5,9 +5,9 @@ sequences together, C = embed_dim, H heads of D = C / H channels, K = out_dim.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -123,30 +123,30 @@ class VisionTransformer(nn.Module):
         assert isinstance(first, Block)
         return first.norm1(x)
 
-    def features(self, images: Tensor, n: int = 1) -> list[Tensor]:
+    def features(self, images: Tensor, n_blocks: int = 1) -> list[Tensor]:
         """Normalized tokens of the last n blocks, without drop path (`vision_transformer.py:225`).
 
         Args:
             images: [B, 3, h, w], float.
-            n: number of blocks, 1 to depth.
+            n_blocks: how many blocks n, 1 to depth.
 
         Returns:
             n tensors [B, 1 + patches, C] in the order of the blocks, class token first.
 
         Raises:
-            ValueError: n is out of range, or as in `forward`.
+            ValueError: n_blocks is out of range, or as in `forward`.
         """
-        if not 1 <= n <= len(self.blocks):
-            raise ValueError(f"n must be from 1 to the number of blocks, {len(self.blocks)}, got {n}")
+        if not 1 <= n_blocks <= len(self.blocks):
+            raise ValueError(f"n_blocks must be from 1 to the number of blocks, {len(self.blocks)}, got {n_blocks}")
         x, packing = self._embed([images])
         maps, normed = [], self._first_norm(x)
         for i, (block, norm) in enumerate(self._with_next_norm()):
             x, normed = block(x, normed, norm, packing)
-            if len(self.blocks) - i <= n:
+            if len(self.blocks) - i <= n_blocks:
                 maps.append(self.norm(x).view(len(images), -1, self.embed_dim))
         return maps
 
-    def attention_maps(self, images: Tensor) -> Tensor:
+    def attention(self, images: Tensor) -> Tensor:
         """The class token's attention in the last block, without drop path (`vision_transformer.py:216`).
 
         Args:
@@ -300,43 +300,6 @@ def build_model(
         bottleneck_dim=head_bottleneck_dim,
     )
     return DINOModel(backbone, head)
-
-
-def load_backbone_weights(backbone: nn.Module, state: Mapping[str, Any], *, net: str = "teacher") -> None:
-    """Load a backbone from any format the reference publishes (`utils.py:72`, but strict).
-
-    Args:
-        backbone: a VisionTransformer or a ResNet; changed in place.
-        state: a state dict of the backbone or of a whole net, or a checkpoint with such dicts under
-            "teacher" and "student". Prefixes "module." and "backbone." are removed, entries of a head
-            or a classifier ("head.", "fc.") ignored.
-        net: which net of a checkpoint.
-
-    Raises:
-        ValueError: a checkpoint lacks `net`; weights are missing, unexpected or of another shape (a
-            pos_embed of another grid too).
-    """
-    if "teacher" in state or "student" in state:
-        if net not in state:
-            raise ValueError(f"the checkpoint has no {net!r}, only {', '.join(state)}")
-        state = state[net]
-    stripped = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
-    loaded = {key: value for key, value in stripped.items() if not key.startswith(("head.", "fc."))}
-    wanted = backbone.state_dict()
-    problems = [f"missing {key}" for key in wanted if key not in loaded]
-    problems += [f"unexpected {key}" for key in loaded if key not in wanted]
-    problems += [
-        f"{key} has shape {list(value.shape)}, expected {list(wanted[key].shape)}"
-        for key, value in loaded.items()
-        if key in wanted and value.shape != wanted[key].shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            "the weights do not fit this backbone, whose arch, patch size and image size must be those they "
-            f"were trained with: {'; '.join(problems[:5])}{more}"
-        )
-    backbone.load_state_dict(loaded)
 
 
 def _check_images(images: Tensor, min_size: int) -> None:

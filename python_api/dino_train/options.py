@@ -17,11 +17,13 @@ class WeightsOptions:
     checkpoint: Path
     """A run's folder, a checkpoint, or a file of published weights."""
     arch: Literal[ARCHS] | None = None  # type: ignore[valid-type]
-    """Backbone; only needed where the file does not tell."""
+    """Backbone that the weights must be of. Default: what they are of."""
     patch_size: int | None = None
-    """Side of a ViT's patch, in pixels; only needed where the file does not tell."""
+    """Side of a ViT's patch, in pixels, that the weights must be of. Default: what they are of."""
     net: Literal["teacher", "student"] = "teacher"
     """Which of the two networks."""
+    allow_partial: bool = False
+    """Load the weights that match and warn of the others, in place of an error."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
 
@@ -31,6 +33,7 @@ class WeightsOptions:
             arch=self.arch,
             patch_size=self.patch_size,
             net=self.net,
+            allow_partial=self.allow_partial,
             device=pick_device(self.device),
         )
 

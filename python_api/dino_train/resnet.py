@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_NO_TOKENS = "a ResNet has no blocks of tokens and no attention: call it for its pooled features, or take a ViT"
+
 
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions around a shortcut; the stride is in the 3x3 ("v1.5")."""
@@ -55,6 +57,14 @@ class ResNet(nn.Module):
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean(dim=(2, 3))
+
+    def features(self, images: Tensor, n_blocks: int = 1) -> list[Tensor]:
+        """A ViT's; raises ValueError."""
+        raise ValueError(_NO_TOKENS)
+
+    def attention(self, images: Tensor) -> Tensor:
+        """A ViT's; raises ValueError."""
+        raise ValueError(_NO_TOKENS)
 
 
 def _stage(in_channels: int, width: int, depth: int, stride: int) -> nn.Sequential:

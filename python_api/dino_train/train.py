@@ -6,20 +6,22 @@ import logging
 import math
 import signal
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from dino_train import checkpoint, parallel
-from dino_train.augment import MultiCrop
 from dino_train.config import PretrainConfig
-from dino_train.data import BadImages, ImageFolder, crop_loader, require_batch, split
+from dino_train.data import ImageFolder, split
 from dino_train.evaluate import knn_accuracy, view_retrieval
 from dino_train.learner import Learner, NonFiniteLoss, StepResult
+from dino_train.loader import Bad, BadImages, CropLoader, require_batch
 from dino_train.options import pick_device
+from dino_train.stream import ShardStream, count_samples, is_shards, shard_urls
 from dino_train.watch import CollapseWatch, Metrics, Progress, plot_curves, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -59,22 +61,22 @@ class Run:
         self.config = config
         self.device = parallel.join(pick_device(config.device))
         torch.manual_seed(config.seed)
-        self.train_images, self.held_out = split(config.data)
+        self.train_images: ImageFolder | ShardStream
+        self.held_out: ImageFolder | None
+        if is_shards(config.data):
+            urls = shard_urls(config.data)
+            self.train_images, self.held_out = ShardStream(urls, count_samples(urls, config.output_dir)), None
+        else:
+            self.train_images, self.held_out = split(config.data)
         self.batch_size = config.batch_size_per_gpu * parallel.size()
         require_batch(len(self.train_images), self.batch_size)
         self.steps_per_epoch = len(self.train_images) // self.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.multicrop = MultiCrop(
-            config.global_crops_scale,
-            config.local_crops_scale,
-            config.local_crops_number,
-            config.global_crops_size,
-            config.local_crops_size,
-        )
         self.learner = Learner(config, self.steps_per_epoch, self.device)
         self.bad = BadImages(len(self.train_images), self.batch_size)
-        self.bad_held_out = BadImages(len(self.held_out), 0)
+        self.bad_held_out = BadImages(len(self.held_out or ()), 0)
         self.stop_signal = 0
+        self.waited = 0.0  # seconds for crops since the last line of metrics
         self.unread: list[tuple[int, torch.Tensor]] = []  # steps and their losses since these were last read
         self.step = self._resume() if config.resume and self._has_checkpoint() else self._start_fresh()
         self.last_saved = time.monotonic()
@@ -228,21 +230,33 @@ class Run:
             self.metrics.close()
 
     def _steps(self) -> None:
-        config, own = self.config, parallel.rank() * self.config.batch_size_per_gpu
-        loader = crop_loader(
+        config = self.config
+        loader = CropLoader(
             self.train_images,
-            self.multicrop,
+            config.crop_kinds,
             batch_size=self.batch_size,
             seed=config.seed,
             start_step=self.step,
             total_steps=self.total_steps,
             num_workers=config.num_workers,
-            share=slice(own, own + config.batch_size_per_gpu),
+            rank=parallel.rank(),
+            ranks=parallel.size(),
+            dtype=getattr(torch, config.precision),
+            device=self.device,
+            scaled_decode=config.scaled_decode,
         )
-        for crops, bad in loader:
+        with closing(iter(loader)) as batches:  # its threads end with the loop, however that ends
+            self._train_on(batches)
+
+    def _train_on(self, batches: Iterator[tuple[list[torch.Tensor], Bad]]) -> None:
+        config = self.config
+        while self.step < self.total_steps:
+            began = time.monotonic()
+            crops, bad = next(batches)
+            self.waited += time.monotonic() - began
             self.bad.add(bad)
             try:
-                result = self.learner.step(self.step, [c.to(self.device, non_blocking=True) for c in crops])
+                result = self.learner.step(self.step, crops)
             except NonFiniteLoss:
                 message = self.learner.nonfinite_message(self.step, math.nan)
                 raise NonFiniteLoss(f"{message}. {self._advice()}") from None
@@ -316,7 +330,9 @@ class Run:
             teacher_kl_to_uniform=math.log(self.config.out_dim) - entropy,
             teacher_single_entropy=single_entropy,
             images_per_second=self.progress.rate,
+            data_wait=self.waited / self.progress.seconds,
         )
+        self.waited = 0.0
         self.watch.update(self.step, result.loss, entropy, single_entropy)
 
     def evaluate(self) -> None:
@@ -324,20 +340,21 @@ class Run:
         config, backbone = self.config, self.learner.teacher.backbone
         epoch, began = self.step // self.steps_per_epoch, time.monotonic()
         values: dict[str, float] = {}
-        if len(self.held_out) > 1:
-            crops = replace(self.multicrop, local_crops_number=0)
+        held_out, workers = self.held_out, config.num_workers
+        if held_out is not None and len(held_out) > 1:
+            kinds = config.crop_kinds[:2]
             values["retrieval"] = view_retrieval(
-                backbone, self.held_out, self.bad_held_out, crops, seed=config.seed, num_workers=config.num_workers
+                backbone, held_out, self.bad_held_out, kinds, seed=config.seed, num_workers=workers
             )
         due = config.knn_freq and (epoch % config.knn_freq == 0 or epoch == config.epochs)
-        if due and _labelled(self.train_images) and _labelled(self.held_out):
+        if due and _labelled(self.train_images) and _labelled(held_out):
             values |= knn_accuracy(
                 backbone,
                 self.train_images,
-                self.held_out,
+                held_out,
                 config.global_crops_size,
                 bad=(self.bad, self.bad_held_out),
-                num_workers=config.num_workers,
+                num_workers=workers,
             )
         if values:
             self.metrics.write(self.step, **values)
@@ -347,9 +364,10 @@ class Run:
     def _describe(self) -> None:
         config = self.config
         parameters = sum(p.numel() for p in self.learner.student.parameters()) / 1e6
-        classes = f", {len(self.train_images.classes)} class folders" if _labelled(self.train_images) else ""
+        images, held_out = self.train_images, len(self.held_out or ())
+        classes = f", {len(images.classes)} class folders" if _labelled(images) else ""
         self.progress.say(
-            f"{len(self.train_images)} images to train on, {len(self.held_out)} held out{classes} ({config.data})\n"
+            f"{len(images)} images to train on, {held_out} held out{classes} ({config.data})\n"
             f"{config.arch}, {parameters:.1f} M parameters with head, K = {config.out_dim}, "
             f"{config.precision} on {self.device}\n"
             f"{config.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size} images, "
@@ -365,8 +383,8 @@ class Run:
         self.progress.say(f"done: {self.config.output_dir / checkpoint.LAST}")
 
 
-def _labelled(images: ImageFolder) -> bool:
-    return images.labels is not None and len(images) > 0
+def _labelled(images: ImageFolder | ShardStream | None) -> TypeGuard[ImageFolder]:
+    return isinstance(images, ImageFolder) and images.labels is not None and len(images) > 0
 
 
 class _Signals:

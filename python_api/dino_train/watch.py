@@ -75,7 +75,7 @@ class Progress:
         self.quiet = quiet
         self.first, self.total, self.epochs, self.batch, self.interval = first, total, epochs, batch, interval
         self.start, self.bar = time.monotonic(), None
-        self.rate = 0.0
+        self.rate, self.seconds = 0.0, 0.0
         self._last = (first, self.start)
         if sys.stderr.isatty() and not quiet:
             from tqdm import tqdm
@@ -89,10 +89,11 @@ class Progress:
         return done % self.interval == 0 or done == self.total
 
     def update(self, done: int, epoch: int, loss: float, lr: float) -> None:
-        """A line; `rate` is then the images a second since the last one."""
+        """A line; `rate` is then the images a second since the last one, and `seconds` how long that is ago."""
         now = time.monotonic()
         step, then = self._last
-        self.rate = (done - step) * self.batch / max(now - then, 1e-9)
+        self.seconds = max(now - then, 1e-9)
+        self.rate = (done - step) * self.batch / self.seconds
         self._last = (done, now)
         text = f"epoch {epoch + 1}/{self.epochs}  loss {loss:.4f}  lr {lr:.2e}  {self.rate:.1f} images/s"
         if self.bar:

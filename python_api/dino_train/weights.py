@@ -1,26 +1,51 @@
-"""Trained backbones: out of a run or a published file, and into safetensors."""
+"""Trained backbones out of a run, one of its files or a published one."""
 
-import os
+import logging
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dino_train import checkpoint
-from dino_train.model import VisionTransformer, load_backbone_weights, vit
-from dino_train.resnet import resnet50
+from dino_train.checkpoint import CheckpointError
+from dino_train.model import VIT_SIZES, VisionTransformer, vit
+from dino_train.resnet import ResNet, resnet50
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Trained:
     """A backbone in eval mode, and what it was trained with."""
 
-    backbone: nn.Module
+    backbone: VisionTransformer | ResNet
     arch: str
     patch_size: int
     image_size: int
     data: Path | None
+
+
+def load_backbone(path: str | Path, *, net: str = "teacher", allow_partial: bool = False) -> VisionTransformer | ResNet:
+    """A trained backbone in eval mode on the CPU; arch, patch and image size are read off the weights.
+
+    Images are [B, 3, h, w], float, normalized by ImageNet's mean and std. Of a ViT, `backbone(images)` are the normed
+    class tokens [B, C], `backbone.features(images, n_blocks)` all tokens of the last blocks, each [B, 1 + patches, C],
+    and `backbone.attention(images)` the class token's attention [B, heads, 1 + patches]. Of a ResNet-50,
+    `backbone(images)` are the pooled features [B, 2048].
+
+    Args:
+        path: a run's folder, one of its checkpoints, an exported .safetensors or a .pth of the reference.
+        net: "teacher" (what the paper evaluates) or "student", where the file has both.
+        allow_partial: load what matches and warn of the rest, in place of an error.
+
+    Raises:
+        CheckpointError: unreadable; ValueError: no such net, an unknown architecture, weights that do not match.
+    """
+    return load_trained(Path(path), net=net, allow_partial=allow_partial).backbone
 
 
 def load_trained(
@@ -29,49 +54,161 @@ def load_trained(
     arch: str | None = None,
     patch_size: int | None = None,
     net: str = "teacher",
+    allow_partial: bool = False,
     device: torch.device | None = None,
 ) -> Trained:
-    """The backbone of a run's folder, of one of its checkpoints, or of a file in the reference's formats.
+    """As `load_backbone`, with what is known of the training; logs which weights of the file were taken.
 
     Args:
-        path: folder with last.pt, or a file.
-        arch, patch_size: only where the file does not tell (published weights).
-        net: "teacher" (what the paper evaluates) or "student".
-        device: where to put it; the CPU by default.
-
-    Raises:
-        CheckpointError: unreadable; ValueError: arch or patch size unknown, or the weights do not fit them.
+        arch, patch_size: what the weights must fit; by default what they are of.
+        device: where to put the backbone; the CPU by default.
     """
-    state = checkpoint.load_newest(path)[0] if path.is_dir() else checkpoint.load(path)
-    args = state.get("args", {})
-    args = args if isinstance(args, dict) else vars(args)
-    arch = arch or args.get("arch", "").replace("deit_", "vit_") or None  # the reference's other name for its ViTs
-    if arch is None:
-        raise ValueError(f"{path} does not tell its architecture: add --arch and --patch-size")
-    patch_size = patch_size or args.get("patch_size", 16)
-    image_size = args.get("global_crops_size", 224)
-    backbone: nn.Module
+    state, args = _read(path)
+    weights, origin = backbone_weights(state, net=net)
+    arch = arch or _arch_of(weights)
+    patch_size, image_size = _sizes(weights, patch_size, args.get("global_crops_size", 224))
+    backbone: VisionTransformer | ResNet
     if arch == "resnet50":
-        backbone = resnet50()
+        backbone, name = resnet50(), arch
     else:
-        backbone = vit(arch, patch_size=patch_size, img_size=image_size)
-    load_backbone_weights(backbone, state, net=net)
+        backbone, name = vit(arch, patch_size=patch_size, img_size=image_size), f"{arch}/{patch_size}"
+    logger.info("%s: %s, a %s", path, origin, name)
+    fit(backbone, weights, allow_partial=allow_partial)
     data = Path(args["data"]) if "data" in args else None
     return Trained(backbone.eval().to(device), arch, patch_size, image_size, data)
 
 
-def export(trained: Trained, path: Path) -> None:
-    """Write the backbone's weights as safetensors, with arch, patch and image size in the metadata."""
-    from safetensors.torch import save_file
+def load_linear(path: Path) -> nn.Linear:
+    """A linear classifier on frozen features, from a file of the reference (`eval_linear.py:179`, `utils.py:118`).
 
-    tensors = {name: tensor.contiguous() for name, tensor in trained.backbone.state_dict().items()}
-    metadata = {"format": "pt", "arch": trained.arch, "image_size": str(trained.image_size)}
-    if isinstance(trained.backbone, VisionTransformer):
-        metadata["patch_size"] = str(trained.patch_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    Returns:
+        Linear layer [classes, features]; the file has it as "module.linear.weight" and "module.linear.bias" under
+        "state_dict".
+
+    Raises:
+        CheckpointError: unreadable; ValueError: no linear classifier in it.
+    """
+    state, _ = _read(path)
+    state = state.get("state_dict", state)
+    weights = {key.removeprefix("module.").removeprefix("linear."): value for key, value in state.items()}
+    shapes = {key: list(value.shape) if isinstance(value, Tensor) else value for key, value in weights.items()}
+    if set(shapes) != {"weight", "bias"} or len(shapes["weight"]) != 2 or shapes["bias"] != shapes["weight"][:1]:
+        raise ValueError(
+            f"{path} has no linear classifier: expected linear.weight [classes, features] and linear.bias [classes], "
+            f"got {_listed(list(state))}"
+        )
+    classes, features = shapes["weight"]
+    linear = nn.Linear(features, classes)
+    linear.load_state_dict(weights)
+    logger.info("%s: linear classifier, %d classes of %d features", path, classes, features)
+    return linear
+
+
+def backbone_weights(state: Mapping[str, Any], *, net: str = "teacher") -> tuple[dict[str, Any], str]:
+    """A backbone's weights under their bare names, from any format the reference publishes (`utils.py:72`).
+
+    Args:
+        state: a state dict of the backbone or of a whole net, or a checkpoint with such dicts under "teacher" and
+            "student". Prefixes "module." and "backbone." are removed, a head or classifier ("head.", "fc.") is left.
+        net: which net of a checkpoint.
+
+    Returns:
+        The weights, and in words what was taken.
+
+    Raises:
+        ValueError: a checkpoint lacks `net`, or there are no weights.
+    """
+    origin = "weights"
+    if "teacher" in state or "student" in state:
+        if net not in state:
+            raise ValueError(f"the checkpoint has no {net!r}, only {', '.join(state)}")
+        state, origin = state[net], net
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"expected a backbone's weights, or a teacher and a student, got {_listed(list(state))}")
+    bare = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
+    weights = {key: value for key, value in bare.items() if not key.startswith(("head.", "fc."))}
+    prefix = next(iter(state)).removesuffix(next(iter(bare)))
+    left = [f"prefix {prefix!r}"] if prefix else []
+    if len(weights) < len(bare):
+        left.append(f"{len(bare) - len(weights)} tensors of a head")
+    if left:
+        origin += f" (without {' and '.join(left)})"
+    return weights, origin
+
+
+def fit(backbone: nn.Module, weights: Mapping[str, Any], *, allow_partial: bool = False) -> None:
+    """Load weights under bare names into `backbone`, all of them or (`allow_partial`) those that match, with a warning.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of another shape (a pos_embed of another grid too), or none
+            match; then nothing has changed.
+    """
+    wanted = backbone.state_dict()
+    shapes = {key: list(value.shape) if isinstance(value, Tensor) else None for key, value in weights.items()}
+    matching = {key: weights[key] for key in wanted if shapes.get(key) == list(wanted[key].shape)}
+    problems = [f"missing {key}" for key in wanted if key not in weights]
+    problems += [f"unexpected {key}" for key in weights if key not in wanted]
+    problems += [
+        f"{key} has shape {shapes[key]}, expected {list(wanted[key].shape)}"
+        for key in weights
+        if key in wanted and key not in matching
+    ]
+    if problems and not (allow_partial and matching):
+        raise ValueError(
+            "the weights do not fit this backbone, whose arch and patch size must be those they were trained with: "
+            f"{_listed(problems, '; ')}"
+        )
+    if problems:
+        logger.warning("%d of %d weights loaded; %s", len(matching), len(wanted), "; ".join(problems))
+    backbone.load_state_dict(matching, strict=not problems)
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """What a file holds, and the settings it was trained with as far as it tells."""
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    state = checkpoint.load_newest(path)[0] if path.is_dir() else checkpoint.load(path)
+    args = state.get("args", {})
+    return state, args if isinstance(args, dict) else vars(args)
+
+
+def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        raise CheckpointError(f"no weights at {path}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from error
+    return state, {"global_crops_size": int(metadata["image_size"])} if "image_size" in metadata else {}
+
+
+def _arch_of(weights: Mapping[str, Any]) -> str:
+    blocks = {key.split(".")[1] for key in weights if key.startswith("blocks.")}
+    if "layer4.2.conv3.weight" in weights:
+        return "resnet50"
+    width = getattr(weights.get("cls_token"), "shape", (0,))[-1]
+    for arch, size in VIT_SIZES.items():
+        if (size.depth, size.embed_dim) == (len(blocks), width):
+            return arch
+    raise ValueError(
+        f"the weights are of no known architecture ({', '.join(VIT_SIZES)}, resnet50): {_listed(list(weights))}; "
+        "--arch says what to take them for"
+    )
+
+
+def _sizes(weights: Mapping[str, Any], patch_size: int | None, image_size: int) -> tuple[int, int]:
+    """Patch and image size in pixels; what is given holds where the weights do not tell."""
+    projection, positions = (weights.get(key) for key in ("patch_embed.proj.weight", "pos_embed"))
+    patch = projection.shape[-1] if isinstance(projection, Tensor) and projection.dim() == 4 else 16
+    if isinstance(positions, Tensor) and positions.dim() == 3:
+        image_size = patch * math.isqrt(positions.shape[1] - 1)
+    return patch_size or patch, image_size
+
+
+def _listed(words: list[Any], separator: str = ", ") -> str:
+    more = f"{separator}and {len(words) - 5} more" if len(words) > 5 else ""
+    return (separator.join(map(str, words[:5])) or "nothing") + more

@@ -14,12 +14,13 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from dino_train.augment import to_tensor
 from dino_train.config import EMBEDDED_DATA
-from dino_train.data import ImageFolder, UnreadableImage, load_file, split
+from dino_train.data import ImageFolder, split
+from dino_train.decode import UnreadableImage, load_file
 from dino_train.evaluate import ffmpeg
 from dino_train.evaluate.metrics import jaccard
 from dino_train.evaluate.protocol import Protocol
+from dino_train.loader import to_tensor
 from dino_train.model import VisionTransformer
 from dino_train.weights import Trained
 
@@ -40,7 +41,7 @@ def attention_of(backbone: VisionTransformer, image: Image.Image, working_size: 
     columns, rows = (max(1, round(side * scale / p)) for side in image.size)
     pixels = to_tensor(image.resize((columns * p, rows * p), Image.Resampling.BICUBIC))
     device = backbone.pos_embed.device
-    maps = backbone.attention_maps(pixels[None].to(device))[0, :, 1:].float().cpu()
+    maps = backbone.attention(pixels[None].to(device))[0, :, 1:].float().cpu()
     return maps.unflatten(1, (rows, columns))
 
 

@@ -13,12 +13,11 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from dino_train.augment import to_tensor
-from dino_train.data import BadImages, ImageFolder
+from dino_train.data import ImageFolder
 from dino_train.evaluate.features import Cache, Features
-from dino_train.evaluate.images import image_loader
 from dino_train.evaluate.metrics import average_precision
 from dino_train.evaluate.protocol import Extraction, log_skipped
+from dino_train.loader import BadImages, image_loader, to_tensor
 from dino_train.model import VisionTransformer
 
 GEM_POWER = 4

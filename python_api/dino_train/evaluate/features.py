@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_train.data import BadImages, ImageFolder
+from dino_train.data import ImageFolder
+from dino_train.loader import BadImages, Batch
 
 logger = logging.getLogger(__name__)
-
-Batch = tuple[Tensor, Tensor, Tensor, list[tuple[str, str]]]  # as `data.eval_loader` yields them
 
 
 @dataclass
@@ -104,7 +103,7 @@ def extract(
     Args:
         backbone: put into eval mode meanwhile; its device is where the pixels go.
         forward: pixels [B, 3, h, w] to features [B, C].
-        loader: as `data.eval_loader`.
+        loader: as `eval_loader`.
         bad: what cannot be read is added.
         title: names a progress bar, shown where errors go to a terminal; none where empty.
     """

@@ -15,11 +15,12 @@ import tyro
 from torch import Tensor, nn
 
 from dino_train import checkpoint
-from dino_train.data import BadImages, ImageFolder, eval_loader
+from dino_train.data import ImageFolder
 from dino_train.evaluate.features import extract
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.metrics import accuracy
 from dino_train.evaluate.protocol import Classification, labelled, log_skipped
+from dino_train.loader import BadImages, eval_loader
 from dino_train.model import VisionTransformer
 from dino_train.watch import Metrics
 from dino_train.weights import Trained

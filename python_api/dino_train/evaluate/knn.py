@@ -1,6 +1,6 @@
 """Weighted k-NN classification (`eval_knn.py`), and retrieval of another view of an image."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_kernels import CropKind
 from dino_train import parallel
-from dino_train.augment import MultiCrop
-from dino_train.data import BadImages, ImageFolder, crop_loader, eval_loader
+from dino_train.data import ImageFolder
 from dino_train.evaluate.features import Cache, Features, extract
 from dino_train.evaluate.metrics import accuracy
 from dino_train.evaluate.protocol import Classification, labelled
+from dino_train.loader import BadImages, CropLoader, eval_loader
 from dino_train.options import pick_device
 
 KNN_TEMPERATURE = 0.07  # eval_knn.py:218
@@ -22,7 +23,7 @@ QUERY_BLOCK, TRAIN_BLOCK = 1024, 32768  # similarities computed at once: 128 MiB
 
 
 def extract_features(
-    backbone: nn.Module, images: ImageFolder, bad: BadImages, size: int, *, batch_size: int = 128, num_workers: int = 0
+    backbone: nn.Module, images: ImageFolder, bad: BadImages, size: int, *, batch_size: int = 128, num_workers: int = 1
 ) -> tuple[Tensor, Tensor]:
     """L2-normalized features [n, C] float32 and labels [n] of the readable images, on the backbone's device.
 
@@ -111,7 +112,7 @@ def knn_accuracy(
     *,
     bad: tuple[BadImages, BadImages] | None = None,
     ks: Iterable[int] = (10, 20),
-    num_workers: int = 0,
+    num_workers: int = 1,
 ) -> dict[str, float]:
     """Top-1 accuracy in percent by k: {"knn10": 33.1, ...}. `bad` keeps the unreadable images of train and test.
 
@@ -192,30 +193,37 @@ def recall_at_1(queries: Tensor, candidates: Tensor) -> float:
 
 @torch.no_grad()
 def view_retrieval(
-    backbone: nn.Module, images: ImageFolder, bad: BadImages, multicrop: MultiCrop, *, seed: int, num_workers: int = 0
+    backbone: nn.Module,
+    images: ImageFolder,
+    bad: BadImages,
+    kinds: Sequence[CropKind],
+    *,
+    seed: int,
+    num_workers: int = 1,
 ) -> float:
-    """Recall at 1, in percent, of finding an image's global crop 2 by its global crop 1 among <= 256 images.
+    """Recall at 1, in percent, of finding an image's second crop by its first among <= 256 images; kinds: of the two.
 
     The crops depend on the seed alone, so that values of different epochs compare.
     """
     device = next(backbone.parameters()).device
     chosen = images.subset(range(0, len(images), max(1, len(images) // RETRIEVAL_IMAGES))[:RETRIEVAL_IMAGES])
     batch = min(64, len(chosen))
-    loader = crop_loader(
+    loader = CropLoader(
         chosen,
-        multicrop,
+        kinds,
         batch_size=batch,
         seed=seed,
         start_step=0,
         total_steps=len(chosen) // batch,
         num_workers=num_workers,
+        device=device,
     )
     was_training = backbone.training
     backbone.eval()
     views: tuple[list[Tensor], list[Tensor]] = ([], [])
     for crops, unreadable in loader:
         bad.add(unreadable)
-        for view, crop in zip(views, crops[:2], strict=True):
-            view.append(F.normalize(backbone(crop.to(device)).float(), dim=1))
+        for view, crop in zip(views, crops, strict=True):
+            view.append(F.normalize(backbone(crop).float(), dim=1))
     backbone.train(was_training)
     return recall_at_1(torch.cat(views[0]), torch.cat(views[1]))

@@ -12,11 +12,12 @@ import tyro
 from torch import Tensor, nn
 
 from dino_train.config import Switch
-from dino_train.data import BadImages, ImageFolder
+from dino_train.data import ImageFolder
 from dino_train.evaluate.features import Cache, Features
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.metrics import accuracy
 from dino_train.evaluate.protocol import Classification, labelled
+from dino_train.loader import BadImages
 from dino_train.model import VisionTransformer
 
 # For a batch of 256. DINOv2's grid, and what a few thousand images need beyond it.

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +11,9 @@ import tyro
 from torch import Tensor
 
 from dino_train.config import EMBEDDED_DATA, default_workers
-from dino_train.data import BadImages, ImageFolder, eval_loader, split
+from dino_train.data import ImageFolder, split
 from dino_train.evaluate.features import Cache, Features
+from dino_train.loader import BadImages, eval_loader
 from dino_train.model import VisionTransformer
 from dino_train.options import WeightsOptions
 from dino_train.weights import Trained
@@ -49,13 +50,13 @@ class Protocol(WeightsOptions):
 class Extraction(Protocol):
     """Options of the protocols that read images by workers."""
 
-    num_workers: int = default_workers()
-    """Processes that read images; 0 reads in the main process."""
+    num_workers: int = field(default_factory=default_workers)
+    """Threads that read images."""
 
     def check(self) -> None:
         """Raises ValueError for options that make no sense; not in __post_init__, whose errors tyro garbles."""
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
+        if self.num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, got {self.num_workers}")
 
 
 @dataclass(kw_only=True)
@@ -63,8 +64,8 @@ class Classification(Extraction):
     """Options of the protocols that classify images."""
 
     data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])] = EMBEDDED_DATA
-    """Folder or .zip with train/<class>/ and val/<class>/, or <class>/ (then a few images are held out). Default: the
-    embedded CIFAR-10 images."""
+    """Folder, .zip or .tar with train/<class>/ and val/<class>/, or <class>/ (then a few images are held out).
+    Default: the embedded CIFAR-10 images."""
     image_size: int | None = None
     """Side of the network's input in pixels. Default: the training size."""
     batch_size: int = 128

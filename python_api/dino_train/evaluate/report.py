@@ -18,12 +18,14 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageOps
 
-from dino_train.config import PretrainConfig
-from dino_train.data import BadImages, ImageFolder, UnreadableImage, eval_loader, split
+from dino_train.config import PretrainConfig, default_workers
+from dino_train.data import ImageFolder, split
+from dino_train.decode import UnreadableImage
 from dino_train.evaluate.attention import attention_of, heat, overlay, to_range
 from dino_train.evaluate.features import extract
 from dino_train.evaluate.knn import nearest
 from dino_train.evaluate.protocol import Protocol
+from dino_train.loader import BadImages, eval_loader
 from dino_train.model import VisionTransformer
 from dino_train.watch import METRICS, collapse_signs, read_metrics
 from dino_train.weights import Trained
@@ -181,7 +183,7 @@ def neighbor_rows(trained: Trained, queries: ImageFolder, gallery: ImageFolder) 
     """A row for each readable query: it and the training images of the most similar features (cosine)."""
     found = []
     for images, title in ((queries, ""), (gallery, "neighbors")):
-        loader = eval_loader(images, trained.image_size, 64, 0)
+        loader = eval_loader(images, trained.image_size, 64, default_workers())
         found.append(extract(trained.backbone, trained.backbone, loader, BadImages(len(images), 0), title))
     (own, _, own_indices), (others, _, indices) = found
     if not len(own) or not len(others):

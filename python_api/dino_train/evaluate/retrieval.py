@@ -14,12 +14,11 @@ import tyro
 from PIL import Image
 from torch import Tensor, nn
 
-from dino_train.augment import to_tensor
-from dino_train.data import BadImages, ImageFolder
+from dino_train.data import ImageFolder
 from dino_train.evaluate.features import Cache
-from dino_train.evaluate.images import image_loader
 from dino_train.evaluate.metrics import mean_average_precision
 from dino_train.evaluate.protocol import Extraction
+from dino_train.loader import BadImages, image_loader, to_tensor
 from dino_train.options import pick_device
 
 KS = (1, 5, 10)

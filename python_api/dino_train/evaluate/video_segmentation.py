@@ -24,11 +24,11 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from dino_train.augment import IMAGENET_MEAN, IMAGENET_STD
-from dino_train.data import load_file
+from dino_train.decode import load_file
 from dino_train.evaluate.davis import Video, read_mask, score, validation_videos
 from dino_train.evaluate.features import weights_digest
 from dino_train.evaluate.protocol import Protocol
+from dino_train.loader import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.model import VisionTransformer
 
 TEMPERATURE = 0.1  # eval_video_segmentation.py:140

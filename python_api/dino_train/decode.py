@@ -1,0 +1,119 @@
+"""Bytes of an image file to pixels, and why that failed."""
+
+import io
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Pillow warns about big pictures and damaged EXIF; what matters is reported as unreadable images.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class UnreadableImage(ValueError):
+    """One image cannot be read: its name and a reason in one line."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Pixels of an image file: uint8 [H, W, 3], RGB.
+
+    Turned upright by its EXIF orientation (which the reference ignores). Alpha is dropped, as Pillow's convert("RGB")
+    does. 16-bit gray keeps its high byte; float gray, and integer gray beyond 16 bits, is stretched from its finite
+    minimum..maximum to 0..255. Nearly anything may be raised: see `reason`.
+    """
+    if jpeg_size(data):
+        with suppress(ValueError):  # Pillow says what is damaged, and what is not worth a word
+            return simplejpeg.decode_jpeg(data, "RGB")
+    if not data:
+        raise ValueError("empty file")
+    image: Image.Image = Image.open(io.BytesIO(data))
+    image.load()
+    with suppress(Exception):  # damaged EXIF does not make the picture unreadable
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip these at 255
+        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def decode_smaller(data: bytes, shrink: float) -> np.ndarray:
+    """A file with a `jpeg_size`, decoded to the fewest eighths of its sides, at most four, that are at least 1 / shrink
+    of them: faster, and a little different from a resize of all its pixels."""
+    height, width = jpeg_size(data)  # type: ignore[misc]
+    least = {"min_height": int(np.ceil(height / shrink)), "min_width": int(np.ceil(width / shrink)), "min_factor": 2}
+    return simplejpeg.decode_jpeg(data, "RGB", **least)
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that libjpeg-turbo decodes to the very bytes that Pillow makes of it; None of other
+    files: what is to be turned, is in CMYK, or has too many pixels is left to Pillow."""
+    if not data.startswith(b"\xff\xd8") or _has_exif(data):
+        return None
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    fits = colors in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or 0)
+    return (height, width) if fits else None
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether a JPEG has an EXIF segment before its pixels."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
+        if data[at + 1 : at + 2] == b"\xe1" and data[at + 4 : at + 10] == b"Exif\0\0":
+            return True
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
+
+
+def load_file(path: Path) -> Image.Image:
+    """One image file, decoded; raises UnreadableImage."""
+    return Image.fromarray(decoded(str(path), path.read_bytes))
+
+
+def decoded(name: str, read: Callable[[], bytes]) -> np.ndarray:
+    """`decode` of what `read` returns; whatever goes wrong is an UnreadableImage of that name."""
+    try:
+        return decode(read())
+    except Exception as error:  # damaged files raise nearly anything: struct.error, zlib.error, ...
+        raise UnreadableImage(name, reason(error)) from error
+
+
+def _to_8_bit(gray: np.ndarray) -> np.ndarray:
+    """Gray of more than 8 bits [H, W] to uint8."""
+    if gray.dtype.kind != "f" and gray.min() >= 0 and gray.max() <= 65535:
+        return (gray >> 8).astype(np.uint8)
+    gray = gray.astype(np.float64)
+    finite = gray[np.isfinite(gray)]
+    if not finite.size:
+        raise ValueError("no finite pixel")
+    low, high = finite.min(), finite.max()
+    gray = np.nan_to_num(gray, nan=low, posinf=high, neginf=low)
+    return np.round((gray - low) * (255 / ((high - low) or 1))).astype(np.uint8)
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read or decoded, in a few words."""
+    text = (str(error).splitlines() or [""])[0] or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow reads"
+    if isinstance(error, Image.DecompressionBombError):
+        return "too many pixels (decompression bomb)"
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    if "truncated" in text.lower():
+        return "truncated"
+    return text if isinstance(error, ValueError | RuntimeError) else f"damaged ({text})"

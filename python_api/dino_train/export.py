@@ -1,0 +1,217 @@
+"""Backbones for other libraries: safetensors, timm, Hugging Face and ONNX."""
+
+import importlib.util
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino_train.loader import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.model import VIT_SIZES, VisionTransformer
+from dino_train.weights import Trained
+
+Format = Literal["safetensors", "timm", "huggingface", "onnx"]
+FOLDERS = ("timm", "huggingface")
+
+
+def export(trained: Trained, path: Path, form: Format = "safetensors") -> None:
+    """Write the backbone for other libraries: complete, or not at all.
+
+    * safetensors: a file of the weights under their own names (which are also timm's); arch, patch and image size are
+      in its metadata.
+    * timm: a folder for `timm.create_model("local-dir:<folder>", pretrained=True)`, or for the model hub. Its
+      model.safetensors is also what `create_model("vit_small_patch16_224.dino", checkpoint_path=...)` takes.
+    * huggingface: a folder for `transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False)`, whose
+      `last_hidden_state[:, 0]` are the features, and for `AutoImageProcessor.from_pretrained`.
+    * onnx: a file with input "images" [batch, 3, image_size, image_size] and output "features" [batch, C].
+
+    Raises:
+        ValueError: ResNet-50 for huggingface, ONNX without its packages, or a folder that is in use at `path`.
+    """
+    is_folder = form in FOLDERS
+    if path.is_dir() and not (is_folder and not any(path.iterdir())):
+        raise ValueError(f"{path} is a folder{' that is not empty' if is_folder else ''}; choose another --output")
+    if is_folder and path.is_file():
+        raise ValueError(f"{path} is a file, and {form} is written as a folder; choose another --output")
+    write = {"safetensors": _safetensors, "timm": _timm, "huggingface": _huggingface, "onnx": _onnx}[form]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder, path.name)
+        if is_folder:
+            temporary.mkdir()
+        write(trained, temporary)
+        os.replace(temporary, path)
+
+
+def _safetensors(trained: Trained, path: Path) -> None:
+    metadata = {"arch": trained.arch, "image_size": str(trained.image_size)}
+    if isinstance(trained.backbone, VisionTransformer):
+        metadata["patch_size"] = str(trained.patch_size)
+    _save(trained.backbone.state_dict(), path, metadata)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save
+
+    # Not save_file, whose files only their owner may read.
+    path.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, {"format": "pt", **metadata}))
+
+
+def _timm(trained: Trained, folder: Path) -> None:
+    arch, arguments, classifier, first = "resnet50", {}, "fc", "conv1"
+    if isinstance(trained.backbone, VisionTransformer):
+        # timm has no vit_nano, but every size of ViT is made by the arguments.
+        base = "vit_tiny" if trained.arch == "vit_nano" else trained.arch
+        patch = 8 if trained.patch_size == 8 and base != "vit_tiny" else 16
+        arch, classifier, first = f"{base}_patch{patch}_224", "head", "patch_embed.proj"
+        arguments = {"img_size": trained.image_size, "patch_size": trained.patch_size}
+        arguments |= VIT_SIZES[trained.arch]._asdict()
+    preprocessing = {
+        "input_size": [3, trained.image_size, trained.image_size],
+        "fixed_input_size": bool(arguments),
+        "interpolation": "bicubic",
+        "crop_pct": 224 / 256,
+        "crop_mode": "center",
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+    }
+    config: dict[str, Any] = {
+        "architecture": arch,
+        "num_classes": 0,
+        "num_features": trained.backbone.embed_dim,
+        "pretrained_cfg": {"tag": "dino", **preprocessing, "num_classes": 0, "first_conv": first}
+        | {"classifier": classifier, "pool_size": None},
+        "model_args": arguments,
+    }
+    _write_json(config, folder / "config.json")
+    _safetensors(trained, folder / "model.safetensors")
+
+
+def _huggingface(trained: Trained, folder: Path) -> None:
+    backbone = trained.backbone
+    if not isinstance(backbone, VisionTransformer):
+        raise ValueError(f"huggingface takes a ViT, got {trained.arch}; for it there are safetensors, timm and onnx")
+    size = VIT_SIZES[trained.arch]
+    config = {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": size.embed_dim,
+        "num_hidden_layers": size.depth,
+        "num_attention_heads": size.num_heads,
+        "intermediate_size": 4 * size.embed_dim,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": backbone.norm.eps,
+        "qkv_bias": True,
+        "image_size": trained.image_size,
+        "patch_size": trained.patch_size,
+        "num_channels": 3,
+        "torch_dtype": "float32",
+    }
+    _write_json(config, folder / "config.json")
+    # ViT's own processor crops nothing; this one, of DINOv2 too, does what our evaluation does.
+    crop = trained.image_size
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": round(crop * 256 / 224)},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": crop, "width": crop},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+    }
+    _write_json(processor, folder / "preprocessor_config.json")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in backbone.state_dict().items():
+        tensors |= _huggingface_names(name, tensor)
+    _save(tensors, folder / "model.safetensors", {})
+
+
+_HUGGINGFACE = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+    "norm1": "layernorm_before",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+def _huggingface_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor under the name that published ViTs have there; queries, keys and values are layers of their own."""
+    block, stem, kind = "", name, ""
+    if name.startswith("blocks."):
+        _, i, stem = name.split(".", 2)
+        block = f"encoder.layer.{i}."
+    if stem.endswith((".weight", ".bias")):
+        stem, _, kind = stem.rpartition(".")
+        kind = "." + kind
+    if stem == "attn.qkv":
+        parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+        return {f"{block}attention.attention.{part}{kind}": rows.clone() for part, rows in parts}
+    return {f"{block}{_HUGGINGFACE[stem]}{kind}": tensor}
+
+
+def _write_json(values: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+class _PlainViT(nn.Module):
+    """`VisionTransformer.forward` in torch's own operations, for images of the training size."""
+
+    def __init__(self, vit: VisionTransformer):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.vit.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        # Not len(): a graph would keep the number.
+        x = torch.cat((self.vit.cls_token.expand(images.shape[0], -1, -1), patches), dim=1) + self.vit.pos_embed
+        block: Any
+        for block in self.vit.blocks:
+            qkv = nn.Linear.forward(block.attn.qkv, block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
+            out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+            x = x + nn.Linear.forward(block.attn.proj, out.transpose(1, 2).flatten(2))
+            hidden = F.gelu(nn.Linear.forward(block.mlp.fc1, block.norm2(x)))
+            x = x + nn.Linear.forward(block.mlp.fc2, hidden)
+        return self.vit.norm(x[:, 0])
+
+
+def _onnx(trained: Trained, path: Path) -> None:
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the ONNX format needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    backbone: nn.Module = trained.backbone
+    plain = _PlainViT(backbone) if isinstance(backbone, VisionTransformer) else backbone
+    images = torch.zeros(2, 3, trained.image_size, trained.image_size, device=next(backbone.parameters()).device)
+    # Of torch's own parts, and of a torchvision that nothing here needs.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.onnx.export(
+            plain.eval(),
+            (images,),
+            path,
+            input_names=["images"],
+            output_names=["features"],
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            verbose=False,
+        )

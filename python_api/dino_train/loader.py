@@ -1,0 +1,381 @@
+"""Batches of crops, made ahead of their use by threads; and batches of whole images for evaluation.
+
+    loader = CropLoader(
+        train, config.crop_kinds, batch_size=64, seed=0, start_step=0, total_steps=1000, num_workers=2
+    )
+    bad_images = BadImages(len(train), batch_size=64)
+    for crops, bad in loader:       # one global step each
+        bad_images.add(bad)
+
+A sample is a function of (seed, epoch, index) alone: no number of threads or processes and no resume changes it.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from threading import Lock
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dino_kernels import CropKind, draw_crops, multicrop, multicrop_packed
+from dino_train.data import DataError, ImageFolder, Sample
+from dino_train.decode import UnreadableImage, decode, decode_smaller, jpeg_size, reason
+from dino_train.threads import Threads, in_order
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+STALL_SECONDS = 60.0  # a file that takes longer to read is left out
+LAG = 2  # steps that a GPU may be behind before a batch's memory is used again
+
+# [3, 256]; numpy's, since torch would start threads of its own in each of ours
+_MEAN, _STD = (np.array([values], np.float32).T for values in (IMAGENET_MEAN, IMAGENET_STD))
+_NORMALIZED = (np.arange(256, dtype=np.float32) / 255 - _MEAN) / _STD
+
+logger = logging.getLogger(__name__)
+
+Bad = list[tuple[str, str]]  # (name, reason) of unreadable images
+Batch = tuple[Tensor, Tensor, Tensor, Bad]  # pixels, labels and indices of images, and those left out
+
+
+class Images(Protocol):
+    """What images are taken from: an ImageFolder or a ShardStream."""
+
+    def __len__(self) -> int: ...
+
+    def steps(
+        self, batch_size: int, seed: int, start_step: int, total_steps: int, rank: int, ranks: int
+    ) -> Generator[list[Sample], None, None]:
+        """This rank's samples of each step start_step .. total_steps - 1."""
+
+
+# --- crops -------------------------------------------------------------------------------------------
+
+
+class _Attempt:
+    """One thread's work on a row, which is given up if it hangs in a read."""
+
+    def __init__(self) -> None:
+        self._lock, self._since, self._over = Lock(), float("inf"), False
+        self.name = ""
+
+    def begin(self, name: str) -> None:
+        with self._lock:
+            self.name, self._since = name, time.monotonic()
+
+    def has_read(self) -> bool:
+        """False if somebody else makes the row by now; otherwise nobody will."""
+        with self._lock:
+            self._since = float("inf")
+            return not self._over
+
+    def give_up(self) -> bool:
+        """True if it hangs: it will not touch the row any more."""
+        with self._lock:
+            self._over = time.monotonic() - self._since > STALL_SECONDS
+            return self._over
+
+
+@dataclass
+class _Row:
+    """One image's place in a batch."""
+
+    sample: Sample
+    views: list[Tensor]  # [1, 3, size, size] each; none where a GPU makes the crops
+    attempt: _Attempt = field(default_factory=_Attempt)
+    slow: set[str] = field(default_factory=set)  # images that were not read in time
+    future: Future = field(default_factory=Future)
+    image: np.ndarray = field(default_factory=lambda: np.empty(0))  # decoded, for a GPU, with the table of its crops
+    table: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
+class _Slot:
+    """Memory of one batch: of its crops on a CPU, of its decoded images, pinned, for a GPU."""
+
+    def __init__(self) -> None:
+        self.rows: list[_Row] = []
+        self.crops: list[Tensor] = []
+        self.pixels = torch.empty(0, dtype=torch.uint8)
+        self.copied: torch.cuda.Event | None = None
+
+    def pack(self, pinned: bool) -> tuple[Tensor, np.ndarray]:
+        """The rows' images side by side, and where they lie: as `multicrop_packed` takes them."""
+        sizes = [row.image.size for row in self.rows]
+        if sum(sizes) > len(self.pixels):
+            self.pixels = torch.empty(sum(sizes) * 5 // 4, dtype=torch.uint8, pin_memory=pinned)
+        starts = np.cumsum([0, *sizes])
+        for row, start, size in zip(self.rows, starts, sizes, strict=False):
+            self.pixels[start : start + size] = torch.from_numpy(row.image.reshape(-1))
+        places = [(start, *row.image.shape[:2]) for row, start in zip(self.rows, starts, strict=False)]
+        return self.pixels[: sum(sizes)], np.array(places, np.int64)
+
+
+class CropLoader:
+    """Iterating yields ([B, 3, size, size] of each kind, unreadable images newly found) for each step.
+
+    A batch stays as it is until the next one is asked for. An unreadable image is replaced by the sample's next
+    candidate, and decoded and reported once; one that takes longer than STALL_SECONDS to read is replaced that time.
+
+    Args:
+        images: where they come from.
+        kinds: of the crops of an image.
+        batch_size: images of a step over all ranks.
+        seed: of order and crops.
+        start_step, total_steps: the steps start_step .. total_steps - 1 are yielded.
+        num_workers: threads.
+        rank, ranks: this process's share is 1 / ranks of every batch.
+        dtype: of the crops: float32, float16 or bfloat16, normalized by ImageNet's mean and deviation.
+        device: where the crops are wanted, and made: a GPU is sent the decoded images.
+        scaled_decode: let libjpeg-turbo shrink images all of whose crops are still made smaller then.
+
+    Raises:
+        DataError: the images do not fill one batch; while iterating: none can be read.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        kinds: Sequence[CropKind],
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        total_steps: int,
+        num_workers: int,
+        rank: int = 0,
+        ranks: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        scaled_decode: bool = False,
+    ) -> None:
+        require_batch(len(images), batch_size)
+        self.kinds, self.seed, self.num_workers, self.scaled_decode = kinds, seed, num_workers, scaled_decode
+        self.device, self.dtype, self.rows = torch.device(device), dtype, batch_size // ranks
+        self._on_gpu = self.device.type == "cuda"
+        self._images = len(images)
+        self._steps = images.steps(batch_size, seed, start_step, total_steps, rank, ranks)
+        self._bad: dict[str, str] = {}
+        self._lock = Lock()
+
+    def __iter__(self) -> Generator[tuple[list[Tensor], Bad], None, None]:
+        self._threads = Threads(self.num_workers)
+        ahead = 1 + max(1, -(-2 * self.num_workers // self.rows))  # so that no thread waits for the step
+        spare = [_Slot() for _ in range(ahead)]
+        begun, used = deque[_Slot](), deque[_Slot]()
+        try:
+            while True:
+                while spare and (samples := next(self._steps, None)):
+                    begun.append(self._begin(spare.pop(), samples))
+                if not begun:
+                    return
+                slot = begun.popleft()
+                bad = [entry for row in slot.rows for entry in self._finish(row)]
+                crops = self._crops_on_gpu(slot) if self._on_gpu else slot.crops
+                slot.rows = []
+                yield crops, bad
+                used.append(slot)
+                if len(used) > (LAG if slot.copied else 0):
+                    spare.append(used.popleft())
+        finally:
+            self._steps.close()
+            self._threads.close()
+
+    def _begin(self, slot: _Slot, samples: list[Sample]) -> _Slot:
+        if slot.copied:
+            slot.copied.synchronize()
+        if not self._on_gpu and not slot.crops:
+            slot.crops = self._empty_crops()
+        slot.rows = [_Row(sample, [crop[i : i + 1] for crop in slot.crops]) for i, sample in enumerate(samples)]
+        for row in slot.rows:
+            row.future = self._threads.submit(self._make, row, row.attempt)
+        return slot
+
+    def _empty_crops(self) -> list[Tensor]:
+        shapes = [(self.rows, 3, kind.size, kind.size) for kind in self.kinds]
+        return [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
+
+    def _crops_on_gpu(self, slot: _Slot) -> list[Tensor]:
+        """One upload of the images, and a launch for each size of crop, in the stream of the step that needs them."""
+        pixels, places = slot.pack(pinned=self.device.type == "cuda")
+        crops = self._empty_crops()
+        table = np.stack([row.table for row in slot.rows])
+        multicrop_packed(pixels.to(self.device, non_blocking=True), places, table, crops)
+        if self.device.type == "cuda":
+            slot.copied = torch.cuda.current_stream(self.device).record_event()
+        return crops
+
+    def _finish(self, row: _Row) -> Bad:
+        """Waits for a row; another thread takes the work of one that hangs."""
+        slow: Bad = []
+        while not wait([row.future], timeout=1).done:
+            if row.attempt.give_up():
+                slow.append((row.attempt.name, f"not read within {STALL_SECONDS:.0f} s"))
+                row.slow.add(row.attempt.name)
+                row.attempt = _Attempt()
+                self._threads.add()
+                row.future = self._threads.submit(self._make, row, row.attempt)
+        return slow + row.future.result()
+
+    def _make(self, row: _Row, attempt: _Attempt) -> Bad:
+        """Fills a row's views; returns the unreadable images that were found on the way."""
+        found: Bad = []
+        for name, read in row.sample.candidates():
+            if name in self._bad or name in row.slow:
+                continue
+            try:
+                attempt.begin(name)
+                data = read()
+                if not attempt.has_read():
+                    return found
+                image, crops = self._decode(data, row.sample)
+            except Exception as error:  # damaged files raise nearly anything
+                if not attempt.has_read():
+                    return found
+                with self._lock:
+                    if name not in self._bad:
+                        self._bad[name] = reason(error)
+                        found.append((name, self._bad[name]))
+                continue
+            if self._on_gpu:
+                row.image, row.table = image, crops
+            else:
+                multicrop([image], crops[None], row.views, threads=1)
+            return found
+        first = next(iter(self._bad.items()), ("", "all too slow"))
+        raise DataError(f"none of the {self._images} images could be read, the first: {': '.join(first)}")
+
+    def _decode(self, data: bytes, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """An image's pixels and the table of its crops."""
+        if self.scaled_decode and (size := jpeg_size(data)):
+            crops = self._draw(sample, size)
+            sides = crops["box"][:, 2:] - crops["box"][:, :2]
+            shrink = (sides.min(1) / crops["size"]).min()
+            if shrink >= 2:
+                with suppress(ValueError):  # decode() says what is wrong
+                    image = decode_smaller(data, shrink)
+                    return image, _shrunk(crops, size, image)
+        image = decode(data)
+        return image, self._draw(sample, image.shape[:2])
+
+    def _draw(self, sample: Sample, image_size: tuple[int, ...]) -> np.ndarray:
+        return draw_crops(self.seed, sample.epoch, sample.index, self.kinds, (image_size[0], image_size[1]))
+
+
+def _shrunk(crops: np.ndarray, size: tuple[int, int], image: np.ndarray) -> np.ndarray:
+    """Crops of an image of `size` (height, width), in the pixels of a smaller copy of it."""
+    height, width = image.shape[:2]
+    scale = np.array([width / size[1], height / size[0]] * 2)
+    box = np.rint(crops["box"] * scale).astype(np.int32)
+    box[:, :2] = np.minimum(box[:, :2], [width - 1, height - 1])
+    box[:, 2:] = np.clip(box[:, 2:], box[:, :2] + 1, [width, height])
+    crops["box"] = box
+    return crops
+
+
+def require_batch(n_images: int, batch_size: int) -> None:
+    """Raise DataError if the images do not fill one batch."""
+    if n_images < batch_size:
+        raise DataError(
+            f"{n_images} images are fewer than one batch of {batch_size}: "
+            f"add images or set the batch size to {n_images} or less"
+        )
+
+
+# --- evaluation --------------------------------------------------------------------------------------
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """8-bit RGB image to float32 [3, H, W]: (pixel / 255 - mean) / std with ImageNet's mean and std."""
+    pixels = np.asarray(image)
+    return torch.from_numpy(np.stack([levels[pixels[..., c]] for c, levels in enumerate(_NORMALIZED)]))
+
+
+def eval_transform(image: Image.Image, size: int) -> Tensor:
+    """Evaluation view of an RGB image: short side to round(size * 256 / 224) bicubic, central size x size
+    crop, normalized: float32 [3, size, size] (`eval_knn.py:33-38`).
+
+    An image longer than 4:1 is first cut to its central 4:1, so that a thin strip does not become gigabytes.
+    """
+    short = min(image.size)
+    image = _center_crop(image, min(image.width, 4 * short), min(image.height, 4 * short))
+    width, height = (round(size * 256 / 224) * side // short for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return to_tensor(_center_crop(image, size, size))
+
+
+def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def image_loader(
+    images: ImageFolder,
+    transform: Callable[[Image.Image, tuple[int, int]], Tensor],
+    batch_size: int,
+    num_workers: int,
+    keys: Sequence[tuple[int, int]] | None = None,
+) -> Iterator[Batch]:
+    """`transform(image, key)` of each key (epoch, index), in order and by threads; of every image once without keys.
+
+    Yields (pixels [B, ...], labels int64 [B], -1 without labels, indices int64 [B], bad). Unreadable images are left
+    out of the tensors (so B may be below batch_size, even 0) and listed in bad.
+    """
+    keys = [(0, index) for index in range(len(images))] if keys is None else keys
+
+    def view(key: tuple[int, int]) -> Tensor | tuple[str, str]:
+        try:
+            return transform(images.load(key[1]), key)
+        except UnreadableImage as error:
+            return error.name, error.reason
+
+    views = in_order(view, keys, threads=num_workers, ahead=2 * max(batch_size, num_workers))
+    for first in range(0, len(keys), batch_size):
+        batch = list(islice(views, batch_size))
+        pixels = [one for one in batch if isinstance(one, Tensor)]
+        bad = [one for one in batch if not isinstance(one, Tensor)]
+        read = [key[1] for key, one in zip(keys[first:], batch, strict=False) if isinstance(one, Tensor)]
+        labels = [-1 if images.labels is None else images.labels[i] for i in read]
+        stacked = torch.stack(pixels) if pixels else torch.empty(0)
+        yield stacked, torch.tensor(labels, dtype=torch.int64), torch.tensor(read, dtype=torch.int64), bad
+
+
+def eval_loader(images: ImageFolder, size: int, batch_size: int, num_workers: int) -> Iterator[Batch]:
+    """`eval_transform` of every image once, as `image_loader` yields it."""
+    return image_loader(images, lambda image, _: eval_transform(image, size), batch_size, num_workers)
+
+
+class BadImages:
+    """Keeps the unreadable images of a run, and logs each of them once.
+
+    n_images: images of the data set; batch_size: the least number that must be readable (0 for evaluation).
+    """
+
+    def __init__(self, n_images: int, batch_size: int) -> None:
+        self.n_images, self.batch_size = n_images, batch_size
+        self._names: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        """Unreadable images so far."""
+        return len(self._names)
+
+    def add(self, bad: Bad) -> None:
+        """Log the new ones among `bad`. Raises DataError if fewer readable images than one batch remain."""
+        for name, why in bad:
+            if name in self._names:
+                continue
+            self._names.add(name)
+            logger.warning("skipped unreadable image %s: %s", name, why)
+            if self.n_images - self.count < self.batch_size:
+                raise DataError(
+                    f"only {self.n_images - self.count} of {self.n_images} images could be read, "
+                    f"fewer than one batch of {self.batch_size}: {name}: {why}"
+                )

@@ -1,0 +1,151 @@
+"""`dino-train pack`: a folder of images to one tar of small JPEGs, which decode several times faster."""
+
+import hashlib
+import io
+import logging
+import os
+import sys
+import tarfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from dino_train.data import ImageFolder
+from dino_train.decode import decode, jpeg_size, reason
+from dino_train.store import BLOCK, ENCODING, INDEX, Head, Index, header
+from dino_train.threads import in_order
+
+logger = logging.getLogger(__name__)
+
+
+def pack(images: ImageFolder, out: Path, *, size: int, quality: int, num_workers: int) -> int:
+    """Write all readable images to the tar `out` in a shuffled order; returns how many these are.
+
+    An image is shrunk so that its longer side has at most `size` pixels and written as a JPEG of that quality; a JPEG
+    that is small enough stays as it is. Until all are there the file is `out`.partial, which the next call completes.
+
+    Raises:
+        ValueError: `out` exists or does not end in .tar, size or quality out of range, or no image can be read.
+        OSError: the file cannot be written; what is written stays for the next call.
+    """
+    if out.suffix != ".tar":
+        raise ValueError(f"the output must end in .tar, got {out}")
+    if out.exists():
+        raise ValueError(f"{out} exists already: remove it, or choose another name")
+    if size < 1 or not 1 <= quality <= 95:
+        raise ValueError(f"size must be at least 1 and quality from 1 to 95, got {size} and {quality}")
+    names = _record_names(images.names)
+    head = Head(size, quality, hashlib.sha256("\0".join(images.names).encode(*ENCODING)).hexdigest())
+    partial = out.with_name(out.name + ".partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "r+b" if partial.exists() else "w+b") as file:
+        index = _begin(file, head)
+        done = {name for name, *_ in index}
+        # A hash is a shuffle that every call repeats: who reads from front to back should not see a class at a time.
+        order = sorted(range(len(images)), key=lambda i: hashlib.sha256(names[i].encode(*ENCODING)).digest())
+        missing = [i for i in order if names[i] not in done]
+
+        def record(i: int) -> bytes | str:
+            try:
+                return _record(images.read(i), size, quality)
+            except Exception as error:
+                return reason(error)
+
+        with _bar(len(images), len(done)) as bar:
+            records = in_order(record, missing, threads=num_workers, ahead=4 * num_workers)
+            for i, data in zip(missing, records, strict=True):
+                if isinstance(data, str):
+                    logger.warning("skipped unreadable image %s: %s", images.names[i], data)
+                else:
+                    index.append((names[i], *_append(file, names[i], data)))
+                bar.update()
+        if not index:
+            raise ValueError(f"none of the {len(images)} images could be read")
+        data = Index([name for name, *_ in index], np.array([row for _, *row in index], np.uint64)).to_bytes()
+        start, length, _ = _append(file, INDEX, data)
+        file.write(bytes(2 * BLOCK))
+        file.seek(0)
+        file.write(replace(head, index=(start, length)).to_bytes())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(out)
+    return len(index)
+
+
+def _record_names(names: list[str]) -> list[str]:
+    """Names of the records: those of the images, but ending in .jpg unless that of a JPEG, and with one dot, since
+    WebDataset takes what follows the first for the kind."""
+    taken: set[str] = set()
+    records = []
+    for name in names:
+        folder, slash, file = name.rpartition("/")
+        stem, suffix = os.path.splitext(file)
+        stem, suffix = stem.replace(".", "_"), suffix if suffix.lower() in (".jpg", ".jpeg") else ".jpg"
+        while (key := folder + slash + stem) in taken:
+            stem += "_"
+        taken.add(key)
+        records.append(key + suffix)
+    return records
+
+
+def _record(data: bytes, size: int, quality: int) -> bytes:
+    """The JPEG to be written for an image file."""
+    pixels = decode(data)  # what cannot be decoded has no place in the store
+    height, width = pixels.shape[:2]
+    longer = max(height, width)
+    if longer <= size and jpeg_size(data):
+        return data
+    image = Image.fromarray(pixels)
+    if longer > size:
+        shape = max(1, round(width * size / longer)), max(1, round(height * size / longer))
+        image = image.resize(shape, Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def _append(file: BinaryIO, name: str, data: bytes) -> tuple[int, int, int]:
+    """Writes a member; offset, size and checksum of its data."""
+    file.write(header(name, len(data)))
+    start = file.tell()
+    file.write(data + bytes(-len(data) % BLOCK))
+    return start, len(data), zlib.crc32(data)
+
+
+def _begin(file: BinaryIO, head: Head) -> list[tuple[str, int, int, int]]:
+    """The records that an interrupted call has left behind, with the file's position after them; none, and a new head,
+    if it had other settings or images."""
+    index: list[tuple[str, int, int, int]] = []
+    end = 2 * BLOCK
+    saved = Head.read(file.read(2 * BLOCK))
+    if saved and replace(saved, index=(0, 0)) == head:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:", encoding=ENCODING[0], errors=ENCODING[1]) as tar:
+            try:
+                tar.next()
+                while (member := tar.next()) and member.name != INDEX:
+                    padded = member.offset_data + member.size + -member.size % BLOCK
+                    if padded > length:
+                        break
+                    file.seek(member.offset_data)
+                    data = file.read(member.size)
+                    index.append((member.name, member.offset_data, member.size, zlib.crc32(data)))
+                    end = padded
+            except tarfile.TarError:  # the last header is not whole
+                pass
+    file.seek(0)
+    file.write(head.to_bytes())
+    file.truncate(end)
+    file.seek(end)
+    return index
+
+
+def _bar(total: int, done: int):
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, unit="image", disable=not sys.stderr.isatty())

@@ -1,0 +1,242 @@
+"""Images from WebDataset shards: tar files that are read from front to back, local ones or streams.
+
+    urls = shard_urls("train-{000000..000146}.tar")        # or "pipe:aws s3 cp s3://bucket/{000000..000146}.tar -"
+    stream = ShardStream(urls, count_samples(urls, folder))
+
+An epoch is one sequence of all samples: the shards in an order that depends on (seed, epoch), each from front to back.
+A rank has one contiguous part of it, so that ranks have equally many samples whatever the shards hold; it reads only
+shards that reach into its part, and shuffles within windows of WINDOW samples. A resume skips shards and begins at its
+window.
+"""
+
+import json
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from queue import Full, Queue
+from tarfile import ReadError
+from threading import Event, Thread
+
+import numpy as np
+import torch
+
+from dino_train import parallel
+from dino_train.data import SUFFIXES, Candidate, DataError, Sample
+from dino_train.store import Index
+
+WINDOW = 1024  # samples that are shuffled together, and kept in memory as files: 100 MB of ImageNet, up to four times
+
+COUNTS = "shards.json"  # in a run's folder: samples of each shard
+
+logger = logging.getLogger(__name__)
+
+File = tuple[str, bytes | None]  # name and content; None where it could not be read
+
+
+def is_shards(data: str | Path) -> bool:
+    """Whether `data` names shards to be streamed, and not a folder or file to be read in place."""
+    text = str(data)
+    return not Path(text).exists() and ("{" in text or "://" in text or text.startswith("pipe:"))
+
+
+def shard_urls(data: str) -> list[str]:
+    """All shards that `data` names: braces as in a shell, several such patterns joined by `::`."""
+    from webdataset.shardlists import expand_urls
+
+    return list(dict.fromkeys(expand_urls(data)))
+
+
+class ShardStream:
+    """Samples of shards, as `CropLoader` takes them.
+
+    Args:
+        urls: of the shards: paths, or what WebDataset opens (`pipe:COMMAND`, `https://`, `s3://`, ...).
+        counts: samples of each.
+    """
+
+    def __init__(self, urls: Sequence[str], counts: Sequence[int]) -> None:
+        self.urls, self.counts = list(urls), np.array(counts, np.int64)
+        self.first = np.concatenate([[0], np.cumsum(self.counts)])  # number of each shard's first sample
+        self.names = [f"{url} {count}" for url, count in zip(urls, counts, strict=True)]  # what an order follows from
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def steps(
+        self, batch_size: int, seed: int, start_step: int, total_steps: int, rank: int = 0, ranks: int = 1
+    ) -> Generator[list[Sample], None, None]:
+        """A rank's samples of the steps start_step .. total_steps - 1; a thread reads the next window."""
+        own, steps_per_epoch = batch_size // ranks, len(self) // batch_size
+        plan = _plan(start_step, total_steps, steps_per_epoch, own)
+        windows: Queue[_Window | Exception] = Queue(maxsize=1)
+        stop = Event()
+        reader = partial(self._read, plan, seed, rank * (len(self) // ranks), windows, stop)
+        Thread(target=reader, name="dino-train shards", daemon=True).start()
+        batch: list[Sample] = []
+        try:
+            for _ in range(start_step, total_steps):
+                while len(batch) < own:
+                    window = windows.get()
+                    if isinstance(window, Exception):
+                        raise window
+                    batch += window.samples()
+                yield batch[:own]
+                batch = batch[own:]
+        finally:
+            stop.set()
+
+    def _read(
+        self, plan: Iterator[tuple[int, int, int, int]], seed: int, begin: int, windows: Queue, stop: Event
+    ) -> None:
+        """Puts the windows of a plan into the queue; begin: where the rank's part of an epoch's sequence begins."""
+        try:
+            files: Iterator[File] = iter(())
+            following = (-1, 0)  # the epoch and position of what `files` yields next
+            for epoch, first, last, skip in plan:
+                shards = _generator(seed, epoch).permutation(len(self.urls))
+                if following != (epoch, first):
+                    files = self._files(shards, begin + first)
+                numbers = self._numbers(shards, begin + first, begin + last)
+                order = _generator(seed, epoch, 1 + begin + first).permutation(last - first)
+                window = _Window(epoch, numbers, list(islice(files, last - first)), order, skip)
+                following = (epoch, last)
+                if not _offer(window, windows, stop):
+                    return
+        except Exception as error:
+            _offer(error, windows, stop)
+
+    def _numbers(self, shards: np.ndarray, first: int, last: int) -> np.ndarray:
+        """Which samples stand at first .. last - 1 of the sequence."""
+        ends = np.cumsum(self.counts[shards])
+        position = np.arange(first, last)
+        at = np.searchsorted(ends, position, side="right")
+        return self.first[shards[at]] + position - (ends[at] - self.counts[shards[at]])
+
+    def _files(self, shards: np.ndarray, first: int) -> Iterator[File]:
+        """The sequence from `first` on. A shard that fails yields files without content for what is missing."""
+        skip = first
+        for shard in shards:
+            count = int(self.counts[shard])
+            if skip >= count:
+                skip -= count
+                continue
+            url, done, why = self.urls[shard], 0, "it ends there"
+            try:
+                for done, file in enumerate(islice(shard_files(url), count), 1):
+                    if done > skip:
+                        yield file
+            except Exception as error:
+                why = str(error)
+            if done < count:
+                logger.warning("shard %s: only %d of %d samples could be read: %s", url, done, count, why)
+            for i in range(max(done, skip), count):
+                yield f"{url}: sample {i}", None
+            skip = 0
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key[0], spawn_key=key[1:])))
+
+
+def _offer(item: object, queue: Queue, stop: Event) -> bool:
+    """Waits for room; False if nobody will make any."""
+    while not stop.is_set():
+        try:
+            queue.put(item, timeout=0.5)
+            return True
+        except Full:
+            continue
+    return False
+
+
+def _plan(start_step: int, total_steps: int, steps_per_epoch: int, own: int) -> Iterator[tuple[int, int, int, int]]:
+    """(epoch, first, last, skip) of each window: its samples in a rank's part of the epoch, and how many of them, in
+    shuffled order, were used before the start."""
+    if start_step >= total_steps:
+        return
+    used = own * steps_per_epoch
+    epoch, step = divmod(start_step, steps_per_epoch)
+    begin = step * own
+    while epoch * steps_per_epoch < total_steps:
+        for first in range(begin // WINDOW * WINDOW, used, WINDOW):
+            yield epoch, first, min(first + WINDOW, used), max(0, begin - first)
+        epoch, begin = epoch + 1, 0
+
+
+class _Window:
+    """Samples in shuffled order, with their files."""
+
+    def __init__(self, epoch: int, numbers: np.ndarray, files: list[File], order: np.ndarray, skip: int) -> None:
+        self.epoch, self.numbers, self.files, self.order, self.skip = epoch, numbers, files, order, skip
+
+    def samples(self) -> list[Sample]:
+        return [
+            Sample(self.epoch, int(self.numbers[self.order[i]]), partial(self.candidates, i))
+            for i in range(self.skip, len(self.files))
+        ]
+
+    def candidates(self, i: int) -> Iterator[Candidate]:
+        """Sample i, and for the case that it is unreadable those after it."""
+        for k in range(len(self.files)):
+            name, data = self.files[self.order[(i + k) % len(self.files)]]
+            yield name, partial(_content, data)
+
+
+def _content(data: bytes | None) -> bytes:
+    if data is None:
+        raise ValueError("its shard cannot be read")
+    return data
+
+
+def shard_files(url: str) -> Iterator[File]:
+    """The images of a shard, in its order, through WebDataset."""
+    import webdataset
+
+    for sample in webdataset.WebDataset([url], shardshuffle=False, nodesplitter=None, empty_check=False, seed=0):
+        images = [key for key in sample if _is_image("." + key)]
+        if images:
+            key = min(images, key=len)  # jpg, and not the seg.png beside it
+            yield f"{url}: {sample['__key__']}.{key}", sample[key]
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def count_samples(urls: Sequence[str], folder: Path) -> list[int]:
+    """Samples of each shard. Those that `folder`/shards.json does not tell are counted, and then written there; several
+    ranks share this.
+
+    Raises DataError if a shard cannot be read.
+    """
+    path = folder / COUNTS
+    known: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+    missing = [url for url in urls if url not in known]
+    shares = [missing[rank :: parallel.size()] for rank in range(parallel.size())]
+    parallel.barrier()  # all have looked before the first one writes
+    counted = parallel.gather(torch.tensor([_count(url) for url in shares[parallel.rank()]], dtype=torch.int64))
+    known.update(zip([url for share in shares for url in share], counted.tolist(), strict=True))
+    if missing and parallel.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({url: known[url] for url in urls}, indent=1) + "\n")
+        temporary.replace(path)
+    return [known[url] for url in urls]
+
+
+def _count(url: str) -> int:
+    """By the headers of a local tar; a stream, and what is compressed, must be read."""
+    from webdataset.tariterators import base_plus_ext
+
+    path = Path(url.removeprefix("file:"))
+    try:
+        if path.exists():
+            try:
+                return len({base_plus_ext(name)[0] for name in Index.scan(path).names if _is_image(name)})
+            except ReadError:
+                pass
+        return sum(1 for _ in shard_files(url))
+    except Exception as error:
+        raise DataError(f"cannot read shard {url}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error

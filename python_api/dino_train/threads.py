@@ -1,0 +1,68 @@
+"""Threads for work that leaves the GIL: reading, decoding, cropping, encoding."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Threads:
+    """As concurrent.futures.ThreadPoolExecutor, but a thread that hangs in a read can be given a substitute, and keeps
+    no process from ending."""
+
+    def __init__(self, number: int) -> None:
+        self._work: SimpleQueue[tuple[Future, Callable[..., Any], tuple] | None] = SimpleQueue()
+        self._threads: list[Thread] = []
+        assert number >= 1
+        for _ in range(number):
+            self.add()
+
+    def add(self) -> None:
+        """One thread more."""
+        self._threads.append(Thread(target=self._run, name="dino-train worker", daemon=True))
+        self._threads[-1].start()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        future: Future = Future()
+        self._work.put((future, function, arguments))
+        return future
+
+    def close(self) -> None:
+        """Drops what has not begun, and waits for the rest; not for long, since a read may hang."""
+        while not self._work.empty():
+            if entry := self._work.get():
+                entry[0].cancel()
+        for _ in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while entry := self._work.get():
+            future, function, arguments = entry
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
+            del entry, future, arguments  # or they would live until the next task comes
+
+
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
+) -> Iterator[Result]:
+    """`map` by several threads, at most `ahead` items before the one that is asked for."""
+    pool, pending = Threads(threads), deque[Future]()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.close()
