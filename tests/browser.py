@@ -29,8 +29,8 @@ class Browser:
     def __enter__(self):
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         (read, self.write), (self.read, write) = os.pipe(), os.pipe()
-        words = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
-        words += [f"--user-data-dir={self.profile.name}", "about:blank"]
+        words = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        words += ["--remote-debugging-pipe", f"--user-data-dir={self.profile.name}", "about:blank"]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _START, str(read), str(write), *words],
             pass_fds=(read, write), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

@@ -6,7 +6,12 @@ import shutil
 import pytest
 from browser import CHROMIUM, Browser
 from dino_train.cli import main
+from dino_train.config import EMBEDDED_DATA
+from dino_train.data import ImageFolder
+from dino_train.evaluate import report
 from dino_train.evaluate.report import PANELS, POINTS, checks, draw, spread, thin
+from dino_train.weights import load_trained
+from PIL import Image
 from tiny_run import tiny_run
 
 
@@ -116,6 +121,35 @@ def test_what_is_no_run_is_named(run, tmp_path, capsys, spoil, message):
     error = capsys.readouterr().err
     assert re.search(message, error) and "Traceback" not in error, error
     assert not (folder / "report.html").exists()
+
+
+def test_attention_is_of_the_image_not_of_its_thumbnail(run, monkeypatch):
+    trained = load_trained(run)
+    trained.image_size = 200
+    seen = []
+    original = report.attention_of
+    monkeypatch.setattr(
+        report, "attention_of", lambda b, image, size: seen.append((image, size)) or original(b, image, size)
+    )
+    images = ImageFolder(EMBEDDED_DATA).subset([0])
+    images.load = lambda i: Image.new("RGB", (500, 450))
+    (cells,) = report.attention_rows(trained, images)
+    assert seen[0][0].size == (400, 400) and seen[0][1] == 400 and len(cells) == 2 + 3
+
+
+def test_names_that_are_no_html_and_no_text(run, tmp_path):
+    name = 'x"<b>\udcff'
+    for i, (folder, color) in enumerate((name, c) for _ in range(10) for c in ("red", "blue")):
+        path = tmp_path / "images" / (folder if i % 2 else "y") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), color).save(path)
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"data": str(tmp_path / "images")}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["evaluate", "report", "--run", str(folder), "--device", "cpu"]) == 0
+    text = (folder / "report.html").read_text("utf-8")
+    assert "x&quot;&lt;b&gt;?" in text and "<b>?" not in text
 
 
 def test_spread():

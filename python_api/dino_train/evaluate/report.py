@@ -87,12 +87,7 @@ def draw(panel: Panel, rows: list[Row], log_k: float) -> str:
     if not any(points for _, points in curves):
         return ""
     # Text as text, in the page's font; names of clip paths that differ between the figures of one page.
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": panel.title,
-        "font.family": "sans-serif",
-        "font.size": 9,
-    }
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": panel.title, "font.size": 9}
     with rc_context(style), io.StringIO() as file:
         figure = Figure(figsize=(4.2, 2.5), layout="constrained")
         axis = figure.subplots()
@@ -149,8 +144,8 @@ def cell(image: Image.Image, *lines: str, kind: str = "") -> str:
     return f'<div class="cell"><img src="{data_uri(image)}" alt="{escape(" ".join(lines))}">{text}</div>'
 
 
-def squared(image: Image.Image) -> Image.Image:
-    return ImageOps.fit(image, (CELL, CELL), Image.Resampling.BICUBIC)
+def squared(image: Image.Image, side: int) -> Image.Image:
+    return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
 
 
 def grid(rows: Iterator[list[str]]) -> str:
@@ -173,14 +168,15 @@ def attention_rows(trained: Trained, images: ImageFolder) -> Iterator[list[str]]
     size = max(trained.image_size, min(480, 2 * trained.image_size))
     for i in range(len(images)):
         try:
-            image = squared(images.load(i))
+            image = squared(images.load(i), size)
         except UnreadableImage as error:
             logging.warning("skipped %s", error)
             continue
         maps = attention_of(trained.backbone, image, size)
-        mean = cell(overlay(image, to_range(maps.mean(0))), "mean")
-        heads = [cell(heat(m, image.size), f"head {h + 1}") for h, m in enumerate(to_range(maps))]
-        yield [cell(image, class_of(images, i) or "image"), mean, *heads]
+        small = squared(image, CELL)
+        mean = cell(overlay(small, to_range(maps.mean(0))), "mean")
+        heads = [cell(heat(m, small.size), f"head {h + 1}") for h, m in enumerate(to_range(maps))]
+        yield [cell(small, class_of(images, i) or "image"), mean, *heads]
 
 
 def neighbor_rows(trained: Trained, queries: ImageFolder, gallery: ImageFolder) -> Iterator[list[str]]:
@@ -196,11 +192,11 @@ def neighbor_rows(trained: Trained, queries: ImageFolder, gallery: ImageFolder) 
     similarity, rows = nearest(F.normalize(others, dim=1), F.normalize(own, dim=1), k)
     for query, values, neighbors in zip(own_indices.tolist(), similarity.tolist(), indices[rows].tolist(), strict=True):
         name = class_of(queries, query)
-        cells = [cell(squared(queries.load(query)), name or "query")]
+        cells = [cell(squared(queries.load(query), CELL), name or "query")]
         for value, i in zip(values, neighbors, strict=True):
             other = class_of(gallery, i)
             lines = (other, f"{value:.3f}") if other else (f"{value:.3f}",)
-            cells.append(cell(squared(gallery.load(i)), *lines, kind="same" if name and name == other else ""))
+            cells.append(cell(squared(gallery.load(i), CELL), *lines, kind="same" if name and name == other else ""))
         yield cells
 
 
@@ -284,7 +280,7 @@ def write_page(path: Path, page: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(page)
+        temporary.write_bytes(page.encode("utf-8", "replace"))  # names of files may be no text
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -319,7 +315,7 @@ class Report(Protocol):
         verdicts = checks(logged, log_k)
         attention, neighbors, gallery = pictures(self, config)
         averaged = math.ceil(len(logged) / POINTS)
-        page = Template(Path(__file__).with_suffix(".html").read_text()).substitute(
+        page = Template(Path(__file__).with_suffix(".html").read_text("utf-8")).substitute(
             title=escape(str(folder)),
             about=escape(
                 f"{config['arch']}, K = {config['out_dim']}, {config['batch_size_per_gpu']} images a step and process, "
