@@ -109,11 +109,14 @@ def add_layer_norm() -> None:
     for channels in (384, 768):
         affine = meta(2, channels, dtype=torch.float32)
         branch, scale = meta(TOKENS, channels), meta(TOKENS, dtype=torch.float32)
-        for dtype, factors in ((torch.float32, scale), (torch.float32, None), (torch.bfloat16, None)):
+        rows = meta(TOKENS, dtype=torch.int32)
+        cases = ((torch.float32, scale, None), (torch.float32, None, None), (torch.bfloat16, None, None))
+        for dtype, *drop_path in (*cases, (torch.float32, scale, rows)):
+            drop_path.append(drop_path[1])
             total, normed, *stats = add_layer_norm_triton.forward_triton(
-                branch.to(dtype), branch, *affine, factors, 1e-6
+                branch.to(dtype), branch, *affine, *drop_path, 1e-6
             )
-            add_layer_norm_triton.backward_triton(total, normed, total, *stats, affine[0], factors)
+            add_layer_norm_triton.backward_triton(total, normed, total, *stats, affine[0], *drop_path)
 
 
 def bias_gelu() -> None:

@@ -54,29 +54,34 @@ void ema_update(const std::vector<uintptr_t>& targets, const std::vector<uintptr
     dino::ema_update({t.data(), s.data(), sizes.data(), dtypes.data(), int64_t(sizes.size()), momentum, threads});
 }
 
+// Address and count of numbers of rows; a negative count for all.
+using Rows = std::pair<uintptr_t, int64_t>;
+dino::RowsOf rows_of(const Rows& rows) { return {reinterpret_cast<const int32_t*>(rows.first), rows.second}; }
+
 void add_layer_norm(uintptr_t x, uintptr_t branch, uintptr_t scale, uintptr_t weight, uintptr_t bias, uintptr_t total,
-                    uintptr_t normed, uintptr_t mean, uintptr_t rstd, int64_t tokens, int64_t channels, int x_dtype,
-                    int branch_dtype, double eps, int threads) {
+                    uintptr_t normed, uintptr_t mean, uintptr_t rstd, Rows branch_rows, Rows normed_rows,
+                    int64_t tokens, int64_t channels, int x_dtype, int branch_dtype, double eps, int threads) {
     py::gil_scoped_release unlocked;
-    dino::add_layer_norm(
-        {reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(branch), reinterpret_cast<const float*>(scale),
-         reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias), reinterpret_cast<void*>(total),
-         reinterpret_cast<void*>(normed), reinterpret_cast<float*>(mean), reinterpret_cast<float*>(rstd), tokens,
-         channels, dino::DType(x_dtype), dino::DType(branch_dtype), float(eps), threads});
+    dino::add_layer_norm({reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(branch),
+                          reinterpret_cast<const float*>(scale), rows_of(branch_rows), rows_of(normed_rows),
+                          reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias),
+                          reinterpret_cast<void*>(total), reinterpret_cast<void*>(normed),
+                          reinterpret_cast<float*>(mean), reinterpret_cast<float*>(rstd), tokens, channels,
+                          dino::DType(x_dtype), dino::DType(branch_dtype), float(eps), threads});
 }
 
 void add_layer_norm_backward(uintptr_t grad_total, uintptr_t grad_normed, uintptr_t total, uintptr_t mean,
                              uintptr_t rstd, uintptr_t weight, uintptr_t scale, uintptr_t grad_x, uintptr_t grad_branch,
-                             uintptr_t partial, int64_t tokens, int64_t channels, int64_t groups, int x_dtype,
-                             int branch_dtype, int threads) {
+                             uintptr_t partial, Rows branch_rows, Rows normed_rows, int64_t tokens, int64_t channels,
+                             int64_t groups, int x_dtype, int branch_dtype, int threads) {
     py::gil_scoped_release unlocked;
     dino::add_layer_norm_backward({reinterpret_cast<const void*>(grad_total),
                                    reinterpret_cast<const void*>(grad_normed), reinterpret_cast<const void*>(total),
                                    reinterpret_cast<const float*>(mean), reinterpret_cast<const float*>(rstd),
                                    reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(scale),
-                                   reinterpret_cast<void*>(grad_x), reinterpret_cast<void*>(grad_branch),
-                                   reinterpret_cast<float*>(partial), tokens, channels, groups, dino::DType(x_dtype),
-                                   dino::DType(branch_dtype), threads});
+                                   rows_of(branch_rows), rows_of(normed_rows), reinterpret_cast<void*>(grad_x),
+                                   reinterpret_cast<void*>(grad_branch), reinterpret_cast<float*>(partial), tokens,
+                                   channels, groups, dino::DType(x_dtype), dino::DType(branch_dtype), threads});
 }
 
 void bias_gelu(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t tokens, int64_t channels, int dtype, int threads) {

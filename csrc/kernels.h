@@ -90,12 +90,19 @@ constexpr int64_t kMostChannels = 4096;
 // Whether a gradient's norm was not finite; then nothing was changed.
 bool adamw_ema_step(const AdamwEmaArgs& args);
 
+// Which of T rows a tensor has: numbers that rise.
+struct RowsOf {
+    const int32_t* numbers;
+    int64_t count;  // negative: all rows
+};
+
 struct AddLayerNormArgs {
-    const void *x, *branch;  // [T, C] contiguous, as all of these
-    const float* scale;      // [T], or null for ones
+    const void *x, *branch;  // [T, C] and [B, C] contiguous, as all of these
+    const float* scale;      // [B], or null for ones
+    RowsOf branch_rows, normed_rows;
     const float *weight, *bias;
-    void *total, *normed;  // [T, C], dtypes of x and of branch
-    float *mean, *rstd;    // [T]
+    void *total, *normed;  // [T, C] and [N, C], dtypes of x and of branch
+    float *mean, *rstd;    // [N]
     int64_t tokens, channels;
     DType x_dtype, branch_dtype;
     float eps;
@@ -104,12 +111,13 @@ struct AddLayerNormArgs {
 void add_layer_norm(const AddLayerNormArgs& args);
 
 struct AddLayerNormBackwardArgs {
-    const void *grad_total, *grad_normed;  // [T, C]; grad_total may be null
+    const void *grad_total, *grad_normed;  // [T, C], may be null; [N, C]
     const void* total;                     // [T, C]
-    const float *mean, *rstd;              // [T]
-    const float *weight, *scale;           // [C]; [T], or null for ones
-    void *grad_x, *grad_branch;            // [T, C]; grad_branch null where it would equal grad_x
-    float* partial;                        // [groups, 2, C]: gradients of weight and bias
+    const float *mean, *rstd;              // [N]
+    const float *weight, *scale;           // [C]; [B], or null for ones
+    RowsOf branch_rows, normed_rows;
+    void *grad_x, *grad_branch;  // [T, C]; [B, C], null where it would equal grad_x
+    float* partial;              // [groups, 2, C]: gradients of weight and bias
     int64_t tokens, channels, groups;
     DType x_dtype, branch_dtype;
     int threads;

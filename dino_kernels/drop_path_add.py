@@ -42,8 +42,11 @@ def drop_path_add_reference(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
     return (x + scale.view(-1, 1) * branch).to(x.dtype)
 
 
-def check_residual(x: Tensor, branch: Tensor, scale: Tensor | None) -> None:
-    """Raises ValueError if x [T, C], branch [T, C] and scale [T], [T, 1] or None do not fit each other."""
+def check_residual(x: Tensor, branch: Tensor, scale: Tensor | None, rows: Tensor | None = None) -> None:
+    """Raises ValueError if x [T, C], branch and scale do not fit each other.
+
+    branch is [T, C] or, with rows [B], [B, C]; scale is a factor for each of its rows, [B] or [B, 1], or None.
+    """
     for name, value in (("x", x), ("branch", branch)):
         if value.ndim != 2 or not value.shape[1] or value.dtype not in DTYPES or not value.is_contiguous():
             raise ValueError(
@@ -51,16 +54,18 @@ def check_residual(x: Tensor, branch: Tensor, scale: Tensor | None) -> None:
                 f"or bfloat16 and be contiguous, got shape {list(value.shape)}, {value.dtype}, "
                 f"strides {list(value.stride())}"
             )
-    if x.shape != branch.shape or x.device != branch.device:
+    count = len(x if rows is None else rows)
+    if list(branch.shape) != [count, x.shape[1]] or x.device != branch.device:
+        wanted = "the shape and device of x" if rows is None else "a row for each of rows, the channels and device of x"
         raise ValueError(
-            f"branch must have the shape and device of x, {list(x.shape)} on {x.device}, "
+            f"branch must have {wanted}, {[count, x.shape[1]]} on {x.device}, "
             f"got {list(branch.shape)} on {branch.device}"
         )
     if scale is None:
         return
-    if list(scale.shape) not in ([len(x)], [len(x), 1]) or scale.dtype != torch.float32 or not scale.is_contiguous():
+    if list(scale.shape) not in ([count], [count, 1]) or scale.dtype != torch.float32 or not scale.is_contiguous():
         raise ValueError(
-            f"scale must have shape [{len(x)}] or [{len(x)}, 1], dtype float32 and be contiguous, "
+            f"scale must have shape [{count}] or [{count}, 1], dtype float32 and be contiguous, "
             f"got {list(scale.shape)}, {scale.dtype}, strides {list(scale.stride())}"
         )
     if scale.requires_grad or scale.device != x.device:

@@ -24,6 +24,10 @@ def inputs(tokens, channels, dtypes=(torch.float32, torch.float32), device="cpu"
     return x, branch, weight.to(device), bias.to(device), scale.to(device)
 
 
+def numbers(values, device="cpu"):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
 def run(op, x, branch, weight, bias, scale=None, upstream=(True, True), **options):
     """Both outputs, then the gradients from a random upstream on those outputs that are named."""
     leaves = [t.detach().requires_grad_() for t in (x, branch, weight, bias)]
@@ -73,6 +77,60 @@ def test_dropped_rows_keep_x_and_give_the_branch_no_gradient(device):
     total, _, _, grad_branch, *_ = run(add_layer_norm, x, branch, weight, bias, scale)
     assert torch.equal(total[dropped], x[dropped]) and not grad_branch[dropped].any()
     assert not torch.equal(total[~dropped], x[~dropped]) and grad_branch[~dropped].all()
+
+
+ROWS = {
+    "some": lambda tokens: range(1, tokens, 3),
+    "others": lambda tokens: [i for i in range(tokens) if i % 5 < 3],
+    "one": lambda tokens: [tokens // 2],
+    "none": lambda tokens: [],
+}
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("rows, normed_rows", [("some", "others"), ("none", "some"), ("one", None), (None, "one")])
+@pytest.mark.parametrize("upstream", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_rows_that_are_skipped_against_float64(device, dtypes, rows, normed_rows, upstream, scaled):
+    x, branch, weight, bias, scale = inputs(300, 37, dtypes, device)
+    options = {
+        name: numbers(ROWS[choice](300), device)
+        for name, choice in (("rows", rows), ("normed_rows", normed_rows))
+        if choice is not None
+    }
+    count = len(options.get("rows", x))
+    arguments = x, branch[:count], weight, bias
+    scale = scale[:count] if scaled else None
+    actual, eager = (
+        run(op, *arguments, scale, upstream, **options) for op in (add_layer_norm, add_layer_norm_reference)
+    )
+    exact = run(add_layer_norm_reference, *(t.double() for t in arguments), scale, upstream, **options)
+    assert [len(t) for t in actual[:2]] == [300, len(options.get("normed_rows", x))]
+    for name, ours, theirs, truth in zip(NAMES, actual, eager, exact, strict=True):
+        assert (ours is None) == (truth is None), name
+        if truth is not None and truth.numel():
+            assert ours.shape == truth.shape
+            assert_as_accurate(ours, theirs, truth, floor=FLOORS[ours.dtype])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("branch_dtype", [torch.float32, torch.bfloat16])
+def test_skipping_rows_equals_multiplying_them_by_zero(device, branch_dtype, threads):
+    """Bitwise: the same sums of the same numbers, but for the branch's rows that are not there."""
+    x, branch, weight, bias, scale = inputs(1000, 60, (torch.float32, branch_dtype), device)
+    kept = scale > 0
+    rows = kept.nonzero().flatten().int()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        multiplied = run(add_layer_norm, x, branch, weight, bias, scale)
+        skipped = run(add_layer_norm, x, branch[kept], weight, bias, scale[kept], rows=rows)
+        total, normed = add_layer_norm(x, branch, weight, bias, scale=scale, normed_rows=rows)
+    finally:
+        torch.set_num_threads(before)
+    for name, ours, expected in zip(NAMES, skipped, multiplied, strict=True):
+        assert torch.equal(ours, expected[kept] if name == "branch" else expected), name
+    assert torch.equal(total, multiplied[0]) and torch.equal(normed, multiplied[1][kept])
 
 
 @pytest.mark.parametrize("branch_dtype", [torch.float32, torch.float16])
@@ -148,23 +206,29 @@ def test_no_tokens(device):
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_opcheck_and_compile(device, scaled):
+@pytest.mark.parametrize("skipping", [True, False])
+def test_opcheck_and_compile(device, scaled, skipping):
     *x, scale = inputs(5, 9, (torch.float32, torch.float16), device)
-    scale = scale if scaled else None
-    args = (*(t.requires_grad_() for t in x), scale, 1e-6)
-    torch.library.opcheck(torch.ops.dino_kernels.add_layer_norm.default, args)
-    total, normed, mean, rstd = torch.ops.dino_kernels.add_layer_norm(*(t.detach() for t in x), scale, 1e-6)
+    rows, normed_rows = (numbers([0, 3], device), numbers([2, 3, 4], device)) if skipping else (None, None)
+    x[1], scale = (t[:2] if skipping else t for t in (x[1], scale))
+    drop_path = (scale if scaled else None, rows, normed_rows)
+    torch.library.opcheck(
+        torch.ops.dino_kernels.add_layer_norm.default, (*(t.requires_grad_() for t in x), *drop_path, 1e-6)
+    )
+    total, normed, mean, rstd = torch.ops.dino_kernels.add_layer_norm(*(t.detach() for t in x), *drop_path, 1e-6)
     for grad_total in (total, None):
-        args = (grad_total, normed, total, mean, rstd, x[2].detach(), scale)
+        args = (grad_total, normed, total, mean, rstd, x[2].detach(), *drop_path)
         torch.library.opcheck(torch.ops.dino_kernels.add_layer_norm_backward.default, args)
 
-    def doubled(x, branch, weight, bias, scale):
-        total, normed = add_layer_norm(2 * x, 2 * branch, weight, bias, scale=scale)
+    def doubled(x, branch, weight, bias, **options):
+        total, normed = add_layer_norm(2 * x, 2 * branch, weight, bias, **options)
         return 3 * total, 3 * normed
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    options = {"rows": rows, "normed_rows": normed_rows}
     for upstream in ((True, True), (False, True)):
-        for ours, truth in zip(*(run(f, *x, scale, upstream) for f in (compiled, doubled)), strict=True):
+        results = (run(f, *x, drop_path[0], upstream, **options) for f in (compiled, doubled))
+        for ours, truth in zip(*results, strict=True):
             torch.testing.assert_close(ours, truth)
 
 
@@ -183,6 +247,12 @@ def test_opcheck_and_compile(device, scaled):
         ({"scale": torch.zeros(4)}, r"scale must have shape \[6\] or \[6, 1\].*got \[4\]"),
         ({"scale": torch.zeros(6, requires_grad=True)}, r"need no gradient \(detach it\)"),
         ({"eps": 0.0}, "eps must be > 0, got 0.0"),
+        ({"rows": torch.arange(6)}, "rows must have one dimension, dtype int32.*int64"),
+        ({"rows": numbers([0, 1])}, r"branch must have a row for each of rows, .*\[2, 4\] on cpu, got \[6, 4\]"),
+        ({"rows": numbers([0, 1, 2, 3, 4, 6])}, "rows must rise from at least 0 to below the 6 tokens.*6 at place 5"),
+        ({"normed_rows": numbers([2, 1])}, "normed_rows must rise.*got 1 at place 1"),
+        ({"normed_rows": numbers([-1])}, "normed_rows must rise.*got -1 at place 0"),
+        ({"normed_rows": torch.zeros(0, 2, dtype=torch.int32)}, r"normed_rows must have one dimension.*\[0, 2\]"),
     ],
 )
 def test_bad_input(change, message):

@@ -103,6 +103,8 @@ def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at its values
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # cannot swap fake tensors
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: pytest.fail("a step copies to the host"))
+    monkeypatch.setattr("dino_train.model._shapes_may_depend_on_values", lambda device: False)  # as on a GPU
+    monkeypatch.setattr("dino_train.arena._zeros", lambda n, dtype, device: torch.zeros(n, dtype=dtype))
     with FakeTensorMode():
         learner = Learner(replace(PretrainConfig(**SETTINGS, precision=precision), **changes), 2, CPU)
         for step in (0, 1, 2, 3):  # the last layer is frozen at first
@@ -110,6 +112,29 @@ def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
         for read in (lambda: result.loss, lambda: bool(result.loss_tensor > 0), result.loss_tensor.tolist):
             with pytest.raises(DataDependentOutputException):
                 read()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rate", [0.4, 0.95])  # of 0.95 the last block's branches are sometimes left with nothing
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 4, "checkpoint_activations": True}])
+def test_samples_that_drop_path_skips_are_those_multiplied_by_zero(monkeypatch, precision, rate, changes):
+    from dino_train import block
+
+    tokens, results = [], []
+    for skip in (True, False):
+        monkeypatch.setattr("dino_train.model._shapes_may_depend_on_values", lambda device, skip=skip: skip)
+        torch.manual_seed(3)
+        changed = {"drop_path_rate": rate, "precision": precision, **changes}
+        learner = Learner(replace(PretrainConfig(**SETTINGS), **changed), 2, CPU)
+        attention = block._attention
+        monkeypatch.setattr(block, "_attention", lambda qkv, *x, a=attention: tokens.append(len(qkv)) or a(qkv, *x))
+        loss, center, _ = learner._gradients(crops(0), torch.tensor(0.04))
+        monkeypatch.undo()
+        grads = {name: learner.arena.view(learner.arena.grad, name).clone() for name in learner.arena.trained}
+        results.append(([loss.item()], grads | {"center": center}))
+    half = len(tokens) // 2
+    assert sum(tokens[:half]) < sum(tokens[half:])
+    assert_close(*results, tolerance=1e-5 if precision == "float32" else 1e-2)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():

@@ -6,6 +6,7 @@ Dimensions: S sequences, T tokens of all sequences together, C channels, H heads
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -23,6 +24,42 @@ class Packing(NamedTuple):
     def flat(self) -> list[int]:
         return [n for group in self.groups for n in group]
 
+    @property
+    def tokens(self) -> int:
+        return sum(count * length for count, length in self.groups)
+
+
+class Branch(NamedTuple):
+    """What drop path leaves of a block's branch: some of the sequences, or all of them with factors of zero.
+
+    rows and sequences, int32 and rising, say which of all tokens and sequences are left; None: all.
+    """
+
+    packing: Packing  # of the sequences that are left
+    scale: Tensor | None = None  # factor of each of their tokens; None: 1
+    rows: Tensor | None = None
+    sequences: Tensor | None = None
+
+    def left(self, kept: Tensor) -> "Branch":
+        """Only those of all sequences that are kept [S], bool, on the CPU."""
+        if kept.all():
+            return self
+        lengths, groups = self.packing.cu_seqlens.diff(), self.packing.groups
+        rows = kept.repeat_interleave(lengths).nonzero().flatten().int()
+        counts = [int(part.sum()) for part in kept.split([count for count, _ in groups])]
+        packing = Packing(
+            F.pad(lengths[kept].cumsum(0, dtype=torch.int32), (1, 0)),
+            [(count, length) for count, (_, length) in zip(counts, groups, strict=True)],
+        )
+        scale = None if self.scale is None else self.scale.index_select(0, rows)
+        return Branch(packing, scale, rows, kept.nonzero().flatten().int())
+
+    def class_tokens(self) -> "Branch":
+        """The same of sequences of one token."""
+        first = self.packing.cu_seqlens[:-1]
+        scale = None if self.scale is None else self.scale.index_select(0, first)
+        return Branch(self.packing, scale, self.sequences, self.sequences)
+
 
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
@@ -33,7 +70,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """[T, C] -> queries, keys and values [T, 3, H, D]."""
-        return self.qkv(x).view(len(x), 3, self.num_heads, -1)
+        return self.qkv(x).unflatten(1, (3, self.num_heads, -1))
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         return self.proj(attention(self.project(x), packing.cu_seqlens, groups=packing.groups).flatten(1))
@@ -42,7 +79,7 @@ class Attention(nn.Module):
         """`forward` of the first token of each sequence [S, C], in torch's own products: a query a head is little."""
         dim = x.shape[1]
         q = self.qkv(x.index_select(0, packing.cu_seqlens[:-1]), slice(dim)).unflatten(1, (self.num_heads, -1))
-        keys_values = self.qkv(x, slice(dim, 3 * dim)).view(len(x), 2, self.num_heads, -1)
+        keys_values = self.qkv(x, slice(dim, 3 * dim)).unflatten(1, (2, self.num_heads, -1))
         pieces = zip(
             q.split([count for count, _ in packing.groups]),
             keys_values.split([count * length for count, length in packing.groups]),
@@ -76,32 +113,32 @@ class Block(nn.Module):
         normed: Tensor,
         next_norm: nn.LayerNorm,
         packing: Packing,
-        drop_path: Tensor | None = None,
+        drop_path: tuple[Branch, Branch, Branch] | None = None,
         class_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Residual stream and its norm1 -> residual stream and its `next_norm`: sums and norms are one pass.
 
-        `drop_path` [2, T, 1] multiplies the attention and the MLP branch. With `class_only` just the class tokens are
-        carried past the attention and returned.
+        `drop_path` says what is left of the attention, whose tokens alone are in `normed`, of the MLP and of the next
+        block's attention. With `class_only` just the class tokens are carried past the attention and returned.
         """
+        branches = drop_path or (Branch(packing),) * 3
         if not class_only and self.attn.qkv.copies is not None:
-            arguments = x, normed.to(self.attn.qkv.copies[0].dtype), self, next_norm, packing, drop_path
+            arguments = x, normed.to(self.attn.qkv.copies[0].dtype), self, next_norm, branches
             if torch.is_grad_enabled():
                 # The parameters are named so that autograd sees them.
                 parameters = [*self.attn.parameters(), *self.norm2.parameters(), *self.mlp.parameters()]
                 return _Chain.apply(*arguments, *parameters, *next_norm.parameters())
             x, normed, *_ = _chain(*arguments, keep=False)
             return x, normed
+        attention_branch, mlp_branch, next_branch = branches
         if class_only:
-            branch = self.attn.class_tokens(normed, packing)
-            rows = packing.cu_seqlens[:-1]
-            x = x.index_select(0, rows)
-            drop_path = None if drop_path is None else drop_path.index_select(1, rows)
+            branch = self.attn.class_tokens(normed, attention_branch.packing)
+            x = x.index_select(0, packing.cu_seqlens[:-1])
+            attention_branch, mlp_branch, next_branch = (b.class_tokens() for b in branches)
         else:
-            branch = self.attn(normed, packing)
-        attention_scale, mlp_scale = (None, None) if drop_path is None else drop_path
-        x, normed = _add_norm(x, branch, attention_scale, self.norm2)
-        return _add_norm(x, self.mlp(normed), mlp_scale, next_norm)
+            branch = self.attn(normed, attention_branch.packing)
+        x, normed = _add_norm(x, branch, self.norm2, attention_branch, mlp_branch)
+        return _add_norm(x, self.mlp(normed), next_norm, mlp_branch, next_branch)
 
 
 _linear, _add_product_ = without_autograd("linear"), without_autograd("add_product_")
@@ -115,21 +152,20 @@ def _chain(
     normed: Tensor,
     block: Block,
     next_norm: nn.LayerNorm,
-    packing: Packing,
-    drop_path: Tensor | None,
+    branches: tuple[Branch, Branch, Branch],
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """The block's two results, and what a backward needs of what lies between."""
     attn, norm, fc1, fc2 = block.attn, block.norm2, block.mlp.fc1, block.mlp.fc2
     assert attn.qkv.copies and attn.proj.copies and fc1.copies and fc2.copies
-    attention_scale, mlp_scale = (None, None) if drop_path is None else drop_path
-    qkv = _linear(normed, *attn.qkv.copies, False).view(len(x), 3, attn.num_heads, -1)
+    (packing, scale, rows, _), (_, mlp_scale, mlp_rows, _), (_, _, next_rows, _) = branches
+    qkv = _linear(normed, *attn.qkv.copies, False).unflatten(1, (3, attn.num_heads, -1))
     heads, lse = _attention(qkv, packing.cu_seqlens, packing.flat, qkv.shape[3] ** -0.5)
     branch = _linear(heads.flatten(1), *attn.proj.copies, False)
-    middle, middle_normed, mean, rstd = _norm(x, branch, norm.weight, norm.bias, attention_scale, norm.eps)
+    middle, middle_normed, mean, rstd = _norm(x, branch, norm.weight, norm.bias, scale, rows, mlp_rows, norm.eps)
     branch, hidden = _mlp(middle_normed, fc1.copies[0], fc1.bias, fc2.copies[0], fc2.bias, keep)
     out, out_normed, out_mean, out_rstd = _norm(
-        middle, branch, next_norm.weight, next_norm.bias, mlp_scale, next_norm.eps
+        middle, branch, next_norm.weight, next_norm.bias, mlp_scale, mlp_rows, next_rows, next_norm.eps
     )
     return out, out_normed, qkv, heads, lse, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd
 
@@ -141,10 +177,11 @@ class _Chain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, normed, block, next_norm, packing, drop_path, *_):  # type: ignore[override]
-        out, out_normed, *between = _chain(x, normed, block, next_norm, packing, drop_path, keep=True)
-        ctx.save_for_backward(normed, drop_path, out, *between)
-        ctx.modules, ctx.packing, ctx.normed_dtype = (block, next_norm), packing, out_normed.dtype
+    def forward(ctx, x, normed, block, next_norm, branches, *_):  # type: ignore[override]
+        out, out_normed, *between = _chain(x, normed, block, next_norm, branches, keep=True)
+        ctx.save_for_backward(normed, out, *between)
+        ctx.modules, ctx.branches = (block, next_norm), branches
+        ctx.normed_shape, ctx.normed_dtype = out_normed.shape, out_normed.dtype
         ctx.set_materialize_grads(False)
         return out, out_normed
 
@@ -153,32 +190,41 @@ class _Chain(torch.autograd.Function):
     def backward(ctx, grad, grad_normed):  # type: ignore[override]
         block, next_norm = ctx.modules
         attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
-        normed, drop_path, out, qkv, heads, lse, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd = (
-            ctx.saved_tensors
-        )
-        attention_scale, mlp_scale = (None, None) if drop_path is None else drop_path
+        normed, out, qkv, heads, lse, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd = ctx.saved_tensors
+        attention_branch, mlp_branch, next_branch = ctx.branches
+        packing = attention_branch.packing
         # The kernels take dense memory; a result that nobody used has no gradient.
         grad = None if grad is None else grad.contiguous()
-        grad_normed = (torch.zeros_like(out) if grad_normed is None else grad_normed).contiguous().to(ctx.normed_dtype)
-        grad, grad_branch = _norm_gradients(grad, grad_normed, out, out_mean, out_rstd, next_norm, mlp_scale)
+        grad_normed = out.new_zeros(ctx.normed_shape) if grad_normed is None else grad_normed.contiguous()
+        stats = out, out_mean, out_rstd
+        grad, grad_branch = _norm_gradients(
+            grad, grad_normed.to(ctx.normed_dtype), stats, next_norm, mlp_branch, next_branch
+        )
         grads = [parameter.grad for layer in (fc1, fc2) for parameter in (layer.weight, layer.bias)]
         weights = fc1.copies[0], fc1.bias, fc2.copies[0]
         grad_normed = _mlp_backward_(grad_branch, middle_normed, hidden, *weights, *grads)
-        grad, grad_branch = _norm_gradients(grad, grad_normed, middle, mean, rstd, block.norm2, attention_scale)
+        stats = middle, mean, rstd
+        grad, grad_branch = _norm_gradients(grad, grad_normed, stats, block.norm2, attention_branch, mlp_branch)
         grad_heads = _linear_gradients(grad_branch, heads.flatten(1), attn.proj).view_as(heads)
-        arguments = grad_heads, qkv, heads, lse, ctx.packing.cu_seqlens, ctx.packing.flat, qkv.shape[3] ** -0.5
+        arguments = grad_heads, qkv, heads, lse, packing.cu_seqlens, packing.flat, qkv.shape[3] ** -0.5
         grad_normed = _linear_gradients(_attention_backward(*arguments).flatten(1), normed, attn.qkv)
-        return grad, grad_normed, *[None] * 16
+        return grad, grad_normed, *[None] * 15
 
 
 def _norm_gradients(
-    grad: Tensor | None, grad_normed: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, norm: Any, scale: Tensor | None
+    grad: Tensor | None,
+    grad_normed: Tensor,
+    stats: tuple[Tensor, Tensor, Tensor],
+    norm: Any,
+    added: Branch,
+    read: Branch,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the residual stream and of the branch."""
-    grad, grad_branch, sums = _norm_backward(grad, grad_normed, total, mean, rstd, norm.weight, scale)
+    """Gradients of the residual stream and of the branch that was added to it; `read` read the norm."""
+    arguments = *stats, norm.weight, added.scale, added.rows, read.rows
+    grad, grad_branch, sums = _norm_backward(grad, grad_normed, *arguments)
     norm.weight.grad += sums[0]
     norm.bias.grad += sums[1]
-    return grad, grad_branch if len(grad_branch) else grad
+    return grad, grad_branch if grad_branch.ndim == 2 else grad
 
 
 def _linear_gradients(grad: Tensor, x: Tensor, layer: Any) -> Tensor:
@@ -187,6 +233,7 @@ def _linear_gradients(grad: Tensor, x: Tensor, layer: Any) -> Tensor:
     return _linear(grad, layer.copies[0], None, True)
 
 
-def _add_norm(x: Tensor, branch: Tensor, scale: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+def _add_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm, added: Branch, read: Branch) -> tuple[Tensor, Tensor]:
     op = add_layer_norm_reference if x.dtype == torch.float64 else add_layer_norm
-    return op(x, branch, norm.weight, norm.bias, scale=scale, eps=norm.eps)
+    options = {"scale": added.scale, "rows": added.rows, "normed_rows": read.rows}
+    return op(x, branch, norm.weight, norm.bias, **options, eps=norm.eps)

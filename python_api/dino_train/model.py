@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dino_train.block import Block, Packing
+from dino_train.block import Block, Branch, Packing
 from dino_train.head import DINOHead
 from dino_train.layers import PatchEmbed, init_linear
 from dino_train.resnet import ResNet, resnet50
@@ -102,7 +102,7 @@ class VisionTransformer(nn.Module):
             ValueError: an image has not 3 channels or is smaller than a patch.
         """
         x, packing = self._embed([crops] if isinstance(crops, Tensor) else crops)
-        drop_path = self._drop_path(x, packing.cu_seqlens) if self.training and self.drop_path_rate > 0 else None
+        drop_path = self._drop_path(packing) if self.training and self.drop_path_rate > 0 else None
         normed = self._first_norm(x)
         for i, (block, norm) in enumerate(self._with_next_norm()):
             class_only = i == len(self.blocks) - 1
@@ -203,15 +203,21 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, scale_factor=((rows + 0.1) / side, (cols + 0.1) / side), mode="bicubic")
         return torch.cat((self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
 
-    def _drop_path(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Random 0 or 1 / keep of all branches [depth, 2, T, 1], the same for all tokens of a sequence.
+    def _drop_path(self, packing: Packing) -> list[tuple[Branch, Branch, Branch]]:
+        """For each block what is left of its attention, its MLP and the next block's attention.
 
-        Drawn for the whole forward at once: four launches in place of four for each branch.
+        A sequence's branch is multiplied by a random 0 or 1 / keep. On the CPU those of zero are left out; elsewhere
+        shapes must not depend on random numbers, which would wait for the device and fit no graph.
         """
-        depth, sequences = len(self.blocks), len(cu_seqlens) - 1
-        keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=x.device).view(-1, 1, 1)
-        scale = (torch.rand(depth, 2, sequences, device=x.device) < keep) / keep
-        return scale.repeat_interleave(cu_seqlens.diff(), dim=2, output_size=len(x)).unsqueeze(-1)
+        depth, device, lengths = len(self.blocks), packing.cu_seqlens.device, packing.cu_seqlens.diff()
+        keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=device).view(-1, 1, 1)
+        kept = torch.rand(depth, 2, len(lengths), device=device) < keep
+        scale = (kept / keep).repeat_interleave(lengths, dim=2, output_size=packing.tokens)
+        branches = [Branch(packing, row) for row in scale.flatten(0, 1)]
+        if _shapes_may_depend_on_values(device):
+            branches = [branch.left(row) for branch, row in zip(branches, kept.flatten(0, 1), strict=True)]
+        branches.append(Branch(packing))
+        return [(branches[i], branches[i + 1], branches[i + 2]) for i in range(0, 2 * depth, 2)]
 
 
 class DINOModel(nn.Module):
@@ -300,6 +306,10 @@ def build_model(
         bottleneck_dim=head_bottleneck_dim,
     )
     return DINOModel(backbone, head)
+
+
+def _shapes_may_depend_on_values(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _check_images(images: Tensor, min_size: int) -> None:

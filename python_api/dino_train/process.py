@@ -14,12 +14,10 @@ def tune() -> None:
     loads it.
 
     A step makes thousands of short-lived objects and no cycles, which make Python's collector walk all that torch has
-    loaded. glibc gives freed tensors back to the system, which clears their pages again at the next step. Large tensors
-    on huge pages spare the processor address translations.
+    loaded. glibc gives freed tensors back to the system, which clears their pages again at the next step.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     gc.set_threshold(50_000, 10, 100)
     try:
         mallopt = ctypes.CDLL(None).mallopt
