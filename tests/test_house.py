@@ -181,7 +181,7 @@ class TestBuild:
             "teacher_probabilities",
             "mean_columns",
             "update",
-            "turn_hue",
+            "normalize",
         ):
             for version in ("default", "(arch_x86_64_v3|avx2)", "(arch_x86_64_v4|avx512f)"):
                 assert re.search(rf"{function}\(.*\[clone \.{version}\]", symbols), (function, version)

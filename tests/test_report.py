@@ -92,7 +92,7 @@ def test_a_run_without_its_images_or_weights_still_has_its_curves(run, tmp_path,
     config = json.loads((run / "config.json").read_text()) | {"data": "/nowhere"}
     (folder / "config.json").write_text(json.dumps(config))
     assert main(["evaluate", "report", "--run", str(folder)]) == 0
-    assert "No pictures: no such folder or zip file: /nowhere" in (folder / "report.html").read_text()
+    assert "No pictures: no such folder, zip or tar file: /nowhere" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

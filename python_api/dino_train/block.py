@@ -5,8 +5,8 @@ Dimensions: S sequences, T tokens of all sequences together, C channels, H heads
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -40,19 +40,23 @@ class Branch(NamedTuple):
     rows: Tensor | None = None
     sequences: Tensor | None = None
 
-    def left(self, kept: Tensor) -> "Branch":
-        """Only those of all sequences that are kept [S], bool, on the CPU."""
+    @staticmethod
+    def of_kept(packing: Packing, kept: np.ndarray, factor: float) -> "Branch":
+        """Those sequences of a packing on the CPU for which kept [S] is true, times a factor."""
         if kept.all():
-            return self
-        lengths, groups = self.packing.cu_seqlens.diff(), self.packing.groups
-        rows = kept.repeat_interleave(lengths).nonzero().flatten().int()
-        counts = [int(part.sum()) for part in kept.split([count for count, _ in groups])]
-        packing = Packing(
-            F.pad(lengths[kept].cumsum(0, dtype=torch.int32), (1, 0)),
-            [(count, length) for count, (_, length) in zip(counts, groups, strict=True)],
+            return Branch(packing, torch.full((packing.tokens,), factor))
+        counts, lengths = np.array(packing.groups).T
+        tokens = lengths.repeat(counts)
+        bounds = np.zeros(1 + kept.sum(), np.int32)
+        tokens[kept].cumsum(out=bounds[1:])
+        left = [int(part.sum()) for part in np.split(kept, counts.cumsum()[:-1])]
+        rows, sequences = (which.nonzero()[0].astype(np.int32) for which in (kept.repeat(tokens), kept))
+        return Branch(
+            Packing(torch.from_numpy(bounds), list(zip(left, lengths.tolist(), strict=True))),
+            torch.full((len(rows),), factor),
+            torch.from_numpy(rows),
+            torch.from_numpy(sequences),
         )
-        scale = None if self.scale is None else self.scale.index_select(0, rows)
-        return Branch(packing, scale, rows, kept.nonzero().flatten().int())
 
     def class_tokens(self) -> "Branch":
         """The same of sequences of one token."""

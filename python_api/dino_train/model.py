@@ -212,10 +212,13 @@ class VisionTransformer(nn.Module):
         depth, device, lengths = len(self.blocks), packing.cu_seqlens.device, packing.cu_seqlens.diff()
         keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=device).view(-1, 1, 1)
         kept = torch.rand(depth, 2, len(lengths), device=device) < keep
-        scale = (kept / keep).repeat_interleave(lengths, dim=2, output_size=packing.tokens)
-        branches = [Branch(packing, row) for row in scale.flatten(0, 1)]
         if _shapes_may_depend_on_values(device):
-            branches = [branch.left(row) for branch, row in zip(branches, kept.flatten(0, 1), strict=True)]
+            factors = (1 / keep).flatten().tolist()
+            pairs = zip(kept.numpy(), factors, strict=True)
+            branches = [Branch.of_kept(packing, row, factor) for pair, factor in pairs for row in pair]
+        else:
+            scale = (kept / keep).repeat_interleave(lengths, dim=2, output_size=packing.tokens)
+            branches = [Branch(packing, row) for row in scale.flatten(0, 1)]
         branches.append(Branch(packing))
         return [(branches[i], branches[i + 1], branches[i + 2]) for i in range(0, 2 * depth, 2)]
 
