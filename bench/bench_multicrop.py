@@ -77,6 +77,19 @@ def parity(images: list[Image.Image], tables: list[np.ndarray]) -> dict[str, dic
     return report
 
 
+def picture(image: Image.Image) -> Image.Image:
+    """All crops of an image side by side, ours above Pillow's."""
+    crops = draw_crops(0, 0, 0, KINDS, image.size[::-1])
+    ours = our_levels(np.asarray(image), crops)
+    theirs = [pillow_levels(image, crop).astype(np.uint8) for crop in crops]
+    tallest, lefts = max(crops["size"]), np.cumsum([0, *(crops["size"] + 4)])
+    sheet = Image.new("RGB", (int(lefts[-1]), 2 * int(tallest) + 4), "white")
+    for top, levels in ((0, ours), (int(tallest) + 4, theirs)):
+        for left, crop in zip(lefts, levels, strict=False):
+            sheet.paste(Image.fromarray(crop), (int(left), top))
+    return sheet
+
+
 # --- providers ---------------------------------------------------------------------------------------
 
 # Makes all crops of a decoded image; its number seeds the random draws.
@@ -128,7 +141,7 @@ def albumentations() -> Provider:
 # --- measuring ---------------------------------------------------------------------------------------
 
 REFERENCE = "reference transforms on Pillow"
-BATCH, STEPS_MEASURED = 4, 75
+BATCH, SKIPPED, STEPS_MEASURED = 4, 15, 60  # steps of the slowest; ours run ten times as many
 
 
 def crop_times(images: list[Image.Image], rounds: int) -> dict[str, float]:
@@ -152,14 +165,14 @@ def crop_times(images: list[Image.Image], rounds: int) -> dict[str, float]:
 
 
 def our_loader(images: ImageFolder, workers: int) -> CropLoader:
-    steps = {"start_step": 0, "total_steps": STEPS_MEASURED}
+    steps = {"start_step": 0, "total_steps": SKIPPED + 10 * STEPS_MEASURED}
     return CropLoader(images, KINDS, batch_size=BATCH, seed=0, num_workers=workers, **steps)
 
 
 def rate(batches: Iterable[Any]) -> float:
     """Images a second once the workers have started: of the first batches some are ready before they are asked for."""
-    iterator, skipped, count = iter(batches), 15, 0
-    for _ in range(skipped):
+    iterator, count = iter(batches), 0
+    for _ in range(SKIPPED):
         next(iterator)
     start = time.perf_counter()
     for _ in iterator:
@@ -172,7 +185,7 @@ def loader_rates(images: ImageFolder, packed: ImageFolder, rounds: int) -> dict[
     loaders: dict[str, Callable[[int], Iterable[Any]]] = {
         "ours": lambda workers: our_loader(images, workers),
         "ours, packed to 400 pixels": lambda workers: our_loader(packed, workers),
-        REFERENCE: lambda workers: reference_loader(images, KINDS, BATCH, STEPS_MEASURED, workers),
+        REFERENCE: lambda workers: reference_loader(images, KINDS, BATCH, SKIPPED + STEPS_MEASURED, workers),
     }
     rates: dict[str, dict[int, list[float]]] = {name: {1: [], 2: []} for name in loaders}
     for _ in range(rounds):
@@ -208,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", help="folder, .zip or .tar of images; default: mosaics of the embedded ones")
     parser.add_argument("--json", help="file to write the results to")
+    parser.add_argument("--picture", help="PNG to draw ten crops of the first image to, ours above Pillow's")
     parser.add_argument("--images", type=int, default=40, help="how many of them")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
@@ -217,6 +231,8 @@ def main() -> None:
         files.mkdir()
         copies(ImageFolder(args.photos), files, args.images) if args.photos else mosaics(files, args.images)
         pack(ImageFolder(files), packed, size=400, quality=90, num_workers=2)
+        if args.picture:
+            picture(ImageFolder(files).load(0)).save(args.picture)
         run(ImageFolder(files), ImageFolder(packed), args.rounds, args.json)
 
 
