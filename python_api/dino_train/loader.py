@@ -92,6 +92,7 @@ class _Row:
     views: list[Tensor]  # [1, 3, size, size] each; none where a GPU makes the crops
     attempt: _Attempt = field(default_factory=_Attempt)
     slow: set[str] = field(default_factory=set)  # images that were not read in time
+    bad: Bad = field(default_factory=list)  # what was found unreadable on the way
     future: Future = field(default_factory=Future)
     image: np.ndarray = field(default_factory=lambda: np.empty(0))  # decoded, for a GPU, with the table of its crops
     table: np.ndarray = field(default_factory=lambda: np.empty(0))
@@ -216,21 +217,21 @@ class CropLoader:
 
     def _finish(self, rows: list[_Row]) -> Bad:
         """Waits for a batch; another thread takes the work of one that hangs."""
-        slow: Bad = []
         while pending := [row for row in rows if not row.future.done()]:
             wait([row.future for row in pending], timeout=1)
             for row in pending:
                 if row.attempt.give_up():
-                    slow.append((row.attempt.name, f"not read within {STALL_SECONDS:.0f} s"))
+                    row.bad.append((row.attempt.name, f"not read within {STALL_SECONDS:.0f} s"))
                     row.slow.add(row.attempt.name)
                     row.attempt = _Attempt()
                     self._threads.add()
                     row.future = self._threads.submit(self._make, row, row.attempt)
-        return slow + [entry for row in rows for entry in row.future.result()]
+        for row in rows:
+            row.future.result()  # raises what its thread did
+        return [entry for row in rows for entry in row.bad]
 
-    def _make(self, row: _Row, attempt: _Attempt) -> Bad:
-        """Fills a row's views; returns the unreadable images that were found on the way."""
-        found: Bad = []
+    def _make(self, row: _Row, attempt: _Attempt) -> None:
+        """Fills a row's views, or its image and table."""
         for name, read in row.sample.candidates():
             if name in self._bad or name in row.slow:
                 continue
@@ -238,21 +239,21 @@ class CropLoader:
                 attempt.begin(name)
                 data = read()
                 if not attempt.has_read():
-                    return found
+                    return
                 image, crops = self._decode(data, row.sample)
             except Exception as error:  # damaged files raise nearly anything
                 if not attempt.has_read():
-                    return found
+                    return
                 with self._lock:
                     if name not in self._bad:
                         self._bad[name] = reason(error)
-                        found.append((name, self._bad[name]))
+                        row.bad.append((name, self._bad[name]))
                 continue
             if self._on_gpu:
                 row.image, row.table = image, crops
             else:
                 multicrop([image], crops[None], row.views, threads=1)
-            return found
+            return
         first = next(iter(self._bad.items()), ("", "all too slow"))
         raise DataError(f"none of the {self._images} images could be read, the first: {': '.join(first)}")
 
