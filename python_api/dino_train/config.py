@@ -246,9 +246,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "local_crops_scale": (0.05, 0.14),
     },
     # For minutes on a CPU. Measured on the embedded images (float32, k-NN with k = 10, from 24 to 25 % with random
-    # weights; one seed, another is worth 2 points): 96 wide, 3 deep, K = 128 as here: 30.4 % after 18 epochs, 32.1 % after 24; K = 512 with twice
-    # the rate: 27.7 % after 24; 128 wide, 2 deep, K = 256: 30.0 % after 24; 128 wide, 4 deep, after 12 epochs: 27.9 %
-    # with K = 128, 28.0 % with K = 512, 25.8 % with the reference's crop scales, 25.8 % with a momentum of 0.9.
+    # weights; one seed, another is worth 2 points): 96 wide, 3 deep, K = 128 as here: 30.4 % after 18 epochs, 32.1 %
+    # after 24; K = 512 with twice the rate: 27.7 % after 24; 128 wide, 2 deep, K = 256: 30.0 % after 24; 128 wide, 4
+    # deep, after 12 epochs: 27.9 % with K = 128, 28.0 % with K = 512, 25.8 % with the reference's crop scales, 25.8 %
+    # with a momentum of 0.9.
     "demo": {
         "arch": "vit_nano",
         "patch_size": 8,
