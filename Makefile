@@ -38,6 +38,7 @@ lint: $(V)/.dev
 bench: $(V)/.dev
 	$(V)/python -m pytest bench
 	$(V)/python bench/bench_multicrop.py $(if $(PHOTOS),--photos "$(PHOTOS)")
+	$(V)/python bench/bench_features.py $(if $(PHOTOS),--photos "$(PHOTOS)")
 	$(V)/python bench/bench_step.py --arch vit_tiny --batch 4 --steps 12 --threads 2
 	$(V)/python bench/bench_step.py --arch vit_small --batch 4 --steps 8 --threads 2
 

@@ -24,7 +24,12 @@ def pillow_crop(image: Image.Image, crop: np.void) -> Tensor:
     size = int(crop["size"])
     # Crop before resizing: resize(box=...) would let pixels outside the box leak in through the filter.
     image = image.crop(tuple(crop["box"].tolist())).resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(_adjust(image, crop))).permute(2, 0, 1)
+    return normalized(_adjust(image, crop))
+
+
+def normalized(image: Image.Image) -> Tensor:
+    """As torchvision's ToTensor and Normalize: float32 [3, H, W]."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(_MEAN).div_(_STD)
 
 

@@ -9,6 +9,7 @@ from dino_train.evaluate.features import Features, extract
 from dino_train.evaluate.knn import extract_features, knn_accuracy, knn_top, nearest, recall_at_1, view_retrieval, vote
 from dino_train.evaluate.metrics import accuracy
 from dino_train.loader import BadImages, eval_transform
+from dino_train.resnet import resnet50
 from dino_train.weights import load_trained
 from PIL import Image
 from tiny_run import colored_classes, error_of, evaluate, tiny_checkpoint
@@ -167,6 +168,22 @@ def test_a_second_call_reuses_the_features_and_a_change_does_not(setting, capsys
         path.write_bytes(path.read_bytes()[:100])
     evaluate(capsys, *words)
     assert len(extracted) == 9 and not list((run / "features").glob("*.tmp"))
+
+
+def test_bfloat16_features_are_close_and_kept_apart(setting, capsys, tmp_path):
+    run, data = setting
+    words = ["knn", "--checkpoint", run, "--data", data, "--dump-features"]
+    evaluate(capsys, *words, tmp_path / "exact")
+    evaluate(capsys, *words, tmp_path / "low", "--precision", "bfloat16")
+    assert len(list((run / "features").iterdir())) == 4
+    exact, low = (Features.load(tmp_path / name / "val.safetensors").values for name in ("exact", "low"))
+    assert not torch.equal(exact, low)
+    assert torch.cosine_similarity(exact, low).min() > 0.9995
+    resnet = tmp_path / "resnet.pth"
+    torch.save(resnet50().state_dict(), resnet)
+    words = ["knn", "--checkpoint", resnet, "--data", data, "--precision", "bfloat16"]
+    assert main(["evaluate", *map(str, words)]) == 1
+    assert "precision bfloat16 is for ViTs, resnet50 takes float32 only" in capsys.readouterr().err
 
 
 def test_features_that_cannot_be_kept_cost_only_a_warning(setting, capsys):

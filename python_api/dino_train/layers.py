@@ -121,6 +121,15 @@ class PatchEmbed(nn.Module):
         return _linear(patches, self.proj.weight, self.proj.bias, self.copies).unflatten(0, (len(images), -1))
 
 
+def hold_copies(net: nn.Module, dtype: torch.dtype) -> None:
+    """Has a net that is trained no more multiply by copies of its weights, rounded to `dtype` once."""
+    for layer in net.modules():
+        if isinstance(layer, Linear | PatchEmbed):
+            source = layer if isinstance(layer, Linear) else layer.proj
+            assert source.bias is not None
+            layer.copies = source.weight.detach().flatten(1).to(dtype), source.bias.detach().to(dtype)
+
+
 class _WeightNormProduct(torch.autograd.Function):
     """x W^T with the materialized W; gradients are added to those of v and g, in place."""
 

@@ -13,7 +13,7 @@ from dino_train import parallel
 from dino_train.data import ImageFolder
 from dino_train.evaluate.features import Cache, Features, extract
 from dino_train.evaluate.metrics import accuracy
-from dino_train.evaluate.protocol import Classification, labelled
+from dino_train.evaluate.protocol import Frozen, labelled
 from dino_train.loader import BadImages, CropLoader, eval_loader
 from dino_train.options import pick_device
 
@@ -128,7 +128,7 @@ def knn_accuracy(
 
 
 @dataclass(kw_only=True)
-class Knn(Classification):
+class Knn(Frozen):
     """Weighted k-NN accuracy on images in class folders (eval_knn.py)."""
 
     checkpoint: Path | None = None  # type: ignore[assignment]

@@ -16,7 +16,7 @@ from dino_train.data import ImageFolder
 from dino_train.evaluate.features import Cache, Features
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.metrics import accuracy
-from dino_train.evaluate.protocol import Classification, labelled
+from dino_train.evaluate.protocol import Frozen, labelled
 from dino_train.loader import BadImages
 from dino_train.model import VisionTransformer
 
@@ -96,7 +96,7 @@ def cosine(epoch: int, epochs: int) -> float:
 
 
 @dataclass(kw_only=True)
-class Linear(Classification):
+class Linear(Frozen):
     """A linear classifier of frozen features, with the best of a grid of learning rates (eval_linear.py).
 
     Features of central crops are extracted once; all rates are trained on them together. Which one is best is read
