@@ -40,6 +40,11 @@ class Sample:
     candidates: Callable[[], Iterator[Candidate]]
 
 
+def generator(seed: int, *key: int) -> np.random.Generator:
+    """The random generator of one part of a run."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))
+
+
 class ImageFolder:
     """The images of a folder, or of a .zip or .tar of one, which is read in place, never extracted.
 
@@ -103,9 +108,7 @@ class ImageFolder:
         for step in range(start_step, total_steps):
             epoch, position = divmod(step, len(self) // batch_size)
             if epoch != shuffled_epoch:
-                seeds = np.random.SeedSequence(seed, spawn_key=(epoch,))
-                order = np.random.Generator(np.random.PCG64(seeds)).permutation(len(self))
-                shuffled_epoch = epoch
+                order, shuffled_epoch = generator(seed, epoch).permutation(len(self)), epoch
             start = position * batch_size + rank * own
             yield [self.sample(epoch, int(index)) for index in order[start : start + own]]
 

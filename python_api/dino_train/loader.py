@@ -13,7 +13,7 @@ A sample is a function of (seed, epoch, index) alone: no number of threads or pr
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -326,27 +326,26 @@ def image_loader(
     transform: Callable[[Image.Image, tuple[int, int]], Tensor],
     batch_size: int,
     num_workers: int,
-    keys: Sequence[tuple[int, int]] | None = None,
+    keys: Iterable[tuple[int, int]] | None = None,
 ) -> Iterator[Batch]:
     """`transform(image, key)` of each key (epoch, index), in order and by threads; of every image once without keys.
 
     Yields (pixels [B, ...], labels int64 [B], -1 without labels, indices int64 [B], bad). Unreadable images are left
     out of the tensors (so B may be below batch_size, even 0) and listed in bad.
     """
-    keys = [(0, index) for index in range(len(images))] if keys is None else keys
+    keys = ((0, index) for index in range(len(images))) if keys is None else keys
 
-    def view(key: tuple[int, int]) -> Tensor | tuple[str, str]:
+    def view(key: tuple[int, int]) -> tuple[int, Tensor | tuple[str, str]]:
         try:
-            return transform(images.load(key[1]), key)
+            return key[1], transform(images.load(key[1]), key)
         except UnreadableImage as error:
-            return error.name, error.reason
+            return key[1], (error.name, error.reason)
 
     views = in_order(view, keys, threads=num_workers, ahead=2 * max(batch_size, num_workers))
-    for first in range(0, len(keys), batch_size):
-        batch = list(islice(views, batch_size))
-        pixels = [one for one in batch if isinstance(one, Tensor)]
-        bad = [one for one in batch if not isinstance(one, Tensor)]
-        read = [key[1] for key, one in zip(keys[first:], batch, strict=False) if isinstance(one, Tensor)]
+    while batch := list(islice(views, batch_size)):
+        pixels = [one for _, one in batch if isinstance(one, Tensor)]
+        bad = [one for _, one in batch if not isinstance(one, Tensor)]
+        read = [index for index, one in batch if isinstance(one, Tensor)]
         labels = [-1 if images.labels is None else images.labels[i] for i in read]
         stacked = torch.stack(pixels) if pixels else torch.empty(0)
         yield stacked, torch.tensor(labels, dtype=torch.int64), torch.tensor(read, dtype=torch.int64), bad

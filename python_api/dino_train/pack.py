@@ -4,7 +4,6 @@ import hashlib
 import io
 import logging
 import os
-import sys
 import tarfile
 import zlib
 from dataclasses import replace
@@ -32,6 +31,8 @@ def pack(images: ImageFolder, out: Path, *, size: int, quality: int, num_workers
         ValueError: `out` exists or does not end in .tar, size or quality out of range, or no image can be read.
         OSError: the file cannot be written; what is written stays for the next call.
     """
+    from tqdm import tqdm
+
     if out.suffix != ".tar":
         raise ValueError(f"the output must end in .tar, got {out}")
     if out.exists():
@@ -55,7 +56,7 @@ def pack(images: ImageFolder, out: Path, *, size: int, quality: int, num_workers
             except Exception as error:
                 return reason(error)
 
-        with _bar(len(images), len(done)) as bar:
+        with tqdm(total=len(images), initial=len(done), unit="image", disable=None) as bar:
             records = in_order(record, missing, threads=num_workers, ahead=4 * num_workers)
             for i, data in zip(missing, records, strict=True):
                 if isinstance(data, str):
@@ -143,9 +144,3 @@ def _begin(file: BinaryIO, head: Head) -> list[tuple[str, int, int, int]]:
     file.truncate(end)
     file.seek(end)
     return index
-
-
-def _bar(total: int, done: int):
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=done, unit="image", disable=not sys.stderr.isatty())

@@ -52,11 +52,11 @@ def header(name: str, size: int) -> bytes:
 
 
 class Index:
-    """Where the records lie. names: of the records; table: [n, 3] uint64, offset and size in bytes and CRC-32."""
+    """Where the records lie. names: of the records; table: [n, 3] uint64, offset and size in bytes and CRC-32,
+    which a scan leaves out."""
 
     def __init__(self, names: list[str], table: np.ndarray) -> None:
         self.names, self.table = names, table
-        self.checked = table.shape[1] == 3
 
     def to_bytes(self) -> bytes:
         file = io.BytesIO()
@@ -95,7 +95,7 @@ class Store:
             if not size or start + size > len(self._bytes):
                 raise ValueError("it is cut off")
         index = Index.read(self._bytes[start : start + size]) if head else Index.scan(path)
-        self._table, self._checked = index.table, index.checked
+        self._table = index.table
         self._rows = {name: i for i, name in enumerate(index.names)}
 
     def names(self) -> list[str]:
@@ -107,6 +107,6 @@ class Store:
         data = self._bytes[start : start + size]
         if len(data) < size:
             raise ValueError("truncated")
-        if self._checked and zlib.crc32(data) != checksum[0]:
+        if checksum and zlib.crc32(data) != checksum[0]:
             raise ValueError("damaged (wrong checksum)")
         return data

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from dino_train import parallel
-from dino_train.data import SUFFIXES, Candidate, DataError, Sample
+from dino_train.data import SUFFIXES, Candidate, DataError, Sample, generator
 from dino_train.store import Index
 
 WINDOW = 1024  # samples that are shuffled together, and kept in memory as files: 100 MB of ImageNet, up to four times
@@ -95,11 +95,11 @@ class ShardStream:
             files: Iterator[File] = iter(())
             following = (-1, 0)  # the epoch and position of what `files` yields next
             for epoch, first, last, skip in plan:
-                shards = _generator(seed, epoch).permutation(len(self.urls))
+                shards = generator(seed, epoch).permutation(len(self.urls))
                 if following != (epoch, first):
                     files = self._files(shards, begin + first)
                 numbers = self._numbers(shards, begin + first, begin + last)
-                order = _generator(seed, epoch, 1 + begin + first).permutation(last - first)
+                order = generator(seed, epoch, 1 + begin + first).permutation(last - first)
                 window = _Window(epoch, numbers, list(islice(files, last - first)), order, skip)
                 following = (epoch, last)
                 if not _offer(window, windows, stop):
@@ -134,10 +134,6 @@ class ShardStream:
             for i in range(max(done, skip), count):
                 yield f"{url}: sample {i}", None
             skip = 0
-
-
-def _generator(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key[0], spawn_key=key[1:])))
 
 
 def _offer(item: object, queue: Queue, stop: Event) -> bool:

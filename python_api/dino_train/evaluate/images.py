@@ -39,5 +39,5 @@ def training_loader(
     """
     require_batch(len(images), batch_size)
     steps = images.steps(batch_size, seed, start_step, total_steps)
-    keys = [(sample.epoch, sample.index) for step in steps for sample in step]
+    keys = ((sample.epoch, sample.index) for step in steps for sample in step)
     return image_loader(images, RandomCrop(size, seed), batch_size, num_workers, keys)
