@@ -12,18 +12,18 @@
 namespace dino {
 namespace {
 
-constexpr int64_t kStripe = kLanes;  // queries whose scores are formed at a time: as many as one fold() reduces
-constexpr int64_t kBlock = 256;      // keys whose dS are kept for the gradients of the queries
+constexpr int64_t kStripe = 32;  // queries (backward: keys) whose scores are formed at a time, at most
+constexpr int64_t kBlock = 256;  // keys whose dS are kept for the gradients of the queries
 
 // --- softmax -----------------------------------------------------------------------------------------
 
-// Rows of scores [rows <= kStripe, width] become exp(scale * scores + mask - their maximum).
+// Rows of scores [rows, width], as many as one fold() reduces, become exp(scale * scores + mask - their maximum).
 DINO_MULTIVERSION
 void softmax(float* scores, int64_t rows, int64_t width, float scale, const float* mask, float* lse,
              float* inverse_total) {
-    alignas(64) float high[kStripe * kLanes], total[kStripe * kLanes];
-    std::fill_n(high, kStripe * kLanes, -std::numeric_limits<float>::infinity());
-    std::fill_n(total, kStripe * kLanes, 0.0f);
+    alignas(64) float high[kLanes * kLanes], total[kLanes * kLanes];
+    std::fill_n(high, kLanes * kLanes, -std::numeric_limits<float>::infinity());
+    std::fill_n(total, kLanes * kLanes, 0.0f);
     auto larger = [](float x, float y) __attribute__((always_inline)) { return x > y ? x : y; };
     for (int64_t j = 0; j < width; j += kLanes)
         for (int64_t i = 0; i < rows; ++i)
@@ -83,6 +83,7 @@ struct Task {
     int64_t head, begin, n;
     int64_t width, units_row;           // tokens, padded; units of them, padded
     int64_t depth, depth_row, columns;  // units of channels; padded; padded channels
+    int64_t stripe;
     Scratch& s;
 
     Task(const AttentionArgs& a, const Kind& kind, int64_t number)
@@ -93,6 +94,7 @@ struct Task {
         depth = kind.contraction(a.channels);
         depth_row = padded(kind.units(a.channels));
         columns = padded(a.channels);
+        stripe = kind.amx ? kStripe : kLanes;  // two tiles' rows; else what leaves most of the first-level cache
     }
     static Scratch& scratch() {
         static thread_local Scratch mine;
@@ -163,10 +165,12 @@ void Task::forward() const {
     std::fill_n(mask, n, 0.0f);
     std::fill(mask + n, mask + width, -std::numeric_limits<float>::infinity());
     float inverse_total[kStripe];
-    for (int64_t i = 0; i < n; i += kStripe) {
-        int64_t count = std::min(kStripe, n - i);
+    for (int64_t i = 0; i < n; i += stripe) {
+        int64_t count = std::min(stripe, n - i);
         score(count, read_qkv(0, i, count, s.q), k_transposed, scores);
-        softmax(scores, count, width, a.scale, mask, a.lse + head * a.tokens + begin + i, inverse_total);
+        for (int64_t j = 0; j < count; j += kLanes)
+            softmax(scores + j * width, std::min(kLanes, count - j), width, a.scale, mask,
+                    a.lse + head * a.tokens + begin + i + j, inverse_total + j);
         average(count, along(scores, count, s.p), v_pairs, out);
         scale_rows(out, count, columns, inverse_total);
         write(out, count, a.out, output(i), a.heads * a.channels);
@@ -180,7 +184,7 @@ void Task::backward() const {
     float *lse = s.lse.fit(width), *delta = s.delta.fit(width);
     std::copy_n(a.lse + head * a.tokens + begin, n, lse);
     std::fill(lse + n, lse + width, std::numeric_limits<float>::infinity());  // no probability for what pads
-    for (int64_t i = 0; i < width; i += kStripe)
+    for (int64_t i = 0; i < width; i += kLanes)
         kind.row_dots(grad_out + i * depth_row, out + i * depth_row, depth_row, delta + i);
     float *q_transposed = transposed(q, width, depth_row, s.q_transposed), *q_pairs = paired(q, s.q_pairs);
     float* grad_out_transposed = transposed(grad_out, width, depth_row, s.grad_out_transposed);
@@ -191,15 +195,15 @@ void Task::backward() const {
     float* ds_pairs = s.ds_pairs.fit(padded(kind.units(std::min(kBlock, width))) * width);  // of a block of keys
     for (int64_t first = 0; first < n; first += kBlock) {
         int64_t last = std::min(first + kBlock, n), depth_keys = kind.contraction(last - first);
-        for (int64_t i = first; i < last; i += kStripe) {
-            int64_t count = std::min(kStripe, n - i);
+        for (int64_t i = first; i < last; i += stripe) {
+            int64_t count = std::min(stripe, n - i), rows = padded(count);
             float* ds_rows = ds_pairs + (i - first) / kind.pair * width;
             float* grad_scores = kind.pair == 2 ? s.grad_scores.fit(kStripe * width) : ds_rows;
-            score(kStripe, k + i * depth_row, q_transposed, scores);
-            score(kStripe, v + i * depth_row, grad_out_transposed, grad_scores);
+            score(rows, k + i * depth_row, q_transposed, scores);
+            score(rows, v + i * depth_row, grad_out_transposed, grad_scores);
             gradients(scores, grad_scores, count, width, a.scale, lse, delta);
-            std::fill(grad_scores + count * width, grad_scores + kStripe * width, 0.0f);
-            if (kind.pair == 2) kind.pair_rows(grad_scores, kStripe, width, ds_rows);
+            std::fill(grad_scores + count * width, grad_scores + rows * width, 0.0f);
+            if (kind.pair == 2) kind.pair_rows(grad_scores, rows, width, ds_rows);
             average(count, along(scores, count, s.p), grad_out_pairs, grad);
             write_grad(2, i, count, grad);
             average(count, along(grad_scores, count, s.ds), q_pairs, grad);
