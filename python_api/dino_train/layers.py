@@ -5,6 +5,7 @@ rounded to bfloat16 once a step, by the optimizer's pass, or the weights themsel
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,7 @@ class Mlp(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, 3, h, w] -> tokens [B, patches, C]; a convolution's weights, a product over unfolded patches."""
+    """Images, each [B, 3, h, w], -> tokens of all their patches [P, C]; a convolution's weights, one product."""
 
     copies: tuple[Tensor, Tensor] | None = None
 
@@ -111,14 +112,16 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Sequence[Tensor]) -> Tensor:
         p = self.proj.kernel_size[0]
-        rows, columns = images.shape[2] // p, images.shape[3] // p
-        if self.copies is not None:
-            images = images.to(self.copies[0].dtype)
-        patches = images[..., : rows * p, : columns * p].unflatten(3, (columns, p)).unflatten(2, (rows, p))
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(len(images) * rows * columns, -1)
-        return _linear(patches, self.proj.weight, self.proj.bias, self.copies).unflatten(0, (len(images), -1))
+        grids = [(len(group), group.shape[2] // p, group.shape[3] // p) for group in images]
+        counts = [math.prod(grid) for grid in grids]
+        dtype = images[0].dtype if self.copies is None else self.copies[0].dtype
+        patches = images[0].new_empty(sum(counts), 3 * p * p, dtype=dtype)
+        for group, (n, rows, columns), to in zip(images, grids, patches.split(counts), strict=True):
+            cut = group[..., : rows * p, : columns * p].unflatten(3, (columns, p)).unflatten(2, (rows, p))
+            to.view(n, rows, columns, 3, p, p).copy_(cut.permute(0, 2, 4, 1, 3, 5))
+        return _linear(patches, self.proj.weight, self.proj.bias, self.copies)
 
 
 def hold_copies(net: nn.Module, dtype: torch.dtype) -> None:

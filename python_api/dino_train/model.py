@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from dino_train.block import Block, Branch, Packing
@@ -169,26 +170,21 @@ class VisionTransformer(nn.Module):
 
     def _embed(self, crops: Sequence[Tensor]) -> tuple[Tensor, Packing]:
         """Tokens of all crops [T, C] in list order and how they are packed."""
-        by_shape: dict[torch.Size, list[int]] = {}
-        for i, crop in enumerate(crops):
+        for crop in crops:
             _check_images(crop, self.patch_size)
-            by_shape.setdefault(crop.shape[2:], []).append(i)
-        tokens: dict[int, Tensor] = {}
-        for (h, w), indices in by_shape.items():
-            group = [crops[i] for i in indices]
-            patches = self.patch_embed(group[0] if len(group) == 1 else torch.cat(group))
-            cls_pos, patch_pos = self._positions(h, w).split((1, patches.shape[1]), dim=1)
-            cls = (self.cls_token + cls_pos).expand(len(patches), -1, -1)
-            x = torch.cat((cls, patches + patch_pos), dim=1)
-            tokens.update(zip(indices, x.split([len(crop) for crop in group]), strict=True))
-        pieces = [tokens[i] for i in range(len(crops))]
+        runs = [(shape, sum(map(len, run))) for shape, run in groupby(crops, key=lambda crop: crop.shape[2:])]
+        tables = {shape: self._table(*shape) for shape in {shape: None for shape, _ in runs}}
+        groups = [(count, len(tables[shape])) for shape, count in runs]
+        x = _Sequences.apply(self.patch_embed(crops), groups, *(tables[shape] for shape, _ in runs))
         # Bounds are counted on the device from shapes known on the host: no copy, no synchronization.
-        runs = groupby(pieces, key=lambda piece: piece.shape[1])
-        groups = [(sum(len(piece) for piece in run), length) for length, run in runs]
         first = [0, *accumulate(count * length for count, length in groups)]
-        x = torch.cat([piece.flatten(0, 1) for piece in pieces])
         bounds = [torch.arange(first[i], first[i + 1], n, device=x.device) for i, (_, n) in enumerate(groups)]
         return x, Packing(F.pad(torch.cat(bounds), (0, 1), value=len(x)).int(), groups)
+
+    def _table(self, h: int, w: int) -> Tensor:
+        """Class token and positions of an image of h x w pixels [1 + patches, C], to which its patches are added."""
+        positions = self._positions(h, w)[0]
+        return torch.cat((self.cls_token[0] + positions[:1], positions[1:]))
 
     def _positions(self, h: int, w: int) -> Tensor:
         """Position embedding [1, 1 + patches, C] for images of h x w pixels (`vision_transformer.py:174`)."""
@@ -221,6 +217,33 @@ class VisionTransformer(nn.Module):
             branches = [Branch(packing, row) for row in scale.flatten(0, 1)]
         branches.append(Branch(packing))
         return [(branches[i], branches[i + 1], branches[i + 2]) for i in range(0, 2 * depth, 2)]
+
+
+class _Sequences(torch.autograd.Function):
+    """Tokens of patches [P, C], a class token put before those of each image, plus a table a group of images."""
+
+    @staticmethod
+    def forward(ctx, patches, groups, *tables):  # type: ignore[override]
+        ctx.groups, ctx.dtype, channels = groups, patches.dtype, patches.shape[1]
+        x = tables[0].new_empty(sum(count * length for count, length in groups), channels)
+        of_groups = patches.split([count * (length - 1) for count, length in groups])
+        for out, tokens, table in zip(_images(x, groups), of_groups, tables, strict=True):
+            torch.add(tokens.view(len(out), -1, channels), table[1:], out=out[:, 1:])
+            out[:, 0] = table[0]
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        grads = _images(grad, ctx.groups)
+        patches = torch.cat([part[:, 1:].flatten(0, 1) for part in grads]).to(ctx.dtype)
+        return patches, None, *(part.sum(0) for part in grads)
+
+
+def _images(x: Tensor, groups: list[tuple[int, int]]) -> list[Tensor]:
+    """[T, C] -> for each group [images, tokens, C]"""
+    parts = x.split([count * length for count, length in groups])
+    return [part.unflatten(0, group) for part, group in zip(parts, groups, strict=True)]
 
 
 class DINOModel(nn.Module):
