@@ -72,16 +72,17 @@ void add_layer_norm(uintptr_t x, uintptr_t branch, uintptr_t scale, uintptr_t we
 
 void add_layer_norm_backward(uintptr_t grad_total, uintptr_t grad_normed, uintptr_t total, uintptr_t mean,
                              uintptr_t rstd, uintptr_t weight, uintptr_t scale, uintptr_t grad_x, uintptr_t grad_branch,
-                             uintptr_t partial, Rows branch_rows, Rows normed_rows, int64_t tokens, int64_t channels,
-                             int64_t groups, int x_dtype, int branch_dtype, int threads) {
+                             uintptr_t partial, uintptr_t sums, Rows branch_rows, Rows normed_rows, int64_t tokens,
+                             int64_t channels, int64_t groups, int x_dtype, int branch_dtype, int threads) {
     py::gil_scoped_release unlocked;
     dino::add_layer_norm_backward({reinterpret_cast<const void*>(grad_total),
                                    reinterpret_cast<const void*>(grad_normed), reinterpret_cast<const void*>(total),
                                    reinterpret_cast<const float*>(mean), reinterpret_cast<const float*>(rstd),
                                    reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(scale),
                                    rows_of(branch_rows), rows_of(normed_rows), reinterpret_cast<void*>(grad_x),
-                                   reinterpret_cast<void*>(grad_branch), reinterpret_cast<float*>(partial), tokens,
-                                   channels, groups, dino::DType(x_dtype), dino::DType(branch_dtype), threads});
+                                   reinterpret_cast<void*>(grad_branch), reinterpret_cast<float*>(partial),
+                                   reinterpret_cast<float*>(sums), tokens, channels, groups, dino::DType(x_dtype),
+                                   dino::DType(branch_dtype), threads});
 }
 
 void bias_gelu(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t tokens, int64_t channels, int dtype, int threads) {
@@ -114,11 +115,12 @@ void add_product(uintptr_t into, uintptr_t grad, uintptr_t x, int64_t tokens, in
                        reinterpret_cast<const void*>(x), tokens, outputs, inputs, threads});
 }
 
-void add_linear(uintptr_t into, uintptr_t grad, uintptr_t x, int64_t tokens, int64_t outputs, int64_t inputs,
-                int threads) {
+void add_linear(uintptr_t into, uintptr_t grad, uintptr_t x, uintptr_t into_bias, int64_t tokens, int64_t outputs,
+                int64_t inputs, int threads) {
     py::gil_scoped_release unlocked;
     dino::add_linear({reinterpret_cast<float*>(into), reinterpret_cast<const void*>(grad),
-                      reinterpret_cast<const void*>(x), tokens, outputs, inputs, threads});
+                      reinterpret_cast<const void*>(x), tokens, outputs, inputs, threads, dino::Paired::neither,
+                      reinterpret_cast<float*>(into_bias)});
 }
 
 void linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t tokens, int64_t depth,

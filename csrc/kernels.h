@@ -117,7 +117,7 @@ struct AddLayerNormBackwardArgs {
     const float *weight, *scale;           // [C]; [B], or null for ones
     RowsOf branch_rows, normed_rows;
     void *grad_x, *grad_branch;  // [T, C]; [B, C], null where it would equal grad_x
-    float* partial;              // [groups, 2, C]: gradients of weight and bias
+    float *partial, *sums;       // [groups, 2, C] and their sum [2, C]: gradients of weight and bias
     int64_t tokens, channels, groups;
     DType x_dtype, branch_dtype;
     int threads;
@@ -156,11 +156,16 @@ struct DropPathAddArgs {
 };
 void drop_path_add(const DropPathAddArgs& args);
 
+// Which of two operands lies as panels of pairs of tokens [channels / 32, pairs, 32], pairs filled up to 16.
+enum class Paired { neither, grad, x };
+
 struct AddProductArgs {
     float* into;           // [O, I] contiguous, as all of these
     const void *grad, *x;  // [T, O], [T, I]
     int64_t tokens, outputs, inputs;
     int threads;
+    Paired paired = Paired::neither;  // bfloat16 only
+    float* into_bias = nullptr;       // [O] += sums over T of grad, which then is not paired; bfloat16 only
 };
 void add_product(const AddProductArgs& args);  // of float32
 

@@ -177,9 +177,13 @@ DINO_BF16 void bf16_row_dots(const float* x, const float* y, int64_t width, floa
 #if defined(DINO_HAS_AMX)
 #define DINO_AMX __attribute__((target("avx512f,amx-tile,amx-bf16")))
 
-// C[16 * M, 16 * N] in tiles 0 to 3, A in 4 and 5, B in 6 and 7.
-template <int M, int N>
-DINO_AMX void amx_tile(const Product& p, const float* a, const float* b, float* c) {
+struct Nothing {
+    void operator()() const {}
+};
+
+// C[16 * M, 16 * N] in tiles 0 to 3, A in 4 and 5, B in 6 and 7; after each step of 16 units a call of `beside`.
+template <int M, int N, class Beside>
+DINO_AMX void amx_tile(const Product& p, const float* a, const float* b, float* c, Beside&& beside) {
     int64_t a_row = p.a_row * 4, b_row = p.b_row * 4, c_row = p.c_row * 4;
     if (p.add) {
         _tile_loadd(0, c, c_row);
@@ -205,6 +209,7 @@ DINO_AMX void amx_tile(const Product& p, const float* a, const float* b, float* 
             _tile_dpbf16ps(2, 5, 6);
             if (N > 1) _tile_dpbf16ps(3, 5, 7);
         }
+        beside();
     }
     _tile_stored(0, c, c_row);
     if (N > 1) _tile_stored(1, c + 16, c_row);
@@ -216,8 +221,10 @@ void amx_product(int64_t rows, int64_t columns, const Product& p, const float* a
     for (int64_t j = 0; j < columns; j += 32)  // B's columns stay in the first-level cache while A goes by
         for (int64_t i = 0; i < rows; i += 32) {
             bool tall = rows - i > 16, wide = columns - j > 16;
-            auto tile = tall ? wide ? amx_tile<2, 2> : amx_tile<2, 1> : wide ? amx_tile<1, 2> : amx_tile<1, 1>;
-            tile(p, a + i * p.a_row, b + j, c + i * p.c_row + j);
+            auto tile = tall   ? wide ? amx_tile<2, 2, Nothing> : amx_tile<2, 1, Nothing>
+                        : wide ? amx_tile<1, 2, Nothing>
+                               : amx_tile<1, 1, Nothing>;
+            tile(p, a + i * p.a_row, b + j, c + i * p.c_row + j, Nothing());
         }
 }
 
@@ -270,8 +277,8 @@ Kind kind_of(DType dtype, int bf16_products) {
 }
 
 // Rows and columns of C are padded to tiles.
-void product(const Kind& kind, int64_t rows, int64_t columns, const Product& p, const float* a, const float* b,
-             float* c) {
+inline void product(const Kind& kind, int64_t rows, int64_t columns, const Product& p, const float* a, const float* b,
+                    float* c) {
     if (kind.amx) return amx_product(rows, columns, p, a, b, c);
     for (int64_t i = 0; i < rows; i += kTile) {
         int64_t left = columns / kLanes, panels = (left + kind.vectors - 1) / kind.vectors;

@@ -252,10 +252,10 @@ def _forward_cpu(x, branch, weight, bias, scale, rows, normed_rows, eps):
 def _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows):
     grad_x, grad_branch = empty_gradients(grad_normed, total, scale, rows)
     groups = min(64, len(total))  # whatever the number of threads, so that the sums do not depend on it
-    partial = weight.new_empty(groups, 2, len(weight))
+    partial, sums = weight.new_empty(groups, 2, len(weight)), weight.new_empty(2, len(weight))
     _C.add_layer_norm_backward(
         *(_address(t) for t in (grad_total, grad_normed, total, mean, rstd, weight, scale)),
-        *(_address(t) for t in (grad_x, grad_branch if grad_branch.numel() else None, partial)),
+        *(_address(t) for t in (grad_x, grad_branch if grad_branch.numel() else None, partial, sums)),
         _numbers(rows),
         _numbers(normed_rows),
         *total.shape,
@@ -264,4 +264,4 @@ def _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale, row
         DTYPES[grad_normed.dtype],
         torch.get_num_threads(),
     )
-    return grad_x, grad_branch, partial.sum(0)
+    return grad_x, grad_branch, sums

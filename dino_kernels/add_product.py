@@ -82,14 +82,15 @@ def _(into, grad, x, into_bias):
 
 
 def _add_cpu(into, grad, x, into_bias):
+    if fits_tiles(grad, x):
+        pointers = [0 if t is None else t.data_ptr() for t in (into, grad, x, into_bias)]
+        return _C.add_linear(*pointers, *grad.shape, x.shape[1], torch.get_num_threads())
     if into_bias is not None:
         addresses = (into_bias.data_ptr(), grad.data_ptr())
         _C.add_column_sums(*addresses, DTYPES[grad.dtype], *grad.shape, torch.get_num_threads())
     if x.dtype == torch.float32:
         arguments = (into.data_ptr(), grad.data_ptr(), x.data_ptr(), *grad.shape, x.shape[1])
         _C.add_product(*arguments, torch.get_num_threads())
-    elif fits_tiles(grad, x):
-        _C.add_linear(into.data_ptr(), grad.data_ptr(), x.data_ptr(), *grad.shape, x.shape[1], torch.get_num_threads())
     else:  # torch's mixed sum would write a float32 copy first
         made = grad.t() @ x
         _C.add_to(into.data_ptr(), made.data_ptr(), DTYPES[made.dtype], made.numel(), torch.get_num_threads())
