@@ -7,7 +7,7 @@ from dino_train import checkpoint
 from dino_train.cli import main
 from dino_train.data import ImageFolder
 from dino_train.evaluate.images import RandomCrop, training_loader
-from dino_train.evaluate.linear import Probes, block_features, n_features
+from dino_train.evaluate.linear import Probes, block_features, cosine, n_features
 from dino_train.loader import eval_transform
 from dino_train.model import vit
 from PIL import Image
@@ -46,6 +46,15 @@ def test_probes_train_as_layers_of_their_own_under_sgd():
     for i, (layer, _) in enumerate(layers):
         torch.testing.assert_close(probes.weight[i], layer.weight)
         torch.testing.assert_close(probes.bias[i], layer.bias)
+
+
+def test_rates_fall_as_those_of_the_reference():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)  # eval_linear.py:109
+    for epoch in range(10):
+        assert cosine(epoch, 10) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
 
 
 def test_block_features_are_class_tokens_of_the_last_blocks_and_mean_patches():

@@ -1,4 +1,6 @@
+import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -53,6 +55,21 @@ def test_knn_by_blocks_against_a_loop(monkeypatch):
             ranked.append(np.sum(votes >= votes[label]) - 1)  # classes without a vote are never right
         assert found[k]["top1"] == pytest.approx(100 * np.mean(np.array(ranked) < 1))
         assert found[k]["top5"] == pytest.approx(100 * np.mean(np.array(ranked) < 5))
+
+
+def test_knn_is_that_of_scikit_learn():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    g = torch.Generator().manual_seed(0)
+    labels, test_labels = torch.randint(0, 9, (300,), generator=g), torch.randint(0, 9, (200,), generator=g)
+    centers = torch.randn(9, 16, generator=g)
+    train = nn.functional.normalize(centers[labels] + 1.5 * torch.randn(300, 16, generator=g), dim=1)
+    test = nn.functional.normalize(centers[test_labels] + 1.5 * torch.randn(200, 16, generator=g), dim=1)
+    found = knn_top(train, labels, test, test_labels, ks=(5, 40), classes=9)
+    for k in (5, 40):
+        # Of vectors of norm 1 the squared distance is 2 - 2 cosine.
+        weighted = neighbors.KNeighborsClassifier(k, weights=lambda distance: np.exp((1 - distance**2 / 2) / 0.07))
+        expected = 100 * weighted.fit(train.numpy(), labels.numpy()).score(test.numpy(), test_labels.numpy())
+        assert found[k]["top1"] == pytest.approx(expected) and 40 < expected < 95
 
 
 def test_recall_by_hand():
@@ -192,6 +209,22 @@ def test_the_runs_images_are_the_default(setting, capsys):
     state = torch.load(run / "last.pt", weights_only=True)
     torch.save(state | {"args": state["args"] | {"data": str(data)}}, run / "last.pt")
     assert evaluate(capsys, "knn", "--checkpoint", run)["train"] == 36
+
+
+def test_bars_know_their_end(setting, capsys, monkeypatch, tmp_path):
+    run, data = setting
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+
+    def bars(*words):
+        assert main(["evaluate", *map(str, words), "--checkpoint", str(run), "--data", str(data)]) == 0
+        return set(re.findall(r"\r([a-z-]+): .*?\d+/(\d+) \[", capsys.readouterr().err))
+
+    assert bars("knn") == {("training", "36"), ("held-out", "15"), ("neighbors", "1")}
+    words = ["--epochs", 2, "--batch-size", 9]
+    assert bars("linear", *words) == {("training", "36"), ("held-out", "15"), ("linear", "2")}
+    assert bars("linear", "--reference", *words) == {("linear", "8")}
+    assert bars("finetune", *words, "--output-dir", tmp_path / "out") == {("finetune", "8"), ("held-out", "15")}
+    assert bars("attention", "--output-dir", tmp_path / "maps") == {("attention", "51")}
 
 
 def test_bfloat16_features_are_close_and_kept_apart(setting, capsys, tmp_path):

@@ -98,6 +98,9 @@ def knn_top(
 ) -> dict[int, dict[str, float]]:
     """Top-1 and top-5 accuracy in percent for each k: {10: {"top1": 33.1, "top5": 78.0}, ...}.
 
+    Top-5 counts voted classes alone; the reference fills up with classes without a vote, in no particular order, and so
+    has more of it for small k.
+
     Args:
         train_features: [m, C], rows of norm 1. train_labels: [m] int64, 0 to classes - 1.
         features: [n, C], rows of norm 1. labels: [n] int64.
