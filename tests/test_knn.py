@@ -204,11 +204,12 @@ def test_images_that_cannot_be_read_are_told_also_when_the_features_are_kept(set
     assert "there are only 35 training images: larger k take all of them" in caplog.text
 
 
-def test_the_runs_images_are_the_default(setting, capsys):
+def test_the_runs_images_are_the_default(setting, capsys, caplog):
     run, data = setting
     state = torch.load(run / "last.pt", weights_only=True)
     torch.save(state | {"args": state["args"] | {"data": str(data)}}, run / "last.pt")
     assert evaluate(capsys, "knn", "--checkpoint", run)["train"] == 36
+    assert f"images: {data} (--data takes others)" in caplog.text
 
 
 def test_bars_know_their_end(setting, capsys, monkeypatch, tmp_path):

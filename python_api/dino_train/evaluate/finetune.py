@@ -230,6 +230,7 @@ class _Tuning:
                 "arch": self.trained.arch,
                 "patch_size": self.trained.patch_size,
                 "global_crops_size": self.trained.image_size,
+                "data": str(self.train_images.path),
             },
             "classes": self.train_images.classes,
             "optimizer": self.optimizer.state_dict(),

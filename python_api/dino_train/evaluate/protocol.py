@@ -81,8 +81,11 @@ class Classification(Extraction):
             )
 
     def images(self, trained: Trained) -> Path:
-        """Where the images are."""
-        return self.data or trained.data or EMBEDDED_DATA
+        """Where the images are; logged where the user did not say it."""
+        path = self.data or trained.data or EMBEDDED_DATA
+        if not self.data:
+            logging.warning("images: %s (--data takes others)", path)
+        return path
 
     def split(self, trained: Trained) -> tuple[ImageFolder, ImageFolder]:
         """Training and held-out images, as `data.split`, with labels.
