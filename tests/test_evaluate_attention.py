@@ -63,8 +63,26 @@ def test_maps_have_the_images_size(run, tmp_path, capsys):
         assert np.asarray(colors).std() > 5
         assert 0.05 < np.asarray(mask).mean() < 0.61  # 0.6 of the mass is on at most that share of the patches
     assert (out / "sheet.png").exists()
+    for bad, message in (
+        (["--data", str(tmp_path / "nowhere.jpg")], "no such image, folder or video: "),
+        (["--image-size", "0"], "image_size must be at least 1, got 0"),
+        (["--threshold", "0"], "threshold must be in (0, 1], got 0"),
+    ):
+        assert main([*words, *bad]) == 1
+        assert message in capsys.readouterr().err
     assert main([*words, "--data", str(tmp_path / "broken.png")]) == 1
     assert "none of the images could be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def test_an_archive_is_the_images_in_it(run, tmp_path, capsys, suffix):
+    for i in range(2):
+        noise(tmp_path / f"images/{i}.png", 20, 20, seed=i)
+    shutil.make_archive(str(tmp_path / "archive"), suffix[1:], tmp_path / "images")
+    words = [*WORDS, str(run / "run"), "--output-dir", str(tmp_path / "maps"), "--json"]
+    assert main([*words, "--data", str(tmp_path / f"archive{suffix}")]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 2
+    assert (tmp_path / "maps/1_mean.png").exists()
 
 
 def test_images_of_one_name_keep_their_own_maps(run, tmp_path):
@@ -147,6 +165,9 @@ def test_frames_without_ffmpeg(run, tmp_path, capsys, monkeypatch):
     assert found["frames"] == 3 and found["video"] is None
     drawn = [np.asarray(Image.open(tmp_path / f"out/frames/{i:06d}.png")) for i in range(3)]
     assert drawn[0].shape == (16, 24, 3) and not np.array_equal(drawn[0], drawn[1])
+    words = ["--data", str(tmp_path / "out/frames"), "--output-dir", str(tmp_path / "out"), "--fps", "5"]
+    assert main([*WORDS, str(run / "run"), *words]) == 1
+    assert "would overwrite their frames" in capsys.readouterr().err
     (tmp_path / "a.mp4").write_bytes(b"")
     assert main([*WORDS, str(run / "run"), "--data", str(tmp_path / "a.mp4")]) == 1
     assert "install it, or pass a folder with the frames" in capsys.readouterr().err

@@ -26,13 +26,13 @@ def test_it_learns_and_leaves_a_checkpoint_that_commands_take(words, tmp_path, c
     assert rows[-1]["top1"] == found["top1"] and rows[-1]["loss"] < rows[0]["loss"]
     before, after = load_trained(tmp_path / "run").backbone, load_trained(tmp_path / "out").backbone
     assert not before.blocks[0].attn.qkv.weight.equal(after.blocks[0].attn.qkv.weight)
-    knn = evaluate(capsys, "knn", "--checkpoint", tmp_path / "out", "--data", words[4], "--nb-knn", 5)
+    knn = evaluate(capsys, "knn", "--checkpoint", tmp_path / "out", "--nb-knn", 5)  # of the same images
     assert knn["knn5"]["top1"] > 90
 
 
-def test_a_run_that_was_stopped_goes_on_bitwise(words, tmp_path, capsys, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_bitwise(words, tmp_path, capsys, caplog, monkeypatch):
     words = [*words, "--epochs", 4]
-    whole = evaluate(capsys, *words)
+    whole = evaluate(capsys, *words, "--resume")  # nothing is there yet: from the beginning
     expected = torch.load(tmp_path / "out/last.pt", weights_only=True)
     words[words.index(tmp_path / "out")] = tmp_path / "stopped"
     step = finetune._Tuning._step
@@ -45,6 +45,8 @@ def test_a_run_that_was_stopped_goes_on_bitwise(words, tmp_path, capsys, monkeyp
     monkeypatch.setattr(finetune._Tuning, "_step", stopping)
     assert main(["evaluate", *map(str, words), "--num-workers", "1"]) == 130
     monkeypatch.setattr(finetune._Tuning, "_step", step)
+    assert "stopped in epoch 3; --resume continues with it" in caplog.text
+    assert "stopped holds a run already: add --resume" in error_of(capsys, *words)
     resumed = evaluate(capsys, *words, "--resume")
     assert resumed["top1"] == whole["top1"]
     found = torch.load(tmp_path / "stopped/last.pt", weights_only=True)
@@ -55,6 +57,16 @@ def test_a_run_that_was_stopped_goes_on_bitwise(words, tmp_path, capsys, monkeyp
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert evaluate(capsys, *words, "--resume")["top1"] == whole["top1"]  # nothing is left to do
     assert "has epochs 4, not 5" in error_of(capsys, *words[:-1], 5, "--resume")
+    tiny_checkpoint(tmp_path / "run", seed=1)
+    assert "has checkpoint" in error_of(capsys, *words, "--resume")
+
+
+def test_what_was_pretrained_is_not_overwritten(words, tmp_path, capsys):
+    words[words.index(tmp_path / "out")] = tmp_path / "run"
+    before = (tmp_path / "run/last.pt").read_bytes()
+    assert "run holds a run already: add --resume" in error_of(capsys, *words)
+    assert "is not from fine-tuning and cannot be resumed" in error_of(capsys, *words, "--resume")
+    assert (tmp_path / "run/last.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("make, layers", [(lambda: vit("vit_nano", patch_size=8, img_size=16), 3), (resnet50, 4)])
@@ -85,6 +97,7 @@ def test_rates_rise_then_fall():
 
 def test_bad_settings_are_named(words, capsys):
     assert "layer_decay in (0, 1]" in error_of(capsys, *words, "--layer-decay", 0)
-    assert "no checkpoint at" in error_of(capsys, *words, "--resume")
+    assert "weight_decay of at least 0" in error_of(capsys, *words, "--weight-decay", -1)
+    assert "label_smoothing in [0, 1]" in error_of(capsys, *words, "--label-smoothing", 1.1)
     assert "fewer than one batch of 999" in error_of(capsys, *words, "--batch-size", 999)
     assert "try a lower --lr" in error_of(capsys, *words, "--lr", 1e30, "--epochs", 2)

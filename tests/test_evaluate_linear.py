@@ -1,9 +1,14 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from dino_train import checkpoint
+from dino_train.cli import main
 from dino_train.data import ImageFolder
 from dino_train.evaluate.images import RandomCrop, training_loader
-from dino_train.evaluate.linear import Probes, block_features
+from dino_train.evaluate.linear import Probes, block_features, cosine, n_features
+from dino_train.loader import eval_transform
 from dino_train.model import vit
 from PIL import Image
 from tiny_run import colored_classes, error_of, evaluate, tiny_checkpoint
@@ -43,15 +48,28 @@ def test_probes_train_as_layers_of_their_own_under_sgd():
         torch.testing.assert_close(probes.bias[i], layer.bias)
 
 
+def test_rates_fall_as_those_of_the_reference():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)  # eval_linear.py:109
+    for epoch in range(10):
+        assert cosine(epoch, 10) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+
+
 def test_block_features_are_class_tokens_of_the_last_blocks_and_mean_patches():
     torch.manual_seed(0)
     backbone = vit("vit_nano", patch_size=8, img_size=16).eval()
     pixels = torch.randn(2, 3, 16, 16)
     tokens = backbone.features(pixels, 2)
-    expected = torch.cat((tokens[0][:, 0], tokens[1][:, 0], tokens[1][:, 1:].mean(1)), 1)
+    expected = torch.empty(2, 3 * 96)
+    expected[:, :96] = tokens[0][:, 0]
+    expected[:, 96::2], expected[:, 97::2] = tokens[1][:, 0], tokens[1][:, 1:].mean(1)  # as eval_linear.py:175 has it
     torch.testing.assert_close(block_features(backbone, 2, True, pixels), expected)
     torch.testing.assert_close(block_features(backbone, 1, False, pixels), backbone(pixels))
     assert block_features(backbone, 4, False, pixels).shape == (2, 3 * 96)  # it has three
+    for blocks, avgpool in ((1, True), (2, False), (4, True)):
+        assert block_features(backbone, blocks, avgpool, pixels).shape == (2, n_features(backbone, blocks, avgpool))
 
 
 def test_command_finds_colors_and_reports_every_rate(words, capsys):
@@ -76,8 +94,78 @@ def test_the_references_protocol_has_one_rate_and_random_crops(words, capsys):
     assert found["best"]["top1"] > 80
 
 
+def test_the_references_protocol_goes_on_bitwise_after_an_interruption(words, tmp_path, capsys, monkeypatch):
+    words = [*words, "--reference", "--epochs", 6, "--lrs", 0.1]
+    whole = evaluate(capsys, *words)
+    (kept,) = (tmp_path / "run/features").glob("linear-*.pt")
+    expected = checkpoint.load(kept)
+    kept.unlink()
+    step, calls = Probes.step, []
+
+    def stopping(self, x, labels, factor):
+        calls.append(factor)
+        if len(calls) == 15:  # in the fourth epoch of four steps
+            raise KeyboardInterrupt
+        return step(self, x, labels, factor)
+
+    monkeypatch.setattr(Probes, "step", stopping)
+    assert main(["evaluate", *map(str, words), "--num-workers", "1"]) == 130
+    assert checkpoint.load(kept)["epochs"] == 3
+    assert evaluate(capsys, *words) == whole and len(calls) == 15 + 12
+    found = checkpoint.load(kept)
+    assert found["epochs"] == 6 and found["weight"].equal(expected["weight"])
+    assert evaluate(capsys, *words) == whole and len(calls) == 15 + 12  # nothing is left to do
+    kept.write_bytes(kept.read_bytes()[:500])
+    assert evaluate(capsys, *words) == whole and len(calls) == 15 + 12 + 24  # damaged: anew
+    evaluate(capsys, *words, "--seed", 1)  # other settings do not go on with it
+    assert len(calls) == 15 + 12 + 24 + 24
+
+
+def test_published_classifiers_are_evaluated_without_training(tmp_path, capsys):
+    """vit_base's layout: one block and the mean patch token, their channels alternating."""
+    data = colored_classes(tmp_path / "data")
+    torch.manual_seed(0)
+    backbone = vit("vit_nano", patch_size=8, img_size=16).eval()
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+    images = ImageFolder(data / "val")
+    pixels = torch.stack([eval_transform(images.load(i), 16) for i in range(len(images))])
+    tokens = backbone.features(pixels)[0].detach()
+    x = torch.cat((tokens[:, 0].unsqueeze(-1), tokens[:, 1:].mean(1).unsqueeze(-1)), -1).reshape(len(pixels), -1)
+    weight, bias = torch.randn(3, 2 * 96), torch.randn(3)
+    expected = 100 * ((x @ weight.T + bias).argmax(1) == torch.tensor(images.labels)).double().mean().item()
+    path = tmp_path / "linearweights.pth"
+    torch.save({"epoch": 100, "state_dict": {"module.linear.weight": weight, "module.linear.bias": bias}}, path)
+    words = ["linear", "--checkpoint", tmp_path / "backbone.pth", "--linear-weights", path, "--n-last-blocks", 1]
+    words += ["--avgpool-patchtokens", "true", "--data"]
+    found = evaluate(capsys, *words, data)
+    assert found["top1"] == pytest.approx(expected) and 0 < expected < 100
+    assert found["val"] == 15 and found["top5"] == 100
+    assert evaluate(capsys, *words, data / "val") == found  # the training images are not needed
+    shutil.rmtree(data / "train")
+    assert evaluate(capsys, *words, data) == found
+    shutil.rmtree(data / "val/red")
+    error = error_of(capsys, *words, data)
+    assert "tells 3 classes apart by 192 features" in error and "has 2 class folders and vit_nano gives 192" in error
+    assert "vit_nano gives 96" in error_of(capsys, *words[:-3], "--data", data)
+
+
+def test_many_probes_are_ranked_one_by_one():
+    g = torch.Generator().manual_seed(0)
+    probes = Probes(6, 8, [0.1, 1.0, 10.0], seed=0, device=torch.device("cpu"))
+    x, labels = torch.randn(2500, 6, generator=g), torch.randint(0, 8, (2500,), generator=g)
+    for rows in torch.arange(2500).split(100):
+        probes.step(x[rows], labels[rows], 1.0)
+    scores = probes.scores(x).detach()
+    for i, values in enumerate(probes.accuracies(x, labels)):
+        best = scores[:, i].topk(5).indices
+        assert values["top1"] == pytest.approx(100 * (best[:, 0] == labels).double().mean().item())
+        assert values["top5"] == pytest.approx(100 * (best == labels[:, None]).any(1).double().mean().item())
+
+
 def test_bad_settings_are_named(words, capsys):
-    assert "lrs must be above 0" in error_of(capsys, *words, "--lrs", 0)
+    for lr in (0, "nan", "inf"):
+        assert "lrs must be above 0" in error_of(capsys, *words, "--lrs", 0.1, lr)
+    assert "fewer than one batch of 99" in error_of(capsys, *words, "--reference", "--batch-size", 99)
     assert "epochs" in error_of(capsys, *words, "--epochs", 0)
 
 

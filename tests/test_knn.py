@@ -1,3 +1,7 @@
+import re
+import shutil
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ from dino_train.data import ImageFolder
 from dino_train.evaluate import features, knn
 from dino_train.evaluate.features import Features, extract
 from dino_train.evaluate.knn import extract_features, knn_accuracy, knn_top, nearest, recall_at_1, view_retrieval, vote
-from dino_train.evaluate.metrics import accuracy
+from dino_train.evaluate.metrics import accuracy, label_ranks
 from dino_train.loader import BadImages, eval_transform
 from dino_train.resnet import resnet50
 from dino_train.weights import load_trained
@@ -53,6 +57,21 @@ def test_knn_by_blocks_against_a_loop(monkeypatch):
         assert found[k]["top5"] == pytest.approx(100 * np.mean(np.array(ranked) < 5))
 
 
+def test_knn_is_that_of_scikit_learn():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    g = torch.Generator().manual_seed(0)
+    labels, test_labels = torch.randint(0, 9, (300,), generator=g), torch.randint(0, 9, (200,), generator=g)
+    centers = torch.randn(9, 16, generator=g)
+    train = nn.functional.normalize(centers[labels] + 1.5 * torch.randn(300, 16, generator=g), dim=1)
+    test = nn.functional.normalize(centers[test_labels] + 1.5 * torch.randn(200, 16, generator=g), dim=1)
+    found = knn_top(train, labels, test, test_labels, ks=(5, 40), classes=9)
+    for k in (5, 40):
+        # Of vectors of norm 1 the squared distance is 2 - 2 cosine.
+        weighted = neighbors.KNeighborsClassifier(k, weights=lambda distance: np.exp((1 - distance**2 / 2) / 0.07))
+        expected = 100 * weighted.fit(train.numpy(), labels.numpy()).score(test.numpy(), test_labels.numpy())
+        assert found[k]["top1"] == pytest.approx(expected) and 40 < expected < 95
+
+
 def test_recall_by_hand():
     a = unit([1, 0], [0, 1], [-1, 0], [1, 1])
     assert recall_at_1(a, a) == 100
@@ -94,7 +113,7 @@ def test_features_and_knn_of_a_known_backbone(folders, tmp_path):
 def test_knn_without_labels_says_what_it_needs(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     images = ImageFolder(tmp_path)
-    with pytest.raises(ValueError, match="put each class's images in a folder of its own"):
+    with pytest.raises(ValueError, match="a folder for each of two classes or more.*a.png lies in none"):
         knn_accuracy(MeanColor(), images, images, 8)
 
 
@@ -114,9 +133,11 @@ def test_view_retrieval_is_perfect_for_constant_colors_and_chance_for_one_color(
 
 def test_accuracy_by_hand():
     scores = torch.tensor([[9.0, 8, 7, 6, 5, 4], [1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 1]])
-    assert accuracy(scores, torch.tensor([0, 0, 5])) == {"top1": pytest.approx(200 / 3), "top5": pytest.approx(200 / 3)}
-    assert accuracy(scores, torch.tensor([4, 5, 0])) == {"top1": pytest.approx(100 / 3), "top5": pytest.approx(200 / 3)}
-    assert accuracy(scores * torch.nan, torch.tensor([0, 0, 0])) == {"top1": 0, "top5": 0}
+    ranks = label_ranks(scores, torch.tensor([0, 0, 5]))
+    assert ranks.tolist() == [1, 6, 1] and accuracy(ranks) == {"top1": 200 / 3, "top5": 200 / 3}
+    ranks = label_ranks(scores, torch.tensor([4, 5, 0]))
+    assert ranks.tolist() == [5, 1, 6] and accuracy(ranks) == {"top1": 100 / 3, "top5": 200 / 3}
+    assert label_ranks(scores * torch.nan, torch.tensor([0, 0, 0])).tolist() == [6, 6, 6]
 
 
 def test_accuracy_is_that_of_scikit_learn():
@@ -125,7 +146,7 @@ def test_accuracy_is_that_of_scikit_learn():
     scores, labels = torch.randn(500, 40, generator=g), torch.randint(0, 40, (500,), generator=g)
     for k in (1, 5):
         expected = metrics.top_k_accuracy_score(labels.numpy(), scores.numpy(), k=k, labels=range(40))
-        assert accuracy(scores, labels)[f"top{k}"] == pytest.approx(100 * expected)
+        assert accuracy(label_ranks(scores, labels))[f"top{k}"] == pytest.approx(100 * expected)
 
 
 @pytest.fixture
@@ -170,6 +191,43 @@ def test_a_second_call_reuses_the_features_and_a_change_does_not(setting, capsys
     assert len(extracted) == 9 and not list((run / "features").glob("*.tmp"))
 
 
+def test_images_that_cannot_be_read_are_told_also_when_the_features_are_kept(setting, capsys, caplog):
+    run, data = setting
+    (data / "train/red/3.png").write_bytes(b"")
+    words = ["knn", "--checkpoint", run, "--data", data, "--nb-knn", 36]
+    first = evaluate(capsys, *words)
+    assert "skipped unreadable image train/red/3.png: empty file" in caplog.text
+    caplog.clear()
+    assert evaluate(capsys, *words) == first and first["train"] == 35
+    assert "skipped unreadable image train/red/3.png: no kept features" in caplog.text
+    assert "1 of 36 training images could not be read" in caplog.text
+    assert "there are only 35 training images: larger k take all of them" in caplog.text
+
+
+def test_the_runs_images_are_the_default(setting, capsys, caplog):
+    run, data = setting
+    state = torch.load(run / "last.pt", weights_only=True)
+    torch.save(state | {"args": state["args"] | {"data": str(data)}}, run / "last.pt")
+    assert evaluate(capsys, "knn", "--checkpoint", run)["train"] == 36
+    assert f"images: {data} (--data takes others)" in caplog.text
+
+
+def test_bars_know_their_end(setting, capsys, monkeypatch, tmp_path):
+    run, data = setting
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+
+    def bars(*words):
+        assert main(["evaluate", *map(str, words), "--checkpoint", str(run), "--data", str(data)]) == 0
+        return set(re.findall(r"\r([a-z-]+): .*?\d+/(\d+) \[", capsys.readouterr().err))
+
+    assert bars("knn") == {("training", "36"), ("held-out", "15"), ("neighbors", "1")}
+    words = ["--epochs", 2, "--batch-size", 9]
+    assert bars("linear", *words) == {("training", "36"), ("held-out", "15"), ("linear", "2")}
+    assert bars("linear", "--reference", *words) == {("linear", "8")}
+    assert bars("finetune", *words, "--output-dir", tmp_path / "out") == {("finetune", "8"), ("held-out", "15")}
+    assert bars("attention", "--output-dir", tmp_path / "maps") == {("attention", "51")}
+
+
 def test_bfloat16_features_are_close_and_kept_apart(setting, capsys, tmp_path):
     run, data = setting
     words = ["knn", "--checkpoint", run, "--data", data, "--dump-features"]
@@ -205,6 +263,9 @@ def test_dumped_features_are_those_of_the_images_and_load(setting, capsys, tmp_p
         torch.testing.assert_close(value, backbone(image[None])[0].detach(), rtol=1e-3, atol=1e-4)
         assert val.classes[label] == path.partition("/")[0]
     assert evaluate(capsys, "knn", "--load-features", dump) == first
+    val.labels[0] = 3
+    val.save(dump / "val.safetensors")
+    assert "are not labelled features of one backbone" in error_of(capsys, "knn", "--load-features", dump)
     assert "no features at" in error_of(capsys, "knn", "--load-features", tmp_path)
     (dump / "val.safetensors").write_bytes(b"junk")
     assert "damaged or not a safetensors file" in error_of(capsys, "knn", "--load-features", dump)
@@ -217,13 +278,24 @@ def test_what_is_wrong_with_the_data_is_said(setting, capsys, tmp_path):
     flat.mkdir()
     for i in range(30):
         Image.new("RGB", (9, 9)).save(flat / f"{i}.png")
-    assert "has no class folders" in error_of(capsys, *words, flat)
+    assert "a folder for each of two classes or more, train/<class>/ and val/<class>/; " in (
+        error := error_of(capsys, *words, flat)
+    )
+    assert "0.png lies in none" in error
     assert "no such folder" in error_of(capsys, *words, tmp_path / "nowhere")
     few = colored_classes(tmp_path / "few", train=4, val=0) / "train"
     assert "no held-out image" in error_of(capsys, *words, few)
     assert "has train/ but no val/: expected both" in error_of(capsys, *words, few.parent)
     few.rename(few.with_name("val"))
     assert "has val/ but no train/: expected both" in error_of(capsys, *words, few.parent)
+    one = colored_classes(tmp_path / "one", classes=("red",))
+    assert "two classes or more, train/<class>/ and val/<class>/; there is only one" in error_of(capsys, *words, one)
+    odd = colored_classes(tmp_path / "odd")
+    (odd / "val/red").rename(odd / "val/rouge")
+    assert "has val/rouge/ but no image in train/rouge/ (1 such classes)" in error_of(capsys, *words, odd)
+    shutil.make_archive(str(tmp_path / "few"), "tar", few.parents[1], "few/val")
+    assert "few.tar has val/ but no train/: expected both" in error_of(capsys, *words, tmp_path / "few.tar")
+    assert "batch_size and image_size must be at least 1" in error_of(capsys, *words, data, "--image-size", 0)
     assert "pass either --checkpoint" in error_of(capsys, "knn")
     assert "nb_knn must be" in error_of(capsys, *words, data, "--nb-knn", 0)
     for path in (data / "val").rglob("*.png"):

@@ -51,9 +51,9 @@ class ImageFolder:
     Takes .jpg .jpeg .png .webp .bmp .tif .tiff (any case) at any depth, follows links, and passes over hidden
     files and `__MACOSX`. Single folders that wrap everything are descended into.
 
-    names: sorted POSIX paths below the (innermost) root. classes: sorted names of the first folder level if
-    every image lies in a folder and there are at least two folders, else []. labels: index into `classes` of
-    each image, or None without classes.
+    names: sorted POSIX paths below the (innermost) root. prefix: that root below `path`, empty or ending in a slash.
+    classes: sorted names of the first folder level if every image lies in a folder and there are at least two
+    folders, else []. labels: index into `classes` of each image, or None without classes.
     Reading is safe from several threads.
     Raises DataError if `path` is missing, none of the three, damaged, or has no image.
     """
@@ -113,7 +113,7 @@ class ImageFolder:
             yield [self.sample(epoch, int(index)) for index in order[start : start + own]]
 
     def _candidate(self, i: int) -> Candidate:
-        name = self._prefix + self.names[i]
+        name = self.prefix + self.names[i]
         return name, partial(self._read, name)
 
     def subset(self, indices: Sequence[int]) -> "ImageFolder":
@@ -128,11 +128,11 @@ class ImageFolder:
 
     def _view(self, prefix: str, names: list[str], classes: list[str]) -> "ImageFolder":
         view = copy.copy(self)
-        view._set(self._prefix + prefix, names, classes)
+        view._set(self.prefix + prefix, names, classes)
         return view
 
     def _set(self, prefix: str, names: list[str], classes: list[str]) -> None:
-        self._prefix, self.names, self.classes = prefix, names, classes
+        self.prefix, self.names, self.classes = prefix, names, classes
         number = {name: i for i, name in enumerate(classes)}
         self.labels = [number[name.partition("/")[0]] for name in names] if classes else None
 

@@ -1,12 +1,12 @@
 """Where the class token looks: pictures, video, overlap (`visualize_attention.py`, `video_generation.py`)."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ CELL = 128  # side of a sheet's cell, in pixels
 SHEET_ROWS = 16
 
 Loader = Callable[[], Image.Image]
+Item = TypeVar("Item")
 
 
 @torch.no_grad()
@@ -141,12 +142,18 @@ def load_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray
     return levels > 0, (levels != 255 if picture.mode == "P" else np.ones(levels.shape, bool))
 
 
+def _progress(items: Iterable[Item], unit: str) -> Iterable[Item]:
+    from tqdm import tqdm
+
+    return tqdm(items, "attention", disable=None, unit=unit, leave=False)
+
+
 @dataclass(kw_only=True)
 class Attention(Protocol):
     """Self-attention maps of the last block: PNGs, a video, or their overlap with masks."""
 
     data: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--image"])] = ()
-    """Images, folders or .zip files of them, or videos. Default: 8 held-out images of the run's data."""
+    """Images, folders, .zip or .tar files of them, or a video. Default: 8 held-out images of the run's data."""
     masks: Path | None = None
     """Folder of PNG masks with the images' names: prints the Jaccard similarity (paper, figure 4) and draws nothing.
     Images without a mask are left out."""
@@ -165,6 +172,10 @@ class Attention(Protocol):
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"fps must be above 0, got {self.fps}")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        if missing := next((path for path in self.data if not path.exists()), None):
+            raise ValueError(f"no such image, folder or video: {missing}")
 
     def run(self) -> None:
         self.check()
@@ -185,9 +196,7 @@ class Attention(Protocol):
 
     def _images(self, trained: Trained) -> Iterator[tuple[str, Image.Image]]:
         """(path, image) of each readable image asked for; the others are logged."""
-        from tqdm import tqdm
-
-        for name, load in tqdm(list(self._choose(trained)), "attention", disable=None, unit="image", leave=False):
+        for name, load in _progress(list(self._choose(trained)), "image"):
             try:
                 yield name, load()
             except UnreadableImage as error:
@@ -196,11 +205,11 @@ class Attention(Protocol):
     def _choose(self, trained: Trained) -> Iterator[tuple[str, Loader]]:
         """(path, function that loads it) of each image asked for."""
         for path in self.data:
-            if path.is_file() and path.suffix.lower() != ".zip":
-                yield path.name, partial(load_file, path)
-            else:
+            if path.is_dir() or path.suffix.lower() in (".zip", ".tar"):
                 images = ImageFolder(path)
                 yield from ((name, partial(images.load, i)) for i, name in enumerate(images.names))
+            else:
+                yield path.name, partial(load_file, path)
         if not self.data:
             images = split(trained.data or EMBEDDED_DATA)[1]
             for i in range(0, len(images), max(1, len(images) // 8))[:8]:
@@ -231,11 +240,13 @@ class Attention(Protocol):
             raise ValueError(f"pass one video at a time, got {len(self.data)} paths")
         fps = self.fps or 25.0
         folder = self._output / "frames"
+        if folder.resolve() in [path.resolve() for path in self.data]:
+            raise ValueError(f"the pictures would overwrite their frames in {folder}: choose another --output-dir")
         folder.mkdir(parents=True, exist_ok=True)
         paths: list[Path] = []
         images = ffmpeg.read(videos[0], fps) if videos else (image for _, image in self._images(trained))
         with closing(images):
-            for image in images:
+            for image in _progress(images, "frame") if videos else images:
                 paths.append(folder / f"{len(paths):06d}.png")
                 frame(look(image), image, self.threshold).save(paths[-1])
         if not paths:

@@ -115,24 +115,25 @@ def extract(
     count = 0
     was_training = backbone.training
     backbone.eval()
-    for pixels, batch_labels, batch_indices, unreadable in tqdm(
-        loader, title, disable=None if title else True, unit="batch", leave=False
-    ):
-        bad.add(unreadable)
-        if not len(pixels):
-            continue
-        batch = forward(pixels.to(device, non_blocking=True)).float().cpu()
-        if not count:
-            values = torch.empty(bad.n_images, batch.shape[1])
-        values[count : count + len(batch)] = batch
-        count += len(batch)
-        labels.append(batch_labels)
-        indices.append(batch_indices)
+    hidden = None if title else True
+    with tqdm(total=bad.n_images, desc=title, disable=hidden, unit="image", leave=False) as progress:
+        for pixels, batch_labels, batch_indices, unreadable in loader:
+            bad.add(unreadable)
+            progress.update(len(pixels) + len(unreadable))
+            if not len(pixels):
+                continue
+            batch = forward(pixels.to(device, non_blocking=True)).float().cpu()
+            if not count:
+                values = torch.empty(bad.n_images, batch.shape[1])
+            values[count : count + len(batch)] = batch
+            count += len(batch)
+            labels.append(batch_labels)
+            indices.append(batch_indices)
     backbone.train(was_training)
     return values[:count], torch.cat(labels), torch.cat(indices)
 
 
-FORMAT = 1  # of what is kept: raise it with a change of decoding, transforms or features
+FORMAT = 2  # of what is kept: raise it with a change of decoding, transforms or features
 
 
 def weights_digest(backbone: nn.Module) -> str:
@@ -155,6 +156,11 @@ class Cache:
         self.backbone, self.folder = backbone, folder
         self._weights = weights_digest(backbone)
 
+    def path(self, images: ImageFolder, *, kind: str, title: str) -> Path:
+        """Where to keep what follows from the weights, the images and `kind`; without a suffix."""
+        key = hashlib.sha256(json.dumps([FORMAT, self._weights, kind, images.classes, _identity(images)]).encode())
+        return self.folder / f"{title}-{key.hexdigest()[:24]}"
+
     def features(
         self,
         images: ImageFolder,
@@ -165,18 +171,22 @@ class Cache:
         kind: str,
         title: str,
     ) -> Features:
-        """Out of the cache, or by `extract` and then into it.
+        """Out of the cache, or by `extract` and then into it; `bad` learns of the unreadable images either way.
 
         Raises:
             ValueError: none of the images can be read.
         """
-        key = hashlib.sha256(json.dumps([FORMAT, self._weights, kind, images.classes, _identity(images)]).encode())
-        path = self.folder / f"{title}-{key.hexdigest()[:24]}.safetensors"
+        path = self.path(images, kind=kind, title=title).with_suffix(".safetensors")
         if path.exists():
             try:
-                return Features.load(path)
+                features = Features.load(path)
             except ValueError as error:
                 logger.warning("%s: extracting again", error)
+            else:
+                known = set(features.paths)
+                lost = [images.prefix + name for name in images.names if name not in known]
+                bad.add([(name, "no kept features, so it could not be read before") for name in lost])
+                return features
         values, labels, indices = extract(self.backbone, forward, loader, bad, title)
         if not len(values):
             raise ValueError(f"none of {len(images)} images in {images.path} could be read")
@@ -191,10 +201,10 @@ class Cache:
 def _identity(images: ImageFolder) -> list[Any]:
     """Changes with the images: their names, labels, and sizes and times of the files."""
     whole = images.path.stat()
-    facts: list[Any] = [images.names, images.labels, str(images.path.resolve())]
+    facts: list[Any] = [images.names, images.labels, str(images.path.resolve()), images.prefix]
     if images.path.is_file():
         return [*facts, whole.st_size, whole.st_mtime_ns]
-    return [*facts, [_stat(images.path / images._prefix / name) for name in images.names]]
+    return [*facts, [_stat(images.path / images.prefix / name) for name in images.names]]
 
 
 def _stat(path: Path) -> tuple[int, int] | None:

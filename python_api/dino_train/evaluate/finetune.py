@@ -4,6 +4,7 @@ The recipe is that of BEiT and MAE without mixing of images: AdamW, a learning r
 layer towards the input, label smoothing, drop path, random crops and flips.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from dino_train import checkpoint
 from dino_train.data import ImageFolder
-from dino_train.evaluate.features import extract
+from dino_train.evaluate.features import extract, weights_digest
 from dino_train.evaluate.images import training_loader
-from dino_train.evaluate.metrics import accuracy
-from dino_train.evaluate.protocol import Classification, labelled, log_skipped
+from dino_train.evaluate.metrics import accuracy, label_ranks
+from dino_train.evaluate.protocol import Classification, log_skipped
 from dino_train.loader import BadImages, eval_loader
 from dino_train.model import VisionTransformer
 from dino_train.watch import Metrics
@@ -83,7 +84,7 @@ class Finetune(Classification):
     output_dir: Path | None = None
     """Folder for last.pt and metrics.jsonl. Default: finetune/ beside the checkpoint."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue from last.pt in output_dir, after its last whole epoch."""
+    """Continue from last.pt in output_dir, if it is there, after its last whole epoch."""
     epochs: int = 100
     """Passes over the training images."""
     lr: float = 5e-4
@@ -101,17 +102,20 @@ class Finetune(Classification):
 
     def check(self) -> None:
         super().check()
-        if self.epochs < 1 or self.lr <= 0 or not 0 < self.layer_decay <= 1 or not 0 <= self.drop_path_rate < 1:
+        fine = self.epochs >= 1 and 0 < self.lr < math.inf and 0 < self.layer_decay <= 1 and self.weight_decay >= 0
+        if not (fine and 0 <= self.drop_path_rate < 1 and 0 <= self.label_smoothing <= 1):
             raise ValueError(
-                "expected epochs of at least 1, lr above 0, layer_decay in (0, 1] and drop_path_rate in [0, 1), got "
-                f"{self.epochs}, {self.lr}, {self.layer_decay} and {self.drop_path_rate}"
+                "expected epochs of at least 1, lr above 0, layer_decay in (0, 1], weight_decay of at least 0, "
+                "drop_path_rate in [0, 1) and label_smoothing in [0, 1], got "
+                f"{self.epochs}, {self.lr}, {self.layer_decay}, {self.weight_decay}, {self.drop_path_rate} and "
+                f"{self.label_smoothing}"
             )
 
     def run(self) -> None:
         self.check()
         trained = self.load()
-        train, val = self.split()
-        bad, bad_held_out = labelled(train, "training"), labelled(val, "held-out")
+        train, val = self.split(trained)
+        bad, bad_held_out = BadImages(len(train), 0), BadImages(len(val), 0)
         tuning = _Tuning(self, trained, train, val)
         values = tuning.train(bad, bad_held_out)
         log_skipped(bad, "training")
@@ -132,6 +136,7 @@ class _Tuning:
         self.folder = options.output_dir or options.folder / "finetune"
         self.path = self.folder / checkpoint.LAST
         backbone = trained.backbone
+        self.digest = weights_digest(backbone)
         if isinstance(backbone, VisionTransformer):
             backbone.drop_path_rate = options.drop_path_rate
         self.device = next(backbone.parameters()).device
@@ -140,7 +145,7 @@ class _Tuning:
         self.model = Classifier(backbone, dim, len(train.classes)).to(self.device)
         groups = parameter_groups(self.model, options.layer_decay, options.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr)
-        self.epoch = self._resume() if options.resume else 0
+        self.epoch = self._resume() if options.resume and self._has_checkpoint() else self._start_fresh()
 
     def train(self, bad: BadImages, bad_held_out: BadImages) -> dict[str, float]:
         """Train the epochs that are left; returns the last one's accuracy in percent."""
@@ -164,7 +169,9 @@ class _Tuning:
         try:
             if first == total:
                 values = self._evaluate(bad_held_out)
-            with tqdm(loader, "finetune", disable=None, unit="batch", leave=False) as batches:
+            with tqdm(
+                loader, "finetune", initial=first, total=total, disable=None, unit="batch", leave=False
+            ) as batches:
                 for step, (pixels, labels, _, unreadable) in enumerate(batches, first):
                     bad.add(unreadable)
                     if step % self.steps == 0:
@@ -180,6 +187,9 @@ class _Tuning:
                         self.epoch += 1
                         metrics.write(step + 1, epoch=self.epoch, loss=loss, **values)
                         self._save()
+        except KeyboardInterrupt:
+            logging.warning("stopped in epoch %d; --resume continues with it", self.epoch + 1)
+            raise
         finally:
             metrics.close()
         return values
@@ -198,10 +208,10 @@ class _Tuning:
 
     def _evaluate(self, bad: BadImages) -> dict[str, float]:
         loader = eval_loader(self.val, self.size, self.options.batch_size, self.options.num_workers)
-        scores, labels, _ = extract(self.model, self.model, loader, bad)
+        scores, labels, _ = extract(self.model, self.model, loader, bad, "held-out")
         if not len(scores):
             raise ValueError(f"none of {len(self.val)} held-out images in {self.val.path} could be read")
-        return accuracy(scores, labels)
+        return accuracy(label_ranks(scores, labels))
 
     @property
     def _fixed(self) -> dict[str, Any]:
@@ -209,7 +219,8 @@ class _Tuning:
         options = self.options
         names = ("epochs", "lr", "layer_decay", "weight_decay", "drop_path_rate", "label_smoothing", "seed")
         own = {name: getattr(options, name) for name in (*names, "batch_size")}
-        return own | {"images": len(self.train_images), "classes": self.train_images.classes, "size": self.size}
+        data = {"images": len(self.train_images), "classes": self.train_images.classes}
+        return own | data | {"image_size": self.size, "checkpoint": self.digest}
 
     def _save(self) -> None:
         state = {
@@ -219,6 +230,7 @@ class _Tuning:
                 "arch": self.trained.arch,
                 "patch_size": self.trained.patch_size,
                 "global_crops_size": self.trained.image_size,
+                "data": str(self.train_images.path),
             },
             "classes": self.train_images.classes,
             "optimizer": self.optimizer.state_dict(),
@@ -227,15 +239,25 @@ class _Tuning:
         }
         checkpoint.save(state, self.path, previous=self.folder / checkpoint.PREVIOUS)
 
+    def _has_checkpoint(self) -> bool:
+        return any((self.folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS))
+
+    def _start_fresh(self) -> int:
+        if self._has_checkpoint():
+            raise ValueError(
+                f"{self.folder} holds a run already: add --resume to continue it, or choose another --output-dir"
+            )
+        return 0
+
     def _resume(self) -> int:
         state, path = checkpoint.load_newest(self.folder)
         saved = state.get("finetune")
         if saved is None:
             raise ValueError(f"{path} is not from fine-tuning and cannot be resumed")
         for name, value in self._fixed.items():
-            if saved[name] != value:
+            if saved.get(name) != value:
                 raise ValueError(
-                    f"the run in {self.folder} has {name} {saved[name]}, not {value}: "
+                    f"the run in {self.folder} has {name} {saved.get(name)}, not {value}: "
                     "pass the same settings to resume, or another --output-dir"
                 )
         self.model.load_state_dict(state["teacher"])

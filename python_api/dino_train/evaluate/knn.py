@@ -1,7 +1,9 @@
 """Weighted k-NN classification (`eval_knn.py`), and retrieval of another view of an image."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,12 +13,13 @@ from torch import Tensor, nn
 from dino_kernels import CropKind
 from dino_train import parallel
 from dino_train.data import ImageFolder
-from dino_train.evaluate.features import Cache, Features, extract
-from dino_train.evaluate.metrics import accuracy
-from dino_train.evaluate.protocol import Frozen, labelled
+from dino_train.evaluate.features import Features, extract
+from dino_train.evaluate.metrics import accuracy, label_ranks
+from dino_train.evaluate.protocol import Frozen, require_labels
 from dino_train.loader import BadImages, CropLoader, eval_loader
 from dino_train.options import pick_device
 
+PARTS = ("train", "val")  # names of dumped features
 KNN_TEMPERATURE = 0.07  # eval_knn.py:218
 RETRIEVAL_IMAGES = 256  # enough to tell 1 % from 3 %, few enough for every epoch
 QUERY_BLOCK, TRAIN_BLOCK = 1024, 32768  # similarities computed at once: 128 MiB
@@ -43,7 +46,7 @@ def extract_features(
     return all_features, all_labels
 
 
-def nearest(train: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest(train: Tensor, queries: Tensor, k: int, title: str = "") -> tuple[Tensor, Tensor]:
     """The k most similar training features of each query: similarities [n, k], falling, and their rows [n, k].
 
     Blocks of the products are merged into a running top-k, so that [n, m] never exists; each block of `train` is
@@ -52,10 +55,14 @@ def nearest(train: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Args:
         train: [m, C] with m >= k, on any device.
         queries: [n, C].
+        title: names a progress bar, shown where errors go to a terminal; none where empty.
     """
+    from tqdm import tqdm
+
     best = torch.full((len(queries), k), -torch.inf, device=queries.device)
     rows = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
-    for start in range(0, len(train), TRAIN_BLOCK):
+    starts = range(0, len(train), TRAIN_BLOCK)
+    for start in tqdm(starts, title, disable=None if title else True, unit="block", leave=False):
         block = train[start : start + TRAIN_BLOCK].to(queries.device)
         for i in range(0, len(queries), QUERY_BLOCK):
             part = slice(i, i + QUERY_BLOCK)
@@ -80,27 +87,35 @@ def vote(similarity: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def knn_top(
-    train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor, *, ks: Iterable[int], classes: int
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    ks: Iterable[int],
+    classes: int,
+    title: str = "",
 ) -> dict[int, dict[str, float]]:
     """Top-1 and top-5 accuracy in percent for each k: {10: {"top1": 33.1, "top5": 78.0}, ...}.
+
+    Top-5 counts voted classes alone; the reference fills up with classes without a vote, in no particular order, and so
+    has more of it for small k.
 
     Args:
         train_features: [m, C], rows of norm 1. train_labels: [m] int64, 0 to classes - 1.
         features: [n, C], rows of norm 1. labels: [n] int64.
         ks: numbers of neighbors, cut to m where there are fewer.
+        title: of a progress bar, as of `nearest`.
     """
     ks = list(ks)
-    similarity, rows = nearest(train_features, features, min(max(ks), len(train_features)))
+    similarity, rows = nearest(train_features, features, min(max(ks), len(train_features)), title)
     neighbors = train_labels.to(features.device)[rows]
     labels = labels.to(features.device)
     blocks = [slice(i, i + QUERY_BLOCK) for i in range(0, len(features), QUERY_BLOCK)]
     result = {}
     for k in ks:
-        counted = [
-            (len(labels[b]), accuracy(vote(similarity[b, :k], neighbors[b, :k], classes), labels[b])) for b in blocks
-        ]
-        total = {name: sum(n * values[name] for n, values in counted) / len(features) for name in ("top1", "top5")}
-        result[k] = total
+        ranks = [label_ranks(vote(similarity[b, :k], neighbors[b, :k], classes), labels[b]) for b in blocks]
+        result[k] = accuracy(torch.cat(ranks))
     return result
 
 
@@ -119,8 +134,8 @@ def knn_accuracy(
     Raises:
         ValueError: the images lie in no class folders, or none can be read.
     """
-    checked = labelled(train, "training"), labelled(test, "held-out")
-    train_bad, test_bad = bad or checked
+    require_labels({"training": train, "held-out": test})
+    train_bad, test_bad = bad or (BadImages(len(train), 0), BadImages(len(test), 0))
     train_features, train_labels = extract_features(backbone, train, train_bad, size, num_workers=num_workers)
     test_features, test_labels = extract_features(backbone, test, test_bad, size, num_workers=num_workers)
     values = knn_top(train_features, train_labels, test_features, test_labels, ks=ks, classes=len(train.classes))
@@ -149,16 +164,12 @@ class Knn(Frozen):
 
     def run(self) -> None:
         self.check()
-        parts = ("train", "val")
-        if self.load_features:
-            train, val = (Features.load(self.load_features / f"{part}.safetensors") for part in parts)
-            if train.values.shape[1] != val.values.shape[1] or train.classes != val.classes or not train.classes:
-                raise ValueError(f"train and val in {self.load_features} are not labelled features of one backbone")
-        else:
-            train, val = self._extract()
+        train, val = self._load_features(self.load_features) if self.load_features else self._extract()
         if self.dump_features:
-            for part, features in zip(parts, (train, val), strict=True):
+            for part, features in zip(PARTS, (train, val), strict=True):
                 features.save(self.dump_features / f"{part}.safetensors")
+        if max(self.nb_knn) > len(train.paths):
+            logging.warning("there are only %d training images: larger k take all of them", len(train.paths))
         device = pick_device(self.device)
         values = knn_top(
             F.normalize(train.values, dim=1),
@@ -167,6 +178,7 @@ class Knn(Frozen):
             val.labels,
             ks=self.nb_knn,
             classes=len(train.classes),
+            title="neighbors",
         )
         named = {f"knn{k}": value for k, value in values.items()}
         self.report(
@@ -174,15 +186,20 @@ class Knn(Frozen):
             "\n".join(f"{k}: top-1 {v['top1']:.2f} %  top-5 {v['top5']:.2f} %" for k, v in named.items()),
         )
 
+    def _load_features(self, folder: Path) -> tuple[Features, Features]:
+        train, val = (Features.load(folder / f"{part}.safetensors") for part in PARTS)
+        labels = torch.cat((train.labels, val.labels))
+        known = len(labels) > 0 and 0 <= labels.min() <= labels.max() < len(train.classes)
+        if train.values.shape[1:] != val.values.shape[1:] or train.classes != val.classes or not known:
+            raise ValueError(f"train and val in {folder} are not labelled features of one backbone")
+        return train, val
+
     def _extract(self) -> tuple[Features, Features]:
         trained = self.load()
         size = self.image_size or trained.image_size
-        cache = Cache(trained.backbone, self.folder / "features")
-        train, val = self.split()
-        return (
-            self.extract(cache, train, trained.backbone, "output", size, "training"),
-            self.extract(cache, val, trained.backbone, "output", size, "held-out"),
-        )
+        train, val = self.split(trained)
+        extract = partial(self.extract, self.cache(trained), forward=trained.backbone, name="output", size=size)
+        return extract(train, what="training"), extract(val, what="held-out")
 
 
 def recall_at_1(queries: Tensor, candidates: Tensor) -> float:

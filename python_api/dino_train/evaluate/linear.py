@@ -1,9 +1,11 @@
 """Linear classification of frozen features (`eval_linear.py`), many learning rates at once (as DINOv2 does)."""
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -11,28 +13,33 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
+from dino_train import checkpoint
 from dino_train.config import Switch
 from dino_train.data import ImageFolder
-from dino_train.evaluate.features import Cache, Features
+from dino_train.evaluate.features import Features
 from dino_train.evaluate.images import training_loader
-from dino_train.evaluate.metrics import accuracy
-from dino_train.evaluate.protocol import Frozen, labelled
-from dino_train.loader import BadImages
+from dino_train.evaluate.metrics import accuracy, label_ranks
+from dino_train.evaluate.protocol import Frozen, log_skipped, require_labels
+from dino_train.loader import BadImages, require_batch
 from dino_train.model import VisionTransformer
+from dino_train.resnet import ResNet
+from dino_train.weights import Trained, load_linear
 
 # For a batch of 256. DINOv2's grid, and what a few thousand images need beyond it.
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 REFERENCE_RATE = 0.001  # eval_linear.py:262
 MOMENTUM = 0.9
+TEXT = "top-1 {top1:.2f} %  top-5 {top5:.2f} %"
 
 
 @torch.no_grad()
 def block_features(backbone: nn.Module, blocks: int, avgpool: bool, pixels: Tensor) -> Tensor:
-    """Class tokens of a ViT's last blocks side by side, then the mean patch token (eval_linear.py:171-177).
+    """Class tokens of a ViT's last blocks side by side, the last with the mean patch token (eval_linear.py:171-177).
 
     Args:
         blocks: how many of them; those that the ViT has, where it has fewer. A ResNet's features are taken as they are.
-        avgpool: whether the mean of the last block's patch tokens is added.
+        avgpool: whether the mean of the last block's patch tokens is added, its channels between those of the last
+            class token as in the reference, whose published classifiers count on it.
         pixels: [B, 3, h, w].
 
     Returns:
@@ -43,8 +50,14 @@ def block_features(backbone: nn.Module, blocks: int, avgpool: bool, pixels: Tens
     maps = backbone.features(pixels, min(blocks, len(backbone.blocks)))
     parts = [tokens[:, 0] for tokens in maps]
     if avgpool:
-        parts.append(maps[-1][:, 1:].mean(dim=1))
+        parts[-1] = torch.stack((parts[-1], maps[-1][:, 1:].mean(dim=1)), dim=2).flatten(1)
     return torch.cat(parts, dim=1)
+
+
+def n_features(backbone: VisionTransformer | ResNet, blocks: int, avgpool: bool) -> int:
+    """Length of `block_features`."""
+    parts = min(blocks, len(backbone.blocks)) + avgpool if isinstance(backbone, VisionTransformer) else 1
+    return parts * backbone.embed_dim
 
 
 class Probes:
@@ -84,10 +97,26 @@ class Probes:
 
     @torch.no_grad()
     def accuracies(self, features: Tensor, labels: Tensor) -> list[dict[str, float]]:
-        """Top-1 and top-5 of each, in percent; `features` may lie on another device."""
+        """Top-1 and top-5 of each, in percent; `features` and `labels` may lie on another device."""
         device = self.rates.device
-        blocks = [self.scores(block.to(device)).cpu() for block in features.split(1024)]
-        return [accuracy(torch.cat([block[:, g] for block in blocks]), labels) for g in range(len(self.rates))]
+        ranks = []
+        for x, y in zip(features.split(1024), labels.split(1024), strict=True):
+            scores = self.scores(x.to(device)).unbind(1)
+            ranks.append(torch.stack([label_ranks(each, y.to(device)) for each in scores]))
+        return [accuracy(row) for row in torch.cat(ranks, dim=1)]
+
+    def state(self) -> dict[str, Any]:
+        """What `load_state` needs to go on."""
+        return {"weight": self.weight.detach(), "bias": self.bias.detach(), "velocity": self.velocity}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for own, saved in zip(self._tensors, (state["weight"], state["bias"], *state["velocity"]), strict=True):
+            own.copy_(saved)
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [self.weight, self.bias, *self.velocity]
 
 
 def cosine(epoch: int, epochs: int) -> float:
@@ -104,7 +133,11 @@ class Linear(Frozen):
     """
 
     reference: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """The reference's protocol: one learning rate, 0.001, and new random crops and flips in each epoch."""
+    """The reference's protocol: one learning rate, 0.001, and new random crops and flips in each epoch. After an
+    interruption the same command goes on from the last whole epoch."""
+    linear_weights: Path | None = None
+    """A linear classifier that the reference published: nothing is trained, it is evaluated on val/ (or, without one,
+    on all images), whose class folders must be, sorted, the classes it was trained on."""
     lrs: tuple[float, ...] | None = None
     """Learning rates for a batch of 256, scaled with the batch. Default: 16 from 1e-5 to 1."""
     epochs: int = 100
@@ -119,7 +152,7 @@ class Linear(Frozen):
     def check(self) -> None:
         super().check()
         self.lrs = self.lrs or ((REFERENCE_RATE,) if self.reference else RATES)
-        if min(self.lrs) <= 0 or self.epochs < 1 or (self.n_last_blocks or 1) < 1:
+        if not all(0 < rate < math.inf for rate in self.lrs) or self.epochs < 1 or (self.n_last_blocks or 1) < 1:
             raise ValueError(
                 "lrs must be above 0, epochs and n_last_blocks at least 1, "
                 f"got {self.lrs}, {self.epochs} and {self.n_last_blocks}"
@@ -127,32 +160,31 @@ class Linear(Frozen):
 
     def run(self) -> None:
         self.check()
-        from tqdm import tqdm
-
-        assert self.lrs is not None
         trained = self.load()
         large = trained.arch == "vit_base"
         blocks = self.n_last_blocks or (1 if large else 4)
         avgpool = large if self.avgpool_patchtokens is None else self.avgpool_patchtokens
-        size = self.image_size or trained.image_size
         forward = partial(block_features, trained.backbone, blocks, avgpool)
-        extract = partial(self.extract, Cache(trained.backbone, self.folder / "features"), forward=forward, size=size)
-        kind = f"{blocks} blocks, average {avgpool}"
-        train, val = self.split()
-        bad = labelled(train, "training")
-        held_out = extract(val, kind=kind, what="held-out")
+        name, size = f"{blocks} blocks, average {avgpool}", self.image_size or trained.image_size
+        cache = self.cache(trained)
+        extract = partial(self.extract, cache, forward=forward, name=name, size=size)
+        dim = n_features(trained.backbone, blocks, avgpool)
+        if self.linear_weights:
+            self._evaluate(self.linear_weights, trained, dim, extract)
+            return
+        train, val = self.split(trained)
+        held_out = extract(val, what="held-out")
         device = next(trained.backbone.parameters()).device
-        if self.reference:
-            batches = self._augmented(train, bad, forward, size, device)
-        else:
-            batches = self._shuffled(extract(train, kind=kind, what="training"))
+        assert self.lrs is not None
         rates = [rate * self.batch_size / 256 for rate in self.lrs]
-        probes = Probes(held_out.values.shape[1], len(train.classes), rates, self.seed, device)
-        with tqdm(total=self.epochs, desc="linear", disable=None, unit="epoch", leave=False) as progress:
-            for epoch, x, labels in batches:
-                progress.update(epoch - progress.n)
-                probes.step(x.to(device), labels.to(device), cosine(epoch, self.epochs))
-        self._report(probes.accuracies(held_out.values, held_out.labels), len(train), len(held_out.paths))
+        probes = Probes(dim, len(train.classes), rates, self.seed, device)
+        if self.reference:
+            settings = f"{self.lrs} {self.epochs} {self.batch_size} {self.seed}"
+            path = cache.path(train, kind=f"{self.kind(name, size)}, random crops, {settings}", title="linear")
+            count = self._train_on_crops(train, probes, forward, size, path.with_suffix(".pt"))
+        else:
+            count = self._train_on_features(extract(train, what="training"), probes)
+        self._report(probes.accuracies(held_out.values, held_out.labels), count, len(held_out.paths))
 
     def _report(self, accuracies: list[dict[str, float]], train: int, val: int) -> None:
         assert self.lrs is not None
@@ -160,30 +192,88 @@ class Linear(Frozen):
             {"lr": rate, **values} for rate, values in zip(self.lrs, accuracies, strict=True)
         ]
         best = max(found, key=lambda values: values["top1"])
-        text = "lr {lr:g}: top-1 {top1:.2f} %  top-5 {top5:.2f} %"
+        text = "lr {lr:g}: " + TEXT
         lines = [text.format_map(values) for values in found]
         self.report(
             {"protocol": "linear", "train": train, "val": val, "best": best, "rates": found},
             "\n".join([*lines, f"best: {text.format_map(best)}"] if len(lines) > 1 else lines),
         )
 
-    def _shuffled(self, features: Features) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(epoch, features, labels) of each batch, in an order that follows from the seed."""
-        generator = torch.Generator().manual_seed(self.seed)
-        for epoch in range(self.epochs):
-            for rows in torch.randperm(len(features.labels), generator=generator).split(self.batch_size):
-                yield epoch, features.values[rows], features.labels[rows]
+    def _train_on_features(self, features: Features, probes: Probes) -> int:
+        """In an order that follows from the seed; returns the number of images."""
+        from tqdm import tqdm
 
-    def _augmented(
-        self, images: ImageFolder, bad: BadImages, forward: Callable[[Tensor], Tensor], size: int, device: torch.device
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(epoch, features, labels) of each batch of random crops; an epoch's last images that fill none are left."""
+        device = probes.rates.device
+        generator = torch.Generator().manual_seed(self.seed)
+        for epoch in tqdm(range(self.epochs), "linear", disable=None, unit="epoch", leave=False):
+            for rows in torch.randperm(len(features.labels), generator=generator).split(self.batch_size):
+                x, labels = features.values[rows].to(device), features.labels[rows].to(device)
+                probes.step(x, labels, cosine(epoch, self.epochs))
+        return len(features.paths)
+
+    def _train_on_crops(
+        self, images: ImageFolder, probes: Probes, forward: Callable[[Tensor], Tensor], size: int, path: Path
+    ) -> int:
+        """On random crops, each epoch kept at `path`; an epoch's last images that fill no batch are left."""
+        from tqdm import tqdm
+
+        device = probes.rates.device
+        bad = BadImages(len(images), 0)
+        require_batch(len(images), self.batch_size)
         steps = len(images) // self.batch_size
-        total = self.epochs * steps
+        first, total = self._resume(path, probes) * steps, self.epochs * steps
         loader = training_loader(
-            images, size, self.batch_size, self.num_workers, seed=self.seed, start_step=0, total_steps=total
+            images, size, self.batch_size, self.num_workers, seed=self.seed, start_step=first, total_steps=total
         )
-        for step, (pixels, labels, _, unreadable) in enumerate(loader):
+        batches = tqdm(loader, "linear", initial=first, total=total, disable=None, unit="batch", leave=False)
+        for step, (pixels, labels, _, unreadable) in enumerate(batches, first):
             bad.add(unreadable)
+            epoch, place = divmod(step, steps)
             if len(pixels):
-                yield step // steps, forward(pixels.to(device, non_blocking=True)), labels
+                x = forward(pixels.to(device, non_blocking=True))
+                probes.step(x, labels.to(device), cosine(epoch, self.epochs))
+            if place == steps - 1:
+                self._keep(path, probes, epoch + 1)
+        log_skipped(bad, "training")
+        return len(images) - bad.count
+
+    def _keep(self, path: Path, probes: Probes, epochs: int) -> None:
+        try:
+            checkpoint.save({"epochs": epochs, **probes.state()}, path)
+        except checkpoint.CheckpointError as error:
+            logging.warning("%s; an interruption would lose %d epochs", error, epochs)
+
+    def _resume(self, path: Path, probes: Probes) -> int:
+        """Epochs that were trained before an interruption."""
+        if not path.exists():
+            return 0
+        try:
+            state = checkpoint.load(path)
+        except checkpoint.CheckpointError as error:
+            logging.warning("%s; starting anew", error)
+            return 0
+        probes.load_state(state)
+        logging.warning("going on after %d of %d epochs, kept in %s", state["epochs"], self.epochs, path)
+        return state["epochs"]
+
+    def _evaluate(self, path: Path, trained: Trained, dim: int, extract: Callable[..., Features]) -> None:
+        """A published classifier on the held-out images."""
+        linear = load_linear(path)
+        images = ImageFolder(self.images(trained))
+        if any(name.startswith("val/") for name in images.names):
+            images = images.below("val")
+        require_labels({"held-out": images})
+        if (linear.in_features, linear.out_features) != (dim, len(images.classes)):
+            raise ValueError(
+                f"{path} tells {linear.out_features} classes apart by {linear.in_features} features, but "
+                f"{images.path} has {len(images.classes)} class folders and {trained.arch} gives {dim} features: "
+                "expected the classes, backbone, --n-last-blocks and --avgpool-patchtokens that it was trained with"
+            )
+        held_out = extract(images, what="held-out")
+        with torch.no_grad():
+            blocks = zip(held_out.values.split(1024), held_out.labels.split(1024), strict=True)
+            values = accuracy(torch.cat([label_ranks(linear(x), labels) for x, labels in blocks]))
+        self.report(
+            {"protocol": "linear", "val": len(held_out.paths), "linear_weights": str(path), **values},
+            TEXT.format_map(values),
+        )

@@ -6,17 +6,21 @@ import numpy as np
 from torch import Tensor
 
 
-def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Percent of rows whose label has the highest score ("top1") or one of the five highest ("top5").
+def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """Place of each row's label among the classes by falling score, from 1: int64 [n].
 
-    A label that shares its score with others is ranked after them: a class without a vote is not predicted.
+    A label that shares its score with others is ranked after them: a class without a vote is not predicted. NaN is
+    last.
 
     Args:
-        scores: [n, classes]; with up to five classes top-5 is 100.
-        labels: [n] int64, 0 to classes - 1.
+        scores: [n, classes]. labels: [n] int64, 0 to classes - 1.
     """
-    rank = scores.shape[1] - (scores < scores.gather(1, labels[:, None])).sum(dim=1)  # from 1; NaN is last
-    return {f"top{k}": 100 * (rank <= k).double().mean().item() for k in (1, 5)}
+    return scores.shape[1] - (scores < scores.gather(1, labels[:, None])).sum(dim=1)
+
+
+def accuracy(ranks: Tensor) -> dict[str, float]:
+    """Percent of `label_ranks` that are 1 ("top1") or at most 5 ("top5", which is 100 with up to five classes)."""
+    return {f"top{k}": 100 * int((ranks <= k).sum()) / len(ranks) for k in (1, 5)}
 
 
 def average_precision(ranks: Sequence[int] | np.ndarray, positives: int) -> float:

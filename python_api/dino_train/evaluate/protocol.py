@@ -65,9 +65,9 @@ class Extraction(Protocol):
 class Classification(Extraction):
     """Options of the protocols that classify images."""
 
-    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])] = EMBEDDED_DATA
+    data: Annotated[Path | None, tyro.conf.arg(aliases=["--data-path"])] = None
     """Folder, .zip or .tar with train/<class>/ and val/<class>/, or <class>/ (then a few images are held out).
-    Default: the embedded CIFAR-10 images."""
+    Default: the run's images; the embedded CIFAR-10 images for published weights."""
     image_size: int | None = None
     """Side of the network's input in pixels. Default: the training size."""
     batch_size: int = 128
@@ -75,30 +75,41 @@ class Classification(Extraction):
 
     def check(self) -> None:
         super().check()
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.batch_size < 1 or (self.image_size is not None and self.image_size < 1):
+            raise ValueError(
+                f"batch_size and image_size must be at least 1, got {self.batch_size} and {self.image_size}"
+            )
 
-    def split(self) -> tuple[ImageFolder, ImageFolder]:
-        """Training and held-out images, as `data.split`; ValueError where a folder has one of train/ and val/ only."""
-        found = [part for part in ("train", "val") if (self.data / part).is_dir()]
-        if len(found) == 1:
-            other = "val" if found == ["train"] else "train"
-            raise ValueError(f"{self.data} has {found[0]}/ but no {other}/: expected both, or class folders alone")
-        return split(self.data)
+    def images(self, trained: Trained) -> Path:
+        """Where the images are; logged where the user did not say it."""
+        path = self.data or trained.data or EMBEDDED_DATA
+        if not self.data:
+            logging.warning("images: %s (--data takes others)", path)
+        return path
 
-    def extract(
-        self, cache: Cache, images: ImageFolder, forward: Callable[[Tensor], Tensor], kind: str, size: int, what: str
-    ) -> Features:
-        """Features of the central crops of labelled images, from the cache where they are; `kind` names `forward`.
+    def split(self, trained: Trained) -> tuple[ImageFolder, ImageFolder]:
+        """Training and held-out images, as `data.split`, with labels.
 
         Raises:
-            ValueError: there are no images, no labels, or none can be read.
+            ValueError: only one of train/ and val/ is there, val/ has other classes, or as `require_labels`.
         """
-        bad = labelled(images, what)
-        loader = eval_loader(images, size, self.batch_size, self.num_workers)
-        features = cache.features(images, loader, forward, bad, kind=f"{kind}, center {size}", title=what)
-        log_skipped(bad, what)
-        return features
+        path = self.images(trained)
+        train, val = split(path)
+        parts = {Path(part.prefix).name for part in (train, val)} | set(train.classes)
+        if len(found := parts & {"train", "val"}) == 1:
+            missing = {"train", "val"} - found
+            raise ValueError(
+                f"{path} has {found.pop()}/ but no {missing.pop()}/: expected both, or class folders alone"
+            )
+        require_labels({"training": train, "held-out": val})
+        assert train.labels is not None and val.labels is not None
+        unknown = [train.classes[i] for i in sorted(set(val.labels) - set(train.labels))]
+        if unknown and Path(val.prefix).name == "val":
+            raise ValueError(
+                f"{path} has val/{unknown[0]}/ but no image in train/{unknown[0]}/ ({len(unknown)} such classes): "
+                "expected the classes of val/ in train/ too"
+            )
+        return train, val
 
 
 @dataclass(kw_only=True)
@@ -117,28 +128,45 @@ class Frozen(Classification):
             hold_copies(trained.backbone, torch.bfloat16)
         return trained
 
+    def cache(self, trained: Trained) -> Cache:
+        """The run's features."""
+        return Cache(trained.backbone, self.folder / "features")
+
+    def kind(self, name: str, size: int) -> str:
+        """Tells apart how features are made: `name` says of which outputs."""
+        return f"{name}, center {size}" + (", bfloat16" if self.precision == "bfloat16" else "")
+
     def extract(
-        self, cache: Cache, images: ImageFolder, forward: Callable[[Tensor], Tensor], kind: str, size: int, what: str
+        self, cache: Cache, images: ImageFolder, forward: Callable[[Tensor], Tensor], name: str, size: int, what: str
     ) -> Features:
-        if self.precision == "bfloat16":
-            kind = f"{kind}, bfloat16"
-        return super().extract(cache, images, forward, kind, size, what)
+        """Features of the central crops of images, from the cache where they are; `name` is that of `forward`.
+
+        Raises:
+            ValueError: none can be read.
+        """
+        bad = BadImages(len(images), 0)
+        loader = eval_loader(images, size, self.batch_size, self.num_workers)
+        features = cache.features(images, loader, forward, bad, kind=self.kind(name, size), title=what)
+        log_skipped(bad, what)
+        return features
 
 
-def labelled(images: ImageFolder, what: str) -> BadImages:
-    """Check that images can be classified; returns where to count the unreadable ones.
+def require_labels(parts: dict[str, ImageFolder]) -> None:
+    """Check that the parts of a data set, named in the messages, can be classified.
 
     Raises:
-        ValueError: there are none, or they lie in no class folders; `what` names them in it.
+        ValueError: a part is empty, or the images do not lie in folders of two classes or more.
     """
-    if not len(images):
-        raise ValueError(f"there is no {what} image in {images.path}: expected train/<class>/ and val/<class>/ in it")
-    if images.labels is None:
+    for what, images in parts.items():
+        if not len(images):
+            raise ValueError(f"there is no {what} image in {images.path}: expected train/<class>/ and val/<class>/")
+    if any(images.labels is None for images in parts.values()):
+        strays = (images.prefix + name for images in parts.values() for name in images.names if "/" not in name)
+        stray = next(strays, None)
         raise ValueError(
-            f"{images.path} has no class folders and this needs labels: put each class's images in a folder of its "
-            "own, train/<class>/ and val/<class>/"
+            f"{images.path} has no labels: expected a folder for each of two classes or more, train/<class>/ and "
+            f"val/<class>/; " + (f"{stray} lies in none" if stray else "there is only one")
         )
-    return BadImages(len(images), 0)
 
 
 def log_skipped(bad: BadImages, what: str) -> None:

@@ -243,7 +243,8 @@ def settings(config: Row) -> str:
     defaults = default_settings()
     marked = ((name, value, "" if value == defaults.get(name) else ' class="set"') for name, value in config.items())
     return "".join(
-        f"<tr><td>{escape(name)}</td><td{mark}>{escape(str(value))}</td></tr>" for name, value, mark in marked
+        f"<tr><td>{escape(name).replace('_', '_<wbr>')}</td><td{mark}>{escape(str(value))}</td></tr>"
+        for name, value, mark in marked
     )
 
 
@@ -316,7 +317,7 @@ class Report(Protocol):
         attention, neighbors, gallery = pictures(self, config)
         averaged = math.ceil(len(logged) / POINTS)
         page = Template(Path(__file__).with_suffix(".html").read_text("utf-8")).substitute(
-            title=escape(str(folder)),
+            title=escape(str(folder if folder.name else folder.resolve())),
             about=escape(
                 f"{config['arch']}, K = {config['out_dim']}, {config['batch_size_per_gpu']} images a step and process, "
                 f"2 + {config['local_crops_number']} crops, {config['precision']}; data {config['data']}"
