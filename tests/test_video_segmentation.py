@@ -293,6 +293,16 @@ def test_a_second_run_does_what_is_left(davis, backbone, tmp_path, monkeypatch):
         evaluate_videos(other, davis, out, OPTIONS)
 
 
+@pytest.mark.parametrize("folder", ["JPEGImages", "Annotations"])
+def test_a_folder_of_something_else_is_left_alone(backbone, tmp_path, folder):
+    """Neither are frames written over, nor annotations taken for results."""
+    root = make_davis(tmp_path, videos=("one",), frames=4)
+    before = sorted(root.rglob("*"))
+    with pytest.raises(ValueError, match="480p holds files but no segmentations of ours: choose another --output-dir"):
+        evaluate_videos(backbone, root, root / folder / "480p", OPTIONS)
+    assert sorted(root.rglob("*")) == before
+
+
 @pytest.mark.gpu
 def test_a_gpu_finds_the_same(davis, backbone, tmp_path):
     expected = evaluate_videos(backbone, davis, tmp_path / "cpu", OPTIONS)
@@ -331,7 +341,11 @@ def test_a_video_that_fails_leaves_nothing_behind(backbone, tmp_path):
         ),
         (
             lambda root: (root / "Annotations/480p/one/00003.png").unlink(),
-            "00003.png: expected an annotation for each of the 4",
+            "no .*Annotations/480p/one/00003.png: expected an annotation for each frame of one, got 4 frames and 3",
+        ),
+        (
+            lambda root: (root / "JPEGImages/480p/one/00003.jpg").unlink(),
+            "no .*JPEGImages/480p/one/00003.jpg: expected an annotation for each frame of one, got 3 frames and 4",
         ),
         (
             lambda root: save_labels(np.ones((90, 120)), root / "Annotations/480p/one/00000.png"),
@@ -349,7 +363,15 @@ def test_a_video_that_fails_leaves_nothing_behind(backbone, tmp_path):
         (lambda root: (root / "JPEGImages/480p/one/00001.jpg").write_bytes(b"x"), "00001.jpg: not an image"),
         (
             lambda root: save_labels(np.zeros(SIZE[::-1]), root / "Annotations/480p/one/00000.png"),
-            "00000.png has no object: expected labels above 0",
+            "00000.png has 0 labels, the largest 0: expected 1 to the number of objects",
+        ),
+        (
+            lambda root: save_labels(255 * np.eye(*SIZE[::-1]), root / "Annotations/480p/one/00000.png"),
+            r"00000.png has 0 labels, .* \(year 2016 takes black and white masks\)",
+        ),
+        (
+            lambda root: save_labels(3 * np.eye(*SIZE[::-1]), root / "Annotations/480p/one/00000.png"),
+            "00000.png has 1 labels, the largest 3: expected 1 to the number of objects",
         ),
     ],
 )
