@@ -20,8 +20,8 @@ _numpy_scalar = np.float64(0).__reduce__()[0]
 
 logger = logging.getLogger(__name__)
 
-# Harmless types in the reference's checkpoints: its arguments, in which its launcher for SLURM sets a path, and learning
-# rates as numpy scalars.
+# Harmless types in the reference's checkpoints: its arguments, in which its launcher for SLURM sets a path, and numpy
+# scalars as learning rates.
 _REFERENCE_TYPES: list[Any] = [argparse.Namespace, np.dtype, np.dtypes.Float64DType]
 # What numpy 1 and 2, and Python 3.13 and others, name differently; a file has the name of its writer's.
 _REFERENCE_TYPES += [(_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
