@@ -42,6 +42,13 @@ def test_jaccard_by_hand():
     assert region_similarity(truth, guess).tolist() == [4 / 12, 1, 1, 0, 0]
 
 
+def test_jaccard_is_scikit_learns():
+    metrics = pytest.importorskip("sklearn.metrics")
+    truth, guess = torch.rand(2, 4, 13, 17, generator=torch.Generator().manual_seed(0)) < 0.3
+    expected = [metrics.jaccard_score(a.flatten(), b.flatten()) for a, b in zip(truth, guess, strict=True)]
+    assert region_similarity(truth, guess).tolist() == pytest.approx(expected)
+
+
 SQUARE = (20, 40, 20, 40)  # its boundary: a ring of 21 x 21 pixels from (19, 19), 80 of them. Tolerance: 2 pixels
 
 
@@ -312,6 +319,9 @@ def test_a_gpu_finds_the_same(davis, backbone, tmp_path):
 
 def test_2016_has_one_object(backbone, tmp_path):
     root = make_davis(tmp_path / "davis", videos=("one",), frames=4, year=2016)
+    for name, mode in (("00000", "RGB"), ("00001", "RGBA")):  # as some of its files are
+        path = root / f"Annotations/480p/one/{name}.png"
+        Image.open(path).convert(mode).save(path)
     result = evaluate_videos(backbone, root, tmp_path / "out", Propagation(year=2016, image_size=96))
     assert len(result["videos"]["one"]["J"]) == 1 and result["J"] > 90
 
