@@ -332,6 +332,8 @@ def test_a_video_that_fails_leaves_nothing_behind(backbone, tmp_path):
     with pytest.raises(ValueError, match=r"00002.jpg has 64 x 64 pixels, the first frame 128 x 96"):
         evaluate_videos(backbone, root, tmp_path / "out", OPTIONS)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
+    with pytest.raises(ValueError, match="00002.jpg has 64 x 64"):  # other options may have the folder
+        evaluate_videos(backbone, root, tmp_path / "out", Propagation(image_size=96, topk=4))
 
 
 @pytest.mark.parametrize(

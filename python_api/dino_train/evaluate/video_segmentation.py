@@ -230,18 +230,17 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
     text = json.dumps(settings, indent=2) + "\n"
-    if path.exists():
+    if any(other != path for other in folder.iterdir()):
+        if not path.exists():
+            raise ValueError(f"{folder} holds files but no segmentations of ours: choose another --output-dir")
         if path.read_text() != text:
             raise ValueError(
                 f"{folder} holds segmentations of other weights, data or options: choose another --output-dir or "
                 "delete it"
             )
-    elif any(folder.iterdir()):
-        raise ValueError(f"{folder} holds files but no segmentations of ours: choose another --output-dir")
-    else:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 @dataclass(kw_only=True)
