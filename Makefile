@@ -18,6 +18,8 @@ $(V)/.built: $(V)/.torch setup.py pyproject.toml $(wildcard csrc/*)
 
 $(V)/.dev: $(V)/.built
 	$(V)/pip install --quiet --no-build-isolation --editable ".[train,dev]"
+	# With the torchvision of this torch: left to itself it brings another torch. Where there is none, its tests are skipped.
+	-$(V)/pip install --quiet timm "torch==$$($(V)/python -c 'from importlib.metadata import version; print(version("torch"))')"
 	touch $@
 
 build: $(V)/.built

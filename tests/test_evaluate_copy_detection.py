@@ -108,6 +108,16 @@ def test_whitening_makes_variances_one():
     assert Whitening(flat - flat.mean(0))(flat).abs().max() < 30
 
 
+def test_whitened_products_are_mahalanobis():
+    """By solving, in place of turning: x, y -> (x - mean)' (second moment)^-1 (y - mean)."""
+    g = torch.Generator().manual_seed(0)
+    learned = torch.randn(200, 6, generator=g) @ torch.randn(6, 6, generator=g) + 3
+    x = torch.randn(5, 6, generator=g)
+    white = Whitening(learned)(x).double()
+    away, moment = x.double() - learned.double().mean(0), learned.double().T @ learned.double() / 200
+    torch.testing.assert_close(white @ white.T, away @ torch.linalg.solve(moment, away.T), rtol=1e-4, atol=1e-4)
+
+
 def test_class_and_gem():
     torch.manual_seed(0)
     backbone = vit("vit_nano", patch_size=8, img_size=16).eval()
@@ -122,5 +132,9 @@ def test_wrong_folders_are_named(copydays, tmp_path, capsys):
     words = ["copy-detection", "--checkpoint", tiny_checkpoint(tmp_path / "run"), "--data", copydays]
     (copydays / "original/200000.jpg").rename(copydays / "original/300000.jpg")
     assert "crops/50/200000.jpg has no original: expected original/2000*.jpg" in error_of(capsys, *words)
+    assert "image_size must be at least 1, got 0" in error_of(capsys, *words, "--image-size", 0)
     (copydays / "original").rename(copydays / "originals")
-    assert "expected Copydays' original/, and strong/" in error_of(capsys, *words)
+    expected = "expected Copydays' original/ and beside it strong/"
+    assert f"holds crops/, jpegqual/, originals/, strong/: {expected}" in error_of(capsys, *words)
+    words[-1] = copydays / "strong"
+    assert f"holds no two folders of images: {expected}" in error_of(capsys, *words)

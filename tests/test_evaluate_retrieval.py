@@ -45,6 +45,8 @@ def test_mean_average_precision_by_hand():
     assert found["mP@1"] == pytest.approx(50)
     assert found["mP@5"] == pytest.approx(100 * (2 / 3 + 1 / 3) / 2)  # both at their last positive, 3
     assert mean_average_precision(ranks[2:], positives[2:], passed[2:], (1,)) == {}
+    both = mean_average_precision(ranks[:1], positives[:1], [np.array([0, 2, 3])], (1,))
+    assert both["mAP"] == pytest.approx(79.16666667)  # an image annotated as both is a positive
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def test_command_gives_the_number_of_a_loop(oxford, tmp_path, capsys, multi):
         rows = []
         for name in names:
             image = Image.open(data / f"roxford5k/jpg/{name}.jpg")
-            image.thumbnail((48, 48), Image.Resampling.LANCZOS, reducing_gap=None)
+            image.thumbnail((48, 48), Image.Resampling.LANCZOS)
             pixels = to_tensor(image)[None]
             assert max(pixels.shape[2:]) == 48
             with torch.no_grad():
@@ -126,6 +128,7 @@ def test_small_images_and_one_scale():
     torch.manual_seed(0)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8))
     assert shrink(40, image).equal(to_tensor(image)) and shrink(10, image).shape == (3, 6, 10)
+    assert shrink(1, image).shape == (3, 1, 1) and image.size == (20, 12)
     seen = []
 
     class Backbone(torch.nn.Module):
@@ -181,6 +184,7 @@ def test_ground_truth_that_is_wrong_or_harmful_is_refused(oxford, tmp_path, caps
     assert "rows beyond its 4 images" in error_of(capsys, *words)
     write({"imlist": [*images, "lost"], "qimlist": queries, "gnd": gnd})
     assert "1 of 13 images of the database are not in" in error_of(capsys, *words)
+    assert "image_size must be at least 1, got 0" in error_of(capsys, *words, "--image-size", 0)
     path.unlink()
     assert "expected the revisited data's <dataset>/gnd_roxford5k.pkl" in error_of(capsys, *words)
 

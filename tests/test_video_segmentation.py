@@ -42,6 +42,13 @@ def test_jaccard_by_hand():
     assert region_similarity(truth, guess).tolist() == [4 / 12, 1, 1, 0, 0]
 
 
+def test_jaccard_is_scikit_learns():
+    metrics = pytest.importorskip("sklearn.metrics")
+    truth, guess = torch.rand(2, 4, 13, 17, generator=torch.Generator().manual_seed(0)) < 0.3
+    expected = [metrics.jaccard_score(a.flatten(), b.flatten()) for a, b in zip(truth, guess, strict=True)]
+    assert region_similarity(truth, guess).tolist() == pytest.approx(expected)
+
+
 SQUARE = (20, 40, 20, 40)  # its boundary: a ring of 21 x 21 pixels from (19, 19), 80 of them. Tolerance: 2 pixels
 
 
@@ -293,6 +300,16 @@ def test_a_second_run_does_what_is_left(davis, backbone, tmp_path, monkeypatch):
         evaluate_videos(other, davis, out, OPTIONS)
 
 
+@pytest.mark.parametrize("folder", ["JPEGImages", "Annotations"])
+def test_a_folder_of_something_else_is_left_alone(backbone, tmp_path, folder):
+    """Neither are frames written over, nor annotations taken for results."""
+    root = make_davis(tmp_path, videos=("one",), frames=4)
+    before = sorted(root.rglob("*"))
+    with pytest.raises(ValueError, match="480p holds files but no segmentations of ours: choose another --output-dir"):
+        evaluate_videos(backbone, root, root / folder / "480p", OPTIONS)
+    assert sorted(root.rglob("*")) == before
+
+
 @pytest.mark.gpu
 def test_a_gpu_finds_the_same(davis, backbone, tmp_path):
     expected = evaluate_videos(backbone, davis, tmp_path / "cpu", OPTIONS)
@@ -302,6 +319,9 @@ def test_a_gpu_finds_the_same(davis, backbone, tmp_path):
 
 def test_2016_has_one_object(backbone, tmp_path):
     root = make_davis(tmp_path / "davis", videos=("one",), frames=4, year=2016)
+    for name, mode in (("00000", "RGB"), ("00001", "RGBA")):  # as some of its files are
+        path = root / f"Annotations/480p/one/{name}.png"
+        Image.open(path).convert(mode).save(path)
     result = evaluate_videos(backbone, root, tmp_path / "out", Propagation(year=2016, image_size=96))
     assert len(result["videos"]["one"]["J"]) == 1 and result["J"] > 90
 
@@ -312,6 +332,8 @@ def test_a_video_that_fails_leaves_nothing_behind(backbone, tmp_path):
     with pytest.raises(ValueError, match=r"00002.jpg has 64 x 64 pixels, the first frame 128 x 96"):
         evaluate_videos(backbone, root, tmp_path / "out", OPTIONS)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
+    with pytest.raises(ValueError, match="00002.jpg has 64 x 64"):  # other options may have the folder
+        evaluate_videos(backbone, root, tmp_path / "out", Propagation(image_size=96, topk=4))
 
 
 @pytest.mark.parametrize(
@@ -331,7 +353,11 @@ def test_a_video_that_fails_leaves_nothing_behind(backbone, tmp_path):
         ),
         (
             lambda root: (root / "Annotations/480p/one/00003.png").unlink(),
-            "00003.png: expected an annotation for each of the 4",
+            "no .*Annotations/480p/one/00003.png: expected an annotation for each frame of one, got 4 frames and 3",
+        ),
+        (
+            lambda root: (root / "JPEGImages/480p/one/00003.jpg").unlink(),
+            "no .*JPEGImages/480p/one/00003.jpg: expected an annotation for each frame of one, got 3 frames and 4",
         ),
         (
             lambda root: save_labels(np.ones((90, 120)), root / "Annotations/480p/one/00000.png"),
@@ -349,7 +375,15 @@ def test_a_video_that_fails_leaves_nothing_behind(backbone, tmp_path):
         (lambda root: (root / "JPEGImages/480p/one/00001.jpg").write_bytes(b"x"), "00001.jpg: not an image"),
         (
             lambda root: save_labels(np.zeros(SIZE[::-1]), root / "Annotations/480p/one/00000.png"),
-            "00000.png has no object: expected labels above 0",
+            "00000.png has 0 labels, the largest 0: expected 1 to the number of objects",
+        ),
+        (
+            lambda root: save_labels(255 * np.eye(*SIZE[::-1]), root / "Annotations/480p/one/00000.png"),
+            r"00000.png has 0 labels, .* \(year 2016 takes black and white masks\)",
+        ),
+        (
+            lambda root: save_labels(3 * np.eye(*SIZE[::-1]), root / "Annotations/480p/one/00000.png"),
+            "00000.png has 1 labels, the largest 3: expected 1 to the number of objects",
         ),
     ],
 )

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import zipfile
+from datetime import date
 from pathlib import Path
 
 import dino_train
@@ -53,7 +54,9 @@ def full_checkpoint(teacher, student, module=""):
         "teacher": prefixed({**prefixed(teacher, "backbone."), **head}, module),
         "optimizer": {"state": {0: {"step": 1, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": np.float64(0.1)}]},
         "epoch": 100,
-        "args": argparse.Namespace(arch="deit_tiny", patch_size=16, data_path="/x", global_crops_scale=(0.4, 1.0)),
+        "args": argparse.Namespace(  # run_with_submitit.py makes the folder a Path
+            arch="deit_tiny", patch_size=16, data_path="/x", global_crops_scale=(0.4, 1.0), output_dir=Path("/out/7")
+        ),
         "dino_loss": {"center": torch.zeros(1, 16)},
         "fp16_scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 3},
     }
@@ -101,12 +104,20 @@ def test_the_student_of_a_full_checkpoint(tmp_path, caplog):
     assert f"checkpoint.pth: {words}\n" in caplog.text
 
 
-def test_scalars_of_numpy_1_load(tmp_path):
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [(b"numpy._core.multiarray", b"numpy.core.multiarray"), (b"pathlib\nPosixPath", b"pathlib._local\nPosixPath")],
+    ids=["numpy 1", "Python 3.13"],
+)
+def test_names_of_other_versions_load(tmp_path, here, there):
     torch.save(FULL, tmp_path / "checkpoint.pth")
-    with zipfile.ZipFile(tmp_path / "checkpoint.pth") as new, zipfile.ZipFile(tmp_path / "numpy1.pth", "w") as old:
-        for name in new.namelist():
-            old.writestr(name, new.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
-    assert_is(dino_train.load_backbone(tmp_path / "numpy1.pth"), TEACHER)
+    changed = 0
+    with zipfile.ZipFile(tmp_path / "checkpoint.pth") as own, zipfile.ZipFile(tmp_path / "other.pth", "w") as other:
+        for name in own.namelist():
+            changed += own.read(name).count(here)
+            other.writestr(name, own.read(name).replace(here, there))
+    assert changed
+    assert_is(dino_train.load_backbone(tmp_path / "other.pth"), TEACHER)
 
 
 def test_published_weights_give_the_definitions_features(tmp_path):
@@ -222,7 +233,8 @@ def test_partial_weights_load_only_where_asked_for(tmp_path, capsys, caplog):
         ({"a": torch.zeros(1)}, [], "of no known architecture .vit_nano, vit_tiny, vit_small, vit_base, resnet50.: a;"),
         (TEACHER, ["--arch", "vit_tiny"], r"missing blocks.3.norm1.weight; .*; and 145 more$"),
         (TEACHER, ["--patch-size", "16"], r"pos_embed has shape \[1, 17, 96\], expected \[1, 5, 96\]"),
-        ({"evil": os.system}, [], "not loaded for safety"),
+        ({"teacher": TEACHER, "evil": os.system}, [], r"not loaded for safety \(it asks for posix.system\)$"),
+        ({"teacher": TEACHER, "x": date(2020, 1, 1)}, [], r"not loaded for safety \(it asks for datetime.date\)$"),
         (None, [], "no checkpoint at"),
     ],
 )

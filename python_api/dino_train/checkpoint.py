@@ -8,8 +8,9 @@ import argparse
 import logging
 import os
 import pickle
+import re
 import zipfile
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ _numpy_scalar = np.float64(0).__reduce__()[0]
 
 logger = logging.getLogger(__name__)
 
-# Harmless types in the reference's checkpoints: its arguments, and learning rates as numpy scalars.
+# Harmless types in the reference's checkpoints: its arguments, in which its launcher for SLURM sets a path, and numpy
+# scalars as learning rates.
 _REFERENCE_TYPES: list[Any] = [argparse.Namespace, np.dtype, np.dtypes.Float64DType]
-# numpy 1 and 2 name the function that rebuilds a scalar differently; a file has the name of its writer's.
+# What numpy 1 and 2, and Python 3.13 and others, name differently; a file has the name of its writer's.
 _REFERENCE_TYPES += [(_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+_REFERENCE_TYPES += [(PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
@@ -75,9 +78,10 @@ def load(path: Path) -> dict[str, Any]:
     except (CheckpointError, MemoryError, OSError):  # the latter two may pass: the file is not damaged
         raise
     except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))  # amid torch's advice on how to run the file all the same
         raise CheckpointError(
             f"{path} is damaged, or holds more than tensors and plain values and is not loaded for safety "
-            f"({_first_line(error)})"
+            f"({f'it asks for {asked[1]}' if asked else _first_line(error)})"
         ) from error
     except Exception as error:  # damaged files raise nearly anything: EOFError, struct.error, KeyError, ...
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({_first_line(error)})") from error

@@ -101,21 +101,22 @@ class CopyDetection(Extraction):
 
     def check(self) -> None:
         super().check()
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        for name in ("image_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def run(self) -> None:
         self.check()
         images = ImageFolder(self.data)
-        folders = {name.partition("/")[0] for name in images.names}
         names = images.names
         originals = [i for i, name in enumerate(names) if name.startswith(ORIGINAL + "/")]
         known = {names[i].partition("/")[2][:4] for i in originals}
         others = [i for i, name in enumerate(names) if "/" in name and not name.startswith(ORIGINAL + "/")]
         if not originals or not others:
+            folders = sorted({name.partition("/")[0] + "/" for name in names if "/" in name})
             raise ValueError(
-                f"{self.data} holds {', '.join(sorted(folders))}: expected Copydays' original/, and strong/, "
-                "jpegqual/<quality>/ or crops/<percent>/"
+                f"{self.data} holds {', '.join(folders[:5]) or 'no two folders of images'}: expected Copydays' "
+                "original/ and beside it strong/, jpegqual/<quality>/ or crops/<percent>/"
             )
         for i in others:
             if _prefix(names[i]) not in known:
@@ -125,13 +126,13 @@ class CopyDetection(Extraction):
         _, backbone = self.load_vit()
         cache = Cache(backbone, self.folder / "features")
         extract = partial(self._extract, cache, backbone)
-        database, queries = extract(images.subset(originals), "originals"), extract(images.subset(others), "queries")
+        database, queries = extract(images.subset(originals), "original"), extract(images.subset(others), "query")
         if len(database.paths) < len(originals):
             lost = sorted({names[i] for i in originals} - set(database.paths))
             raise ValueError(f"{lost[0]} in {self.data} cannot be read, and every original is needed")
         distractors = 0
         if self.distractors:
-            more = extract(ImageFolder(self.distractors), "distractors")
+            more = extract(ImageFolder(self.distractors), "distractor")
             distractors = len(more.paths)
             database.values = torch.cat((database.values, more.values))
             database.paths += [f"distractors/{path}" for path in more.paths]

@@ -34,7 +34,7 @@ def validation_videos(root: Path, year: int) -> list[Video]:
     """The validation videos of a DAVIS folder at 480p, in the order of its list.
 
     Raises:
-        ValueError: the list, a video's frames or one of its annotations is missing, or it has fewer than 3 frames.
+        ValueError: the list, a frame or an annotation is missing, or a video has fewer than 3 frames.
     """
     lists = [root / f"ImageSets/{part}/val.txt" for part in ((2017,) if year == 2017 else (2016, "480p"))]
     present = [path for path in lists if path.is_file()]
@@ -52,15 +52,17 @@ def validation_videos(root: Path, year: int) -> list[Video]:
 
 
 def _video(root: Path, name: str) -> Video:
-    frames = sorted((root / "JPEGImages/480p" / name).glob("*.jpg"))
+    folders = {root / "JPEGImages/480p" / name: ".jpg", root / "Annotations/480p" / name: ".png"}
+    frames, annotations = (sorted(folder.glob(f"[!.]*{suffix}")) for folder, suffix in folders.items())
     if len(frames) < 3:  # the first is given, the last is not scored
-        raise ValueError(
-            f"{root / 'JPEGImages/480p' / name} has {len(frames)} frames: expected at least 3 files NNNNN.jpg"
-        )
-    annotations = [root / "Annotations/480p" / name / f"{path.stem}.png" for path in frames]
-    for path in annotations:
-        if not path.is_file():
-            raise ValueError(f"no {path}: expected an annotation for each of the {len(frames)} frames of {name}")
+        raise ValueError(f"{next(iter(folders))} has {len(frames)} frames: expected at least 3 files NNNNN.jpg")
+    for folder, suffix in folders.items():
+        for stem in sorted({path.stem for path in frames + annotations}):
+            if not (folder / f"{stem}{suffix}").is_file():
+                raise ValueError(
+                    f"no {folder / stem}{suffix}: expected an annotation for each frame of {name}, got "
+                    f"{len(frames)} frames and {len(annotations)} annotations"
+                )
     return Video(name, frames, annotations)
 
 

@@ -54,7 +54,7 @@ def mean_average_precision(
     Args:
         ranks: [queries, n], rows of the database in the order in which they were retrieved.
         positives: of each query, its rows.
-        passed: of each query, rows that are taken out of its ranks, neither right nor wrong.
+        passed: of each query, rows that are taken out of its ranks, neither right nor wrong, where not positive too.
         ks: numbers of first results.
 
     Returns:
@@ -64,7 +64,8 @@ def mean_average_precision(
     for order, right, neither in zip(ranks, positives, passed, strict=True):
         if not len(right):
             continue
-        places = np.flatnonzero(np.isin(order[~np.isin(order, neither)], right))
+        hits = np.isin(order, right)
+        places = np.flatnonzero(hits[hits | ~np.isin(order, neither)])
         depths = [min(places.max() + 1, k) for k in ks]
         precisions = [np.count_nonzero(places < depth) / depth for depth in depths]
         found.append([average_precision(places, len(right)), *precisions])

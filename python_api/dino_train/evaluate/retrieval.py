@@ -96,9 +96,9 @@ def load_ground_truth(path: Path) -> GroundTruth:
 
 def shrink(limit: int, image: Image.Image, key: object = None) -> Tensor:
     """The image, made smaller to `limit` pixels on its long side if it is longer, normalized: [3, h, w]."""
-    scale = min(1.0, limit / max(image.size))
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    return to_tensor(image.resize((width, height), Image.Resampling.LANCZOS) if scale < 1 else image)
+    small = image.copy()
+    small.thumbnail((limit, limit), Image.Resampling.LANCZOS)
+    return to_tensor(small)
 
 
 def multi_scale(backbone: nn.Module, pixels: Tensor) -> Tensor:
@@ -138,6 +138,11 @@ class Retrieval(Extraction):
     """Longest side in pixels; larger images are made smaller."""
     multiscale: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Averages the features of three scales of an image."""
+
+    def check(self) -> None:
+        super().check()
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
 
     def run(self) -> None:
         self.check()
@@ -186,7 +191,7 @@ class Retrieval(Extraction):
         bad = BadImages(len(chosen), 0)
         # One image at a time: they differ in shape.
         loader = image_loader(chosen, partial(shrink, self.image_size), 1, self.num_workers)
-        kind = f"retrieval, longest side {self.image_size}, multi-scale {self.multiscale}"
+        kind = f"retrieval, thumbnail {self.image_size}, multi-scale {self.multiscale}"
         features = cache.features(chosen, loader, forward, bad, kind=kind, title=title)
         if len(features.paths) != len(names):
             lost = sorted(set(chosen.names) - set(features.paths))

@@ -141,13 +141,17 @@ def segment(backbone: VisionTransformer, video: Video, options: Propagation) -> 
     """Labels uint8 [H, W] of each frame: the first annotation, then what it is carried on to.
 
     Raises:
-        ValueError: a frame or the annotation cannot be read or has no object; frames and annotation differ in size.
+        ValueError: a frame or the annotation cannot be read, they differ in size, or its labels are not 1, 2, ...
     """
     frame = load_file(video.frames[0])
     size, patch = frame.size, backbone.patch_size
     first = read_mask(video.annotations[0], options.year, size)
-    if not first.any():
-        raise ValueError(f"{video.annotations[0]} has no object: expected labels above 0")
+    labels = np.unique(first[first > 0])
+    if not len(labels) or labels[-1] != len(labels):
+        raise ValueError(
+            f"{video.annotations[0]} has {len(labels)} labels, the largest {first.max()}: expected 1 to the number of "
+            "objects (year 2016 takes black and white masks)"
+        )
     yield first
     inner = working_size(*size, options.image_size, patch)
     small = Image.fromarray(first).resize((inner[0] // patch, inner[1] // patch), Image.Resampling.NEAREST)
@@ -160,8 +164,8 @@ def segment(backbone: VisionTransformer, video: Video, options: Propagation) -> 
         if frame.size != size:
             raise ValueError(f"{path} has {frame.width} x {frame.height} pixels, the first frame {size[0]} x {size[1]}")
         features = frame_features(backbone, frame, inner)
-        sources, labels = zip(origin, *recent, strict=True)
-        soft = propagate(features, sources, labels, topk=options.topk, radius=options.radius)
+        sources, source_labels = zip(origin, *recent, strict=True)
+        soft = propagate(features, sources, source_labels, topk=options.topk, radius=options.radius)
         recent.append((features, soft))
         yield labels_of(soft, patch, size)
 
@@ -177,8 +181,8 @@ def evaluate_videos(backbone: VisionTransformer, root: Path, folder: Path, optio
         "F": [...]}}}.
 
     Raises:
-        ValueError: `folder` holds results of other weights, data or options; as `segment`, `score` and
-            `validation_videos`.
+        ValueError: `folder` holds results of other weights, data or options, or something else; as `segment`, `score`
+            and `validation_videos`.
     """
     from tqdm import tqdm
 
@@ -222,16 +226,21 @@ def _palette() -> bytes:
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Note in `folder` what its results come from, so that none of another origin is taken for done."""
+    """Note in `folder` what its results come from, so that nothing else is taken for done or written over."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
     text = json.dumps(settings, indent=2) + "\n"
-    if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    elif path.read_text() != text:
-        raise ValueError(f"{folder} holds segmentations of other weights, data or options: choose another --output-dir")
+    if any(other != path for other in folder.iterdir()):
+        if not path.exists():
+            raise ValueError(f"{folder} holds files but no segmentations of ours: choose another --output-dir")
+        if path.read_text() != text:
+            raise ValueError(
+                f"{folder} holds segmentations of other weights, data or options: choose another --output-dir or "
+                "delete it"
+            )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 @dataclass(kw_only=True)
@@ -246,7 +255,7 @@ class VideoSegmentation(Protocol):
     """Frames that labels come from, beside the first."""
     topk: int = 5
     """Most similar patches that a patch takes its labels from."""
-    size_mask_neighborhood: int = 12
+    radius: Annotated[int, tyro.conf.arg(aliases=["--size-mask-neighborhood"])] = 12
     """How far from its place they may be, in patches; 0 is no bound."""
     image_size: int = 480
     """Short side in pixels at which the network sees a frame."""
@@ -254,7 +263,7 @@ class VideoSegmentation(Protocol):
     """Where the indexed PNGs go. Default: davis2016/ or davis2017/ beside the checkpoint."""
 
     def run(self) -> None:
-        options = Propagation(self.year, self.n_last_frames, self.topk, self.size_mask_neighborhood, self.image_size)
+        options = Propagation(self.year, self.n_last_frames, self.topk, self.radius, self.image_size)
         folder = self.output_dir or self.folder / f"davis{self.year}"
         values = evaluate_videos(self.load_vit()[1], self.data, folder, options)
         lines = [f"{name}: J {_mean(v['J']):.1f} %  F {_mean(v['F']):.1f} %" for name, v in values["videos"].items()]
