@@ -79,10 +79,8 @@ def load(path: Path) -> dict[str, Any]:
         raise
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))  # amid torch's advice on how to run the file all the same
-        raise CheckpointError(
-            f"{path} is damaged, or holds more than tensors and plain values and is not loaded for safety "
-            f"({f'it asks for {asked[1]}' if asked else _first_line(error)})"
-        ) from error
+        why = f" and is not loaded for safety (it asks for {asked[1]})" if asked else ", or is not a checkpoint"
+        raise CheckpointError(f"{path} is damaged, or holds more than tensors and plain values{why}") from error
     except Exception as error:  # damaged files raise nearly anything: EOFError, struct.error, KeyError, ...
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({_first_line(error)})") from error
     if not isinstance(state, dict):
