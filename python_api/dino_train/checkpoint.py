@@ -34,6 +34,17 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says why and what to do."""
 
 
+def exists(folder: Path) -> bool:
+    """Whether a folder holds a run's checkpoint."""
+    return any((folder / name).exists() for name in (LAST, PREVIOUS))
+
+
+def require_none(folder: Path) -> None:
+    """ValueError if a new run would overwrite the one in a folder."""
+    if exists(folder):
+        raise ValueError(f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir")
+
+
 def save(state: dict[str, Any], path: Path, *, previous: Path | None = None) -> None:
     """Write `state` to `path` atomically; a file that stood there moves to `previous` first, if given.
 

@@ -173,7 +173,7 @@ class VisionTransformer(nn.Module):
         for crop in crops:
             _check_images(crop, self.patch_size)
         runs = [(shape, sum(map(len, run))) for shape, run in groupby(crops, key=lambda crop: crop.shape[2:])]
-        tables = {shape: self._table(*shape) for shape in {shape: None for shape, _ in runs}}
+        tables = {shape: self._table(*shape) for shape in dict(runs)}
         groups = [(count, len(tables[shape])) for shape, count in runs]
         x = _Sequences.apply(self.patch_embed(crops), groups, *(tables[shape] for shape, _ in runs))
         # Bounds are counted on the device from shapes known on the host: no copy, no synchronization.

@@ -10,6 +10,14 @@ from dino_train.model import ARCHS
 from dino_train.weights import Trained, load_trained
 
 
+def require_least(options: object, **least: int) -> None:
+    """ValueError if one of these options, unless None, is below the number given here."""
+    for name, number in least.items():
+        value = getattr(options, name)
+        if value is not None and value < number:
+            raise ValueError(f"{name} must be at least {number}, got {value}")
+
+
 @dataclass(kw_only=True)
 class WeightsOptions:
     """Where a trained backbone comes from."""

@@ -24,6 +24,7 @@ import torch
 
 from dino_train import parallel
 from dino_train.data import SUFFIXES, Candidate, DataError, Sample, generator
+from dino_train.files import atomic
 from dino_train.store import Index
 
 WINDOW = 1024  # samples that are shuffled together, and kept in memory as files: 100 MB of ImageNet, up to four times
@@ -215,10 +216,8 @@ def count_samples(urls: Sequence[str], folder: Path) -> list[int]:
     counted = parallel.gather(torch.tensor([_count(url) for url in shares[parallel.rank()]], dtype=torch.int64))
     known.update(zip([url for share in shares for url in share], counted.tolist(), strict=True))
     if missing and parallel.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({url: known[url] for url in urls}, indent=1) + "\n")
-        temporary.replace(path)
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps({url: known[url] for url in urls}, indent=1) + "\n")
     return [known[url] for url in urls]
 
 

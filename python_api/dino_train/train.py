@@ -78,21 +78,14 @@ class Run:
         self.stop_signal = 0
         self.waited = 0.0  # seconds for crops since the last line of metrics
         self.unread: list[tuple[int, torch.Tensor]] = []  # steps and their losses since these were last read
-        self.step = self._resume() if config.resume and self._has_checkpoint() else self._start_fresh()
+        self.step = self._resume() if config.resume and checkpoint.exists(config.output_dir) else self._start_fresh()
         self.last_saved = time.monotonic()
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def _has_checkpoint(self) -> bool:
-        names = (checkpoint.LAST, checkpoint.PREVIOUS)
-        return any((self.config.output_dir / name).exists() for name in names)
-
     def _start_fresh(self) -> int:
         folder = self.config.output_dir
-        if self._has_checkpoint():
-            raise ValueError(
-                f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir"
-            )
+        checkpoint.require_none(folder)
         if self.config.resume:
             logger.warning("no checkpoint in %s yet: starting from the beginning", folder)
         if parallel.rank() == 0:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dino_train.files import atomic
+
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
@@ -29,9 +31,8 @@ class Metrics:
             return
         path = folder / METRICS
         kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(path)
+        with atomic(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  a line a write: nothing is lost with a kill
         self._board = _tensorboard(folder, step)
 

@@ -22,6 +22,7 @@ from dino_train.evaluate.metrics import jaccard
 from dino_train.evaluate.protocol import Protocol
 from dino_train.loader import to_tensor
 from dino_train.model import VisionTransformer
+from dino_train.options import require_least
 from dino_train.weights import Trained
 
 CELL = 128  # side of a sheet's cell, in pixels
@@ -172,8 +173,7 @@ class Attention(Protocol):
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"fps must be above 0, got {self.fps}")
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        require_least(self, image_size=1)
         if missing := next((path for path in self.data if not path.exists()), None):
             raise ValueError(f"no such image, folder or video: {missing}")
 

@@ -19,6 +19,7 @@ from dino_train.evaluate.metrics import average_precision
 from dino_train.evaluate.protocol import Extraction, log_skipped
 from dino_train.loader import BadImages, image_loader, to_tensor
 from dino_train.model import VisionTransformer
+from dino_train.options import require_least
 
 GEM_POWER = 4
 FOUND = 20  # results that count (eval_copy_detection.py:293)
@@ -101,9 +102,7 @@ class CopyDetection(Extraction):
 
     def check(self) -> None:
         super().check()
-        for name in ("image_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_least(self, image_size=1, batch_size=1)
 
     def run(self) -> None:
         self.check()

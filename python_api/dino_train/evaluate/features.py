@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_train.data import ImageFolder
+from dino_train.files import atomic
 from dino_train.loader import BadImages, Batch
 
 logger = logging.getLogger(__name__)
@@ -40,19 +40,14 @@ class Features:
         """
         from safetensors.torch import save_file
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         tensors = {
             "values": self.values.contiguous(),
             "labels": self.labels,
             "paths": _pack(self.paths),
             "classes": _pack(self.classes),
         }
-        try:
+        with atomic(path) as temporary:
             save_file(tensors, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "Features":

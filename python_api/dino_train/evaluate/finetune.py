@@ -145,7 +145,7 @@ class _Tuning:
         self.model = Classifier(backbone, dim, len(train.classes)).to(self.device)
         groups = parameter_groups(self.model, options.layer_decay, options.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr)
-        self.epoch = self._resume() if options.resume and self._has_checkpoint() else self._start_fresh()
+        self.epoch = self._resume() if options.resume and checkpoint.exists(self.folder) else self._start_fresh()
 
     def train(self, bad: BadImages, bad_held_out: BadImages) -> dict[str, float]:
         """Train the epochs that are left; returns the last one's accuracy in percent."""
@@ -239,14 +239,8 @@ class _Tuning:
         }
         checkpoint.save(state, self.path, previous=self.folder / checkpoint.PREVIOUS)
 
-    def _has_checkpoint(self) -> bool:
-        return any((self.folder / name).exists() for name in (checkpoint.LAST, checkpoint.PREVIOUS))
-
     def _start_fresh(self) -> int:
-        if self._has_checkpoint():
-            raise ValueError(
-                f"{self.folder} holds a run already: add --resume to continue it, or choose another --output-dir"
-            )
+        checkpoint.require_none(self.folder)
         return 0
 
     def _resume(self) -> int:

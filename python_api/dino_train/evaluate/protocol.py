@@ -17,7 +17,7 @@ from dino_train.evaluate.features import Cache, Features
 from dino_train.layers import hold_copies
 from dino_train.loader import BadImages, eval_loader
 from dino_train.model import VisionTransformer
-from dino_train.options import WeightsOptions
+from dino_train.options import WeightsOptions, require_least
 from dino_train.weights import Trained
 
 
@@ -57,8 +57,7 @@ class Extraction(Protocol):
 
     def check(self) -> None:
         """Raises ValueError for options that make no sense; not in __post_init__, whose errors tyro garbles."""
-        if self.num_workers < 1:
-            raise ValueError(f"num_workers must be at least 1, got {self.num_workers}")
+        require_least(self, num_workers=1)
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from dino_train.evaluate.attention import attention_of, heat, overlay, to_range
 from dino_train.evaluate.features import extract
 from dino_train.evaluate.knn import nearest
 from dino_train.evaluate.protocol import Protocol
+from dino_train.files import atomic
 from dino_train.loader import BadImages, eval_loader
 from dino_train.model import VisionTransformer
 from dino_train.watch import METRICS, collapse_signs, read_metrics
@@ -278,13 +278,8 @@ def read_run(folder: Path) -> tuple[list[Row], Row]:
 
 
 def write_page(path: Path, page: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with atomic(path) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))  # names of files may be no text
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def verdict(well: bool, text: str) -> str:

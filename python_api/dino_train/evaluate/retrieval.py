@@ -19,7 +19,7 @@ from dino_train.evaluate.features import Cache
 from dino_train.evaluate.metrics import mean_average_precision
 from dino_train.evaluate.protocol import Extraction
 from dino_train.loader import BadImages, image_loader, to_tensor
-from dino_train.options import pick_device
+from dino_train.options import pick_device, require_least
 
 KS = (1, 5, 10)
 SCALES = (1.0, 2**-0.5, 0.5)  # utils.py:806
@@ -141,8 +141,7 @@ class Retrieval(Extraction):
 
     def check(self) -> None:
         super().check()
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        require_least(self, image_size=1)
 
     def run(self) -> None:
         self.check()

@@ -28,8 +28,10 @@ from dino_train.decode import load_file
 from dino_train.evaluate.davis import Video, read_mask, score, validation_videos
 from dino_train.evaluate.features import weights_digest
 from dino_train.evaluate.protocol import Protocol
+from dino_train.files import atomic
 from dino_train.loader import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.model import VisionTransformer
+from dino_train.options import require_least
 
 TEMPERATURE = 0.1  # eval_video_segmentation.py:140
 TILE = 12  # side of the squares of patches that find their sources together: keeps the similarities small
@@ -52,9 +54,7 @@ class Propagation:
     image_size: int = 480
 
     def __post_init__(self) -> None:
-        for name, least in (("n_last_frames", 0), ("topk", 1), ("radius", 0), ("image_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        require_least(self, n_last_frames=0, topk=1, radius=0, image_size=1)
 
 
 def propagate(query: Tensor, sources: Sequence[Tensor], labels: Sequence[Tensor], *, topk: int, radius: int) -> Tensor:
@@ -238,9 +238,8 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder} holds segmentations of other weights, data or options: choose another --output-dir or "
                 "delete it"
             )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        temporary.write_text(text)
 
 
 @dataclass(kw_only=True)
