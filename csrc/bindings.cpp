@@ -116,19 +116,19 @@ void add_product(uintptr_t into, uintptr_t grad, uintptr_t x, int64_t tokens, in
 }
 
 void add_linear(uintptr_t into, uintptr_t grad, uintptr_t x, uintptr_t into_bias, int64_t tokens, int64_t outputs,
-                int64_t inputs, int threads) {
+                int64_t inputs, int dtype, int threads) {
     py::gil_scoped_release unlocked;
     dino::add_linear({reinterpret_cast<float*>(into), reinterpret_cast<const void*>(grad),
                       reinterpret_cast<const void*>(x), tokens, outputs, inputs, threads, dino::Paired::neither,
-                      reinterpret_cast<float*>(into_bias)});
+                      reinterpret_cast<float*>(into_bias), dino::DType(dtype)});
 }
 
 void linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t tokens, int64_t depth,
-            int64_t outputs, bool transposed, int threads) {
+            int64_t outputs, bool transposed, int dtype, int threads) {
     py::gil_scoped_release unlocked;
     dino::linear({reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(weight),
                   reinterpret_cast<const float*>(bias), reinterpret_cast<void*>(out), tokens, depth, outputs,
-                  transposed, threads});
+                  transposed, dino::DType(dtype), threads});
 }
 
 // data: x, weights, biases, out

@@ -165,7 +165,8 @@ struct AddProductArgs {
     int64_t tokens, outputs, inputs;
     int threads;
     Paired paired = Paired::neither;  // bfloat16 only
-    float* into_bias = nullptr;       // [O] += sums over T of grad, which then is not paired; bfloat16 only
+    float* into_bias = nullptr;       // [O] += sums over T of grad, which then is not paired; add_linear only
+    DType dtype = DType::bf16;        // or f32
 };
 void add_product(const AddProductArgs& args);  // of float32
 
@@ -179,10 +180,11 @@ struct LinearArgs {
     void* out;               // [T, O]
     int64_t tokens, depth, outputs;
     bool transposed;
+    DType dtype;  // bf16 or f32
     int threads;
 };
 void linear(const LinearArgs& args);
-void add_linear(const AddProductArgs& args);  // add_product of bfloat16
+void add_linear(const AddProductArgs& args);  // add_product with tiles
 
 struct WeightNormProductBackwardArgs {
     const void *grad, *x;    // of logits [T, K]; [T, D]

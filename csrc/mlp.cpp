@@ -36,7 +36,7 @@ void forward_block(const MlpArgs& a, const float* packed1, int64_t first) {
     static thread_local Sums sums;
     static thread_local Buffer copy, between;
     int64_t rows = std::min(kBlock, a.tokens - first), width = a.channels / 2, n = a.hidden_channels;
-    const float *x = whole_tiles(units(a.x, first * a.channels), rows, width, copy), *packed2 = packed1 + width * n;
+    const float *x = whole_tiles(a.x, first * a.channels, rows, width, copy), *packed2 = packed1 + width * n;
     bool distant = far(2 * width * n);
     auto active = reinterpret_cast<uint16_t*>(between.fit(kBlock * n / 2));
     by_panels(
@@ -78,8 +78,8 @@ void backward_block(const MlpBackwardArgs& a, const float* packed1, const Betwee
     const float *packed1_back = packed1 + width * n, *packed2_back = packed1_back + width * n;
     float* bias1 = b.bias_sums + first / kBlock * (n + a.channels);
     std::fill_n(bias1, n + a.channels, 0.0f);
-    const float* x = whole_tiles(units(a.x, first * a.channels), rows, width, x_copy);
-    const float* grads = whole_tiles(units(grad, 0), rows, width, grad_copy);
+    const float* x = whole_tiles(a.x, first * a.channels, rows, width, x_copy);
+    const float* grads = whole_tiles(grad, 0, rows, width, grad_copy);
     by_panels(
         n / kPanel, whole(rows), 2 * steps_of(whole(rows), width),
         [&](int64_t j, auto& beside) {

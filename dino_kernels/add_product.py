@@ -2,9 +2,9 @@
 
     into += grad^T x        into_bias += sum over T of grad
 
-Dimensions: T tokens, O outputs, I inputs. Float32 on the CPU by blocks out of registers, twice as fast as torch does it
-on AMD with AVX-512; bfloat16 by matrix tiles where a processor has them (AMX). Else in 16 bit the product is torch's,
-on a GPU with its float32 sums as they are.
+Dimensions: T tokens, O outputs, I inputs. Bfloat16 and float32 by matrix tiles where a processor has them (AMX), as in
+`linear`. Else float32 on the CPU by blocks out of registers, twice as fast as torch does it on AMD with AVX-512; in 16
+bit the product is torch's, on a GPU with its float32 sums as they are.
 """
 
 import torch
@@ -84,7 +84,7 @@ def _(into, grad, x, into_bias):
 def _add_cpu(into, grad, x, into_bias):
     if fits_tiles(grad, x):
         pointers = [0 if t is None else t.data_ptr() for t in (into, grad, x, into_bias)]
-        return _C.add_linear(*pointers, *grad.shape, x.shape[1], torch.get_num_threads())
+        return _C.add_linear(*pointers, *grad.shape, x.shape[1], DTYPES[x.dtype], torch.get_num_threads())
     if into_bias is not None:
         addresses = (into_bias.data_ptr(), grad.data_ptr())
         _C.add_column_sums(*addresses, DTYPES[grad.dtype], *grad.shape, torch.get_num_threads())

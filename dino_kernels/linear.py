@@ -2,15 +2,17 @@
 
     out = x W^T + bias        or, transposed, out = x W + bias
 
-Dimensions: T tokens, D inputs, O outputs. On a CPU with matrix tiles (AMX) bfloat16 products are our own, which add the
-bias while a block of sums is in the first-level cache; elsewhere they are those of the fastest library torch has.
+Dimensions: T tokens, D inputs, O outputs. On a CPU with matrix tiles (AMX) products are our own, which add the bias
+while a block of sums is in the first-level cache: of bfloat16, and of float32 as six of bfloat16, of the three parts
+that a number is the sum of (Henry, Tang, Heinecke 2019, arXiv 1904.06376). Elsewhere they are those of the fastest
+library torch has.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_kernels._native import _C
+from dino_kernels._native import _C, DTYPES
 from dino_kernels._ops import custom_op
 
 __all__ = ["linear", "linear_reference"]
@@ -87,14 +89,15 @@ _linear.register_autograd(_backward, setup_context=_setup)
 # --- CPU ---------------------------------------------------------------------------------------------
 
 _TILES = _C.has_tiles()
+_TILED = (torch.bfloat16, torch.float32)
 _FEW = 64  # rows up to which a transposed product is the library's
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def fits_tiles(*operands: Tensor) -> bool:
-    """Whether operands [rows, multiple of 32, not 0] go to the kernels for matrix tiles."""
+    """Whether operands [rows, multiple of 32, not 0] in bfloat16 or float32 go to the kernels for matrix tiles."""
     return _TILES and all(
-        x.dtype == torch.bfloat16 and x.shape[1] and x.shape[1] % 32 == 0 and x.is_contiguous() and not x.is_cuda
+        x.dtype in _TILED and x.shape[1] and x.shape[1] % 32 == 0 and x.is_contiguous() and not x.is_cuda
         for x in operands
     )
 
@@ -102,9 +105,9 @@ def fits_tiles(*operands: Tensor) -> bool:
 def _linear_cpu(x, weight, bias, transposed):
     outputs = weight.shape[1 if transposed else 0]
     if fits_tiles(x, weight) and outputs % 32 == 0 and not (transposed and len(x) <= _FEW):
-        out, wide_bias = x.new_empty(len(x), outputs), None if bias is None else bias.float()
+        out, wide_bias = x.new_empty(len(x), outputs), None if bias is None else bias.float().contiguous()
         addresses = (x.data_ptr(), weight.data_ptr(), 0 if wide_bias is None else wide_bias.data_ptr(), out.data_ptr())
-        _C.linear(*addresses, *x.shape, outputs, transposed, torch.get_num_threads())
+        _C.linear(*addresses, *x.shape, outputs, transposed, DTYPES[x.dtype], torch.get_num_threads())
         return out
     if x.dtype == torch.float32 and _HAS_ONEDNN and x.shape[1]:
         # oneDNN, twice as fast as the library behind F.linear on AMD's AVX-512; torch takes it for 16 bit anyway.

@@ -194,7 +194,7 @@ _MOST_TOKENS = 1024  # whose pairs stay in the second-level cache
 
 
 def _product_backward_cpu(grad_v, grad_g, grad, x, v, g, fresh):
-    if not fits_tiles(grad, x) or len(x) > _MOST_TOKENS:
+    if grad.dtype != torch.bfloat16 or not fits_tiles(grad, x) or len(x) > _MOST_TOKENS:
         return _product_backward(grad_v, grad_g, grad, x, v, g, fresh)
     addresses = [t.data_ptr() for t in (grad, x, v, g, grad_v)] + [0 if grad_g is None else grad_g.data_ptr()]
     _C.weight_norm_product_backward(addresses, fresh, len(x), *v.shape, torch.get_num_threads())

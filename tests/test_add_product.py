@@ -39,8 +39,9 @@ def test_against_float64(dtype, tokens, outputs, width):
     assert_as_accurate(*sums, floor=2e-6)
 
 
-def test_adds_repeats_bitwise_and_is_the_same_for_any_number_of_threads():
-    into, grad, x = inputs(300, 200, 96)
+@pytest.mark.parametrize("shape", [(300, 200, 96), (1100, 64, 96)])
+def test_adds_repeats_bitwise_and_is_the_same_for_any_number_of_threads(shape):
+    into, grad, x = inputs(*shape)
     whole = run(add_product_, into, grad, x)
     zero = run(add_product_, torch.zeros_like(into), grad, x)
     torch.testing.assert_close(whole - into, zero, rtol=1e-5, atol=1e-4)

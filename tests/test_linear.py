@@ -53,12 +53,26 @@ def test_against_float64(tiles, dtype, transposed, tokens, width, outputs):
         assert_as_accurate(ours, theirs, truth, floor)
 
 
-def test_without_bias_is_a_product_and_repeats_bitwise(tiles):
-    x, weight, bias = inputs(130, 64, 96, torch.bfloat16, False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_bias_is_a_product_and_repeats_bitwise(tiles, dtype):
+    x, weight, bias = inputs(130, 64, 96, dtype, False)
     out = linear(x, weight)
     assert torch.equal(out, linear(x, weight, torch.zeros_like(bias))) and torch.equal(out, linear(x, weight))
     assert torch.equal(linear(x[:70], weight), out[:70])  # a row is its own, whatever the block it is in
     assert torch.equal(linear(2 * x, weight), 2 * out)
+
+
+def test_float32_of_any_magnitude_and_not_finite(tiles):
+    """Each term as exact as float32 is, whatever those beside it; what is not finite stays in its row."""
+    x, weight, bias = inputs(200, 96, 64, torch.float32, False)
+    g = torch.Generator().manual_seed(5)
+    x, weight = (t * torch.exp(8 * torch.randn(t.shape, generator=g)) for t in (x, weight))
+    exact = linear_reference(x.double(), weight.double())
+    error = (linear(x, weight) - exact).abs() / linear_reference(x.double().abs(), weight.double().abs())
+    assert error.max() < 2e-6
+    x[3, 5], x[150, 0] = float("inf"), float("nan")
+    finite = linear(x, weight).isfinite()
+    assert not finite[[3, 150]].any() and finite.sum() == 198 * 64
 
 
 def test_strided_operands_no_tokens_and_opcheck(tiles):
