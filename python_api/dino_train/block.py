@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -27,6 +28,12 @@ class Packing(NamedTuple):
     @property
     def tokens(self) -> int:
         return sum(count * length for count, length in self.groups)
+
+
+def split_sequences(x: Tensor, groups: list[tuple[int, int]]) -> list[Tensor]:
+    """[T, C] -> for each group [sequences, tokens, C]"""
+    parts = x.split([count * length for count, length in groups])
+    return [part.unflatten(0, group) for part, group in zip(parts, groups, strict=True)]
 
 
 class Branch(NamedTuple):
@@ -80,25 +87,8 @@ class Attention(nn.Module):
         return self.proj(attention(self.project(x), packing.cu_seqlens, groups=packing.groups).flatten(1))
 
     def class_tokens(self, x: Tensor, packing: Packing) -> Tensor:
-        """`forward` of the first token of each sequence [S, C], in torch's own products: a query a head is little."""
-        dim = x.shape[1]
-        q = self.qkv(x.index_select(0, packing.cu_seqlens[:-1]), slice(dim)).unflatten(1, (self.num_heads, -1))
-        keys_values = self.qkv(x, slice(dim, 3 * dim)).unflatten(1, (2, self.num_heads, -1))
-        pieces = zip(
-            q.split([count for count, _ in packing.groups]),
-            keys_values.split([count * length for count, length in packing.groups]),
-            packing.groups,
-            strict=True,
-        )
-        out = [_attend(rows, *kv.unflatten(0, group).unbind(2)) for rows, kv, group in pieces]
-        return self.proj(torch.cat(out).flatten(1))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Queries [S, H, D], keys and values [S, N, H, D] -> [S, H, D]."""
-    logits = torch.einsum("shd,snhd->shn", q, k) * q.shape[-1] ** -0.5
-    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype)
-    return torch.einsum("shn,snhd->shd", weights, v)
+        """`forward` of the first token of each sequence [S, C]."""
+        return self.proj(_class_heads(x, self, packing)[0])
 
 
 class Block(nn.Module):
@@ -126,8 +116,11 @@ class Block(nn.Module):
         block's attention. With `class_only` just the class tokens are carried past the attention and returned.
         """
         branches = drop_path or (Branch(packing),) * 3
-        if not class_only and self.attn.qkv.copies is not None:
-            arguments = x, normed.to(self.attn.qkv.copies[0].dtype), self, next_norm, branches
+        if class_only:
+            x = x.index_select(0, packing.cu_seqlens[:-1])
+            branches = branches[0].class_tokens(), branches[1].class_tokens(), branches[2].class_tokens()
+        if self.attn.qkv.copies is not None:
+            arguments = x, normed.to(self.attn.qkv.copies[0].dtype), self, next_norm, branches, class_only
             if torch.is_grad_enabled():
                 # The parameters are named so that autograd sees them.
                 parameters = [*self.attn.parameters(), *self.norm2.parameters(), *self.mlp.parameters()]
@@ -135,12 +128,8 @@ class Block(nn.Module):
             x, normed, *_ = _chain(*arguments, keep=False)
             return x, normed
         attention_branch, mlp_branch, next_branch = branches
-        if class_only:
-            branch = self.attn.class_tokens(normed, attention_branch.packing)
-            x = x.index_select(0, packing.cu_seqlens[:-1])
-            attention_branch, mlp_branch, next_branch = (b.class_tokens() for b in branches)
-        else:
-            branch = self.attn(normed, attention_branch.packing)
+        attend = self.attn.class_tokens if class_only else self.attn
+        branch = attend(normed, attention_branch.packing)
         x, normed = _add_norm(x, branch, self.norm2, attention_branch, mlp_branch)
         return _add_norm(x, self.mlp(normed), next_norm, mlp_branch, next_branch)
 
@@ -151,27 +140,92 @@ _norm, _norm_backward = without_autograd("add_layer_norm"), without_autograd("ad
 _mlp, _mlp_backward_ = without_autograd("mlp"), without_autograd("mlp_backward_")
 
 
+def _heads(normed: Tensor, attn: Any, packing: Packing) -> tuple[Tensor, ...]:
+    """What the attention projects [T, C], and what a backward needs besides."""
+    qkv = _linear(normed, *attn.qkv.copies, False).unflatten(1, (3, attn.num_heads, -1))
+    heads, lse = _attention(qkv, packing.cu_seqlens, packing.flat, qkv.shape[3] ** -0.5)
+    return heads.flatten(1), qkv, heads, lse
+
+
+def _heads_backward(grad: Tensor, normed: Tensor, attn: Any, packing: Packing, *kept: Tensor) -> Tensor:
+    qkv, heads, lse = kept
+    arguments = grad.view_as(heads), qkv, heads, lse, packing.cu_seqlens, packing.flat, qkv.shape[3] ** -0.5
+    return _linear_gradients(_attention_backward(*arguments).flatten(1), normed, attn.qkv)
+
+
+def _class_heads(normed: Tensor, attn: Any, packing: Packing) -> tuple[Tensor, ...]:
+    """`_heads` of the first token of each sequence [S, C], by the weights themselves: its products are small.
+
+    No token needs a key or a value: <q, W_k x> = <W_k^T q, x>, where b_k would move all logits of a query alike, and
+    the mean of W_v x + b_v is that of x, mapped.
+    """
+    (weight, bias), dim = (attn.qkv.weight, attn.qkv.bias), normed.shape[1]
+    w_k, w_v = weight[dim:].view(2, attn.num_heads, -1, dim)
+    x = normed.to(weight.dtype)
+    q = F.linear(x.index_select(0, packing.cu_seqlens[:-1]), weight[:dim], bias[:dim]) * w_k.shape[1] ** -0.5
+    queries = torch.bmm(_by_head(q, w_k), w_k).transpose(0, 1)  # [S, H, C]
+    groups = split_sequences(x, packing.groups)
+    rows = queries.split([len(tokens) for tokens in groups])
+    softmaxes = [torch.bmm(row, tokens.mT).softmax(-1) for row, tokens in zip(rows, groups, strict=True)]
+    means = torch.cat([torch.bmm(p, tokens) for p, tokens in zip(softmaxes, groups, strict=True)])
+    heads = torch.bmm(means.transpose(0, 1), w_v.mT).transpose(0, 1).flatten(1) + bias[2 * dim :]
+    return heads, q, queries, means, *softmaxes
+
+
+def _class_heads_backward(grad: Tensor, normed: Tensor, attn: Any, packing: Packing, *kept: Tensor) -> Tensor:
+    q, queries, means, *softmaxes = kept
+    (weight, bias), dim, first = (attn.qkv.weight, attn.qkv.bias), normed.shape[1], packing.cu_seqlens[:-1]
+    w_k, w_v = weight[dim:].view(2, attn.num_heads, -1, dim)
+    into_k, into_v = weight.grad[dim:].view(2, *w_k.shape)
+    x = normed.to(weight.dtype)
+    bias.grad[2 * dim :] += grad.sum(0)
+    of_heads = _by_head(grad.to(weight.dtype), w_k)
+    into_v.baddbmm_(of_heads.mT, means.transpose(0, 1))
+    of_means = torch.bmm(of_heads, w_v).transpose(0, 1)
+    totals = (of_means * means).sum(-1, keepdim=True)
+    grad_x, of_queries = torch.empty_like(x), torch.empty_like(means)
+    parts = [len(p) for p in softmaxes]
+    pieces = (t.split(parts) for t in (queries, of_means, totals, of_queries))
+    groups = (split_sequences(t, packing.groups) for t in (x, grad_x))
+    for p, row, of_mean, total, of_row, tokens, out in zip(softmaxes, *pieces, *groups, strict=True):
+        of_logits = torch.baddbmm(total, of_mean, tokens.mT, beta=-1).mul_(p)
+        torch.bmm(of_logits, tokens, out=of_row)
+        torch.bmm(p.mT, of_mean, out=out).baddbmm_(of_logits.mT, row)
+    of_queries = of_queries.transpose(0, 1)
+    into_k.baddbmm_(_by_head(q, w_k).mT, of_queries)
+    of_q = torch.bmm(of_queries, w_k.mT).transpose(0, 1).flatten(1) * w_k.shape[1] ** -0.5
+    weight.grad[:dim].addmm_(of_q.t(), x.index_select(0, first))
+    bias.grad[:dim] += of_q.sum(0)
+    return grad_x.index_add_(0, first, of_q @ weight[:dim]).to(normed.dtype)
+
+
+def _by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """[S, C] -> [H, S, D]"""
+    return x.view(len(x), *weight.shape[:2]).transpose(0, 1)
+
+
 def _chain(
     x: Tensor,
     normed: Tensor,
     block: Block,
     next_norm: nn.LayerNorm,
     branches: tuple[Branch, Branch, Branch],
+    class_only: bool,
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """The block's two results, and what a backward needs of what lies between."""
     attn, norm, fc1, fc2 = block.attn, block.norm2, block.mlp.fc1, block.mlp.fc2
     assert attn.qkv.copies and attn.proj.copies and fc1.copies and fc2.copies
     (packing, scale, rows, _), (_, mlp_scale, mlp_rows, _), (_, _, next_rows, _) = branches
-    qkv = _linear(normed, *attn.qkv.copies, False).unflatten(1, (3, attn.num_heads, -1))
-    heads, lse = _attention(qkv, packing.cu_seqlens, packing.flat, qkv.shape[3] ** -0.5)
-    branch = _linear(heads.flatten(1), *attn.proj.copies, False)
+    heads, *attended = (_class_heads if class_only else _heads)(normed, attn, packing)
+    heads = heads.to(normed.dtype)
+    branch = _linear(heads, *attn.proj.copies, False)
     middle, middle_normed, mean, rstd = _norm(x, branch, norm.weight, norm.bias, scale, rows, mlp_rows, norm.eps)
     branch, hidden = _mlp(middle_normed, fc1.copies[0], fc1.bias, fc2.copies[0], fc2.bias, keep)
     out, out_normed, out_mean, out_rstd = _norm(
         middle, branch, next_norm.weight, next_norm.bias, mlp_scale, mlp_rows, next_rows, next_norm.eps
     )
-    return out, out_normed, qkv, heads, lse, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd
+    return out, out_normed, heads, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd, *attended
 
 
 class _Chain(torch.autograd.Function):
@@ -181,10 +235,10 @@ class _Chain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, normed, block, next_norm, branches, *_):  # type: ignore[override]
-        out, out_normed, *between = _chain(x, normed, block, next_norm, branches, keep=True)
+    def forward(ctx, x, normed, block, next_norm, branches, class_only, *_):  # type: ignore[override]
+        out, out_normed, *between = _chain(x, normed, block, next_norm, branches, class_only, keep=True)
         ctx.save_for_backward(normed, out, *between)
-        ctx.modules, ctx.branches = (block, next_norm), branches
+        ctx.modules, ctx.branches, ctx.class_only = (block, next_norm), branches, class_only
         ctx.normed_shape, ctx.normed_dtype = out_normed.shape, out_normed.dtype
         ctx.set_materialize_grads(False)
         return out, out_normed
@@ -194,9 +248,8 @@ class _Chain(torch.autograd.Function):
     def backward(ctx, grad, grad_normed):  # type: ignore[override]
         block, next_norm = ctx.modules
         attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
-        normed, out, qkv, heads, lse, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd = ctx.saved_tensors
+        normed, out, heads, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd, *attended = ctx.saved_tensors
         attention_branch, mlp_branch, next_branch = ctx.branches
-        packing = attention_branch.packing
         # The kernels take dense memory; a result that nobody used has no gradient.
         grad = None if grad is None else grad.contiguous()
         grad_normed = out.new_zeros(ctx.normed_shape) if grad_normed is None else grad_normed.contiguous()
@@ -209,10 +262,10 @@ class _Chain(torch.autograd.Function):
         grad_normed = _mlp_backward_(grad_branch, middle_normed, hidden, *weights, *grads)
         stats = middle, mean, rstd
         grad, grad_branch = _norm_gradients(grad, grad_normed, stats, block.norm2, attention_branch, mlp_branch)
-        grad_heads = _linear_gradients(grad_branch, heads.flatten(1), attn.proj).view_as(heads)
-        arguments = grad_heads, qkv, heads, lse, packing.cu_seqlens, packing.flat, qkv.shape[3] ** -0.5
-        grad_normed = _linear_gradients(_attention_backward(*arguments).flatten(1), normed, attn.qkv)
-        return grad, grad_normed, *[None] * 15
+        grad_heads = _linear_gradients(grad_branch, heads, attn.proj)
+        attend_backward = _class_heads_backward if ctx.class_only else _heads_backward
+        grad_normed = attend_backward(grad_heads, normed, attn, attention_branch.packing, *attended)
+        return grad, grad_normed, *[None] * 16
 
 
 def _norm_gradients(

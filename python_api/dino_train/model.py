@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dino_train.block import Block, Branch, Packing
+from dino_train.block import Block, Branch, Packing, split_sequences
 from dino_train.head import DINOHead
 from dino_train.layers import PatchEmbed, init_linear
 from dino_train.resnet import ResNet, resnet50
@@ -227,7 +227,7 @@ class _Sequences(torch.autograd.Function):
         ctx.groups, ctx.dtype, channels = groups, patches.dtype, patches.shape[1]
         x = tables[0].new_empty(sum(count * length for count, length in groups), channels)
         of_groups = patches.split([count * (length - 1) for count, length in groups])
-        for out, tokens, table in zip(_images(x, groups), of_groups, tables, strict=True):
+        for out, tokens, table in zip(split_sequences(x, groups), of_groups, tables, strict=True):
             torch.add(tokens.view(len(out), -1, channels), table[1:], out=out[:, 1:])
             out[:, 0] = table[0]
         return x
@@ -235,15 +235,9 @@ class _Sequences(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
-        grads = _images(grad, ctx.groups)
+        grads = split_sequences(grad, ctx.groups)
         patches = torch.cat([part[:, 1:].flatten(0, 1) for part in grads]).to(ctx.dtype)
         return patches, None, *(part.sum(0) for part in grads)
-
-
-def _images(x: Tensor, groups: list[tuple[int, int]]) -> list[Tensor]:
-    """[T, C] -> for each group [images, tokens, C]"""
-    parts = x.split([count * length for count, length in groups])
-    return [part.unflatten(0, group) for part, group in zip(parts, groups, strict=True)]
 
 
 class DINOModel(nn.Module):
