@@ -168,9 +168,11 @@ void add_layer_norm_backward(const AddLayerNormBackwardArgs& a) {
         float* sums = a.partial + 2 * group * a.channels;
         backward_rows(a, group * a.tokens / a.groups, (group + 1) * a.tokens / a.groups, sums, sums + a.channels);
     });
-    std::fill_n(a.sums, 2 * a.channels, 0.0f);
-    for (int64_t group = 0; group < a.groups; ++group)
-        for (int64_t j = 0; j < 2 * a.channels; ++j) a.sums[j] += a.partial[2 * group * a.channels + j];
+    for (const float *sums = a.partial, *end = sums + 2 * a.groups * a.channels; sums < end; sums += 2 * a.channels)
+        for (int64_t j = 0; j < a.channels; ++j) {
+            a.grad_weight[j] += sums[j];
+            a.grad_bias[j] += sums[a.channels + j];
+        }
 }
 
 }  // namespace dino

@@ -72,17 +72,30 @@ void add_layer_norm(uintptr_t x, uintptr_t branch, uintptr_t scale, uintptr_t we
 
 void add_layer_norm_backward(uintptr_t grad_total, uintptr_t grad_normed, uintptr_t total, uintptr_t mean,
                              uintptr_t rstd, uintptr_t weight, uintptr_t scale, uintptr_t grad_x, uintptr_t grad_branch,
-                             uintptr_t partial, uintptr_t sums, Rows branch_rows, Rows normed_rows, int64_t tokens,
-                             int64_t channels, int64_t groups, int x_dtype, int branch_dtype, int threads) {
+                             uintptr_t partial, uintptr_t grad_weight, uintptr_t grad_bias, Rows branch_rows,
+                             Rows normed_rows, int64_t tokens, int64_t channels, int64_t groups, int x_dtype,
+                             int branch_dtype, int threads) {
     py::gil_scoped_release unlocked;
     dino::add_layer_norm_backward({reinterpret_cast<const void*>(grad_total),
-                                   reinterpret_cast<const void*>(grad_normed), reinterpret_cast<const void*>(total),
-                                   reinterpret_cast<const float*>(mean), reinterpret_cast<const float*>(rstd),
-                                   reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(scale),
-                                   rows_of(branch_rows), rows_of(normed_rows), reinterpret_cast<void*>(grad_x),
-                                   reinterpret_cast<void*>(grad_branch), reinterpret_cast<float*>(partial),
-                                   reinterpret_cast<float*>(sums), tokens, channels, groups, dino::DType(x_dtype),
-                                   dino::DType(branch_dtype), threads});
+                                   reinterpret_cast<const void*>(grad_normed),
+                                   reinterpret_cast<const void*>(total),
+                                   reinterpret_cast<const float*>(mean),
+                                   reinterpret_cast<const float*>(rstd),
+                                   reinterpret_cast<const float*>(weight),
+                                   reinterpret_cast<const float*>(scale),
+                                   rows_of(branch_rows),
+                                   rows_of(normed_rows),
+                                   reinterpret_cast<void*>(grad_x),
+                                   reinterpret_cast<void*>(grad_branch),
+                                   reinterpret_cast<float*>(partial),
+                                   reinterpret_cast<float*>(grad_weight),
+                                   reinterpret_cast<float*>(grad_bias),
+                                   tokens,
+                                   channels,
+                                   groups,
+                                   dino::DType(x_dtype),
+                                   dino::DType(branch_dtype),
+                                   threads});
 }
 
 void bias_gelu(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t tokens, int64_t channels, int dtype, int threads) {

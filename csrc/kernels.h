@@ -116,8 +116,9 @@ struct AddLayerNormBackwardArgs {
     const float *mean, *rstd;              // [N]
     const float *weight, *scale;           // [C]; [B], or null for ones
     RowsOf branch_rows, normed_rows;
-    void *grad_x, *grad_branch;  // [T, C]; [B, C], null where it would equal grad_x
-    float *partial, *sums;       // [groups, 2, C] and their sum [2, C]: gradients of weight and bias
+    void *grad_x, *grad_branch;      // [T, C]; [B, C], null where it would equal grad_x
+    float* partial;                  // [groups, 2, C]: gradients of weight and bias
+    float *grad_weight, *grad_bias;  // [C], added to
     int64_t tokens, channels, groups;
     DType x_dtype, branch_dtype;
     int threads;

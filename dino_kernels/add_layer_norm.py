@@ -138,8 +138,8 @@ def _(x, branch, weight, bias, scale, rows, normed_rows, eps):
     return empty_outputs(x, branch, normed_rows)
 
 
-@custom_op("add_layer_norm_backward")
-def _norm_backward(
+@custom_op("add_layer_norm_backward_", mutates_args=("grad_weight", "grad_bias"))
+def _norm_backward_(
     grad_total: Tensor | None,
     grad_normed: Tensor,
     total: Tensor,
@@ -149,12 +149,17 @@ def _norm_backward(
     scale: Tensor | None,
     rows: Tensor | None,
     normed_rows: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of branch (of no shape where it would equal that of x), and of weight and bias [2, C]."""
-    return _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows)
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of branch (of no shape where it would equal that of x); those of weight and bias, float32, are
+    added to."""
+    return _backward_cpu(
+        grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias
+    )
 
 
-@_norm_backward.register_kernel("cuda")
+@_norm_backward_.register_kernel("cuda")
 def _(grad_total, grad_normed, total, *args):
     from dino_kernels.add_layer_norm_triton import backward_triton
 
@@ -162,9 +167,9 @@ def _(grad_total, grad_normed, total, *args):
         return backward_triton(grad_total, grad_normed, total, *args)
 
 
-@_norm_backward.register_fake
-def _(grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows):
-    return *empty_gradients(grad_normed, total, scale, rows), weight.new_empty(2, len(weight))
+@_norm_backward_.register_fake
+def _(grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias):
+    return empty_gradients(grad_normed, total, scale, rows)
 
 
 def empty_outputs(x: Tensor, branch: Tensor, normed_rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -204,7 +209,8 @@ def _backward(ctx, grad_total, grad_normed, *_):
         scaled = grad_total if rows is None else grad_total.index_select(0, rows)
         scaled = scaled if scale is None else scaled * scale.view(-1, 1)
         return grad_total, scaled.to(ctx.branch_dtype), *[None] * 6
-    grad_x, grad_branch, sums = torch.ops.dino_kernels.add_layer_norm_backward(
+    grads = torch.zeros_like(weight), torch.zeros_like(weight)
+    grad_x, grad_branch = torch.ops.dino_kernels.add_layer_norm_backward_(
         None if grad_total is None else grad_total.contiguous(),
         grad_normed.contiguous(),
         total,
@@ -214,10 +220,11 @@ def _backward(ctx, grad_total, grad_normed, *_):
         scale,
         rows,
         normed_rows,
+        *grads,
     )
     if same_gradient(grad_normed, total, scale, rows):
         grad_branch = grad_x
-    return grad_x, grad_branch, sums[0], sums[1], *[None] * 4
+    return grad_x, grad_branch, *grads, *[None] * 4
 
 
 _norm.register_autograd(_backward, setup_context=_setup)
@@ -249,13 +256,13 @@ def _forward_cpu(x, branch, weight, bias, scale, rows, normed_rows, eps):
     return outputs
 
 
-def _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows):
+def _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias):
     grad_x, grad_branch = empty_gradients(grad_normed, total, scale, rows)
     groups = min(64, len(total))  # whatever the number of threads, so that the sums do not depend on it
-    partial, sums = weight.new_empty(groups, 2, len(weight)), weight.new_empty(2, len(weight))
+    partial = weight.new_empty(groups, 2, len(weight))
     _C.add_layer_norm_backward(
         *(_address(t) for t in (grad_total, grad_normed, total, mean, rstd, weight, scale)),
-        *(_address(t) for t in (grad_x, grad_branch if grad_branch.numel() else None, partial, sums)),
+        *(_address(t) for t in (grad_x, grad_branch if grad_branch.numel() else None, partial, grad_weight, grad_bias)),
         _numbers(rows),
         _numbers(normed_rows),
         *total.shape,
@@ -264,4 +271,4 @@ def _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale, row
         DTYPES[grad_normed.dtype],
         torch.get_num_threads(),
     )
-    return grad_x, grad_branch, sums
+    return grad_x, grad_branch

@@ -113,7 +113,9 @@ def forward_triton(x, branch, weight, bias, scale, rows, normed_rows, eps):
     return outputs
 
 
-def backward_triton(grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows):
+def backward_triton(
+    grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias
+):
     grad_x, grad_branch = empty_gradients(grad_normed, total, scale, rows)
     tokens, channels = total.shape
     tile = _tile(channels)
@@ -125,4 +127,7 @@ def backward_triton(grad_total, grad_normed, total, mean, rstd, weight, scale, r
             _places(normed_rows, tokens), grad_x, grad_branch if grad_branch.numel() else None, partial,
             tokens, channels, **tile,
         )  # fmt: skip
-    return grad_x, grad_branch, partial.sum(0)
+    sums = partial.sum(0)
+    grad_weight += sums[0]
+    grad_bias += sums[1]
+    return grad_x, grad_branch

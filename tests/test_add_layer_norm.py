@@ -217,8 +217,8 @@ def test_opcheck_and_compile(device, scaled, skipping):
     )
     total, normed, mean, rstd = torch.ops.dino_kernels.add_layer_norm(*(t.detach() for t in x), *drop_path, 1e-6)
     for grad_total in (total, None):
-        args = (grad_total, normed, total, mean, rstd, x[2].detach(), *drop_path)
-        torch.library.opcheck(torch.ops.dino_kernels.add_layer_norm_backward.default, args)
+        args = (grad_total, normed, total, mean, rstd, x[2].detach(), *drop_path, *torch.ones(2, 9, device=device))
+        torch.library.opcheck(torch.ops.dino_kernels.add_layer_norm_backward_.default, args)
 
     def doubled(x, branch, weight, bias, **options):
         total, normed = add_layer_norm(2 * x, 2 * branch, weight, bias, **options)

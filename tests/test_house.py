@@ -87,7 +87,7 @@ def test_every_op_is_registered_with_a_fake_and_a_gpu_kernel():
         "attention",
         "attention_backward",
         "add_layer_norm",
-        "add_layer_norm_backward",
+        "add_layer_norm_backward_",
         "bias_gelu",
         "bias_gelu_backward",
         "drop_path_add",

@@ -100,6 +100,8 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        # Named to autograd, so that it sees them; to ask modules for them costs more at each call.
+        self.named = *self.attn.parameters(), *self.norm2.parameters(), *self.mlp.parameters()
 
     def forward(
         self,
@@ -122,9 +124,7 @@ class Block(nn.Module):
         if self.attn.qkv.copies is not None:
             arguments = x, normed.to(self.attn.qkv.copies[0].dtype), self, next_norm, branches, class_only
             if torch.is_grad_enabled():
-                # The parameters are named so that autograd sees them.
-                parameters = [*self.attn.parameters(), *self.norm2.parameters(), *self.mlp.parameters()]
-                return _Chain.apply(*arguments, *parameters, *next_norm.parameters())
+                return _Chain.apply(*arguments, *self.named, next_norm.weight, next_norm.bias)
             x, normed, *_ = _chain(*arguments, keep=False)
             return x, normed
         attention_branch, mlp_branch, next_branch = branches
@@ -136,7 +136,7 @@ class Block(nn.Module):
 
 _linear, _add_product_ = without_autograd("linear"), without_autograd("add_product_")
 _attention, _attention_backward = without_autograd("attention"), without_autograd("attention_backward")
-_norm, _norm_backward = without_autograd("add_layer_norm"), without_autograd("add_layer_norm_backward")
+_norm, _norm_backward_ = without_autograd("add_layer_norm"), without_autograd("add_layer_norm_backward_")
 _mlp, _mlp_backward_ = without_autograd("mlp"), without_autograd("mlp_backward_")
 
 
@@ -277,10 +277,8 @@ def _norm_gradients(
     read: Branch,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the residual stream and of the branch that was added to it; `read` read the norm."""
-    arguments = *stats, norm.weight, added.scale, added.rows, read.rows
-    grad, grad_branch, sums = _norm_backward(grad, grad_normed, *arguments)
-    norm.weight.grad += sums[0]
-    norm.bias.grad += sums[1]
+    arguments = *stats, norm.weight, added.scale, added.rows, read.rows, norm.weight.grad, norm.bias.grad
+    grad, grad_branch = _norm_backward_(grad, grad_normed, *arguments)
     return grad, grad_branch if grad_branch.ndim == 2 else grad
 
 
