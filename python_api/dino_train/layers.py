@@ -13,56 +13,55 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dino_kernels import (
-    add_product_,
     bias_gelu,
     bias_gelu_reference,
     linear,
     mlp,
     weight_norm_,
     weight_norm_product_backward_,
+    without_autograd,
 )
+
+_linear_op, _add_product_ = without_autograd("linear"), without_autograd("add_product_")
 
 
 class _Product(torch.autograd.Function):
-    """`linear` with copies; gradients of weight[rows] and bias[rows] are added to their .grad, in place."""
+    """`linear` with copies; gradients of weight and bias are added to their .grad, in place."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_copy, bias_copy, rows):  # type: ignore[override]
+    def forward(ctx, x, weight, bias, weight_copy, bias_copy):  # type: ignore[override]
         ctx.save_for_backward(x, weight_copy)
-        ctx.weight, ctx.bias, ctx.rows = weight, bias, rows
-        return linear(x, weight_copy, bias_copy)
+        ctx.weight, ctx.bias = weight, bias
+        return _linear_op(x, weight_copy, bias_copy, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        into_bias = None if ctx.bias is None else ctx.bias.grad[ctx.rows]
-        add_product_(ctx.weight.grad[ctx.rows].view_as(weight), grad, x, into_bias)
-        return linear(grad, weight, transposed=True) if ctx.needs_input_grad[0] else None, None, None, None, None, None
+        into_bias = None if ctx.bias is None else ctx.bias.grad
+        _add_product_(ctx.weight.grad.view_as(weight), grad, x, into_bias)
+        return _linear_op(grad, weight, None, True) if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
 class Linear(nn.Linear):
-    """x [T, I] -> x weight^T + bias [T, O]; `rows` are the outputs wanted, without `add_bias` only the product."""
+    """x [T, I] -> x weight^T + bias [T, O]; without `add_bias` only the product."""
 
     copies: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, rows: slice = slice(None), add_bias: bool = True) -> Tensor:
-        bias = self.bias if add_bias else None
-        return _linear(x, self.weight, bias, self.copies, rows)
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+        return _linear(x, self.weight, self.bias if add_bias else None, self.copies)
 
 
-def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, copies: tuple[Tensor, Tensor] | None, rows: slice = slice(None)
-) -> Tensor:
-    """x weight[rows]^T + bias[rows], with copies of both if there are any."""
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, copies: tuple[Tensor, Tensor] | None) -> Tensor:
+    """x weight^T + bias, with copies of both if there are any."""
     if copies is None:
-        return F.linear(x, weight[rows].flatten(1), None if bias is None else bias[rows])
-    weight_copy, bias_copy = copies[0][rows], None if bias is None else copies[1][rows]
+        return F.linear(x, weight.flatten(1), bias)
+    weight_copy, bias_copy = copies[0], None if bias is None else copies[1]
     x = x.to(weight_copy.dtype)
     if not torch.is_grad_enabled():
-        return linear(x, weight_copy, bias_copy)
-    return _Product.apply(x, weight, bias, weight_copy, bias_copy, rows)
+        return _linear_op(x, weight_copy, bias_copy, False)
+    return _Product.apply(x, weight, bias, weight_copy, bias_copy)
 
 
 class _Mlp(torch.autograd.Function):

@@ -226,17 +226,19 @@ class _Sequences(torch.autograd.Function):
     def forward(ctx, patches, groups, *tables):  # type: ignore[override]
         ctx.groups, ctx.dtype, channels = groups, patches.dtype, patches.shape[1]
         x = tables[0].new_empty(sum(count * length for count, length in groups), channels)
-        of_groups = patches.split([count * (length - 1) for count, length in groups])
+        of_groups = split_sequences(patches, [(count, length - 1) for count, length in groups])
         for out, tokens, table in zip(split_sequences(x, groups), of_groups, tables, strict=True):
-            torch.add(tokens.view(len(out), -1, channels), table[1:], out=out[:, 1:])
+            torch.add(tokens, table[1:], out=out[:, 1:])
             out[:, 0] = table[0]
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
-        grads = split_sequences(grad, ctx.groups)
-        patches = torch.cat([part[:, 1:].flatten(0, 1) for part in grads]).to(ctx.dtype)
+        grads, groups = split_sequences(grad, ctx.groups), [(count, length - 1) for count, length in ctx.groups]
+        patches = grad.new_empty(sum(count * length for count, length in groups), grad.shape[1], dtype=ctx.dtype)
+        for to, part in zip(split_sequences(patches, groups), grads, strict=True):
+            to.copy_(part[:, 1:])
         return patches, None, *(part.sum(0) for part in grads)
 
 
