@@ -15,7 +15,7 @@ except ImportError as error:
     ) from error
 
 # enum class DType in csrc/kernels.h
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 __all__ = ["DTYPES", "_C", "reused_empty", "setting"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-__all__ = ["custom_op", "without_autograd"]
+__all__ = ["custom_op", "on_plain_cpu", "without_autograd"]
 
 _OPS: dict[str, "_Op"] = {}
 _LIBRARY = torch.library.Library("dino_kernels", "FRAGMENT")
@@ -42,8 +42,7 @@ class _Op:
         return register
 
     def __call__(self, *args: Any) -> Any:
-        plain = type(args[0]) in (torch.Tensor, torch.nn.Parameter) and args[0].device.type == "cpu"
-        if plain and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():
+        if on_plain_cpu(args[0]):
             return self.cpu(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.dino_kernels, self.name)(*args)
@@ -54,6 +53,12 @@ class _Op:
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
         name = f"dino_kernels::{self.name}"
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def on_plain_cpu(x: Any) -> bool:
+    """Whether x has memory of the host, and nobody but its kernel wants to see an op on it."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu"
+    return plain and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling()
 
 
 def custom_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], _Op]:

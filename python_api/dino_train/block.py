@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dino_kernels import add_layer_norm, add_layer_norm_reference, attention, without_autograd
+from dino_kernels import TileBlock, add_layer_norm, add_layer_norm_reference, attention, without_autograd
 from dino_train.layers import Linear, Mlp
 
 
@@ -123,6 +123,11 @@ class Block(nn.Module):
             branches = branches[0].class_tokens(), branches[1].class_tokens(), branches[2].class_tokens()
         if self.attn.qkv.copies is not None:
             arguments = x, normed.to(self.attn.qkv.copies[0].dtype), self, next_norm, branches, class_only
+            whole = None if class_only else self._whole(next_norm, branches)
+            if whole is not None and whole.fits(*arguments[:2]):
+                if torch.is_grad_enabled():
+                    return _Whole.apply(*arguments[:2], whole, *self.named, next_norm.weight, next_norm.bias)
+                return whole.forward(*arguments[:2])[:2]
             if torch.is_grad_enabled():
                 return _Chain.apply(*arguments, *self.named, next_norm.weight, next_norm.bias)
             x, normed, *_ = _chain(*arguments, keep=False)
@@ -132,6 +137,38 @@ class Block(nn.Module):
         branch = attend(normed, attention_branch.packing)
         x, normed = _add_norm(x, branch, self.norm2, attention_branch, mlp_branch)
         return _add_norm(x, self.mlp(normed), next_norm, mlp_branch, next_branch)
+
+    def _whole(self, next_norm: nn.LayerNorm, branches: tuple[Branch, Branch, Branch]) -> TileBlock:
+        attn, fc1, fc2 = self.attn, self.mlp.fc1, self.mlp.fc2
+        assert attn.qkv.copies and attn.proj.copies and fc1.copies and fc2.copies
+        _, b_qkv, _, b_proj, *norm, _, b1, _, b2 = self.named
+        attention = attn.qkv.copies[0], b_qkv, attn.proj.copies[0], b_proj
+        weights = *attention, *norm, fc1.copies[0], b1, fc2.copies[0], b2, next_norm.weight, next_norm.bias
+        (packing, scale, *_), (_, mlp_scale, *_), _ = branches
+        rows = [branch.rows for branch in branches]
+        return TileBlock(weights, attn.num_heads, next_norm.eps, packing.cu_seqlens, (scale, mlp_scale), rows)
+
+
+class _Whole(torch.autograd.Function):
+    """A block's kernels in one call. Gradients of weights are added where the arena keeps them."""
+
+    @staticmethod
+    def forward(ctx, x, normed, block, *parameters):  # type: ignore[override]
+        out, out_normed, kept = block.forward(x, normed)
+        ctx.save_for_backward(normed, out, kept)
+        ctx.block, ctx.parameters, ctx.normed_like = block, parameters, (out_normed.shape, out_normed.dtype)
+        ctx.set_materialize_grads(False)
+        return out, out_normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_normed):  # type: ignore[override]
+        normed, out, kept = ctx.saved_tensors
+        shape, dtype = ctx.normed_like
+        grad = None if grad is None else grad.contiguous()
+        grad_normed = out.new_zeros(shape, dtype=dtype) if grad_normed is None else grad_normed.contiguous()
+        grads = [parameter.grad for parameter in ctx.parameters]
+        return *ctx.block.backward_(grad, grad_normed, normed, out, kept, grads), *[None] * 13
 
 
 _linear, _add_product_ = without_autograd("linear"), without_autograd("add_product_")

@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+from dino_train.arena import Arena
+from dino_train.block import Branch, Packing
+from dino_train.model import build_model
+
+from dino_kernels import TileBlock
+from dino_kernels._native import _C
+
+GROUPS = [(3, 50), (5, 17)]
+BOUNDS = torch.tensor([0, 50, 100, 150, 167, 184, 201, 218, 235], dtype=torch.int32)
+
+
+def results(skipping: bool, used: tuple[bool, bool]) -> dict[str, torch.Tensor]:
+    """Of a block in bfloat16: its outputs and all gradients, added to ones."""
+    torch.manual_seed(1)
+    options = {"norm_last_layer": True, "head_hidden_dim": 64, "head_bottleneck_dim": 32}
+    shape = {"patch_size": 16, "img_size": 32, "out_dim": 64, "drop_path_rate": 0.0, "use_bn_in_head": False}
+    student, teacher = (build_model("vit_tiny", **shape, **options) for _ in range(2))
+    for parameter in student.backbone.parameters():  # biases that bfloat16 holds: the ops take them rounded
+        parameter.data = torch.randn(parameter.shape).mul(0.1).bfloat16().float()
+    arena = Arena(student, teacher, torch.bfloat16)
+    arena.grad.fill_(1)
+    packing, generator = Packing(BOUNDS, GROUPS), np.random.default_rng(2)
+    kept = [generator.random(8) < 0.6 for _ in range(3)] if skipping else []
+    branches = tuple(Branch.of_kept(packing, row, 1 / 0.6) for row in kept) or (Branch(packing),) * 3
+    rows = branches[0].rows
+    x = torch.randn(235, 192, requires_grad=True)
+    normed = torch.randn(235 if rows is None else len(rows), 192).bfloat16().requires_grad_()
+    block, after = student.backbone.blocks[3], student.backbone.blocks[4].norm1
+    outputs = block(x, normed, after, packing, branches)
+    with torch.no_grad():
+        for a, b in zip(outputs, block(x, normed, after, packing, branches), strict=True):
+            assert torch.equal(a, b)
+    grads = [torch.randn_like(y) for y in outputs]
+    chosen = [i for i in range(2) if used[i]]
+    torch.autograd.backward([outputs[i] for i in chosen], [grads[i] for i in chosen])
+    return dict(zip("xn", outputs, strict=True)) | {"gx": x.grad, "gn": normed.grad, "weights": arena.grad}
+
+
+@pytest.mark.skipif(not _C.has_tiles(), reason="needs a processor with matrix tiles")
+@pytest.mark.parametrize("used", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("skipping", [False, True])
+def test_it_is_bitwise_the_ops_one_by_one(monkeypatch, skipping, used):
+    calls = []
+    forward = TileBlock.forward
+    monkeypatch.setattr(TileBlock, "forward", lambda *args: calls.append(1) or forward(*args))
+    whole = results(skipping, used)
+    assert len(calls) == 2
+    monkeypatch.setattr(TileBlock, "fits", lambda *_: False)
+    for name, expected in results(skipping, used).items():
+        assert (whole[name] is None) == (expected is None), name
+        assert expected is None or torch.equal(whole[name], expected), name
+    assert len(calls) == 2
