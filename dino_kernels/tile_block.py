@@ -45,8 +45,8 @@ class TileBlock(NamedTuple):
     def fits(self, x: Tensor, normed: Tensor) -> bool:
         """Whether the kernels for tiles take x [T, C] and its norm [A, C]."""
         qkv, proj, fc1, fc2 = (self.weights[i] for i in (0, 2, 6, 8))
-        dense = x.dtype == torch.float32 and x.is_contiguous() and fits_tiles(normed, qkv, proj, fc1, fc2)
-        return dense and on_plain_cpu(normed)
+        dtypes = x.dtype == torch.float32 and normed.dtype == torch.bfloat16
+        return dtypes and x.is_contiguous() and on_plain_cpu(normed) and fits_tiles(normed, qkv, proj, fc1, fc2)
 
     def forward(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """out [T, C] float32, next_norm of it [N, C] bfloat16, and what lies between, for the backward."""

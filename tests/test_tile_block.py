@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ def results(skipping: bool, used: tuple[bool, bool]) -> dict[str, torch.Tensor]:
     student, teacher = (build_model("vit_tiny", **shape, **options) for _ in range(2))
     for parameter in student.backbone.parameters():  # biases that bfloat16 holds: the ops take them rounded
         parameter.data = torch.randn(parameter.shape).mul(0.1).bfloat16().float()
+    student = copy.deepcopy(student)  # what blocks keep of their parameters is the copy's
     arena = Arena(student, teacher, torch.bfloat16)
     arena.grad.fill_(1)
     packing, generator = Packing(BOUNDS, GROUPS), np.random.default_rng(2)

@@ -100,7 +100,9 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        # Named to autograd, so that it sees them; to ask modules for them costs more at each call.
+        self.num_heads = num_heads
+        # What a module finds by name, and a generator of parameters, are slow to ask for at each call.
+        self.linears = self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2
         self.named = *self.attn.parameters(), *self.norm2.parameters(), *self.mlp.parameters()
 
     def forward(
@@ -121,15 +123,16 @@ class Block(nn.Module):
         if class_only:
             x = x.index_select(0, packing.cu_seqlens[:-1])
             branches = branches[0].class_tokens(), branches[1].class_tokens(), branches[2].class_tokens()
-        if self.attn.qkv.copies is not None:
-            arguments = x, normed.to(self.attn.qkv.copies[0].dtype), self, next_norm, branches, class_only
-            whole = None if class_only else self._whole(next_norm, branches)
-            if whole is not None and whole.fits(*arguments[:2]):
+        if (copies := self.linears[0].copies) is not None:
+            normed = normed.to(copies[0].dtype)
+            named = *self.named, next_norm.weight, next_norm.bias  # so that autograd sees them
+            if not class_only and (whole := self._whole(next_norm, branches)).fits(x, normed):
                 if torch.is_grad_enabled():
-                    return _Whole.apply(*arguments[:2], whole, *self.named, next_norm.weight, next_norm.bias)
-                return whole.forward(*arguments[:2])[:2]
+                    return _Whole.apply(x, normed, whole, *named)
+                return whole.forward(x, normed)[:2]
+            arguments = x, normed, self, next_norm, branches, class_only
             if torch.is_grad_enabled():
-                return _Chain.apply(*arguments, *self.named, next_norm.weight, next_norm.bias)
+                return _Chain.apply(*arguments, *named)
             x, normed, *_ = _chain(*arguments, keep=False)
             return x, normed
         attention_branch, mlp_branch, next_branch = branches
@@ -139,14 +142,12 @@ class Block(nn.Module):
         return _add_norm(x, self.mlp(normed), next_norm, mlp_branch, next_branch)
 
     def _whole(self, next_norm: nn.LayerNorm, branches: tuple[Branch, Branch, Branch]) -> TileBlock:
-        attn, fc1, fc2 = self.attn, self.mlp.fc1, self.mlp.fc2
-        assert attn.qkv.copies and attn.proj.copies and fc1.copies and fc2.copies
+        w_qkv, w_proj, w1, w2 = (layer.copies[0] for layer in self.linears if layer.copies)
         _, b_qkv, _, b_proj, *norm, _, b1, _, b2 = self.named
-        attention = attn.qkv.copies[0], b_qkv, attn.proj.copies[0], b_proj
-        weights = *attention, *norm, fc1.copies[0], b1, fc2.copies[0], b2, next_norm.weight, next_norm.bias
+        weights = w_qkv, b_qkv, w_proj, b_proj, *norm, w1, b1, w2, b2, next_norm.weight, next_norm.bias
         (packing, scale, *_), (_, mlp_scale, *_), _ = branches
         rows = [branch.rows for branch in branches]
-        return TileBlock(weights, attn.num_heads, next_norm.eps, packing.cu_seqlens, (scale, mlp_scale), rows)
+        return TileBlock(weights, self.num_heads, next_norm.eps, packing.cu_seqlens, (scale, mlp_scale), rows)
 
 
 class _Whole(torch.autograd.Function):
