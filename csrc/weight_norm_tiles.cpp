@@ -8,6 +8,8 @@ namespace dino {
 #if defined(DINO_HAS_AMX)
 namespace {
 
+constexpr int64_t kAheadRows = 8;
+
 // Of rows [first, + 32), whose gradients of w are grad_w [32, channels].
 DINO_MULTIVERSION
 void finish_rows(const WeightNormProductBackwardArgs& a, int64_t first, float* grad_w) {
@@ -16,6 +18,7 @@ void finish_rows(const WeightNormProductBackwardArgs& a, int64_t first, float* g
     for (int64_t row = first; row < first + kPanel; ++row, grad_w += n) {
         const float* v = a.v + row * n;
         float* grad_v = a.grad_v + row * n;
+        prefetch(v, kAheadRows * n * 4, n * 4);
         RowGradient of = row_gradient(grad_w, v, a.g[row], n);
         if (a.fresh) {
 #pragma omp simd
