@@ -17,10 +17,18 @@ constexpr int64_t kBlock = 256;  // keys whose dS are kept for the gradients of 
 
 // --- softmax -----------------------------------------------------------------------------------------
 
+// exp(x) for x <= 0; of a probability that is rounded to bfloat16 within 8e-5
+template <bool kRounded>
+DINO_INLINE inline float probability(float x) {
+    if constexpr (!kRounded) return exp_negative(x);
+    float y = x * 0x1.715476p0f;
+    return exp2_negative<DType::bf16>(y < -126.0f ? -126.0f : y);
+}
+
 // Rows of scores [rows, width], as many as one fold() reduces, become exp(scale * scores + mask - their maximum).
-DINO_MULTIVERSION
-void softmax(float* scores, int64_t rows, int64_t width, float scale, const float* mask, float* lse,
-             float* inverse_total) {
+template <bool kRounded>
+DINO_INLINE inline void softmax_rows(float* scores, int64_t rows, int64_t width, float scale, const float* mask,
+                                     float* lse, float* inverse_total) {
     alignas(64) float high[kLanes * kLanes], total[kLanes * kLanes];
     std::fill_n(high, kLanes * kLanes, -std::numeric_limits<float>::infinity());
     std::fill_n(total, kLanes * kLanes, 0.0f);
@@ -31,20 +39,29 @@ void softmax(float* scores, int64_t rows, int64_t width, float scale, const floa
             for (int64_t l = 0; l < kLanes; ++l)
                 high[i * kLanes + l] = larger(scores[i * width + j + l] * scale + mask[j + l], high[i * kLanes + l]);
     fold(high, larger);
-    for (int64_t i = 0; i < rows; ++i) {
-        float* x = scores + i * width;
-#pragma omp simd
-        for (int64_t j = 0; j < width / kLanes * kLanes; ++j) x[j] = exp_negative(x[j] * scale + mask[j] - high[i]);
-    }
     for (int64_t j = 0; j < width; j += kLanes)
-        for (int64_t i = 0; i < rows; ++i)
+        for (int64_t i = 0; i < rows; ++i) {
+            float* x = scores + i * width + j;
 #pragma omp simd
-            for (int64_t l = 0; l < kLanes; ++l) total[i * kLanes + l] += scores[i * width + j + l];
+            for (int64_t l = 0; l < kLanes; ++l) {
+                x[l] = probability<kRounded>(x[l] * scale + mask[j + l] - high[i]);
+                total[i * kLanes + l] += x[l];
+            }
+        }
     fold(total, [](float x, float y) __attribute__((always_inline)) { return x + y; });
     for (int64_t i = 0; i < rows; ++i) {
         lse[i] = high[i] + std::log(total[i]);
         inverse_total[i] = 1 / total[i];
     }
+}
+
+DINO_MULTIVERSION
+void softmax(float* scores, int64_t rows, int64_t width, float scale, const float* mask, float* lse,
+             float* inverse_total, bool rounded) {
+    if (rounded)
+        softmax_rows<true>(scores, rows, width, scale, mask, lse, inverse_total);
+    else
+        softmax_rows<false>(scores, rows, width, scale, mask, lse, inverse_total);
 }
 
 DINO_MULTIVERSION
@@ -55,17 +72,26 @@ void scale_rows(float* x, int64_t rows, int64_t width, const float* factors) {
 }
 
 // Scores [keys, queries] become probabilities, their gradients dP become scale * dS. lse and delta are the queries'.
-DINO_MULTIVERSION
-void gradients(float* scores, float* grads, int64_t rows, int64_t width, float scale, const float* lse,
-               const float* delta) {
+template <bool kRounded>
+DINO_INLINE inline void gradients_of_rows(float* scores, float* grads, int64_t rows, int64_t width, float scale,
+                                          const float* lse, const float* delta) {
     for (int64_t i = 0; i < rows; ++i) {
         float *p = scores + i * width, *ds = grads + i * width;
 #pragma omp simd
         for (int64_t j = 0; j < width / kLanes * kLanes; ++j) {
-            p[j] = exp_negative(p[j] * scale - lse[j]);
+            p[j] = probability<kRounded>(p[j] * scale - lse[j]);
             ds[j] = p[j] * (ds[j] - delta[j]) * scale;
         }
     }
+}
+
+DINO_MULTIVERSION
+void gradients(float* scores, float* grads, int64_t rows, int64_t width, float scale, const float* lse,
+               const float* delta, bool rounded) {
+    if (rounded)
+        gradients_of_rows<true>(scores, grads, rows, width, scale, lse, delta);
+    else
+        gradients_of_rows<false>(scores, grads, rows, width, scale, lse, delta);
 }
 
 // --- tasks -------------------------------------------------------------------------------------------
@@ -170,7 +196,7 @@ void Task::forward() const {
         score(count, read_qkv(0, i, count, s.q), k_transposed, scores);
         for (int64_t j = 0; j < count; j += kLanes)
             softmax(scores + j * width, std::min(kLanes, count - j), width, a.scale, mask,
-                    a.lse + head * a.tokens + begin + i + j, inverse_total + j);
+                    a.lse + head * a.tokens + begin + i + j, inverse_total + j, kind.pair == 2);
         average(count, along(scores, count, s.p), v_pairs, out);
         scale_rows(out, count, columns, inverse_total);
         write(out, count, a.out, output(i), a.heads * a.channels);
@@ -201,7 +227,7 @@ void Task::backward() const {
             float* grad_scores = kind.pair == 2 ? s.grad_scores.fit(kStripe * width) : ds_rows;
             score(rows, k + i * depth_row, q_transposed, scores);
             score(rows, v + i * depth_row, grad_out_transposed, grad_scores);
-            gradients(scores, grad_scores, count, width, a.scale, lse, delta);
+            gradients(scores, grad_scores, count, width, a.scale, lse, delta, kind.pair == 2);
             std::fill(grad_scores + count * width, grad_scores + rows * width, 0.0f);
             if (kind.pair == 2) kind.pair_rows(grad_scores, rows, width, ds_rows);
             average(count, along(scores, count, s.p), grad_out_pairs, grad);

@@ -10,27 +10,6 @@ namespace {
 
 // A bfloat16 result needs no more than the shorter polynomials, whose errors are a tenth of its rounding.
 
-// 2^y for -126 <= y <= 0 within 2 ulp, or 8e-5: 2^n * p(y - n), n = round(y).
-template <DType D>
-DINO_INLINE inline float exp2_negative(float y) {
-    constexpr float kRound = 0x1.8p23f;  // adding it leaves n in the low mantissa bits
-    float shifted = y + kRound, f = y - (shifted - kRound), p;
-    if constexpr (D == DType::bf16) {
-        p = 0.0551716164f;
-        p = p * f + 0.242611632f;
-        p = p * f + 0.693261027f;
-        p = p * f + 0.999928057f;
-    } else {
-        p = 0x1.5bba14p-10f;
-        p = p * f + 0x1.3cea88p-7f;
-        p = p * f + 0x1.c6b752p-5f;
-        p = p * f + 0x1.ebf9bcp-3f;
-        p = p * f + 0x1.62e42ap-1f;
-        p = p * f + 1.0f;
-    }
-    return bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(shifted) << 23));
-}
-
 // Q(a), the upper tail of the normal distribution, for 0 <= a <= 8; for bfloat16 within 4e-4 of it up to 4, 2e-3
 // beyond.
 template <DType D>
