@@ -101,7 +101,7 @@ def adamw_ema() -> None:
         flat, grad, copy = (meta(offsets[-1], dtype=kind) for kind in (torch.float32, dtype, torch.bfloat16))
         adamw_ema_triton.step_triton(
             flat, grad, flat, flat, flat, copy, copy, None, None, offsets, steps, flags, flags, meta(dtype=torch.int32),
-            setting, setting, setting, 3.0, 0.9, 0.999, 1e-8,
+            setting, setting, setting, 3.0, 0.9, 0.999, 1e-8, 0,
         )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def add_layer_norm() -> None:
             total, normed, *stats = add_layer_norm_triton.forward_triton(
                 branch.to(dtype), branch, *affine, *drop_path, 1e-6
             )
-            add_layer_norm_triton.backward_triton(total, normed, total, *stats, affine[0], *drop_path)
+            add_layer_norm_triton.backward_triton(total, normed, total, *stats, affine[0], *drop_path, *affine)
 
 
 def bias_gelu() -> None:

@@ -200,7 +200,8 @@ void weight_norm_product_backward(const std::vector<uintptr_t>& data, bool fresh
 // steps, decayed, frozen; settings: lr, weight decay, momentum, clip, betas, eps; shape: of the rows.
 bool adamw_ema_step(const std::vector<uintptr_t>& data, const std::vector<int>& dtypes,
                     const std::vector<int64_t>& offsets, const std::vector<uintptr_t>& segments,
-                    const std::vector<double>& settings, const std::vector<int64_t>& shape, int threads) {
+                    const std::vector<double>& settings, const std::vector<int64_t>& shape, int64_t cleared,
+                    int threads) {
     py::gil_scoped_release unlocked;
     std::vector<float*> x = pointers<float>(data);
     return dino::adamw_ema_step({x[0],
@@ -230,6 +231,7 @@ bool adamw_ema_step(const std::vector<uintptr_t>& data, const std::vector<int>& 
                                  dino::DType(dtypes[3]),
                                  shape[0],
                                  shape[1],
+                                 cleared,
                                  threads});
 }
 

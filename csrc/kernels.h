@@ -70,7 +70,7 @@ void ema_update(const EmaArgs& args);
 
 struct AdamwEmaArgs {
     float* student;  // flat, as all up to the copies
-    const void* grad;
+    void* grad;      // of the first `cleared` segments it becomes zero
     float *exp_avg, *exp_avg_sq, *teacher;
     void *student_16, *teacher_16;  // or null
     DType grad_dtype, student_16_dtype, teacher_16_dtype;
@@ -84,6 +84,7 @@ struct AdamwEmaArgs {
     void *student_rows, *teacher_rows;
     DType rows_dtype;
     int64_t rows, channels;  // channels at most kMostChannels
+    int64_t cleared;
     int threads;
 };
 constexpr int64_t kMostChannels = 4096;

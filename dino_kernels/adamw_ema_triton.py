@@ -120,7 +120,7 @@ def _table(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, int,
 
 def step_triton(
     student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets, steps,
-    decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps,
+    decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps, cleared,
 ):  # fmt: skip
     table, blocks, aligned = _table(tuple(offsets), student.device)
     segments = len(offsets) - 1
@@ -136,6 +136,7 @@ def step_triton(
         student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, table, frozen, steps, factors, nonfinite,
         *blend_arguments(momentum), segments, beta1, beta2, 1 - beta1, 1 - beta2, eps, **layout,
     )  # fmt: skip
+    grad[: offsets[cleared]].zero_()
     for rows, weights in ((student_rows, student), (teacher_rows, teacher)):
         if rows is not None:
             forward_triton(rows, *last_layer(weights, offsets, rows))

@@ -92,6 +92,20 @@ def test_against_float64(device, grad_dtype, sizes):
     torch.testing.assert_close(ours["teacher_16"], ours["teacher"].half(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("cleared", [3, len(SIZES)])
+def test_clears_the_gradient_of_the_first_segments_also_of_a_refused_step(device, cleared):
+    for bad in (0.0, float("nan")):
+        x = state(device, frozen=(1,))
+        x["grad"][-1] += bad
+        before, end = x["grad"].clone(), x["offsets"][cleared]
+        plain = clone(x)
+        adamw_ema_step_(**x, **HYPER, cleared=cleared)
+        adamw_ema_step_(**plain, **HYPER)
+        assert not x["grad"][:end].any() and torch.equal(plain["grad"].nan_to_num(), before.nan_to_num())
+        assert torch.equal(x["grad"][end:].nan_to_num(), before[end:].nan_to_num())
+        assert all(torch.equal(x[name], plain[name]) for name in ("student", "teacher", "steps", "nonfinite"))
+
+
 def test_against_torchs_adamw_clip_and_ema(device):
     """Separate tensors on schedules, as main_dino.py trains them; the last is frozen for two steps and counts then."""
     sizes = [50, 300, 7]
@@ -216,7 +230,7 @@ def test_opcheck_and_compile(device):
     args += [torch.empty(2, 4, device=device), torch.empty(2, 4, device=device)]  # rows: segments of 5 and 16 hold them
     args += [x[name] for name in ("offsets", "steps", "decayed", "frozen", "nonfinite")]
     settings = [torch.tensor(value, device=device) for value in (0.01, 0.1, 0.9)]
-    torch.library.opcheck(torch.ops.dino_kernels.adamw_ema_step_.default, (*args, *settings, 3.0, 0.9, 0.999, 1e-8))
+    torch.library.opcheck(torch.ops.dino_kernels.adamw_ema_step_.default, (*args, *settings, 3.0, 0.9, 0.999, 1e-8, 1))
     eager, compiled = state(device, [5, 16]), state(device, [5, 16])
     adamw_ema_step_(**eager, **HYPER)
     torch.compile(adamw_ema_step_, fullgraph=True, backend="aot_eager")(**compiled, **HYPER)
@@ -245,6 +259,8 @@ def test_opcheck_and_compile(device):
         ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
         ({"rows": (torch.zeros(5, 1),) * 2}, r"the lengths of the last two segments, 4 and 5; got \[\(\[5, 1\]"),
         ({"rows": (torch.zeros(4, 1), torch.zeros(3, 1))}, "rows must be two contiguous tensors"),
+        ({"cleared": 3}, "cleared must be from 0 to 2 segments, got 3"),
+        ({"rows": (torch.zeros(4, 1),) * 2, "cleared": 2}, "cleared must be from 0 to 1 segments, got 2"),
     ],
 )
 def test_bad_input(change, message):

@@ -139,7 +139,8 @@ class AdamWithEMA:
         self.frozen.copy_(torch.tensor(frozen))
 
     def step(self, lr: float | Tensor, weight_decay: float | Tensor, momentum: float | Tensor) -> None:
-        """Update weights, moments, teacher and copies, unless a gradient is not finite: then only `nonfinite`."""
+        """Update weights, moments, teacher and copies, unless a gradient is not finite: then only `nonfinite`. The
+        gradient is cleared."""
         arena = self.arena
         adamw_ema_step_(
             arena.flat["student"],
@@ -159,7 +160,9 @@ class AdamWithEMA:
             student_16=arena.copies["student"],
             teacher_16=arena.copies["teacher"],
             rows=arena.rows,
+            cleared=len(arena.parameters) - 1,
         )
+        arena.last_layers[0].stale = True
 
     def state_dict(self) -> dict[str, Any]:
         steps, names = self.steps.tolist(), list(self.arena.parameters)
@@ -189,7 +192,7 @@ class AdamWithEMA:
 
 
 class TorchWithEMA:
-    """A torch optimizer on an arena's student, then the EMA of its teacher and the copies, a pass each.
+    """A torch optimizer on an arena's student, then the EMA of its teacher, the copies and a cleared gradient.
 
     It has no guard of its own: a gradient that is not finite must not reach it.
     """
@@ -207,6 +210,7 @@ class TorchWithEMA:
         ema_update_([self.arena.flat["teacher"]], [self.arena.flat["student"]], momentum)
         self.arena.copy()
         self.arena.materialize()
+        self.arena.clear_grad()
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()

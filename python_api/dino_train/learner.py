@@ -157,7 +157,6 @@ class Learner:
                 raise NonFiniteLoss
             self.optimizer.step(*self.settings[:3].tolist())
         self.center.copy_(center)
-        self.arena.clear_grad()
         self._phase("optimizer")
         return loss, teacher_z
 
