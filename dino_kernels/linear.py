@@ -104,8 +104,9 @@ def fits_tiles(*operands: Tensor) -> bool:
 
 def _linear_cpu(x, weight, bias, transposed):
     outputs = weight.shape[1 if transposed else 0]
+    bias = None if bias is None else bias.contiguous()  # what oneDNN takes it for too, and does not check
     if fits_tiles(x, weight) and outputs % 32 == 0 and not (transposed and len(x) <= _FEW):
-        out, wide_bias = x.new_empty(len(x), outputs), None if bias is None else bias.float().contiguous()
+        out, wide_bias = x.new_empty(len(x), outputs), None if bias is None else bias.float()
         addresses = (x.data_ptr(), weight.data_ptr(), 0 if wide_bias is None else wide_bias.data_ptr(), out.data_ptr())
         _C.linear(*addresses, *x.shape, outputs, transposed, DTYPES[x.dtype], torch.get_num_threads())
         return out

@@ -75,6 +75,14 @@ def test_float32_of_any_magnitude_and_not_finite(tiles):
     assert not finite[[3, 150]].any() and finite.sum() == 198 * 64
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs", [32, 7])
+def test_a_strided_bias(tiles, dtype, outputs):
+    x, weight, bias = inputs(70, 64, outputs, dtype, False)
+    for strided in (torch.stack([bias, torch.full_like(bias, float("nan"))], 1)[:, 0], bias[:1].expand(outputs)):
+        assert torch.equal(linear(x, weight, strided), linear(x, weight, strided.clone().contiguous()))
+
+
 def test_strided_operands_no_tokens_and_opcheck(tiles):
     x, weight, bias = inputs(70, 64, 32, torch.bfloat16, False)
     wide = torch.full((70, 80), float("nan")).bfloat16()
