@@ -262,7 +262,8 @@ def _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale, row
     partial = weight.new_empty(groups, 2, len(weight))
     _C.add_layer_norm_backward(
         *(_address(t) for t in (grad_total, grad_normed, total, mean, rstd, weight, scale)),
-        *(_address(t) for t in (grad_x, grad_branch if grad_branch.numel() else None, partial, grad_weight, grad_bias)),
+        *(_address(t) for t in (grad_x, grad_branch if grad_branch.numel() else None)),
+        *(t.data_ptr() for t in (partial, grad_weight, grad_bias)),
         _numbers(rows),
         _numbers(normed_rows),
         *total.shape,

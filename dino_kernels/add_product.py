@@ -83,7 +83,7 @@ def _(into, grad, x, into_bias):
 
 def _add_cpu(into, grad, x, into_bias):
     if fits_tiles(grad, x):
-        pointers = [0 if t is None else t.data_ptr() for t in (into, grad, x, into_bias)]
+        pointers = (into.data_ptr(), grad.data_ptr(), x.data_ptr(), 0 if into_bias is None else into_bias.data_ptr())
         return _C.add_linear(*pointers, *grad.shape, x.shape[1], DTYPES[x.dtype], torch.get_num_threads())
     if into_bias is not None:
         addresses = (into_bias.data_ptr(), grad.data_ptr())

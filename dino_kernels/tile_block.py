@@ -85,9 +85,8 @@ class TileBlock(NamedTuple):
         branches, grad_qkv = normed.new_empty(2, max(a, m), c), normed.new_empty(a, 3 * c)
         partial = out.new_empty(_GROUPS, 2, c)
         w_qkv, _, w_proj, _, w_norm, _, w1, b1, w2, _, w_next, _ = _addresses(self.weights)
-        of_qkv, of_b_qkv, of_proj, of_b_proj, *of_norm, of_w1, of_b1, of_w2, of_b2, of_next, of_b_next = _addresses(
-            grads
-        )
+        into = [t.data_ptr() for t in grads]  # a None is an error here, in the kernels it would be address 0
+        of_qkv, of_b_qkv, of_proj, of_b_proj, *of_norm, of_w1, of_b1, of_w2, of_b2, of_next, of_b_next = into
         (scale, mlp_scale), rows = _addresses(self.scales), self._rows()
         of_x, of_rows, of_sums, of_branch, other = _addresses((grad_x, grad_qkv, partial, *branches))
         norm = (tokens, c, min(_GROUPS, tokens), _F32, _BF16, threads)

@@ -266,3 +266,16 @@ def test_a_block_takes_any_gradient_and_none(precision):
         for ours, expected in zip(*results, strict=True):
             error = (ours - expected).norm() / expected.norm()
             assert error < (1e-5 if precision == "float32" else 3e-2)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["norm2.bias", "attn.proj.weight"])
+def test_a_block_without_a_place_for_a_gradient_is_an_error(precision, name):
+    student, teacher = (vit("vit_nano", patch_size=8, img_size=32) for _ in range(2))
+    Arena(*(DINOModel(backbone, DINOHead(96, 64)) for backbone in (student, teacher)), getattr(torch, precision))
+    block = student.blocks[0]
+    block.get_parameter(name).grad = None
+    packing = Packing(torch.tensor([0, 17, 34], dtype=torch.int32), [(2, 17)])
+    tokens = torch.randn(34, student.embed_dim, requires_grad=True)
+    with pytest.raises(AttributeError, match="NoneType"):
+        block(tokens, tokens, student.blocks[1].norm1, packing)[0].sum().backward()
