@@ -16,7 +16,6 @@ from dino_kernels import (
     bias_gelu,
     bias_gelu_reference,
     linear,
-    mlp,
     weight_norm_,
     weight_norm_product_backward_,
     without_autograd,
@@ -64,25 +63,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, copies: tuple[Tensor
     return _Product.apply(x, weight, bias, weight_copy, bias_copy)
 
 
-class _Mlp(torch.autograd.Function):
-    """`mlp` with copies of the weights; gradients are added where the arena keeps them."""
-
-    @staticmethod
-    def forward(ctx, x, fc1, fc2, *_):  # type: ignore[override]
-        weights = fc1.copies[0], fc1.bias, fc2.copies[0]
-        out, hidden = torch.ops.dino_kernels.mlp(x, *weights, fc2.bias, True)
-        ctx.save_for_backward(x, hidden)
-        ctx.layers, ctx.weights = (fc1, fc2), weights
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # type: ignore[override]
-        grads = [parameter.grad for layer in ctx.layers for parameter in (layer.weight, layer.bias)]
-        grad_x = torch.ops.dino_kernels.mlp_backward_(grad.contiguous(), *ctx.saved_tensors, *ctx.weights, *grads)
-        return grad_x, *[None] * 6
-
-
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -90,13 +70,6 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fc1.copies is not None and self.fc2.copies is not None:
-            x = x.to(self.fc1.copies[0].dtype)
-            if not torch.is_grad_enabled():
-                return mlp(x, self.fc1.copies[0], self.fc1.bias, self.fc2.copies[0], self.fc2.bias)
-            # The parameters are named so that autograd sees them.
-            parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            return _Mlp.apply(x, self.fc1, self.fc2, *parameters)
         x = self.fc1(x, add_bias=False)
         # The op takes at most float32; a float64 net is there to check others.
         return self.fc2((bias_gelu_reference if x.dtype == torch.float64 else bias_gelu)(x, self.fc1.bias))
