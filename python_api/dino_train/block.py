@@ -215,9 +215,9 @@ def _class_heads_backward(grad: Tensor, normed: Tensor, attn: Any, packing: Pack
     (weight, bias), dim, first = (attn.qkv.weight, attn.qkv.bias), normed.shape[1], packing.cu_seqlens[:-1]
     w_k, w_v = weight[dim:].view(2, attn.num_heads, -1, dim)
     into_k, into_v = weight.grad[dim:].view(2, *w_k.shape)
-    x = normed.to(weight.dtype)
+    x, grad = normed.to(weight.dtype), grad.to(weight.dtype)
     bias.grad[2 * dim :] += grad.sum(0)
-    of_heads = _by_head(grad.to(weight.dtype), w_k)
+    of_heads = _by_head(grad, w_k)
     into_v.baddbmm_(of_heads.mT, means.transpose(0, 1))
     of_means = torch.bmm(of_heads, w_v).transpose(0, 1)
     totals = (of_means * means).sum(-1, keepdim=True)
