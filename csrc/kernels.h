@@ -168,7 +168,7 @@ struct AddProductArgs {
     int threads;
     Paired paired = Paired::neither;  // bfloat16 only
     float* into_bias = nullptr;       // [O] += sums over T of grad, which then is not paired; add_linear only
-    DType dtype = DType::bf16;        // or f32
+    DType dtype = DType::bf16;        // of grad and x, or f32; add_linear only
 };
 void add_product(const AddProductArgs& args);  // of float32
 

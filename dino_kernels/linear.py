@@ -21,6 +21,8 @@ __all__ = ["linear", "linear_reference"]
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
     """x W^T + bias, or x W + bias. Sums are float32; a repeated call is bitwise equal.
 
+    With matrix tiles, float32 terms below 1e-33 lose digits, and an infinite one makes its sum NaN.
+
     Args:
         x: [T, D], float32, float16, bfloat16 or float64.
         weight: [O, D], or [D, O] if transposed; of the dtype of x.
