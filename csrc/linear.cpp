@@ -63,7 +63,7 @@ void linear_of_block(const LinearArgs& a) {
 // Outputs [first, + 64) of all tokens, transposed: rows of the weights are read where they are.
 void few(const LinearArgs& a, const Kind& kind, const float* x, int64_t first) {
     static thread_local Buffer sums, turned;
-    int64_t rows = std::min(kWeights, a.outputs - first), width = a.depth / 2, tokens = (a.tokens + 31) / 32 * 32;
+    int64_t rows = std::min(kWeights, a.outputs - first), width = a.depth / 2, tokens = whole(a.tokens);
     float *c = sums.fit(kWeights * tokens), *y = turned.fit(kPanel * tokens);
     product(kind, rows, tokens, {width, width, 1, tokens, tokens}, units(a.weight, first * a.depth), x, c);
     for (int64_t j = 0; j < rows; j += kPanel) {
@@ -76,11 +76,9 @@ void few(const LinearArgs& a, const Kind& kind, const float* x, int64_t first) {
 void linear_of_few(const LinearArgs& a) {
     Kind kind = kind_of(DType::bf16, 2);
     static thread_local Buffer copy, buffer;
-    int64_t width = a.depth / 2, rows = (a.tokens + 31) / 32 * 32;
-    float *x = copy.fit(rows * width), *turned = buffer.fit(rows * width);
-    std::copy_n(units(a.x, 0), a.tokens * width, x);
-    std::fill(x + a.tokens * width, x + rows * width, 0.0f);
-    transpose(x, rows, width, turned, rows);
+    int64_t width = a.depth / 2, rows = whole(a.tokens);
+    float* turned = buffer.fit(rows * width);
+    transpose(whole_tiles(a.x, 0, a.tokens, width, copy), rows, width, turned, rows);
     parallel_for((a.outputs + kWeights - 1) / kWeights, a.threads, [&](int64_t i) {
         TileUse tiles(kind);
         few(a, kind, turned, i * kWeights);

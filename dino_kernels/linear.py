@@ -97,9 +97,10 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 
 def fits_tiles(*operands: Tensor) -> bool:
-    """Whether operands [rows, multiple of 32, not 0] in bfloat16 or float32 go to the kernels for matrix tiles."""
-    return _TILES and all(
-        x.dtype in _TILED and x.shape[1] and x.shape[1] % 32 == 0 and x.is_contiguous() and not x.is_cuda
+    """Whether operands [rows, multiple of 32, not 0], all bfloat16 or float32, go to the kernels for matrix tiles."""
+    dtype = operands[0].dtype
+    return (_TILES and dtype in _TILED) and all(
+        x.dtype == dtype and x.shape[1] and x.shape[1] % 32 == 0 and x.is_contiguous() and not x.is_cuda
         for x in operands
     )
 

@@ -406,3 +406,11 @@ def test_bad_input_messages():
     for n in (0, 5):
         with pytest.raises(ValueError, match=f"n_blocks must be from 1 to the number of blocks, 3, got {n}"):
             nano().features(torch.zeros(1, 3, 32, 32), n)
+
+
+def test_a_block_knows_the_parameters_that_were_assigned_to_it():
+    net = vit("vit_nano", patch_size=8, img_size=32)
+    net.load_state_dict({name: p.clone() for name, p in net.state_dict().items()}, assign=True)
+    for block in net.blocks:
+        own = {id(p) for p in block.parameters()} - {id(p) for p in block.norm1.parameters()}
+        assert {id(p) for p in block.named} == own

@@ -94,6 +94,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block over packed tokens [T, C]."""
 
+    named: tuple[nn.Parameter, ...]
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -103,7 +105,8 @@ class Block(nn.Module):
         self.num_heads = num_heads
         # What a module finds by name, and a generator of parameters, are slow to ask for at each call.
         self.linears = self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2
-        self.named = *self.attn.parameters(), *self.norm2.parameters(), *self.mlp.parameters()
+        _name_parameters(self)
+        self.register_load_state_dict_post_hook(_name_parameters)  # which may assign other ones
 
     def forward(
         self,
@@ -126,7 +129,8 @@ class Block(nn.Module):
         if (copies := self.linears[0].copies) is not None:
             normed = normed.to(copies[0].dtype)
             named = *self.named, next_norm.weight, next_norm.bias  # so that autograd sees them
-            if not class_only and (whole := self._whole(next_norm, branches)).fits(x, normed):
+            low = normed.dtype == torch.bfloat16 and not class_only
+            if low and (whole := self._whole(next_norm, branches)).fits(x, normed):
                 if torch.is_grad_enabled():
                     return _Whole.apply(x, normed, whole, *named)
                 return whole.forward(x, normed)[:2]
@@ -147,7 +151,12 @@ class Block(nn.Module):
         weights = w_qkv, b_qkv, w_proj, b_proj, *norm, w1, b1, w2, b2, next_norm.weight, next_norm.bias
         (packing, scale, *_), (_, mlp_scale, *_), _ = branches
         rows = [branch.rows for branch in branches]
+        assert next_norm.eps == self.norm2.eps
         return TileBlock(weights, self.num_heads, next_norm.eps, packing.cu_seqlens, (scale, mlp_scale), rows)
+
+
+def _name_parameters(block: Block, _: Any = None) -> None:
+    block.named = *block.attn.parameters(), *block.norm2.parameters(), *block.mlp.parameters()
 
 
 class _Whole(torch.autograd.Function):
