@@ -163,17 +163,7 @@ DINO_AMX inline void add_tiles() {
 // the order of fewest loads.
 template <class Beside>
 DINO_AMX void split_tile(int64_t depth, const float* a, const float* b, float* c, bool add, Beside&& beside) {
-    if (add) {
-        _tile_loadd(0, c, kPanel * 4);
-        _tile_loadd(1, c + 16, kPanel * 4);
-        _tile_loadd(2, c + kTiles, kPanel * 4);
-        _tile_loadd(3, c + kTiles + 16, kPanel * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    load_sums<2, 2>(c, kPanel, add);
     for (int64_t k = 0; k < depth; k += kLanes, a += kParts<float> * kTiles, b += kParts<float> * kTiles) {
         load_left(a + 2 * kTiles);
         load_right(b);
@@ -190,10 +180,7 @@ DINO_AMX void split_tile(int64_t depth, const float* a, const float* b, float* c
         add_tiles();
         beside();
     }
-    _tile_stored(0, c, kPanel * 4);
-    _tile_stored(1, c + 16, kPanel * 4);
-    _tile_stored(2, c + kTiles, kPanel * 4);
-    _tile_stored(3, c + kTiles + 16, kPanel * 4);
+    store_sums<2, 2>(c, kPanel);
 }
 
 // c [rows, 32] = x [rows, width] times a packed panel, plus what c held if `add`; rows come in 32. If `far`, the panel

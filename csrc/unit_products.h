@@ -181,21 +181,35 @@ struct Nothing {
     void operator()() const {}
 };
 
-// C[16 * M, 16 * N] in tiles 0 to 3, A in 4 and 5, B in 6 and 7; after each step of 16 units a call of `beside`.
-template <int M, int N, class Beside>
-DINO_AMX void amx_tile(const Product& p, const float* a, const float* b, float* c, Beside&& beside) {
-    int64_t a_row = p.a_row * 4, b_row = p.b_row * 4, c_row = p.c_row * 4;
-    if (p.add) {
-        _tile_loadd(0, c, c_row);
-        if (N > 1) _tile_loadd(1, c + 16, c_row);
-        if (M > 1) _tile_loadd(2, c + 16 * p.c_row, c_row);
-        if (M > 1 && N > 1) _tile_loadd(3, c + 16 * p.c_row + 16, c_row);
+// C[16 * M, 16 * N] to tiles 0 to 3, or zeros unless `add`; and back.
+template <int M, int N>
+DINO_AMX __attribute__((always_inline)) inline void load_sums(const float* c, int64_t row, bool add) {
+    if (add) {
+        _tile_loadd(0, c, row * 4);
+        if (N > 1) _tile_loadd(1, c + 16, row * 4);
+        if (M > 1) _tile_loadd(2, c + 16 * row, row * 4);
+        if (M > 1 && N > 1) _tile_loadd(3, c + 16 * row + 16, row * 4);
     } else {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
     }
+}
+
+template <int M, int N>
+DINO_AMX __attribute__((always_inline)) inline void store_sums(float* c, int64_t row) {
+    _tile_stored(0, c, row * 4);
+    if (N > 1) _tile_stored(1, c + 16, row * 4);
+    if (M > 1) _tile_stored(2, c + 16 * row, row * 4);
+    if (M > 1 && N > 1) _tile_stored(3, c + 16 * row + 16, row * 4);
+}
+
+// C[16 * M, 16 * N] in tiles 0 to 3, A in 4 and 5, B in 6 and 7; after each step of 16 units a call of `beside`.
+template <int M, int N, class Beside>
+DINO_AMX void amx_tile(const Product& p, const float* a, const float* b, float* c, Beside&& beside) {
+    int64_t a_row = p.a_row * 4, b_row = p.b_row * 4;
+    load_sums<M, N>(c, p.c_row, p.add);
     for (int64_t k = 0; k < p.depth; k += kLanes) {
         _tile_loadd(4, a + k, a_row);
         _tile_loadd(6, b + k * p.b_row, b_row);
@@ -211,10 +225,7 @@ DINO_AMX void amx_tile(const Product& p, const float* a, const float* b, float* 
         }
         beside();
     }
-    _tile_stored(0, c, c_row);
-    if (N > 1) _tile_stored(1, c + 16, c_row);
-    if (M > 1) _tile_stored(2, c + 16 * p.c_row, c_row);
-    if (M > 1 && N > 1) _tile_stored(3, c + 16 * p.c_row + 16, c_row);
+    store_sums<M, N>(c, p.c_row);
 }
 
 void amx_product(int64_t rows, int64_t columns, const Product& p, const float* a, const float* b, float* c) {

@@ -8,7 +8,7 @@ namespace dino {
 #if defined(DINO_HAS_AMX)
 namespace {
 
-constexpr int64_t kAheadRows = 8;
+constexpr int64_t kAheadRows = 8;  // fetched while earlier ones are finished
 
 // Of rows [first, + 32), whose gradients of w are grad_w [32, channels].
 DINO_MULTIVERSION

@@ -17,7 +17,13 @@ except ImportError as error:
 # enum class DType in csrc/kernels.h
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-__all__ = ["DTYPES", "_C", "reused_empty", "setting"]
+__all__ = ["DTYPES", "_C", "address", "reused_empty", "setting"]
+
+
+def address(x: torch.Tensor | None) -> int:
+    """Where a tensor's values begin; 0 for a tensor that may be left out and is."""
+    return 0 if x is None else x.data_ptr()
+
 
 _spare: list[np.ndarray] = []  # at most one buffer, waiting for the next tensor of its size
 

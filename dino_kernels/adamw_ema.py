@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dino_kernels._native import _C, DTYPES, setting
+from dino_kernels._native import _C, DTYPES, address, setting
 from dino_kernels._ops import custom_op
 from dino_kernels.ema_update import momentum_tensor
 from dino_kernels.weight_norm import weight_norm_reference_
@@ -239,18 +239,8 @@ def _rate(name: str, value: float | Tensor, device: torch.device) -> Tensor:
 # --- registration ------------------------------------------------------------------------------------
 
 _WRITTEN = (
-    *(
-        "student",
-        "grad",
-        "exp_avg",
-        "exp_avg_sq",
-        "teacher",
-        "student_16",
-        "teacher_16",
-        "student_rows",
-        "teacher_rows",
-    ),
-    *("steps", "nonfinite"),
+    *("student", "grad", "exp_avg", "exp_avg_sq", "teacher"),
+    *("student_16", "teacher_16", "student_rows", "teacher_rows", "steps", "nonfinite"),
 )
 
 
@@ -303,7 +293,7 @@ def _step_cpu(
     optional = (student_16, teacher_16, student_rows, teacher_rows)
     dtypes = [0 if x is None else DTYPES[x.dtype] for x in (grad, *optional[:3])]
     refused = _C.adamw_ema_step(
-        [0 if x is None else x.data_ptr() for x in (student, grad, exp_avg, exp_avg_sq, teacher, *optional)],
+        [address(x) for x in (student, grad, exp_avg, exp_avg_sq, teacher, *optional)],
         dtypes,
         offsets,
         [x.data_ptr() for x in (steps, decayed, frozen)],

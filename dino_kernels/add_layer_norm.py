@@ -19,7 +19,7 @@ number of programs, each over its own rows in a fixed order, and then over the p
 import torch
 from torch import Tensor
 
-from dino_kernels._native import _C, DTYPES
+from dino_kernels._native import _C, DTYPES, address
 from dino_kernels._ops import custom_op
 from dino_kernels.drop_path_add import check_residual
 
@@ -233,20 +233,20 @@ _norm.register_autograd(_backward, setup_context=_setup)
 # --- CPU ---------------------------------------------------------------------------------------------
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+GROUPS = 64  # of tokens, at most, whatever the number of threads: their sums do not depend on it
 
 
-def _numbers(rows: Tensor | None) -> tuple[int, int]:
+def numbers(rows: Tensor | None) -> tuple[int, int]:
+    """RowsOf in csrc/kernels.h"""
     return (0, -1) if rows is None else (rows.data_ptr(), len(rows))
 
 
 def _forward_cpu(x, branch, weight, bias, scale, rows, normed_rows, eps):
     outputs = empty_outputs(x, branch, normed_rows)
     _C.add_layer_norm(
-        *(_address(t) for t in (x, branch, scale, weight, bias, *outputs)),
-        _numbers(rows),
-        _numbers(normed_rows),
+        *(address(t) for t in (x, branch, scale, weight, bias, *outputs)),
+        numbers(rows),
+        numbers(normed_rows),
         *x.shape,
         DTYPES[x.dtype],
         DTYPES[branch.dtype],
@@ -258,14 +258,14 @@ def _forward_cpu(x, branch, weight, bias, scale, rows, normed_rows, eps):
 
 def _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias):
     grad_x, grad_branch = empty_gradients(grad_normed, total, scale, rows)
-    groups = min(64, len(total))  # whatever the number of threads, so that the sums do not depend on it
+    groups = min(GROUPS, len(total))
     partial = weight.new_empty(groups, 2, len(weight))
     _C.add_layer_norm_backward(
-        *(_address(t) for t in (grad_total, grad_normed, total, mean, rstd, weight, scale)),
-        *(_address(t) for t in (grad_x, grad_branch if grad_branch.numel() else None)),
+        *(address(t) for t in (grad_total, grad_normed, total, mean, rstd, weight, scale)),
+        *(address(t) for t in (grad_x, grad_branch if grad_branch.numel() else None)),
         *(t.data_ptr() for t in (partial, grad_weight, grad_bias)),
-        _numbers(rows),
-        _numbers(normed_rows),
+        numbers(rows),
+        numbers(normed_rows),
         *total.shape,
         groups,
         DTYPES[total.dtype],

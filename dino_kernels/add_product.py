@@ -10,9 +10,9 @@ bit the product is torch's, on a GPU with its float32 sums as they are.
 import torch
 from torch import Tensor
 
-from dino_kernels._native import _C, DTYPES
+from dino_kernels._native import _C, DTYPES, address
 from dino_kernels._ops import custom_op
-from dino_kernels.linear import fits_tiles
+from dino_kernels.linear import TILE_DTYPES, fits_tiles
 
 __all__ = ["add_product_", "add_product_reference_"]
 
@@ -82,8 +82,8 @@ def _(into, grad, x, into_bias):
 
 
 def _add_cpu(into, grad, x, into_bias):
-    if fits_tiles(grad, x):
-        pointers = (into.data_ptr(), grad.data_ptr(), x.data_ptr(), 0 if into_bias is None else into_bias.data_ptr())
+    if fits_tiles(grad, x, dtypes=TILE_DTYPES):
+        pointers = (into.data_ptr(), grad.data_ptr(), x.data_ptr(), address(into_bias))
         return _C.add_linear(*pointers, *grad.shape, x.shape[1], DTYPES[x.dtype], torch.get_num_threads())
     if into_bias is not None:
         addresses = (into_bias.data_ptr(), grad.data_ptr())

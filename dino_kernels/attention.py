@@ -170,6 +170,7 @@ def _forward_cpu(qkv, cu_seqlens, groups, scale):
 
 def _backward_cpu(grad_out, qkv, out, lse, cu_seqlens, groups, scale):
     assert grad_out.is_contiguous() and out.is_contiguous() and lse.is_contiguous()
+    _check_bounds(len(qkv), cu_seqlens, groups)
     grad = qkv.new_empty(qkv.shape)
     _run(qkv, cu_seqlens, scale, out, lse, grad_out, grad)
     return grad

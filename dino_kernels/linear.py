@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_kernels._native import _C, DTYPES
+from dino_kernels._native import _C, DTYPES, address
 from dino_kernels._ops import custom_op
 
 __all__ = ["linear", "linear_reference"]
@@ -91,15 +91,15 @@ _linear.register_autograd(_backward, setup_context=_setup)
 # --- CPU ---------------------------------------------------------------------------------------------
 
 _TILES = _C.has_tiles()
-_TILED = (torch.bfloat16, torch.float32)
 _FEW = 64  # rows up to which a transposed product is the library's
+TILE_DTYPES = (torch.bfloat16, torch.float32)  # that the products of linear layers take
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def fits_tiles(*operands: Tensor) -> bool:
-    """Whether operands [rows, multiple of 32, not 0], all bfloat16 or float32, go to the kernels for matrix tiles."""
+def fits_tiles(*operands: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> bool:
+    """Whether operands [rows, multiple of 32, not 0], of one of some dtypes, go to the kernels for matrix tiles."""
     dtype = operands[0].dtype
-    return (_TILES and dtype in _TILED) and all(
+    return (_TILES and dtype in dtypes) and all(
         x.dtype == dtype and x.shape[1] and x.shape[1] % 32 == 0 and x.is_contiguous() and not x.is_cuda
         for x in operands
     )
@@ -108,9 +108,9 @@ def fits_tiles(*operands: Tensor) -> bool:
 def _linear_cpu(x, weight, bias, transposed):
     outputs = weight.shape[1 if transposed else 0]
     bias = None if bias is None else bias.contiguous()  # what oneDNN takes it for too, and does not check
-    if fits_tiles(x, weight) and outputs % 32 == 0 and not (transposed and len(x) <= _FEW):
+    if fits_tiles(x, weight, dtypes=TILE_DTYPES) and outputs % 32 == 0 and not (transposed and len(x) <= _FEW):
         out, wide_bias = x.new_empty(len(x), outputs), None if bias is None else bias.float()
-        addresses = (x.data_ptr(), weight.data_ptr(), 0 if wide_bias is None else wide_bias.data_ptr(), out.data_ptr())
+        addresses = (address(t) for t in (x, weight, wide_bias, out))
         _C.linear(*addresses, *x.shape, outputs, transposed, DTYPES[x.dtype], torch.get_num_threads())
         return out
     if x.dtype == torch.float32 and _HAS_ONEDNN and x.shape[1]:

@@ -86,7 +86,7 @@ def _(*args):
 
 @_mlp.register_fake
 def _(x, weight1, bias1, weight2, bias2, keep):
-    kept = keep and not _fits(x, weight1, weight2)
+    kept = keep and not fits_tiles(x, weight1, weight2)
     return torch.empty_like(x), x.new_empty(len(x) if kept else 0, len(weight1))
 
 
@@ -159,12 +159,8 @@ def _backward_(grad, x, hidden, weight1, bias1, weight2, grad_weight1, grad_bias
 # --- CPU ---------------------------------------------------------------------------------------------
 
 
-def _fits(x, *operands):
-    return x.dtype == torch.bfloat16 and fits_tiles(x, *operands)
-
-
 def _forward_cpu(x, weight1, bias1, weight2, bias2, keep):
-    if not _fits(x, weight1, weight2):
+    if not fits_tiles(x, weight1, weight2):
         return _forward(x, weight1, bias1, weight2, bias2, keep)
     out = torch.empty_like(x)
     tensors = (x, weight1, weight2, bias1, bias2, out)
@@ -173,7 +169,7 @@ def _forward_cpu(x, weight1, bias1, weight2, bias2, keep):
 
 
 def _backward_cpu(grad, x, hidden, weight1, bias1, weight2, *grads):
-    if not _fits(grad, x, weight1, weight2):
+    if not fits_tiles(grad, x, weight1, weight2):
         return _backward_(grad, x, hidden, weight1, bias1, weight2, *grads)
     grad_x = torch.empty_like(x)
     tensors = (grad, x, weight1, weight2, bias1, grad_x, *grads)

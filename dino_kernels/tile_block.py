@@ -15,14 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dino_kernels._native import _C, DTYPES
+from dino_kernels._native import _C, DTYPES, address
 from dino_kernels._ops import on_plain_cpu
+from dino_kernels.add_layer_norm import GROUPS, numbers
 from dino_kernels.linear import fits_tiles
 
 __all__ = ["TileBlock"]
 
 _F32, _BF16 = DTYPES[torch.float32], DTYPES[torch.bfloat16]
-_GROUPS = 64  # of tokens, whose sums for the norms' gradients are formed by themselves
+_BY_TILES = 2  # bf16_products of AttentionArgs in csrc/kernels.h
 
 
 class TileBlock(NamedTuple):
@@ -45,8 +46,8 @@ class TileBlock(NamedTuple):
     def fits(self, x: Tensor, normed: Tensor) -> bool:
         """Whether the kernels for tiles take x [T, C] and its norm [A, C]."""
         qkv, proj, fc1, fc2 = (self.weights[i] for i in (0, 2, 6, 8))
-        dtypes = x.dtype == torch.float32 and normed.dtype == torch.bfloat16
-        return dtypes and x.is_contiguous() and on_plain_cpu(normed) and fits_tiles(normed, qkv, proj, fc1, fc2)
+        dense = x.dtype == torch.float32 and x.is_contiguous()
+        return dense and on_plain_cpu(normed) and fits_tiles(normed, qkv, proj, fc1, fc2)
 
     def forward(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """out [T, C] float32, next_norm of it [N, C] bfloat16, and what lies between, for the backward."""
@@ -83,13 +84,13 @@ class TileBlock(NamedTuple):
         qkv, heads, lse, middle, middle_normed, mean, rstd, out_mean, out_rstd = self._pieces(out, kept)
         grad_x, grad_normed_x = torch.empty_like(out), torch.empty_like(normed)
         branches, grad_qkv = normed.new_empty(2, max(a, m), c), normed.new_empty(a, 3 * c)
-        partial = out.new_empty(_GROUPS, 2, c)
+        partial = out.new_empty(GROUPS, 2, c)
         w_qkv, _, w_proj, _, w_norm, _, w1, b1, w2, _, w_next, _ = _addresses(self.weights)
         into = [t.data_ptr() for t in grads]  # a None is an error here, in the kernels it would be address 0
         of_qkv, of_b_qkv, of_proj, of_b_proj, *of_norm, of_w1, of_b1, of_w2, of_b2, of_next, of_b_next = into
         (scale, mlp_scale), rows = _addresses(self.scales), self._rows()
         of_x, of_rows, of_sums, of_branch, other = _addresses((grad_x, grad_qkv, partial, *branches))
-        norm = (tokens, c, min(_GROUPS, tokens), _F32, _BF16, threads)
+        norm = (tokens, c, min(GROUPS, tokens), _F32, _BF16, threads)
         results = of_x, of_branch, of_sums
         operands = *_addresses((grad, grad_normed, out)), out_mean, out_rstd, w_next, mlp_scale
         _C.add_layer_norm_backward(*operands, *results, of_next, of_b_next, *rows[1:], *norm)
@@ -120,11 +121,11 @@ class TileBlock(NamedTuple):
 
     def _attention(self, tokens: int, c: int) -> tuple[list[int], int, float, int]:
         d = c // self.heads
-        return [len(self.cu_seqlens) - 1, tokens, self.heads, d, 3 * c, c, d], _BF16, d**-0.5, 2
+        return [len(self.cu_seqlens) - 1, tokens, self.heads, d, 3 * c, c, d], _BF16, d**-0.5, _BY_TILES
 
     def _rows(self) -> list[tuple[int, int]]:
-        return [(0, -1) if rows is None else (rows.data_ptr(), len(rows)) for rows in self.rows]
+        return [numbers(rows) for rows in self.rows]
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
+    return [address(t) for t in tensors]

@@ -11,7 +11,7 @@ gradients, which an optimizer's flat buffer holds.
 import torch
 from torch import Tensor
 
-from dino_kernels._native import _C, DTYPES
+from dino_kernels._native import _C, DTYPES, address
 from dino_kernels._ops import custom_op
 from dino_kernels.linear import fits_tiles
 
@@ -194,9 +194,9 @@ _MOST_TOKENS = 1024  # whose pairs stay in the second-level cache
 
 
 def _product_backward_cpu(grad_v, grad_g, grad, x, v, g, fresh):
-    if grad.dtype != torch.bfloat16 or not fits_tiles(grad, x) or len(x) > _MOST_TOKENS:
+    if not fits_tiles(grad, x) or len(x) > _MOST_TOKENS:
         return _product_backward(grad_v, grad_g, grad, x, v, g, fresh)
-    addresses = [t.data_ptr() for t in (grad, x, v, g, grad_v)] + [0 if grad_g is None else grad_g.data_ptr()]
+    addresses = [address(t) for t in (grad, x, v, g, grad_v, grad_g)]
     _C.weight_norm_product_backward(addresses, fresh, len(x), *v.shape, torch.get_num_threads())
 
 
@@ -210,7 +210,7 @@ def _backward_cpu(grad_v, grad_g, grad_w, v, g):
         v.data_ptr(),
         g.data_ptr(),
         grad_v.data_ptr(),
-        0 if grad_g is None else grad_g.data_ptr(),
+        address(grad_g),
         *v.shape,
         DTYPES[grad_w.dtype],
         torch.get_num_threads(),

@@ -102,7 +102,6 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.num_heads = num_heads
         # What a module finds by name, and a generator of parameters, are slow to ask for at each call.
         self.linears = self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2
         _name_parameters(self)
@@ -152,11 +151,21 @@ class Block(nn.Module):
         (packing, scale, *_), (_, mlp_scale, *_), _ = branches
         rows = [branch.rows for branch in branches]
         assert next_norm.eps == self.norm2.eps
-        return TileBlock(weights, self.num_heads, next_norm.eps, packing.cu_seqlens, (scale, mlp_scale), rows)
+        return TileBlock(weights, self.attn.num_heads, next_norm.eps, packing.cu_seqlens, (scale, mlp_scale), rows)
 
 
 def _name_parameters(block: Block, _: Any = None) -> None:
     block.named = *block.attn.parameters(), *block.norm2.parameters(), *block.mlp.parameters()
+
+
+def _like(x: Tensor) -> dict[str, Any]:
+    return {"size": x.shape, "dtype": x.dtype, "device": x.device}
+
+
+def _dense(grad: Tensor | None, grad_normed: Tensor | None, like: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
+    """The kernels take dense memory; a result that nobody used has no gradient."""
+    grad = None if grad is None else grad.contiguous()
+    return grad, torch.zeros(**like) if grad_normed is None else grad_normed.contiguous()
 
 
 class _Whole(torch.autograd.Function):
@@ -166,7 +175,7 @@ class _Whole(torch.autograd.Function):
     def forward(ctx, x, normed, block, *parameters):  # type: ignore[override]
         out, out_normed, kept = block.forward(x, normed)
         ctx.save_for_backward(normed, out, kept)
-        ctx.block, ctx.parameters, ctx.normed_like = block, parameters, (out_normed.shape, out_normed.dtype)
+        ctx.block, ctx.parameters, ctx.normed_like = block, parameters, _like(out_normed)
         ctx.set_materialize_grads(False)
         return out, out_normed
 
@@ -174,9 +183,7 @@ class _Whole(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, grad_normed):  # type: ignore[override]
         normed, out, kept = ctx.saved_tensors
-        shape, dtype = ctx.normed_like
-        grad = None if grad is None else grad.contiguous()
-        grad_normed = out.new_zeros(shape, dtype=dtype) if grad_normed is None else grad_normed.contiguous()
+        grad, grad_normed = _dense(grad, grad_normed, ctx.normed_like)
         grads = [parameter.grad for parameter in ctx.parameters]
         return *ctx.block.backward_(grad, grad_normed, normed, out, kept, grads), *[None] * 13
 
@@ -286,7 +293,7 @@ class _Chain(torch.autograd.Function):
         out, out_normed, *between = _chain(x, normed, block, next_norm, branches, class_only, keep=True)
         ctx.save_for_backward(normed, out, *between)
         ctx.modules, ctx.branches, ctx.class_only = (block, next_norm), branches, class_only
-        ctx.normed_shape, ctx.normed_dtype = out_normed.shape, out_normed.dtype
+        ctx.normed_like = _like(out_normed)
         ctx.set_materialize_grads(False)
         return out, out_normed
 
@@ -297,13 +304,9 @@ class _Chain(torch.autograd.Function):
         attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
         normed, out, heads, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd, *attended = ctx.saved_tensors
         attention_branch, mlp_branch, next_branch = ctx.branches
-        # The kernels take dense memory; a result that nobody used has no gradient.
-        grad = None if grad is None else grad.contiguous()
-        grad_normed = out.new_zeros(ctx.normed_shape) if grad_normed is None else grad_normed.contiguous()
+        grad, grad_normed = _dense(grad, grad_normed, ctx.normed_like)
         stats = out, out_mean, out_rstd
-        grad, grad_branch = _norm_gradients(
-            grad, grad_normed.to(ctx.normed_dtype), stats, next_norm, mlp_branch, next_branch
-        )
+        grad, grad_branch = _norm_gradients(grad, grad_normed, stats, next_norm, mlp_branch, next_branch)
         grads = [parameter.grad for layer in (fc1, fc2) for parameter in (layer.weight, layer.bias)]
         weights = fc1.copies[0], fc1.bias, fc2.copies[0]
         grad_normed = _mlp_backward_(grad_branch, middle_normed, hidden, *weights, *grads)
