@@ -120,7 +120,7 @@ struct Task {
         depth = kind.contraction(a.channels);
         depth_row = padded(kind.units(a.channels));
         columns = padded(a.channels);
-        stripe = kind.amx ? kStripe : kLanes;  // two tiles' rows; else what leaves most of the first-level cache
+        stripe = kStripe;  // two tiles' rows; else what leaves most of the first-level cache
     }
     static Scratch& scratch() {
         static thread_local Scratch mine;
@@ -247,7 +247,7 @@ void run(const AttentionArgs& a, void (Task::*pass)() const) {
     Kind kind = kind_of(a.dtype, a.bf16_products);
     parallel_for(a.sequences * a.heads, a.threads, [&](int64_t number) {
         FlushDenormals flush;
-        TileUse tiles(kind);
+        TileUse tiles(kind.amx);
         Task task(a, kind, number);
         (task.*pass)();
     });

@@ -129,37 +129,38 @@ void add_product(uintptr_t into, uintptr_t grad, uintptr_t x, int64_t tokens, in
 }
 
 void add_linear(uintptr_t into, uintptr_t grad, uintptr_t x, uintptr_t into_bias, int64_t tokens, int64_t outputs,
-                int64_t inputs, int dtype, int threads) {
+                int64_t inputs, int dtype, int products, int threads) {
     py::gil_scoped_release unlocked;
     dino::add_linear({reinterpret_cast<float*>(into), reinterpret_cast<const void*>(grad),
-                      reinterpret_cast<const void*>(x), tokens, outputs, inputs, threads, dino::Paired::neither,
-                      reinterpret_cast<float*>(into_bias), dino::DType(dtype)});
+                      reinterpret_cast<const void*>(x), tokens, outputs, inputs, threads, dino::DType(dtype),
+                      dino::Products(products), reinterpret_cast<float*>(into_bias)});
 }
 
 void linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t tokens, int64_t depth,
-            int64_t outputs, bool transposed, int dtype, int threads) {
+            int64_t outputs, bool transposed, int dtype, int products, int threads) {
     py::gil_scoped_release unlocked;
     dino::linear({reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(weight),
                   reinterpret_cast<const float*>(bias), reinterpret_cast<void*>(out), tokens, depth, outputs,
-                  transposed, dino::DType(dtype), threads});
+                  transposed, dino::DType(dtype), dino::Products(products), threads});
 }
 
-// data: x, weights, biases, out
-void mlp(const std::vector<uintptr_t>& data, int64_t tokens, int64_t channels, int64_t hidden_channels, int threads) {
+// data: x, weights, biases, out, hidden
+void mlp(const std::vector<uintptr_t>& data, int64_t tokens, int64_t channels, int64_t hidden_channels, int dtype,
+         int products, int threads) {
     py::gil_scoped_release unlocked;
     std::vector<void*> x = pointers<void>(data);
-    dino::mlp({x[0], x[1], x[2], static_cast<const float*>(x[3]), static_cast<const float*>(x[4]), x[5], tokens,
-               channels, hidden_channels, threads});
+    dino::mlp({x[0], x[1], x[2], static_cast<const float*>(x[3]), static_cast<const float*>(x[4]), x[5], x[6], tokens,
+               channels, hidden_channels, dino::DType(dtype), dino::Products(products), threads});
 }
 
-// data: grad, x, weights, bias1, grad_x, gradients of weight1, bias1, weight2, bias2
+// data: grad, x, hidden, weights, bias1, grad_x, gradients of weight1, bias1, weight2, bias2
 void mlp_backward(const std::vector<uintptr_t>& data, int64_t tokens, int64_t channels, int64_t hidden_channels,
-                  int threads) {
+                  int dtype, int products, int threads) {
     py::gil_scoped_release unlocked;
     std::vector<void*> x = pointers<void>(data);
     auto floats = [&](int i) { return static_cast<float*>(x[i]); };
-    dino::mlp_backward({x[0], x[1], x[2], x[3], floats(4), x[5], floats(6), floats(7), floats(8), floats(9), tokens,
-                        channels, hidden_channels, threads});
+    dino::mlp_backward({x[0], x[1], x[2], x[3], x[4], floats(5), x[6], floats(7), floats(8), floats(9), floats(10),
+                        tokens, channels, hidden_channels, dino::DType(dtype), dino::Products(products), threads});
 }
 
 void add_column_sums(uintptr_t into, uintptr_t from, int dtype, int64_t rows, int64_t columns, int threads) {
@@ -190,10 +191,11 @@ void weight_norm_backward(uintptr_t grad_w, uintptr_t v, uintptr_t g, uintptr_t 
 
 // data: grad, x, v, g, grad_v, grad_g
 void weight_norm_product_backward(const std::vector<uintptr_t>& data, bool fresh, int64_t tokens, int64_t rows,
-                                  int64_t channels, int threads) {
+                                  int64_t channels, int dtype, int products, int threads) {
     py::gil_scoped_release unlocked;
     std::vector<float*> x = pointers<float>(data);
-    dino::weight_norm_product_backward({x[0], x[1], x[2], x[3], x[4], x[5], fresh, tokens, rows, channels, threads});
+    dino::weight_norm_product_backward({x[0], x[1], x[2], x[3], x[4], x[5], fresh, tokens, rows, channels,
+                                        dino::DType(dtype), dino::Products(products), threads});
 }
 
 // data: student, grad, both moments, teacher, both copies, both rows; dtypes: of grad, copies and rows; segments:
@@ -299,7 +301,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("add_product", &add_product);
     m.def("add_linear", &add_linear);
     m.def("linear", &linear);
-    m.def("has_tiles", &dino::has_tiles);
+    m.def("best_products", [] { return int(dino::best_products()); });
     m.def("mlp", &mlp);
     m.def("mlp_backward", &mlp_backward);
     m.def("add_column_sums", &add_column_sums);

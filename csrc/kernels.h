@@ -158,6 +158,12 @@ struct DropPathAddArgs {
 };
 void drop_path_add(const DropPathAddArgs& args);
 
+// What multiplies in the kernels of linear layers, all channels multiples of 32: fused multiply-adds of floats, or
+// matrix tiles (AMX), for processors that have them.
+enum class Products : int { library, floats, tiles };
+// The fastest here, or the library's: of bfloat16 where the processor multiplies it but has no tiles.
+Products best_products();
+
 // Which of two operands lies as panels of pairs of tokens [channels / 32, pairs, 32], pairs filled up to 16.
 enum class Paired { neither, grad, x };
 
@@ -166,15 +172,13 @@ struct AddProductArgs {
     const void *grad, *x;  // [T, O], [T, I]
     int64_t tokens, outputs, inputs;
     int threads;
-    Paired paired = Paired::neither;  // bfloat16 only
-    float* into_bias = nullptr;       // [O] += sums over T of grad, which then is not paired; add_linear only
-    DType dtype = DType::bf16;        // of grad and x, or f32; add_linear only
+    // The rest is for add_linear.
+    DType dtype = DType::f32;  // of grad and x, or bf16
+    Products products = Products::library;
+    float* into_bias = nullptr;       // [O] += sums over T of grad, which then is not paired; or null
+    Paired paired = Paired::neither;  // tiles of bfloat16 only
 };
 void add_product(const AddProductArgs& args);  // of float32
-
-// Whether this processor multiplies bfloat16 by matrix tiles, which the following five need, with all channels
-// multiples of 32. Everything is contiguous; without a name of their own, dtypes are bfloat16.
-bool has_tiles();
 
 struct LinearArgs {
     const void *x, *weight;  // [T, D]; [O, D], or [D, O] if transposed
@@ -183,10 +187,11 @@ struct LinearArgs {
     int64_t tokens, depth, outputs;
     bool transposed;
     DType dtype;  // bf16 or f32
+    Products products;
     int threads;
 };
 void linear(const LinearArgs& args);
-void add_linear(const AddProductArgs& args);  // add_product with tiles
+void add_linear(const AddProductArgs& args);
 
 struct WeightNormProductBackwardArgs {
     const void *grad, *x;    // of logits [T, K]; [T, D]
@@ -194,6 +199,8 @@ struct WeightNormProductBackwardArgs {
     float *grad_v, *grad_g;  // [K, D] and [K], added to; grad_g may be null
     bool fresh;              // grad_v is written, whatever it held
     int64_t tokens, rows, channels;
+    DType dtype;
+    Products products;  // tiles: of bfloat16
     int threads;
 };
 void weight_norm_product_backward(const WeightNormProductBackwardArgs& args);
@@ -201,18 +208,22 @@ void weight_norm_product_backward(const WeightNormProductBackwardArgs& args);
 struct MlpArgs {
     const void *x, *weight1, *weight2;  // [T, C], [H, C], [C, H]
     const float *bias1, *bias2;         // [H], [C]
-    void* out;                          // [T, C]
+    void *out, *hidden;                 // [T, C]; the first product without bias [T, H], or null
     int64_t tokens, channels, hidden_channels;
+    DType dtype;
+    Products products;  // tiles: of bfloat16
     int threads;
 };
 void mlp(const MlpArgs& args);
 
 struct MlpBackwardArgs {
-    const void *grad, *x, *weight1, *weight2;
+    const void *grad, *x, *hidden, *weight1, *weight2;  // hidden: null if the product is to be made once more
     const float* bias1;
     void* grad_x;
     float *grad_weight1, *grad_bias1, *grad_weight2, *grad_bias2;  // added to
     int64_t tokens, channels, hidden_channels;
+    DType dtype;
+    Products products;
     int threads;
 };
 void mlp_backward(const MlpBackwardArgs& args);

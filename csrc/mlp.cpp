@@ -1,153 +1,212 @@
-// The MLP of a transformer block in bfloat16 by the processor's matrix tiles (AMX), forward and backward; formulas in
-// dino_kernels/mlp.py. A task takes a block of tokens through both layers, so that what lies between them stays in the
-// second-level cache and is not kept: the backward pass makes the first product once more, which costs no more than
-// reading it.
+// The MLP of a transformer block, forward and backward; formulas in dino_kernels/mlp.py. A task takes a block of tokens
+// through both layers, so that what lies between them stays in the second-level cache. With tiles nothing of it is
+// kept: the backward pass makes the first product once more, which costs no more than reading it.
 #include "gelu.h"
-#include "tile_products.h"
+#include "operands.h"
 
 namespace dino {
-#if defined(DINO_HAS_AMX)
 namespace {
 
-constexpr DType kBF16 = DType::bf16;
-
 // c [rows, 32] = gelu(c + bias)
-DINO_BF16 void activate(float* c, int64_t rows, const float* bias) {
+template <DType D>
+DINO_INLINE inline void activate_rows(float* c, int64_t rows, const float* bias) {
     for (int64_t i = 0; i < rows; ++i, c += kPanel)
 #pragma omp simd
-        for (int64_t j = 0; j < kPanel; ++j) c[j] = gelu<kBF16>(c[j] + bias[j]);
+        for (int64_t j = 0; j < kPanel; ++j) c[j] = gelu<D>(c[j] + bias[j]);
+}
+
+DINO_MULTIVERSION
+void activate(float* c, int64_t rows, const float* bias, bool rounded) {
+    if (rounded)
+        activate_rows<DType::bf16>(c, rows, bias);
+    else
+        activate_rows<DType::f32>(c, rows, bias);
 }
 
 // Gradients c [rows, 32] of gelu's output become those of its input, whose sums are added to `sums`; x, the first
 // product without bias, becomes the output.
-DINO_BF16 void deactivate(float* c, float* x, int64_t rows, const float* bias, float* sums) {
+template <DType D, class Sum>
+DINO_INLINE inline void deactivate_rows(float* c, float* x, int64_t rows, const float* bias, Sum* sums) {
     for (int64_t i = 0; i < rows; ++i, c += kPanel, x += kPanel) {
 #pragma omp simd
         for (int64_t j = 0; j < kPanel; ++j) {
             float slope;
-            x[j] = gelu_with_slope<kBF16>(x[j] + bias[j], slope);
+            x[j] = gelu_with_slope<D>(x[j] + bias[j], slope);
             c[j] *= slope;
             sums[j] += c[j];
         }
     }
 }
 
+DINO_MULTIVERSION
+void deactivate(float* c, float* x, int64_t rows, const float* bias, float* sums) {
+    deactivate_rows<DType::bf16>(c, x, rows, bias, sums);
+}
+
+DINO_MULTIVERSION
+void deactivate(float* c, float* x, int64_t rows, const float* bias, double* sums) {
+    deactivate_rows<DType::f32>(c, x, rows, bias, sums);
+}
+
+template <class P>
 void forward_block(const MlpArgs& a, const float* packed1, int64_t first) {
+    using Value = typename P::Value;
     static thread_local Sums sums;
-    static thread_local Buffer copy, between;
-    int64_t rows = std::min(kBlock, a.tokens - first), width = a.channels / 2, n = a.hidden_channels;
-    const float *x = whole_tiles(a.x, first * a.channels, rows, width, copy), *packed2 = packed1 + width * n;
-    bool distant = far(2 * width * n);
-    auto active = reinterpret_cast<uint16_t*>(between.fit(kBlock * n / 2));
+    static thread_local Buffer x_copy, active_copy;
+    static thread_local BufferOf<Value> between;
+    int64_t rows = std::min(kBlock, a.tokens - first), c = a.channels, n = a.hidden_channels;
+    int64_t size1 = kPanel * P::floats(c), size2 = kPanel * P::floats(n);
+    const float *x = P::rows(static_cast<const Value*>(a.x) + first * c, rows, c, x_copy),
+                *packed2 = packed1 + n * P::floats(c);
+    bool distant = far(2 * n * P::floats(c));
+    Value *active = between.fit(kBlock * n), *hidden = static_cast<Value*>(a.hidden) + first * n;
     by_panels(
-        n / kPanel, whole(rows), steps_of(whole(rows), width),
+        n / kPanel, P::whole(rows), P::steps(P::whole(rows), c),
         [&](int64_t j, auto& beside) {
-            multiply(x, whole(rows), width, packed1 + j * kPanel * width, sums.of(j), false, distant, beside);
+            P::multiply(x, P::whole(rows), c, packed1 + j * size1, sums.of(j), false, distant, beside);
         },
         [&](int64_t j, int64_t i) {
-            activate(sums.of(j, i), kPiece, a.bias1 + j * kPanel);
-            finish(sums.of(j, i), kPiece, nullptr, active + i * n + j * kPanel, n);
+            float* y = sums.of(j, i);
+            int64_t to = i * n + j * kPanel;
+            if (a.hidden) P::finish(y, std::min(kPiece, rows - i), nullptr, hidden + to, n);
+            activate(y, kPiece, a.bias1 + j * kPanel, a.dtype == DType::bf16);
+            P::finish(y, kPiece, nullptr, active + to, n);
         });
+    const float* actives = P::rows(active, P::whole(rows), n, active_copy);
     by_panels(
-        a.channels / kPanel, rows, steps_of(whole(rows), n / 2),
+        c / kPanel, rows, P::steps(P::whole(rows), n),
         [&](int64_t j, auto& beside) {
-            multiply(units(active, 0), whole(rows), n / 2, packed2 + j * kPanel * n / 2, sums.of(j), false, distant,
-                     beside);
+            P::multiply(actives, P::whole(rows), n, packed2 + j * size2, sums.of(j), false, distant, beside);
         },
         [&](int64_t j, int64_t i) {
-            uint16_t* out = static_cast<uint16_t*>(a.out) + (first + i) * a.channels + j * kPanel;
-            finish(sums.of(j, i), std::min(kPiece, rows - i), a.bias2 + j * kPanel, out, a.channels);
+            Value* out = static_cast<Value*>(a.out) + (first + i) * c + j * kPanel;
+            P::finish(sums.of(j, i), std::min(kPiece, rows - i), a.bias2 + j * kPanel, out, c);
         });
 }
 
-// What a backward pass makes for the gradients of the weights: gradients of gelu's input and its output as panels of
-// pairs of tokens [H / 32, pairs, 32], and sums of the gradients of the biases [blocks, H + C].
+// What a backward pass makes for the gradients of the weights: gradients of gelu's input and its output, rows of values
+// [whole tokens, H] or, of tiles of bfloat16, panels of pairs of tokens [H / 32, pairs, 32]; and sums of the gradients
+// of the biases [blocks, H + C].
+template <class P>
 struct Between {
-    float *grad_hidden, *active;
-    int64_t pairs;
-    float* bias_sums;
+    using Value = typename P::Value;
+    Value *grad_hidden, *active;
+    int64_t tokens;  // whole
+    SumOf<Value>* bias_sums;
 };
 
-void backward_block(const MlpBackwardArgs& a, const float* packed1, const Between& b, int64_t first) {
+template <class P>
+void backward_block(const MlpBackwardArgs& a, const float* packed1, const Between<P>& b, int64_t first) {
+    using Value = typename P::Value;
     static thread_local Sums sums, firsts;
-    static thread_local Buffer x_copy, grad_copy, inner;
-    int64_t rows = std::min(kBlock, a.tokens - first), width = a.channels / 2, n = a.hidden_channels;
-    auto grad = static_cast<const uint16_t*>(a.grad) + first * a.channels;
-    bool distant = far(3 * width * n);
-    auto grad_hidden = reinterpret_cast<uint16_t*>(inner.fit(kBlock * n / 2));
-    const float *packed1_back = packed1 + width * n, *packed2_back = packed1_back + width * n;
-    float* bias1 = b.bias_sums + first / kBlock * (n + a.channels);
-    std::fill_n(bias1, n + a.channels, 0.0f);
-    const float* x = whole_tiles(a.x, first * a.channels, rows, width, x_copy);
-    const float* grads = whole_tiles(grad, 0, rows, width, grad_copy);
+    static thread_local Buffer x_copy, grad_copy, hidden_copy;
+    static thread_local BufferOf<Value> inner;
+    int64_t rows = std::min(kBlock, a.tokens - first), c = a.channels, n = a.hidden_channels;
+    int64_t size = kPanel * P::floats(c), all = n * P::floats(c);
+    auto grad = static_cast<const Value*>(a.grad) + first * c;
+    bool distant = far(3 * all);
+    const float *packed1_back = packed1 + all, *packed2_back = packed1_back + all;
+    SumOf<Value>* bias1 = b.bias_sums + first / kBlock * (n + c);
+    std::fill_n(bias1, n + c, 0);
+    const float* x = a.hidden ? nullptr : P::rows(static_cast<const Value*>(a.x) + first * c, rows, c, x_copy);
+    const float* grads = P::rows(grad, rows, c, grad_copy);
+    Value* grad_hidden = P::kPaired ? inner.fit(kBlock * n) : b.grad_hidden + first * n;
     by_panels(
-        n / kPanel, whole(rows), 2 * steps_of(whole(rows), width),
+        n / kPanel, P::whole(rows), (a.hidden ? 1 : 2) * P::steps(P::whole(rows), c),
         [&](int64_t j, auto& beside) {
-            multiply(x, whole(rows), width, packed1 + j * kPanel * width, firsts.of(j), false, distant, beside);
-            multiply(grads, whole(rows), width, packed2_back + j * kPanel * width, sums.of(j), false, distant, beside);
+            if (!a.hidden) P::multiply(x, P::whole(rows), c, packed1 + j * size, firsts.of(j), false, distant, beside);
+            P::multiply(grads, P::whole(rows), c, packed2_back + j * size, sums.of(j), false, distant, beside);
         },
         [&](int64_t j, int64_t i) {
-            float *c = sums.of(j, i), *hidden = firsts.of(j, i);
-            int64_t to = (j * b.pairs + (first + i) / 2) * kPanel;
-            deactivate(c, hidden, kPiece, a.bias1 + j * kPanel, bias1 + j * kPanel);
-            finish(c, kPiece, nullptr, grad_hidden + i * n + j * kPanel, n);
-            finish_pairs(c, kPiece, b.grad_hidden + to);
-            finish_pairs(hidden, kPiece, b.active + to);
+            float *y = sums.of(j, i), *hidden = firsts.of(j, i);
+            int64_t to = i * n + j * kPanel;
+            if (a.hidden) {
+                auto kept = static_cast<const Value*>(a.hidden) + first * n + to;
+                int64_t count = std::clamp<int64_t>(rows - i, 0, kPiece);
+                next_panel(kept, count, n, false);
+                widen(kept, count, kPanel, n, hidden);
+                std::fill(hidden + count * kPanel, hidden + kPiece * kPanel, 0.0f);
+            }
+            deactivate(y, hidden, kPiece, a.bias1 + j * kPanel, bias1 + j * kPanel);
+            P::finish(y, kPiece, nullptr, grad_hidden + to, n);
+            if constexpr (P::kPaired) {
+                int64_t pairs = (j * b.tokens + first + i) * kPanel;
+                P::finish_pairs(y, kPiece, b.grad_hidden + pairs);
+                P::finish_pairs(hidden, kPiece, b.active + pairs);
+            } else {
+                P::finish(hidden, kPiece, nullptr, b.active + first * n + to, n);
+            }
         });
+    const float* of_hidden = P::rows(grad_hidden, P::whole(rows), n, hidden_copy);
     by_panels(
-        a.channels / kPanel, rows, steps_of(whole(rows), n / 2),
+        c / kPanel, rows, P::steps(P::whole(rows), n),
         [&](int64_t j, auto& beside) {
-            const float* panel = packed1_back + j * kPanel * n / 2;
-            multiply(units(grad_hidden, 0), whole(rows), n / 2, panel, sums.of(j), false, distant, beside);
+            const float* panel = packed1_back + j * kPanel * P::floats(n);
+            P::multiply(of_hidden, P::whole(rows), n, panel, sums.of(j), false, distant, beside);
         },
         [&](int64_t j, int64_t i) {
-            uint16_t* out = static_cast<uint16_t*>(a.grad_x) + (first + i) * a.channels + j * kPanel;
-            finish(sums.of(j, i), std::min(kPiece, rows - i), nullptr, out, a.channels);
+            Value* out = static_cast<Value*>(a.grad_x) + (first + i) * c + j * kPanel;
+            P::finish(sums.of(j, i), std::min(kPiece, rows - i), nullptr, out, c);
         });
-    add_rows_to(bias1 + n, grad, rows, a.channels, a.channels);
+    add_rows_to(bias1 + n, grad, rows, c, c);
+}
+
+template <class P>
+void forward(const MlpArgs& a) {
+    static thread_local Buffer buffer;
+    int64_t size = a.hidden_channels * P::floats(a.channels);
+    float* packed = buffer.fit(2 * size);
+    pack_weights<P>(a.weight1, a.channels, a.hidden_channels, false, a.threads, packed);
+    pack_weights<P>(a.weight2, a.hidden_channels, a.channels, false, a.threads, packed + size);
+    parallel_for((a.tokens + kBlock - 1) / kBlock, a.threads, [&](int64_t i) {
+        typename P::Use use;
+        forward_block<P>(a, packed, i * kBlock);
+    });
+}
+
+template <class P>
+void backward(const MlpBackwardArgs& a) {
+    using Value = typename P::Value;
+    static thread_local Buffer weights;
+    static thread_local BufferOf<Value> values;
+    static thread_local BufferOf<SumOf<Value>> sums;
+    int64_t c = a.channels, n = a.hidden_channels, size = n * P::floats(c), tokens = whole(a.tokens);
+    int64_t blocks = (a.tokens + kBlock - 1) / kBlock;
+    float* packed = weights.fit(3 * size);
+    if (!a.hidden) pack_weights<P>(a.weight1, c, n, false, a.threads, packed);
+    pack_weights<P>(a.weight1, n, c, true, a.threads, packed + size);
+    pack_weights<P>(a.weight2, c, n, true, a.threads, packed + 2 * size);
+    Value* made = values.fit(2 * tokens * n);
+    Between<P> between{made, made + tokens * n, tokens, sums.fit(blocks * (n + c))};
+    parallel_for(blocks, a.threads, [&](int64_t i) {
+        typename P::Use use;
+        backward_block<P>(a, packed, between, i * kBlock);
+    });
+    auto add = [&](float* into, const void* grad, const void* x, int64_t outputs, int64_t inputs, Paired paired) {
+        if (!P::kPaired) paired = Paired::neither;
+        add_linear({into, grad, x, a.tokens, outputs, inputs, a.threads, a.dtype, a.products, nullptr, paired});
+    };
+    add(a.grad_weight1, between.grad_hidden, a.x, n, c, Paired::grad);
+    add(a.grad_weight2, a.grad, between.active, c, n, Paired::x);
+    auto add_bias = [&](float* into, int64_t columns, int64_t first) {
+        for (int64_t j = 0; j < columns; ++j) {
+            SumOf<Value> sum = 0;
+            for (int64_t i = 0; i < blocks; ++i) sum += between.bias_sums[i * (n + c) + first + j];
+            into[j] += float(sum);
+        }
+    };
+    add_bias(a.grad_bias1, n, 0);
+    add_bias(a.grad_bias2, c, n);
 }
 
 }  // namespace
 
 void mlp(const MlpArgs& a) {
-    static thread_local Buffer buffer;
-    Kind kind = kind_of(kBF16, 2);
-    int64_t size = a.channels * a.hidden_channels / 2;
-    float* packed = buffer.fit(2 * size);
-    pack_weights(a.weight1, a.channels, a.hidden_channels, false, a.threads, packed);
-    pack_weights(a.weight2, a.hidden_channels, a.channels, false, a.threads, packed + size);
-    parallel_for((a.tokens + kBlock - 1) / kBlock, a.threads, [&](int64_t i) {
-        TileUse tiles(kind);
-        forward_block(a, packed, i * kBlock);
-    });
+    with_operands(a.products, a.dtype, [&](auto operands) { forward<decltype(operands)>(a); });
 }
 
 void mlp_backward(const MlpBackwardArgs& a) {
-    static thread_local Buffer weights, panels, sums;
-    Kind kind = kind_of(kBF16, 2);
-    int64_t n = a.hidden_channels, size = a.channels * n / 2, width = n + a.channels, pairs = whole(a.tokens) / 2;
-    int64_t blocks = (a.tokens + kBlock - 1) / kBlock;
-    float* packed = weights.fit(3 * size);
-    pack_weights(a.weight1, a.channels, n, false, a.threads, packed);
-    pack_weights(a.weight1, n, a.channels, true, a.threads, packed + size);
-    pack_weights(a.weight2, a.channels, n, true, a.threads, packed + 2 * size);
-    float* made = panels.fit(2 * pairs * n);
-    Between between{made, made + pairs * n, pairs, sums.fit(blocks * width)};
-    parallel_for(blocks, a.threads, [&](int64_t i) {
-        TileUse tiles(kind);
-        backward_block(a, packed, between, i * kBlock);
-    });
-    add_linear({a.grad_weight1, between.grad_hidden, a.x, a.tokens, n, a.channels, a.threads, Paired::grad});
-    add_linear({a.grad_weight2, a.grad, between.active, a.tokens, a.channels, n, a.threads, Paired::x});
-    for (int64_t i = 0; i < blocks; ++i) {
-        const float* part = between.bias_sums + i * width;
-        for (int64_t j = 0; j < n; ++j) a.grad_bias1[j] += part[j];
-        for (int64_t j = 0; j < a.channels; ++j) a.grad_bias2[j] += part[n + j];
-    }
+    with_operands(a.products, a.dtype, [&](auto operands) { backward<decltype(operands)>(a); });
 }
-#else
-void mlp(const MlpArgs&) {}
-void mlp_backward(const MlpBackwardArgs&) {}
-#endif
 
 }  // namespace dino

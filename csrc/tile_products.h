@@ -6,20 +6,13 @@
 // 1904.06376). Parts of operands lie by tiles: of 32 rows, or of a panel, for every 16 units [3 parts, 512 units].
 #pragma once
 
-#include <algorithm>
-#include <type_traits>
-
-#include "unit_products.h"
+#include "panels.h"
 
 #if defined(DINO_HAS_AMX)
 namespace dino {
 namespace {
 
-constexpr int64_t kPanel = 32;   // columns of a product at a time: two tiles
-constexpr int64_t kBlock = 128;  // tokens a task
 constexpr int64_t kDepth = 192;  // units of a contraction at a time: of a panel they stay in the first-level cache
-constexpr int64_t kPiece = 4;    // rows of a panel's sums that vector work takes at a time
-
 constexpr int64_t kTiles = 16 * kPanel;  // units of two tiles
 
 template <class Value>
@@ -27,19 +20,6 @@ constexpr int64_t kParts = std::is_same_v<Value, float> ? 3 : 1;  // that an ope
 
 inline const float* units(const void* x, int64_t offset) {  // offset in values, even
     return reinterpret_cast<const float*>(static_cast<const uint16_t*>(x) + offset);
-}
-
-inline int64_t whole(int64_t rows) { return (rows + 31) / 32 * 32; }
-
-// Rows of the panel that comes next are fetched ahead: prefetchers do not follow such strides.
-template <class Value>
-inline void next_panel(const Value* x, int64_t rows, int64_t stride, bool to_write) {
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = kPanel; j < 2 * kPanel; j += 64 / sizeof(Value))
-            if (to_write)
-                __builtin_prefetch(x + i * stride + j, 1);
-            else
-                __builtin_prefetch(x + i * stride + j, 0);
 }
 
 // Vectors of floats as bfloat16, first `low`, then `high`; they become what that leaves.
@@ -88,20 +68,14 @@ const float* whole_tiles(const void* x, int64_t offset, int64_t rows, int64_t wi
     return to;
 }
 
-// to [rows, 32] = c [rows, 32] + bias, rounded
-DINO_BF16 inline void finish(const float* c, int64_t rows, const float* bias, uint16_t* to, int64_t stride) {
+// `finish` by the instruction that rounds
+DINO_BF16 inline void finish_rounded(const float* c, int64_t rows, const float* bias, uint16_t* to, int64_t stride) {
     __m512 low = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();
     __m512 high = bias ? _mm512_loadu_ps(bias + 16) : _mm512_setzero_ps();
     for (int64_t i = 0; i < rows; ++i, c += kPanel, to += stride) {
         __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_load_ps(c + 16) + high, _mm512_load_ps(c) + low);
         _mm512_storeu_si512(to, (__m512i)pair);
     }
-}
-
-DINO_BF16 inline void finish(const float* c, int64_t rows, const float* bias, float* to, int64_t stride) {
-    for (int64_t i = 0; i < rows; ++i, c += kPanel, to += stride)
-#pragma omp simd
-        for (int64_t j = 0; j < kPanel; ++j) to[j] = bias ? c[j] + bias[j] : c[j];
 }
 
 // to [rows / 2, 32] = pairs of rows of c [rows, 32], rounded
@@ -112,35 +86,6 @@ DINO_BF16 inline void finish_pairs(const float* c, int64_t rows, float* to) {
             _mm512_store_si512(to + j, interleaved((__m512i)_mm512_cvtne2ps_pbh(odd, even)));
         }
 }
-
-// sums [columns] += the rows of x, `stride` apart; of floats in double precision: where a bias' gradient cancels, AdamW
-// scales up what rounding left.
-DINO_BF16 inline void add_rows_to(float* sums, const uint16_t* x, int64_t rows, int64_t columns, int64_t stride) {
-    for (int64_t i = 0; i < rows; ++i, x += stride)
-#pragma omp simd
-        for (int64_t j = 0; j < columns; ++j) sums[j] += bf16_to_float(x[j]);
-}
-
-DINO_BF16 inline void add_rows_to(double* sums, const float* x, int64_t rows, int64_t columns, int64_t stride) {
-    for (int64_t i = 0; i < rows; ++i, x += stride)
-#pragma omp simd
-        for (int64_t j = 0; j < columns; ++j) sums[j] += x[j];
-}
-
-// Pieces of other work spread over the steps of a product: tiles and vectors are computed at the same time by units of
-// their own, but only what stands close together in the program.
-template <class Piece>
-struct Spread {
-    const Piece& piece;
-    int64_t pieces, steps, done = 0, due = 0;
-
-    void operator()() {
-        for (due += pieces; due >= steps && done < pieces; due -= steps) piece(done++);
-    }
-    void rest() {
-        while (done < pieces) piece(done++);
-    }
-};
 
 DINO_AMX inline void load_left(const float* a) {
     _tile_loadd(4, a, 64);
@@ -207,31 +152,6 @@ inline void multiply(const float* x, int64_t rows, int64_t width, const float* p
         }
 }
 
-// Whether packed weights of that many units are more than half of a second-level cache.
-inline bool far(int64_t units) { return units > 1 << 18; }
-
-inline int64_t steps_of(int64_t rows, int64_t width) { return rows / 32 * width / 16; }
-
-// multiply(panel, beside) for one panel after another, each beside finish(panel, row) of the one before it, which takes
-// four rows.
-template <class Multiply, class Finish>
-inline void by_panels(int64_t panels, int64_t rows, int64_t steps, const Multiply& multiply, const Finish& finish) {
-    for (int64_t i = 0; i <= panels; ++i) {
-        auto piece = [&](int64_t j) { finish(i - 1, j * kPiece); };
-        Spread<decltype(piece)> beside{piece, i ? (rows + kPiece - 1) / kPiece : 0, steps};
-        if (i < panels) multiply(i, beside);
-        beside.rest();
-    }
-}
-
-// The sums of two panels that by_panels has in hand.
-struct Sums {
-    Buffer buffer;
-    float* of(int64_t panel, int64_t row = 0) {
-        return buffer.fit(2 * kBlock * kPanel) + (panel % 2 * kBlock + row) * kPanel;
-    }
-};
-
 // Columns [column, column + 32) of rows, if any, as pairs of rows [room, 32]; zeros fill the room.
 inline void pairs_of(const uint16_t* x, int64_t stride, int64_t rows, int64_t column, float* to, int64_t room) {
     int64_t even = std::max<int64_t>(rows, 0) / 2 * 2;
@@ -286,13 +206,67 @@ inline void pack_panel(const float* weights, int64_t depth, int64_t outputs, boo
     }
 }
 
-template <class Value = uint16_t>
-void pack_weights(const void* weights, int64_t depth, int64_t outputs, bool transposed, int threads, float* to) {
-    parallel_for(outputs / kPanel, threads, [&](int64_t i) {
-        float* panel = to + i * kParts<Value> * kPanel * depth / 2;
-        pack_panel(static_cast<const Value*>(weights), depth, outputs, transposed, i * kPanel, panel);
-    });
-}
+template <class V>
+struct Tiles {
+    using Value = V;
+    using Use = TileUse;
+    static constexpr bool kPaired = kParts<Value> == 1;  // what a backward of the MLP leaves for gradients of weights
+    // Tokens of a gradient of weights at a time: what is made of them stays in the second-level cache.
+    static constexpr int64_t kChunk = kParts<Value> == 1 ? 512 : 256;
+
+    static int64_t floats(int64_t values) { return kParts<Value> * values / 2; }
+    static int64_t whole(int64_t rows) { return dino::whole(rows); }
+
+    static const float* rows(const Value* x, int64_t count, int64_t depth, Buffer& copy) {
+        return whole_tiles<Value>(x, 0, count, depth / 2, copy);
+    }
+
+    template <class Beside>
+    static void multiply(const float* x, int64_t rows, int64_t depth, const float* panel, float* c, bool add, bool far,
+                         Beside&& beside) {
+        dino::multiply<Value>(x, rows, depth / 2, panel, c, add, far, beside);
+    }
+
+    static int64_t steps(int64_t rows, int64_t depth) { return rows / 32 * depth / 32; }
+
+    static void finish(const float* c, int64_t rows, const float* bias, Value* to, int64_t stride) {
+        if constexpr (kParts<Value> == 1)
+            finish_rounded(c, rows, bias, to, stride);
+        else
+            dino::finish(c, rows, bias, to, stride);
+    }
+
+    static void finish_pairs(const float* c, int64_t rows, Value* to) {
+        dino::finish_pairs(c, rows, reinterpret_cast<float*>(to));
+    }
+
+    static void pack(const Value* weights, int64_t depth, int64_t outputs, bool transposed, int64_t first, float* to) {
+        pack_panel(weights, depth, outputs, transposed, first, to);
+    }
+
+    static void pack_tokens(const Value* x, int64_t stride, int64_t rows, int64_t room, float* to) {
+        pairs_of(x, stride, rows, 0, to, room / 2);
+    }
+    static int64_t token(int64_t row) { return (row / 32 * kParts<Value> * 16 + row / 2 % 16) * kPanel; }
+
+    static void turn(const Value* x, int64_t count, int64_t narrow, float* to) {
+        constexpr int64_t parts = kParts<Value>;
+        alignas(64) float block[parts * kTiles];
+        int64_t width = whole(count) / 2;
+        for (int64_t i = 0; i < count; i += 32, x += 32 * narrow) {
+            int64_t rows = std::min<int64_t>(32, count - i), next = std::min<int64_t>(32, count - i - 32);
+            for (int64_t j = 0; j < next * narrow; j += 64 / sizeof(Value)) __builtin_prefetch(x + 32 * narrow + j);
+            for (int64_t j = 0; j < narrow; j += kPanel) {
+                pairs_of(x, narrow, rows, j, block, 16);
+                if constexpr (parts == 1)
+                    transpose(block, 16, kPanel, to + j * width + i / 2, width);
+                else
+                    for (int64_t k = 0; k < parts * kTiles; k += kTiles)
+                        transpose(block + k, 16, kPanel, to + parts * (j * width + i / 2 * 32) + k, kLanes);
+            }
+        }
+    }
+};
 
 }  // namespace
 }  // namespace dino

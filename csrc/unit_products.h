@@ -27,6 +27,10 @@ int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // --- products ----------------------------------------------------------------------------------------
 
+struct Nothing {
+    void operator()() const {}
+};
+
 // C[rows, columns] (+)= A[rows, depth] B[depth, columns]; A has any strides, rows of B and C are aligned.
 struct Product {
     int64_t depth, a_row, a_column, b_row, c_row;
@@ -177,10 +181,6 @@ DINO_BF16 void bf16_row_dots(const float* x, const float* y, int64_t width, floa
 #if defined(DINO_HAS_AMX)
 #define DINO_AMX __attribute__((target("avx512f,amx-tile,amx-bf16")))
 
-struct Nothing {
-    void operator()() const {}
-};
-
 // C[16 * M, 16 * N] to tiles 0 to 3, or zeros unless `add`; and back.
 template <int M, int N>
 DINO_AMX __attribute__((always_inline)) inline void load_sums(const float* c, int64_t row, bool add) {
@@ -267,7 +267,7 @@ void leave_tiles() {}
 // This thread's tiles are 16 rows of 16 units while it lives; other libraries use them in between.
 struct TileUse {
     bool amx;
-    explicit TileUse(const Kind& kind) : amx(kind.amx) {
+    explicit TileUse(bool amx = true) : amx(amx) {
         if (amx) use_tiles();
     }
     ~TileUse() {
@@ -291,14 +291,12 @@ Kind kind_of(DType dtype, int bf16_products) {
 inline void product(const Kind& kind, int64_t rows, int64_t columns, const Product& p, const float* a, const float* b,
                     float* c) {
     if (kind.amx) return amx_product(rows, columns, p, a, b, c);
-    for (int64_t i = 0; i < rows; i += kTile) {
-        int64_t left = columns / kLanes, panels = (left + kind.vectors - 1) / kind.vectors;
-        for (int64_t j = 0; panels; --panels) {  // of nearly equal widths
-            int64_t vectors = (left + panels - 1) / panels;
-            kind.tile(vectors, p, a + i * p.a_row, b + j, c + i * p.c_row + j);
-            left -= vectors;
-            j += vectors * kLanes;
-        }
+    int64_t left = columns / kLanes, panels = (left + kind.vectors - 1) / kind.vectors;
+    for (int64_t j = 0; panels; --panels) {  // of nearly equal widths; B's columns stay in the first-level cache
+        int64_t vectors = (left + panels - 1) / panels;
+        for (int64_t i = 0; i < rows; i += kTile) kind.tile(vectors, p, a + i * p.a_row, b + j, c + i * p.c_row + j);
+        left -= vectors;
+        j += vectors * kLanes;
     }
 }
 

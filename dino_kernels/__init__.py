@@ -10,10 +10,10 @@ from dino_kernels.dino_head_loss import dino_head_loss, dino_head_loss_reference
 from dino_kernels.dino_loss import dino_loss, dino_loss_reference
 from dino_kernels.drop_path_add import drop_path_add, drop_path_add_reference
 from dino_kernels.ema_update import ema_update_, ema_update_reference_
+from dino_kernels.fused_block import FusedBlock
 from dino_kernels.linear import linear, linear_reference
 from dino_kernels.mlp import mlp, mlp_reference
 from dino_kernels.multicrop import CROP, CropKind, draw_crops, multicrop, multicrop_packed
-from dino_kernels.tile_block import TileBlock
 from dino_kernels.weight_norm import (
     weight_norm_,
     weight_norm_backward_,
@@ -26,7 +26,7 @@ from dino_kernels.weight_norm import (
 __all__ = [
     "CROP",
     "CropKind",
-    "TileBlock",
+    "FusedBlock",
     "adamw_ema_step_",
     "adamw_ema_step_reference_",
     "add_layer_norm",

@@ -2,9 +2,9 @@
 
     into += grad^T x        into_bias += sum over T of grad
 
-Dimensions: T tokens, O outputs, I inputs. Bfloat16 and float32 by matrix tiles where a processor has them (AMX), as in
-`linear`. Else float32 on the CPU by blocks out of registers, twice as fast as torch does it on AMD with AVX-512; in 16
-bit the product is torch's, on a GPU with its float32 sums as they are.
+Dimensions: T tokens, O outputs, I inputs. Bfloat16 and float32 by the products of `linear`. Else float32 on the CPU by
+blocks out of registers, twice as fast as torch does it on AMD with AVX-512; in 16 bit the product is torch's, on a GPU
+with its float32 sums as they are.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES, address
 from dino_kernels._ops import custom_op
-from dino_kernels.linear import TILE_DTYPES, fits_tiles
+from dino_kernels.linear import products_of
 
 __all__ = ["add_product_", "add_product_reference_"]
 
@@ -82,9 +82,9 @@ def _(into, grad, x, into_bias):
 
 
 def _add_cpu(into, grad, x, into_bias):
-    if fits_tiles(grad, x, dtypes=TILE_DTYPES):
+    if products := products_of(grad, x, work=grad.numel() * x.shape[1]):
         pointers = (into.data_ptr(), grad.data_ptr(), x.data_ptr(), address(into_bias))
-        return _C.add_linear(*pointers, *grad.shape, x.shape[1], DTYPES[x.dtype], torch.get_num_threads())
+        return _C.add_linear(*pointers, *grad.shape, x.shape[1], DTYPES[x.dtype], products, torch.get_num_threads())
     if into_bias is not None:
         addresses = (into_bias.data_ptr(), grad.data_ptr())
         _C.add_column_sums(*addresses, DTYPES[grad.dtype], *grad.shape, torch.get_num_threads())

@@ -2,10 +2,10 @@
 
     out = x W^T + bias        or, transposed, out = x W + bias
 
-Dimensions: T tokens, D inputs, O outputs. On a CPU with matrix tiles (AMX) products are our own, which add the bias
-while a block of sums is in the first-level cache: of bfloat16, and of float32 as six of bfloat16, of the three parts
-that a number is the sum of (Henry, Tang, Heinecke 2019, arXiv 1904.06376). Elsewhere they are those of the fastest
-library torch has.
+Dimensions: T tokens, D inputs, O outputs. On an x86 CPU products are our own, which add the bias while a block of sums
+is in the first-level cache. With matrix tiles (AMX) they are of bfloat16, and of float32 as six of bfloat16, of the
+three parts that a number is the sum of (Henry, Tang, Heinecke 2019, arXiv 1904.06376). Where a processor multiplies no
+bfloat16, which libraries then are slow at, they are of floats. Else they are those of the fastest library torch has.
 """
 
 import torch
@@ -90,28 +90,41 @@ _linear.register_autograd(_backward, setup_context=_setup)
 
 # --- CPU ---------------------------------------------------------------------------------------------
 
-_TILES = _C.has_tiles()
-_FEW = 64  # rows up to which a transposed product is the library's
-TILE_DTYPES = (torch.bfloat16, torch.float32)  # that the products of linear layers take
+LIBRARY, FLOATS, TILES = range(3)  # enum class Products in csrc/kernels.h
+_PRODUCTS = _C.best_products()
+_FEW = 64  # rows up to which a transposed product is the library's where there are tiles
+_SPLIT = 1 << 25  # multiply-adds of float32 from which it is worth to split operands for tiles
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def fits_tiles(*operands: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> bool:
-    """Whether operands [rows, multiple of 32, not 0], of one of some dtypes, go to the kernels for matrix tiles."""
+def products_of(*operands: Tensor, work: int = 0) -> int:
+    """What multiplies operands [rows, multiple of 32, not 0] in the kernels of linear layers; LIBRARY: not those.
+
+    work: multiply-adds, of a kernel that takes float32 by tiles too.
+    """
     dtype = operands[0].dtype
-    return (_TILES and dtype in dtypes) and all(
+    if _PRODUCTS == LIBRARY or dtype not in (torch.bfloat16, torch.float32):
+        return LIBRARY
+    products = _PRODUCTS
+    if products == TILES and dtype == torch.float32:
+        if not work:
+            return LIBRARY
+        products = FLOATS if work < _SPLIT else TILES
+    fits = all(
         x.dtype == dtype and x.shape[1] and x.shape[1] % 32 == 0 and x.is_contiguous() and not x.is_cuda
         for x in operands
     )
+    return products if fits else LIBRARY
 
 
 def _linear_cpu(x, weight, bias, transposed):
     outputs = weight.shape[1 if transposed else 0]
     bias = None if bias is None else bias.contiguous()  # what oneDNN takes it for too, and does not check
-    if fits_tiles(x, weight, dtypes=TILE_DTYPES) and outputs % 32 == 0 and not (transposed and len(x) <= _FEW):
+    products = products_of(x, weight, work=len(x) * weight.numel()) if outputs % 32 == 0 else LIBRARY
+    if products and not (products == TILES and transposed and len(x) <= _FEW):
         out, wide_bias = x.new_empty(len(x), outputs), None if bias is None else bias.float()
         addresses = (address(t) for t in (x, weight, wide_bias, out))
-        _C.linear(*addresses, *x.shape, outputs, transposed, DTYPES[x.dtype], torch.get_num_threads())
+        _C.linear(*addresses, *x.shape, outputs, transposed, DTYPES[x.dtype], products, torch.get_num_threads())
         return out
     if x.dtype == torch.float32 and _HAS_ONEDNN and x.shape[1]:
         # oneDNN, twice as fast as the library behind F.linear on AMD's AVX-512; torch takes it for 16 bit anyway.

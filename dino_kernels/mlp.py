@@ -3,19 +3,20 @@
     hidden = x W1^T        out = gelu(hidden + b1) W2^T + b2        gelu(y) = y Phi(y), the exact form
 
 The backward makes gelu's output once more, in the pass that makes its gradient. Dimensions: T tokens, C channels, H
-hidden channels. On a CPU with matrix tiles (AMX) a block of tokens goes through both layers in the second-level cache,
-and the backward makes `hidden` once more too; elsewhere it is the products, `bias_gelu` and `add_product_`.
+hidden channels. With the products of `linear` a block of tokens goes through both layers in the second-level cache, and
+with matrix tiles the backward makes `hidden` once more too; elsewhere it is the products, `bias_gelu` and
+`add_product_`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_kernels._native import _C
+from dino_kernels._native import _C, DTYPES, address
 from dino_kernels._ops import custom_op
 from dino_kernels.add_product import add_product_
 from dino_kernels.bias_gelu import bias_gelu
-from dino_kernels.linear import fits_tiles, linear
+from dino_kernels.linear import TILES, linear, products_of
 
 __all__ = ["mlp", "mlp_reference"]
 
@@ -86,7 +87,7 @@ def _(*args):
 
 @_mlp.register_fake
 def _(x, weight1, bias1, weight2, bias2, keep):
-    kept = keep and not fits_tiles(x, weight1, weight2)
+    kept = keep and products_of(x, weight1, weight2) != TILES
     return torch.empty_like(x), x.new_empty(len(x) if kept else 0, len(weight1))
 
 
@@ -160,18 +161,20 @@ def _backward_(grad, x, hidden, weight1, bias1, weight2, grad_weight1, grad_bias
 
 
 def _forward_cpu(x, weight1, bias1, weight2, bias2, keep):
-    if not fits_tiles(x, weight1, weight2):
+    if not (products := products_of(x, weight1, weight2)):
         return _forward(x, weight1, bias1, weight2, bias2, keep)
-    out = torch.empty_like(x)
-    tensors = (x, weight1, weight2, bias1, bias2, out)
-    _C.mlp([t.data_ptr() for t in tensors], *x.shape, len(weight1), torch.get_num_threads())
-    return out, x.new_empty(0, len(weight1))
+    kept = keep and products != TILES
+    out, hidden = torch.empty_like(x), x.new_empty(len(x) if kept else 0, len(weight1))
+    addresses = [address(t) for t in (x, weight1, weight2, bias1, bias2, out, hidden if kept else None)]
+    _C.mlp(addresses, *x.shape, len(weight1), DTYPES[x.dtype], products, torch.get_num_threads())
+    return out, hidden
 
 
 def _backward_cpu(grad, x, hidden, weight1, bias1, weight2, *grads):
-    if not fits_tiles(grad, x, weight1, weight2):
+    if not (products := products_of(grad, x, weight1, weight2)):
         return _backward_(grad, x, hidden, weight1, bias1, weight2, *grads)
     grad_x = torch.empty_like(x)
-    tensors = (grad, x, weight1, weight2, bias1, grad_x, *grads)
-    _C.mlp_backward([t.data_ptr() for t in tensors], *x.shape, len(weight1), torch.get_num_threads())
+    kept = hidden if len(hidden) else None
+    addresses = [address(t) for t in (grad, x, kept, weight1, weight2, bias1, grad_x, *grads)]
+    _C.mlp_backward(addresses, *x.shape, len(weight1), DTYPES[x.dtype], products, torch.get_num_threads())
     return grad_x

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dino_kernels._native import _C, DTYPES, address
 from dino_kernels._ops import custom_op
-from dino_kernels.linear import fits_tiles
+from dino_kernels.linear import products_of
 
 __all__ = [
     "weight_norm_",
@@ -194,10 +194,12 @@ _MOST_TOKENS = 1024  # whose pairs stay in the second-level cache
 
 
 def _product_backward_cpu(grad_v, grad_g, grad, x, v, g, fresh):
-    if not fits_tiles(grad, x) or len(x) > _MOST_TOKENS:
+    products = products_of(grad, x)
+    if not products or len(x) > _MOST_TOKENS:
         return _product_backward(grad_v, grad_g, grad, x, v, g, fresh)
     addresses = [address(t) for t in (grad, x, v, g, grad_v, grad_g)]
-    _C.weight_norm_product_backward(addresses, fresh, len(x), *v.shape, torch.get_num_threads())
+    dtype = DTYPES[x.dtype]
+    _C.weight_norm_product_backward(addresses, fresh, len(x), *v.shape, dtype, products, torch.get_num_threads())
 
 
 def _forward_cpu(out, v, g):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from checks import DTYPES, assert_as_accurate
-from test_linear import tiles  # noqa: F401
+from test_linear import products  # noqa: F401
 
 from dino_kernels import add_product_, add_product_reference_
 
@@ -24,7 +24,7 @@ SHAPES = [(507, 199, 64), (37, 8, 16), (1, 1, 48), (193, 97, 112), (400, 20, 37)
 SHAPES += [(1100, 96, 64), (513, 32, 160), (37, 64, 64), (0, 32, 32)]
 
 
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens, outputs, width", SHAPES)
 def test_against_float64(dtype, tokens, outputs, width):

@@ -19,11 +19,14 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=[True, False], ids=["tiles", "library"])
-def tiles(request, monkeypatch):
-    """By the processor's matrix tiles, if it has them, and as on one that has none."""
+@pytest.fixture(params=["TILES", "FLOATS", "LIBRARY"])
+def products(request, monkeypatch):
+    """Each way in which linear layers' products are made, whatever is fastest here; tiles if the processor has them."""
     module = importlib.import_module("dino_kernels.linear")
-    monkeypatch.setattr(module, "_TILES", module._TILES and request.param)
+    if request.param == "TILES" and module._PRODUCTS != module.TILES:
+        pytest.skip("needs a processor with matrix tiles")
+    monkeypatch.setattr(module, "_PRODUCTS", getattr(module, request.param))
+    monkeypatch.setattr(module, "_SPLIT", 0)
 
 
 def inputs(tokens, width, outputs, dtype, transposed):
@@ -43,7 +46,7 @@ def run(op, x, weight, bias, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("tokens, width, outputs", SHAPES)
-def test_against_float64(tiles, dtype, transposed, tokens, width, outputs):
+def test_against_float64(products, dtype, transposed, tokens, width, outputs):
     x = inputs(tokens, width, outputs, dtype, transposed)
     exact = run(linear_reference, *(t.double() for t in x), transposed=transposed)
     eager = run(linear_reference, *x, transposed=transposed)
@@ -54,7 +57,7 @@ def test_against_float64(tiles, dtype, transposed, tokens, width, outputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_bias_is_a_product_and_repeats_bitwise(tiles, dtype):
+def test_without_bias_is_a_product_and_repeats_bitwise(products, dtype):
     x, weight, bias = inputs(130, 64, 96, dtype, False)
     out = linear(x, weight)
     assert torch.equal(out, linear(x, weight, torch.zeros_like(bias))) and torch.equal(out, linear(x, weight))
@@ -62,7 +65,7 @@ def test_without_bias_is_a_product_and_repeats_bitwise(tiles, dtype):
     assert torch.equal(linear(2 * x, weight), 2 * out)
 
 
-def test_float32_of_any_magnitude_and_not_finite(tiles):
+def test_float32_of_any_magnitude_and_not_finite(products):
     """Each term as exact as float32 is, whatever those beside it; what is not finite stays in its row."""
     x, weight, bias = inputs(200, 96, 64, torch.float32, False)
     g = torch.Generator().manual_seed(5)
@@ -77,13 +80,13 @@ def test_float32_of_any_magnitude_and_not_finite(tiles):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outputs", [32, 7])
-def test_a_strided_bias(tiles, dtype, outputs):
+def test_a_strided_bias(products, dtype, outputs):
     x, weight, bias = inputs(70, 64, outputs, dtype, False)
     for strided in (torch.stack([bias, torch.full_like(bias, float("nan"))], 1)[:, 0], bias[:1].expand(outputs)):
         assert torch.equal(linear(x, weight, strided), linear(x, weight, strided.clone().contiguous()))
 
 
-def test_strided_operands_no_tokens_and_opcheck(tiles):
+def test_strided_operands_no_tokens_and_opcheck(products):
     x, weight, bias = inputs(70, 64, 32, torch.bfloat16, False)
     wide = torch.full((70, 80), float("nan")).bfloat16()
     wide[:, 5:69] = x

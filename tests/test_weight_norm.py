@@ -1,7 +1,7 @@
 import pytest
 import torch
 from checks import DTYPES, assert_as_accurate, use_backend
-from test_linear import tiles  # noqa: F401
+from test_linear import products  # noqa: F401
 
 from dino_kernels import (
     weight_norm_,
@@ -48,7 +48,7 @@ def test_against_float64(device, dtype, outputs, channels):
         assert_as_accurate(ours, theirs, truth, 1e-6)
 
 
-@pytest.mark.usefixtures("tiles")
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("tokens, outputs, channels", [(40, 96, 64), (37, 8192 + 64, 32), (1, 32, 256), (7, 199, 37)])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dino_kernels import TileBlock, add_layer_norm, add_layer_norm_reference, attention, without_autograd
+from dino_kernels import FusedBlock, add_layer_norm, add_layer_norm_reference, attention, without_autograd
 from dino_train.layers import Linear, Mlp
 
 
@@ -128,8 +128,7 @@ class Block(nn.Module):
         if (copies := self.linears[0].copies) is not None:
             normed = normed.to(copies[0].dtype)
             named = *self.named, next_norm.weight, next_norm.bias  # so that autograd sees them
-            low = normed.dtype == torch.bfloat16 and not class_only
-            if low and (whole := self._whole(next_norm, branches)).fits(x, normed):
+            if not class_only and (whole := self._whole(next_norm, branches)).fits(x, normed):
                 if torch.is_grad_enabled():
                     return _Whole.apply(x, normed, whole, *named)
                 return whole.forward(x, normed)[:2]
@@ -144,14 +143,14 @@ class Block(nn.Module):
         x, normed = _add_norm(x, branch, self.norm2, attention_branch, mlp_branch)
         return _add_norm(x, self.mlp(normed), next_norm, mlp_branch, next_branch)
 
-    def _whole(self, next_norm: nn.LayerNorm, branches: tuple[Branch, Branch, Branch]) -> TileBlock:
+    def _whole(self, next_norm: nn.LayerNorm, branches: tuple[Branch, Branch, Branch]) -> FusedBlock:
         w_qkv, w_proj, w1, w2 = (layer.copies[0] for layer in self.linears if layer.copies)
         _, b_qkv, _, b_proj, *norm, _, b1, _, b2 = self.named
         weights = w_qkv, b_qkv, w_proj, b_proj, *norm, w1, b1, w2, b2, next_norm.weight, next_norm.bias
         (packing, scale, *_), (_, mlp_scale, *_), _ = branches
         rows = [branch.rows for branch in branches]
         assert next_norm.eps == self.norm2.eps
-        return TileBlock(weights, self.attn.num_heads, next_norm.eps, packing.cu_seqlens, (scale, mlp_scale), rows)
+        return FusedBlock(weights, self.attn.num_heads, next_norm.eps, packing.cu_seqlens, (scale, mlp_scale), rows)
 
 
 def _name_parameters(block: Block, _: Any = None) -> None:

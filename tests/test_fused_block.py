@@ -6,16 +6,17 @@ import torch
 from dino_train.arena import Arena
 from dino_train.block import Branch, Packing
 from dino_train.model import build_model
+from test_linear import products  # noqa: F401
 
-from dino_kernels import TileBlock
-from dino_kernels._native import _C
+from dino_kernels import FusedBlock
+from dino_kernels.linear import products_of
 
 GROUPS = [(3, 50), (5, 17)]
 BOUNDS = torch.tensor([0, 50, 100, 150, 167, 184, 201, 218, 235], dtype=torch.int32)
 
 
-def results(skipping: bool, used: tuple[bool, bool]) -> dict[str, torch.Tensor]:
-    """Of a block in bfloat16: its outputs and all gradients, added to ones."""
+def results(dtype: torch.dtype, skipping: bool, used: tuple[bool, bool]) -> dict[str, torch.Tensor]:
+    """Of a block: its outputs and all gradients, added to ones."""
     torch.manual_seed(1)
     options = {"norm_last_layer": True, "head_hidden_dim": 64, "head_bottleneck_dim": 32}
     shape = {"patch_size": 16, "img_size": 32, "out_dim": 64, "drop_path_rate": 0.0, "use_bn_in_head": False}
@@ -23,14 +24,14 @@ def results(skipping: bool, used: tuple[bool, bool]) -> dict[str, torch.Tensor]:
     for parameter in student.backbone.parameters():  # biases that bfloat16 holds: the ops take them rounded
         parameter.data = torch.randn(parameter.shape).mul(0.1).bfloat16().float()
     student = copy.deepcopy(student)  # what blocks keep of their parameters is the copy's
-    arena = Arena(student, teacher, torch.bfloat16)
+    arena = Arena(student, teacher, dtype)
     arena.grad.fill_(1)
     packing, generator = Packing(BOUNDS, GROUPS), np.random.default_rng(2)
     kept = [generator.random(8) < 0.6 for _ in range(3)] if skipping else []
     branches = tuple(Branch.of_kept(packing, row, 1 / 0.6) for row in kept) or (Branch(packing),) * 3
     rows = branches[0].rows
     x = torch.randn(235, 192, requires_grad=True)
-    normed = torch.randn(235 if rows is None else len(rows), 192).bfloat16().requires_grad_()
+    normed = torch.randn(235 if rows is None else len(rows), 192).to(dtype).requires_grad_()
     block, after = student.backbone.blocks[3], student.backbone.blocks[4].norm1
     outputs = block(x, normed, after, packing, branches)
     with torch.no_grad():
@@ -42,17 +43,19 @@ def results(skipping: bool, used: tuple[bool, bool]) -> dict[str, torch.Tensor]:
     return dict(zip("xn", outputs, strict=True)) | {"gx": x.grad, "gn": normed.grad, "weights": arena.grad}
 
 
-@pytest.mark.skipif(not _C.has_tiles(), reason="needs a processor with matrix tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("used", [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("skipping", [False, True])
-def test_it_is_bitwise_the_ops_one_by_one(monkeypatch, skipping, used):
+def test_it_is_bitwise_the_ops_one_by_one(monkeypatch, products, dtype, skipping, used):  # noqa: F811
+    if not products_of(torch.zeros(1, 32, dtype=dtype)):
+        pytest.skip("it is the ops one by one")
     calls = []
-    forward = TileBlock.forward
-    monkeypatch.setattr(TileBlock, "forward", lambda *args: calls.append(1) or forward(*args))
-    whole = results(skipping, used)
+    forward = FusedBlock.forward
+    monkeypatch.setattr(FusedBlock, "forward", lambda *args: calls.append(1) or forward(*args))
+    whole = results(dtype, skipping, used)
     assert len(calls) == 2
-    monkeypatch.setattr(TileBlock, "fits", lambda *_: False)
-    for name, expected in results(skipping, used).items():
+    monkeypatch.setattr(FusedBlock, "fits", lambda *_: False)
+    for name, expected in results(dtype, skipping, used).items():
         assert (whole[name] is None) == (expected is None), name
         assert expected is None or torch.equal(whole[name], expected), name
     assert len(calls) == 2

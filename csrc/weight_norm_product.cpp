@@ -1,11 +1,10 @@
-// Gradients of a weight-normed layer's v and g from those of its logits, by matrix tiles (AMX): the gradient of its
-// rows w, as large as they are, is made 32 rows at a time and never written. Formulas in dino_kernels/weight_norm.py.
+// Gradients of a weight-normed layer's v and g from those of its logits: the gradient of its rows w, as large as they
+// are, is made 32 rows at a time and never written. Formulas in dino_kernels/weight_norm.py.
+#include "operands.h"
 #include "stream.h"
-#include "tile_products.h"
 #include "weight_norm.h"
 
 namespace dino {
-#if defined(DINO_HAS_AMX)
 namespace {
 
 constexpr int64_t kAheadRows = 8;  // fetched while earlier ones are finished
@@ -33,9 +32,24 @@ void finish_rows(const WeightNormProductBackwardArgs& a, int64_t first, float* g
     finish_streams();
 }
 
-}  // namespace
+template <class Value>
+void by_floats(const WeightNormProductBackwardArgs& a) {
+    static thread_local Buffer buffer;
+    Kind kind = kind_of(DType::f32, 0);
+    int64_t n = a.channels;
+    float* x = buffer.fit(a.tokens * n);
+    widen(static_cast<const Value*>(a.x), a.tokens, n, n, x);
+    parallel_for(a.rows / kPanel, a.threads, [&](int64_t i) {
+        static thread_local Buffer grads, sums;
+        float *grad = grads.fit(a.tokens * kPanel), *c = sums.fit(kPanel * n);
+        widen(static_cast<const Value*>(a.grad) + i * kPanel, a.tokens, kPanel, a.rows, grad);
+        product(kind, kPanel, n, {a.tokens, 1, kPanel, n, n}, grad, x, c);
+        finish_rows(a, i * kPanel, c);
+    });
+}
 
-void weight_norm_product_backward(const WeightNormProductBackwardArgs& a) {
+#if defined(DINO_HAS_AMX)
+void by_tiles(const WeightNormProductBackwardArgs& a) {
     static thread_local Buffer buffer;
     Kind kind = kind_of(DType::bf16, 2);
     int64_t pairs = padded((a.tokens + 1) / 2), n = a.channels;
@@ -44,7 +58,7 @@ void weight_norm_product_backward(const WeightNormProductBackwardArgs& a) {
         pair_rows_of(static_cast<const uint16_t*>(a.x), n, a.tokens, j, x + j * pairs);
     parallel_for(a.rows / kPanel, a.threads, [&](int64_t i) {
         static thread_local Buffer grads, grads_turned, sums;
-        TileUse tiles(kind);
+        TileUse use;
         float *grad = grads.fit(pairs * kPanel), *turned = grads_turned.fit(pairs * kPanel), *c = sums.fit(kPanel * n);
         pair_rows_of(static_cast<const uint16_t*>(a.grad), a.rows, a.tokens, i * kPanel, grad);
         transpose(grad, pairs, kPanel, turned, pairs);
@@ -53,8 +67,15 @@ void weight_norm_product_backward(const WeightNormProductBackwardArgs& a) {
         finish_rows(a, i * kPanel, c);
     });
 }
-#else
-void weight_norm_product_backward(const WeightNormProductBackwardArgs&) {}
 #endif
+
+}  // namespace
+
+void weight_norm_product_backward(const WeightNormProductBackwardArgs& a) {
+#if defined(DINO_HAS_AMX)
+    if (a.products == Products::tiles) return by_tiles(a);
+#endif
+    a.dtype == DType::f32 ? by_floats<float>(a) : by_floats<uint16_t>(a);
+}
 
 }  // namespace dino
