@@ -301,7 +301,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("add_product", &add_product);
     m.def("add_linear", &add_linear);
     m.def("linear", &linear);
-    m.def("best_products", [] { return int(dino::best_products()); });
+    m.def("best_products", [](int dtype) { return int(dino::best_products(dino::DType(dtype))); });
     m.def("mlp", &mlp);
     m.def("mlp_backward", &mlp_backward);
     m.def("add_column_sums", &add_column_sums);

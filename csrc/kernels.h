@@ -161,8 +161,8 @@ void drop_path_add(const DropPathAddArgs& args);
 // What multiplies in the kernels of linear layers, all channels multiples of 32: fused multiply-adds of floats, or
 // matrix tiles (AMX), for processors that have them.
 enum class Products : int { library, floats, tiles };
-// The fastest here, or the library's: of bfloat16 where the processor multiplies it but has no tiles.
-Products best_products();
+// The fastest here, of f32 or bf16; the library's where the processor multiplies bfloat16 but has no tiles.
+Products best_products(DType dtype);
 
 // Which of two operands lies as panels of pairs of tokens [channels / 32, pairs, 32], pairs filled up to 16.
 enum class Paired { neither, grad, x };

@@ -4,10 +4,13 @@
 
 namespace dino {
 
-Products best_products() {
+Products best_products(DType dtype) {
     if (kind_of(DType::bf16, 2).amx) return Products::tiles;
 #if defined(__x86_64__)
-    if (!__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (__builtin_cpu_supports("avx512bf16")) return Products::library;
+    if (__builtin_cpu_supports("avx512f")) return Products::floats;
+    // Of floats the library's are a tenth faster then.
+    if (dtype == DType::bf16 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return Products::floats;
 #endif
     return Products::library;

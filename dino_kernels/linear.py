@@ -5,7 +5,7 @@
 Dimensions: T tokens, D inputs, O outputs. On an x86 CPU products are our own, which add the bias while a block of sums
 is in the first-level cache. With matrix tiles (AMX) they are of bfloat16, and of float32 as six of bfloat16, of the
 three parts that a number is the sum of (Henry, Tang, Heinecke 2019, arXiv 1904.06376). Where a processor multiplies no
-bfloat16, which libraries then are slow at, they are of floats. Else they are those of the fastest library torch has.
+bfloat16, which libraries then are slow at, they are of floats; of float32 with AVX-512 only. Else they are those of the fastest library torch has.
 """
 
 import torch
@@ -91,7 +91,7 @@ _linear.register_autograd(_backward, setup_context=_setup)
 # --- CPU ---------------------------------------------------------------------------------------------
 
 LIBRARY, FLOATS, TILES = range(3)  # enum class Products in csrc/kernels.h
-_PRODUCTS = _C.best_products()
+_PRODUCTS = {dtype: _C.best_products(DTYPES[dtype]) for dtype in (torch.float32, torch.bfloat16)}
 _FEW = 64  # rows up to which a transposed product is the library's where there are tiles
 _SPLIT = 1 << 25  # multiply-adds of float32 from which it is worth to split operands for tiles
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -103,14 +103,10 @@ def products_of(*operands: Tensor, work: int = 0) -> int:
     work: multiply-adds, of a kernel that takes float32 by tiles too.
     """
     dtype = operands[0].dtype
-    if _PRODUCTS == LIBRARY or dtype not in (torch.bfloat16, torch.float32):
-        return LIBRARY
-    products = _PRODUCTS
-    if products == TILES and dtype == torch.float32:
-        if not work:
-            return LIBRARY
-        products = FLOATS if work < _SPLIT else TILES
-    fits = all(
+    products = _PRODUCTS.get(dtype, LIBRARY)
+    if products == TILES and dtype == torch.float32 and work < _SPLIT:
+        products = FLOATS if work else LIBRARY
+    fits = products and all(
         x.dtype == dtype and x.shape[1] and x.shape[1] % 32 == 0 and x.is_contiguous() and not x.is_cuda
         for x in operands
     )
