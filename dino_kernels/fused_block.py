@@ -46,16 +46,14 @@ class FusedBlock(NamedTuple):
     def fits(self, x: Tensor, normed: Tensor) -> bool:
         """Whether the kernels take x [T, C] and its norm [A, C]."""
         dense = x.dtype == torch.float32 and x.is_contiguous()
-        return dense and on_plain_cpu(normed) and bool(self._products(normed))
-
-    def _products(self, normed: Tensor) -> int:
-        return products_of(normed, *self.weights[:3:2], *self.weights[6:9:2])
+        operands = normed, *self.weights[:3:2], *self.weights[6:9:2]
+        return dense and on_plain_cpu(normed) and bool(products_of(*operands))
 
     def forward(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """out [T, C] float32, its next_norm [N, C] of the dtype of normed, and what lies between, for the backward."""
-        (tokens, c), (a, m, n), hidden = x.shape, self._counts(x), len(self.weights[6])
+        tokens, c, a, m, n, hidden = sizes = self._sizes(x)
         dtype, products, threads = by = self._by(normed)
-        layout = self._layout(x, normed.itemsize, products)
+        layout = self._layout(sizes, normed.itemsize, products)
         kept = torch.empty(layout[-1], dtype=torch.uint8)
         qkv, heads, lse, middle, middle_normed, mean, rstd, out_mean, out_rstd, first = _pieces(kept, layout)
         scratch = normed.new_empty(max(a, m), c)
@@ -84,9 +82,9 @@ class FusedBlock(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """Gradients of x and normed, from those of out (or None) and its norm; `grads`, float32 as the weights, are
         added to."""
-        (tokens, c), (a, m, _), hidden = out.shape, self._counts(out), len(self.weights[6])
+        tokens, c, a, m, _, hidden = sizes = self._sizes(out)
         dtype, products, threads = by = self._by(normed)
-        pieces = _pieces(kept, self._layout(out, normed.itemsize, products))
+        pieces = _pieces(kept, self._layout(sizes, normed.itemsize, products))
         qkv, heads, lse, middle, middle_normed, mean, rstd, out_mean, out_rstd, first = pieces
         grad_x, grad_normed_x = torch.empty_like(out), torch.empty_like(normed)
         branches, grad_qkv = normed.new_empty(2, max(a, m), c), normed.new_empty(a, 3 * c)
@@ -112,22 +110,24 @@ class FusedBlock(NamedTuple):
         _C.linear(of_rows, w_qkv, 0, grad_normed_x.data_ptr(), a, 3 * c, c, True, *by)
         return grad_x, grad_normed_x
 
-    def _counts(self, x: Tensor) -> list[int]:
-        return [len(x if rows is None else rows) for rows in self.rows]
+    def _sizes(self, x: Tensor) -> tuple[int, int, int, int, int, int]:
+        """T, C, A, M, N and hidden channels; shape[0], because len() of a tensor is Python."""
+        a, m, n = ((x if rows is None else rows).shape[0] for rows in self.rows)
+        return *x.shape, a, m, n, self.weights[6].shape[0]  # type: ignore[return-value]
 
-    def _layout(self, x: Tensor, e: int, products: int) -> list[int]:
+    def _layout(self, sizes: tuple[int, int, int, int, int, int], e: int, products: int) -> list[int]:
         """Where in `kept` each piece begins, and its length; e: bytes a value."""
-        (tokens, c), (a, m, n) = x.shape, self._counts(x)
-        sizes = [3 * e * a * c, e * a * c, 4 * self.heads * a, 4 * tokens * c, e * m * c, 4 * m, 4 * m, 4 * n, 4 * n]
-        sizes.append(0 if products == TILES else e * m * len(self.weights[6]))  # the MLP's first product
-        return list(accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
+        tokens, c, a, m, n, hidden = sizes
+        pieces = [3 * e * a * c, e * a * c, 4 * self.heads * a, 4 * tokens * c, e * m * c, 4 * m, 4 * m, 4 * n, 4 * n]
+        pieces.append(0 if products == TILES else e * m * hidden)  # the MLP's first product
+        return list(accumulate((-(-size // 64) * 64 for size in pieces), initial=0))
 
     def _by(self, normed: Tensor) -> tuple[int, int, int]:
-        return DTYPES[normed.dtype], self._products(normed), torch.get_num_threads()
+        return DTYPES[normed.dtype], products_of(normed), torch.get_num_threads()
 
     def _attention(self, tokens: int, c: int, dtype: int) -> tuple[list[int], int, float, int]:
         d = c // self.heads
-        return [len(self.cu_seqlens) - 1, tokens, self.heads, d, 3 * c, c, d], dtype, d**-0.5, _BY_TILES
+        return [self.cu_seqlens.shape[0] - 1, tokens, self.heads, d, 3 * c, c, d], dtype, d**-0.5, _BY_TILES
 
     def _rows(self) -> list[tuple[int, int]]:
         return [numbers(rows) for rows in self.rows]

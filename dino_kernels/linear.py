@@ -5,7 +5,8 @@
 Dimensions: T tokens, D inputs, O outputs. On an x86 CPU products are our own, which add the bias while a block of sums
 is in the first-level cache. With matrix tiles (AMX) they are of bfloat16, and of float32 as six of bfloat16, of the
 three parts that a number is the sum of (Henry, Tang, Heinecke 2019, arXiv 1904.06376). Where a processor multiplies no
-bfloat16, which libraries then are slow at, they are of floats; of float32 with AVX-512 only. Else they are those of the fastest library torch has.
+bfloat16, which libraries are slow at then, they are of floats; of float32 only with AVX-512. Else they are those of the
+fastest library torch has.
 """
 
 import torch
