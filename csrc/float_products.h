@@ -36,9 +36,9 @@ inline void transpose_values(const uint16_t* from, int64_t rows, int64_t columns
 template <class V>
 struct Floats {
     using Value = V;
-    static constexpr bool kPaired = false;
-    static constexpr int64_t kChunk = 256;  // tokens of a gradient of weights at a time
-    static constexpr int64_t kDepth = 128;  // of a contraction: of a panel it takes half of a first-level cache
+    static constexpr bool kFetched = false;  // panels of tokens: they are read in their order
+    static constexpr int64_t kChunk = 256;   // tokens of a gradient of weights at a time
+    static constexpr int64_t kDepth = 128;   // of a contraction: of a panel it takes half of a first-level cache
 
     struct Use {
         Use() {}
@@ -73,6 +73,8 @@ struct Floats {
     static void finish(const float* c, int64_t rows, const float* bias, Value* to, int64_t stride) {
         dino::finish(c, rows, bias, to, stride);
     }
+
+    static void finish_tokens(const float* c, int64_t rows, float* to) { std::copy_n(c, rows * kPanel, to); }
 
     static void pack(const Value* weights, int64_t depth, int64_t outputs, bool transposed, int64_t first, float* to) {
         if (transposed)

@@ -164,8 +164,8 @@ enum class Products : int { library, floats, tiles };
 // The fastest here, of f32 or bf16; the library's where the processor multiplies bfloat16 but has no tiles.
 Products best_products(DType dtype);
 
-// Which of two operands lies as panels of pairs of tokens [channels / 32, pairs, 32], pairs filled up to 16.
-enum class Paired { neither, grad, x };
+// Which of two operands lies as panels of tokens, as the products take them.
+enum class Packed { neither, grad, x };
 
 struct AddProductArgs {
     float* into;           // [O, I] contiguous, as all of these
@@ -175,8 +175,8 @@ struct AddProductArgs {
     // The rest is for add_linear.
     DType dtype = DType::f32;  // of grad and x, or bf16
     Products products = Products::library;
-    float* into_bias = nullptr;       // [O] += sums over T of grad, which then is not paired; or null
-    Paired paired = Paired::neither;  // tiles of bfloat16 only
+    float* into_bias = nullptr;  // [O] += sums over T of grad, which then is not packed; or null
+    Packed packed = Packed::neither;
 };
 void add_product(const AddProductArgs& args);  // of float32
 

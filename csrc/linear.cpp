@@ -181,7 +181,7 @@ struct Gradient {
     using Value = typename P::Value;
     using Sum = SumOf<Value>;
     const AddProductArgs& a;
-    bool inputs_turned = a.paired == Paired::neither ? a.inputs <= a.outputs : a.paired == Paired::grad;
+    bool inputs_turned = a.packed == Packed::neither ? a.inputs <= a.outputs : a.packed == Packed::grad;
     int64_t narrow = inputs_turned ? a.inputs : a.outputs, wide = inputs_turned ? a.outputs : a.inputs;
     int64_t panels = wide / kPanel;
     int64_t groups = std::clamp<int64_t>((a.tokens + P::kChunk - 1) / P::kChunk, 1, kGroups);
@@ -199,7 +199,7 @@ void Gradient<P>::run(int64_t group, int64_t share) const {
     static thread_local Buffer turned_buffer, panel_buffer, sums_buffer;
     auto turned_side = static_cast<const Value*>(inputs_turned ? a.x : a.grad);
     const void* wide_side = inputs_turned ? a.grad : a.x;
-    bool paired = a.paired != Paired::neither;
+    bool ready = a.packed != Packed::neither;
     Sum* bias = bias_sums ? bias_sums + group * a.outputs : nullptr;
     int64_t first = share * panels / shares, last = (share + 1) * panels / shares, end = bound(group + 1);
     float* turned = turned_buffer.fit(narrow * P::floats(P::kChunk));
@@ -209,19 +209,20 @@ void Gradient<P>::run(int64_t group, int64_t share) const {
         P::turn(turned_side + t * narrow, count, narrow, turned);
         if (bias && !inputs_turned && share == 0) add_rows_to(bias, turned_side + t * narrow, count, narrow, narrow);
         auto panel = [&](int64_t i) {
-            return paired ? static_cast<const float*>(wide_side) + (i * whole(a.tokens) + t) / 2 * kPanel
-                          : packed + i % 2 * kPanel * P::floats(P::kChunk);
+            return ready ? static_cast<const float*>(wide_side) + P::floats(i * whole(a.tokens) + t) * kPanel
+                         : packed + i % 2 * kPanel * P::floats(P::kChunk);
         };
         // The next panel is packed, or fetched, beside the product of this one.
         auto prepare = [&](int64_t i, int64_t piece) {
-            if (paired) return __builtin_prefetch(panel(i) + piece * 16);
+            if (ready) return __builtin_prefetch(panel(i) + piece * 16);
             int64_t row = piece * kPack, rows = std::min(kPack, count - row);
             const Value* from = static_cast<const Value*>(wide_side) + (t + row) * wide + i * kPanel;
             next_panel(from, rows, wide, false);
             P::pack_tokens(from, wide, rows, kPack, packed + i % 2 * kPanel * P::floats(P::kChunk) + P::token(row));
             if (bias && inputs_turned) add_rows_to(bias + i * kPanel, from, rows, kPanel, wide);
         };
-        int64_t pieces = paired ? whole(count) : whole(count) / kPack;
+        int64_t lines = P::kFetched ? P::floats(whole(count)) * kPanel / 16 : 0;
+        int64_t pieces = ready ? lines : whole(count) / kPack;
         for (int64_t i = first - 1; i < last; ++i) {
             auto piece = [&](int64_t j) { prepare(i + 1, j); };
             Spread<decltype(piece)> beside{piece, i + 1 < last ? pieces : 0, P::steps(narrow, whole(count))};

@@ -84,15 +84,13 @@ void forward_block(const MlpArgs& a, const float* packed1, int64_t first) {
         });
 }
 
-// What a backward pass makes for the gradients of the weights: gradients of gelu's input and its output, rows of values
-// [whole tokens, H] or, of tiles of bfloat16, panels of pairs of tokens [H / 32, pairs, 32]; and sums of the gradients
-// of the biases [blocks, H + C].
+// What a backward pass makes for the gradients of the weights: gradients of gelu's input and its output as panels that
+// add_linear takes [H / 32, floats of whole tokens, 32], and sums of the gradients of the biases [blocks, H + C].
 template <class P>
 struct Between {
-    using Value = typename P::Value;
-    Value *grad_hidden, *active;
+    float *grad_hidden, *active;
     int64_t tokens;  // whole
-    SumOf<Value>* bias_sums;
+    SumOf<typename P::Value>* bias_sums;
 };
 
 template <class P>
@@ -110,7 +108,7 @@ void backward_block(const MlpBackwardArgs& a, const float* packed1, const Betwee
     std::fill_n(bias1, n + c, 0);
     const float* x = a.hidden ? nullptr : P::rows(static_cast<const Value*>(a.x) + first * c, rows, c, x_copy);
     const float* grads = P::rows(grad, rows, c, grad_copy);
-    Value* grad_hidden = P::kPaired ? inner.fit(kBlock * n) : b.grad_hidden + first * n;
+    Value* grad_hidden = inner.fit(kBlock * n);
     by_panels(
         n / kPanel, P::whole(rows), (a.hidden ? 1 : 2) * P::steps(P::whole(rows), c),
         [&](int64_t j, auto& beside) {
@@ -129,14 +127,14 @@ void backward_block(const MlpBackwardArgs& a, const float* packed1, const Betwee
             }
             deactivate(y, hidden, kPiece, a.bias1 + j * kPanel, bias1 + j * kPanel);
             P::finish(y, kPiece, nullptr, grad_hidden + to, n);
-            if constexpr (P::kPaired) {
-                int64_t pairs = (j * b.tokens + first + i) * kPanel;
-                P::finish_pairs(y, kPiece, b.grad_hidden + pairs);
-                P::finish_pairs(hidden, kPiece, b.active + pairs);
-            } else {
-                P::finish(hidden, kPiece, nullptr, b.active + first * n + to, n);
-            }
+            int64_t panel = P::floats(j * b.tokens + first + i) * kPanel;
+            P::finish_tokens(y, kPiece, b.grad_hidden + panel);
+            P::finish_tokens(hidden, kPiece, b.active + panel);
         });
+    for (int64_t j = 0; j < n / kPanel; ++j)  // no tokens fill a panel up
+        for (float* panels : {b.grad_hidden, b.active})
+            std::fill(panels + P::floats(j * b.tokens + first + P::whole(rows)) * kPanel,
+                      panels + P::floats(j * b.tokens + std::min(b.tokens, first + kBlock)) * kPanel, 0.0f);
     const float* of_hidden = P::rows(grad_hidden, P::whole(rows), n, hidden_copy);
     by_panels(
         c / kPanel, rows, P::steps(P::whole(rows), n),
@@ -167,8 +165,7 @@ void forward(const MlpArgs& a) {
 template <class P>
 void backward(const MlpBackwardArgs& a) {
     using Value = typename P::Value;
-    static thread_local Buffer weights;
-    static thread_local BufferOf<Value> values;
+    static thread_local Buffer weights, panels;
     static thread_local BufferOf<SumOf<Value>> sums;
     int64_t c = a.channels, n = a.hidden_channels, size = n * P::floats(c), tokens = whole(a.tokens);
     int64_t blocks = (a.tokens + kBlock - 1) / kBlock;
@@ -176,18 +173,17 @@ void backward(const MlpBackwardArgs& a) {
     if (!a.hidden) pack_weights<P>(a.weight1, c, n, false, a.threads, packed);
     pack_weights<P>(a.weight1, n, c, true, a.threads, packed + size);
     pack_weights<P>(a.weight2, c, n, true, a.threads, packed + 2 * size);
-    Value* made = values.fit(2 * tokens * n);
-    Between<P> between{made, made + tokens * n, tokens, sums.fit(blocks * (n + c))};
+    float* made = panels.fit(2 * P::floats(tokens) * n);
+    Between<P> between{made, made + P::floats(tokens) * n, tokens, sums.fit(blocks * (n + c))};
     parallel_for(blocks, a.threads, [&](int64_t i) {
         typename P::Use use;
         backward_block<P>(a, packed, between, i * kBlock);
     });
-    auto add = [&](float* into, const void* grad, const void* x, int64_t outputs, int64_t inputs, Paired paired) {
-        if (!P::kPaired) paired = Paired::neither;
-        add_linear({into, grad, x, a.tokens, outputs, inputs, a.threads, a.dtype, a.products, nullptr, paired});
+    auto add = [&](float* into, const void* grad, const void* x, int64_t outputs, int64_t inputs, Packed packed) {
+        add_linear({into, grad, x, a.tokens, outputs, inputs, a.threads, a.dtype, a.products, nullptr, packed});
     };
-    add(a.grad_weight1, between.grad_hidden, a.x, n, c, Paired::grad);
-    add(a.grad_weight2, a.grad, between.active, c, n, Paired::x);
+    add(a.grad_weight1, between.grad_hidden, a.x, n, c, Packed::grad);
+    add(a.grad_weight2, a.grad, between.active, c, n, Packed::x);
     auto add_bias = [&](float* into, int64_t columns, int64_t first) {
         for (int64_t j = 0; j < columns; ++j) {
             SumOf<Value> sum = 0;
@@ -202,11 +198,17 @@ void backward(const MlpBackwardArgs& a) {
 }  // namespace
 
 void mlp(const MlpArgs& a) {
-    with_operands(a.products, a.dtype, [&](auto operands) { forward<decltype(operands)>(a); });
+#if defined(DINO_HAS_AMX)
+    if (a.products == Products::tiles) return forward<Tiles<uint16_t>>(a);
+#endif
+    a.dtype == DType::f32 ? forward<Floats<float>>(a) : forward<Floats<uint16_t>>(a);
 }
 
 void mlp_backward(const MlpBackwardArgs& a) {
-    with_operands(a.products, a.dtype, [&](auto operands) { backward<decltype(operands)>(a); });
+#if defined(DINO_HAS_AMX)
+    if (a.products == Products::tiles) return backward<Tiles<uint16_t>>(a);
+#endif
+    a.dtype == DType::f32 ? backward<Floats<float>>(a) : backward<Floats<uint16_t>>(a);
 }
 
 }  // namespace dino

@@ -210,7 +210,7 @@ template <class V>
 struct Tiles {
     using Value = V;
     using Use = TileUse;
-    static constexpr bool kPaired = kParts<Value> == 1;  // what a backward of the MLP leaves for gradients of weights
+    static constexpr bool kFetched = true;  // panels of tokens, ahead
     // Tokens of a gradient of weights at a time: what is made of them stays in the second-level cache.
     static constexpr int64_t kChunk = kParts<Value> == 1 ? 512 : 256;
 
@@ -236,8 +236,9 @@ struct Tiles {
             dino::finish(c, rows, bias, to, stride);
     }
 
-    static void finish_pairs(const float* c, int64_t rows, Value* to) {
-        dino::finish_pairs(c, rows, reinterpret_cast<float*>(to));
+    static void finish_tokens(const float* c, int64_t rows, float* to) {
+        static_assert(kParts<Value> == 1);
+        finish_pairs(c, rows, to);
     }
 
     static void pack(const Value* weights, int64_t depth, int64_t outputs, bool transposed, int64_t first, float* to) {
