@@ -120,7 +120,7 @@ struct Task {
         depth = kind.contraction(a.channels);
         depth_row = padded(kind.units(a.channels));
         columns = padded(a.channels);
-        stripe = kStripe;  // two tiles' rows; else what leaves most of the first-level cache
+        stripe = kind.amx ? kStripe : kLanes;  // two tiles' rows; else what leaves most of the first-level cache
     }
     static Scratch& scratch() {
         static thread_local Scratch mine;
