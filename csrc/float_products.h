@@ -85,6 +85,7 @@ struct Floats {
 
     static void pack_tokens(const Value* x, int64_t stride, int64_t rows, int64_t room, float* to) {
         rows = std::max<int64_t>(rows, 0);
+        next_panel(x, rows, stride, false);
         widen(x, rows, kPanel, stride, to);
         std::fill(to + rows * kPanel, to + room * kPanel, 0.0f);
     }

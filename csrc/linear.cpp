@@ -217,7 +217,6 @@ void Gradient<P>::run(int64_t group, int64_t share) const {
             if (ready) return __builtin_prefetch(panel(i) + piece * 16);
             int64_t row = piece * kPack, rows = std::min(kPack, count - row);
             const Value* from = static_cast<const Value*>(wide_side) + (t + row) * wide + i * kPanel;
-            next_panel(from, rows, wide, false);
             P::pack_tokens(from, wide, rows, kPack, packed + i % 2 * kPanel * P::floats(P::kChunk) + P::token(row));
             if (bias && inputs_turned) add_rows_to(bias + i * kPanel, from, rows, kPanel, wide);
         };
