@@ -158,8 +158,8 @@ struct DropPathAddArgs {
 };
 void drop_path_add(const DropPathAddArgs& args);
 
-// What multiplies in the kernels of linear layers, all channels multiples of 32: fused multiply-adds of floats, or
-// matrix tiles (AMX), for processors that have them.
+// What multiplies in the kernels of linear layers, where all channels are multiples of 32 and everything is contiguous:
+// fused multiply-adds of floats, or matrix tiles (AMX), for processors that have them.
 enum class Products : int { library, floats, tiles };
 // The fastest here, of f32 or bf16; the library's where the processor multiplies bfloat16 but has no tiles.
 Products best_products(DType dtype);
@@ -199,8 +199,8 @@ struct WeightNormProductBackwardArgs {
     float *grad_v, *grad_g;  // [K, D] and [K], added to; grad_g may be null
     bool fresh;              // grad_v is written, whatever it held
     int64_t tokens, rows, channels;
-    DType dtype;
-    Products products;  // tiles: of bfloat16
+    DType dtype;        // bf16 or f32
+    Products products;  // tiles: of bf16
     int threads;
 };
 void weight_norm_product_backward(const WeightNormProductBackwardArgs& args);
@@ -210,8 +210,8 @@ struct MlpArgs {
     const float *bias1, *bias2;         // [H], [C]
     void *out, *hidden;                 // [T, C]; the first product without bias [T, H], or null
     int64_t tokens, channels, hidden_channels;
-    DType dtype;
-    Products products;  // tiles: of bfloat16
+    DType dtype;        // bf16 or f32
+    Products products;  // tiles: of bf16
     int threads;
 };
 void mlp(const MlpArgs& args);
