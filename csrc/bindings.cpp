@@ -3,8 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
+#include "fused_block.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -263,6 +265,43 @@ void attention(const std::vector<uintptr_t>& data, const std::vector<int64_t>& s
     backward ? dino::attention_backward(args) : dino::attention(args);
 }
 
+// operands: weights, bounds, both scales; sizes: sequences to groups
+dino::FusedBlockArgs fused_block_args(const std::vector<uintptr_t>& operands, const std::array<Rows, 3>& rows,
+                                      const std::array<int64_t, 6>& sizes, double eps, int dtype, int products,
+                                      int threads) {
+    std::vector<void*> x = pointers<void>(operands);
+    dino::FusedBlockArgs args{};
+    std::copy_n(x.begin(), 12, args.weights);
+    args.bounds = static_cast<const int32_t*>(x[12]);
+    args.scale = static_cast<const float*>(x[13]), args.mlp_scale = static_cast<const float*>(x[14]);
+    args.attention_rows = rows_of(rows[0]), args.mlp_rows = rows_of(rows[1]), args.next_rows = rows_of(rows[2]);
+    args.sequences = sizes[0], args.tokens = sizes[1], args.channels = sizes[2], args.heads = sizes[3];
+    args.hidden_channels = sizes[4], args.groups = sizes[5];
+    args.eps = float(eps), args.dtype = dino::DType(dtype), args.products = dino::Products(products);
+    args.threads = threads;
+    return args;
+}
+
+// data: kept and then of FusedBlockForward, in its order
+void fused_block(dino::FusedBlockArgs args, const std::vector<uintptr_t>& data) {
+    py::gil_scoped_release unlocked;
+    std::vector<void*> x = pointers<void>(data);
+    args.kept = x[0];
+    dino::fused_block(args, {x[1], x[2], x[3], x[4], x[5]});
+}
+
+// data: kept and then of FusedBlockBackward up to partial
+void fused_block_backward(dino::FusedBlockArgs args, const std::vector<uintptr_t>& data,
+                          const std::vector<uintptr_t>& grads) {
+    py::gil_scoped_release unlocked;
+    std::vector<void*> x = pointers<void>(data);
+    std::vector<float*> into = pointers<float>(grads);
+    args.kept = x[0];
+    dino::FusedBlockBackward tensors{x[1], x[2], x[3], x[4], x[5], x[6], x[7], static_cast<float*>(x[8])};
+    std::copy_n(into.begin(), 12, tensors.grads);
+    dino::fused_block_backward(args, tensors);
+}
+
 // crops: address of [images, views] structs Crop
 void check_crops(uintptr_t crops, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths,
                  const std::vector<int64_t>& sizes) {
@@ -302,6 +341,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("add_linear", &add_linear);
     m.def("linear", &linear);
     m.def("best_products", [](int dtype) { return int(dino::best_products(dino::DType(dtype))); });
+    py::class_<dino::FusedBlockArgs>(m, "FusedBlock")
+        .def(py::init(&fused_block_args))
+        .def("bytes", &dino::fused_block_bytes)
+        .def("forward", &fused_block)
+        .def("backward", &fused_block_backward);
     m.def("mlp", &mlp);
     m.def("mlp_backward", &mlp_backward);
     m.def("add_column_sums", &add_column_sums);
