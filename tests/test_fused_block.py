@@ -27,8 +27,8 @@ def results(dtype: torch.dtype, skipping: bool, used: tuple[bool, bool]) -> dict
     arena = Arena(student, teacher, dtype)
     arena.grad.fill_(1)
     packing, generator = Packing(BOUNDS, GROUPS), np.random.default_rng(2)
-    kept = [generator.random(8) < 0.6 for _ in range(3)] if skipping else []
-    branches = tuple(Branch.of_kept(packing, row, 1 / 0.6) for row in kept) or (Branch(packing),) * 3
+    kept, factors = generator.random((3, 8)) < 0.6, np.full(3, 1 / 0.6, np.float32)
+    branches = tuple(Branch.of_kept(packing, kept, factors)) if skipping else (Branch(packing),) * 3
     rows = branches[0].rows
     x = torch.randn(235, 192, requires_grad=True)
     normed = torch.randn(235 if rows is None else len(rows), 192).to(dtype).requires_grad_()

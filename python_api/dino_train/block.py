@@ -48,22 +48,32 @@ class Branch(NamedTuple):
     sequences: Tensor | None = None
 
     @staticmethod
-    def of_kept(packing: Packing, kept: np.ndarray, factor: float) -> "Branch":
-        """Those sequences of a packing on the CPU for which kept [S] is true, times a factor."""
-        if kept.all():
-            return Branch(packing, torch.full((packing.tokens,), factor))
+    def of_kept(packing: Packing, kept: np.ndarray, factors: np.ndarray) -> "list[Branch]":
+        """For each row of kept [R, S] the sequences of a packing on the CPU for which it is true, times a factor."""
         counts, lengths = np.array(packing.groups).T
-        tokens = lengths.repeat(counts)
-        bounds = np.zeros(1 + kept.sum(), np.int32)
-        tokens[kept].cumsum(out=bounds[1:])
-        left = [int(part.sum()) for part in np.split(kept, counts.cumsum()[:-1])]
-        rows, sequences = (which.nonzero()[0].astype(np.int32) for which in (kept.repeat(tokens), kept))
-        return Branch(
-            Packing(torch.from_numpy(bounds), list(zip(left, lengths.tolist(), strict=True))),
-            torch.full((len(rows),), factor),
-            torch.from_numpy(rows),
-            torch.from_numpy(sequences),
+        tokens, count = lengths.repeat(counts), len(kept)
+        left = np.add.reduceat(kept, counts.cumsum() - counts, 1, dtype=int).tolist()
+        bounds = np.zeros((count, 1 + len(tokens)), np.int32)
+        (kept * tokens).cumsum(1, out=bounds[:, 1:])
+        sizes, of_tokens = kept.sum(1), kept.repeat(tokens, 1)
+
+        def pieces(values: np.ndarray, chosen: np.ndarray, sizes: np.ndarray) -> tuple[Tensor, ...]:
+            return torch.from_numpy(np.broadcast_to(values, chosen.shape)[chosen]).split(sizes.tolist())
+
+        columns = zip(
+            pieces(bounds, np.hstack((np.ones((count, 1), bool), kept)), 1 + sizes),
+            pieces(factors[:, None], of_tokens, bounds[:, -1]),
+            pieces(np.arange(packing.tokens, dtype=np.int32), of_tokens, bounds[:, -1]),
+            pieces(np.arange(len(tokens), dtype=np.int32), kept, sizes),
+            left,
+            strict=True,
         )
+        return [
+            Branch(packing, scale)
+            if len(sequences) == len(tokens)
+            else Branch(Packing(bound, list(zip(groups, lengths.tolist(), strict=True))), scale, rows, sequences)
+            for bound, scale, rows, sequences, groups in columns
+        ]
 
     def class_tokens(self) -> "Branch":
         """The same of sequences of one token."""

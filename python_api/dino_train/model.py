@@ -209,9 +209,8 @@ class VisionTransformer(nn.Module):
         keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=device).view(-1, 1, 1)
         kept = torch.rand(depth, 2, len(lengths), device=device) < keep
         if _shapes_may_depend_on_values(device):
-            factors = (1 / keep).flatten().tolist()
-            pairs = zip(kept.numpy(), factors, strict=True)
-            branches = [Branch.of_kept(packing, row, factor) for pair, factor in pairs for row in pair]
+            factors = (1 / keep).expand(-1, 2, 1).flatten().numpy()
+            branches = Branch.of_kept(packing, kept.flatten(0, 1).numpy(), factors)
         else:
             scale = (kept / keep).repeat_interleave(lengths, dim=2, output_size=packing.tokens)
             branches = [Branch(packing, row) for row in scale.flatten(0, 1)]
