@@ -44,6 +44,7 @@ struct Floats {
         Use() {}
     };
     static int64_t floats(int64_t values) { return values; }
+    static int64_t block(int64_t) { return kBlock; }  // tokens a task
     static int64_t whole(int64_t rows) { return (rows + kTile - 1) / kTile * kTile; }
 
     static const float* rows(const Value* x, int64_t count, int64_t depth, Buffer& copy) {

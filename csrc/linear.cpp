@@ -19,11 +19,11 @@ Products best_products(DType dtype) {
 namespace {
 
 template <class P>
-void block(const LinearArgs& a, const float* packed, int64_t first) {
+void block(const LinearArgs& a, const float* packed, int64_t first, int64_t rows) {
     using Value = typename P::Value;
     static thread_local Sums sums;
     static thread_local Buffer copy;
-    int64_t rows = std::min(kBlock, a.tokens - first), size = kPanel * P::floats(a.depth);
+    int64_t size = kPanel * P::floats(a.depth);
     const float* x = P::rows(static_cast<const Value*>(a.x) + first * a.depth, rows, a.depth, copy);
     by_panels(
         a.outputs / kPanel, rows, P::steps(P::whole(rows), a.depth),
@@ -44,9 +44,10 @@ void linear_of_many(const LinearArgs& a) {
     static thread_local Buffer buffer;
     float* packed = buffer.fit(a.outputs * P::floats(a.depth));
     pack_weights<P>(a.weight, a.depth, a.outputs, a.transposed, a.threads, packed);
-    parallel_for((a.tokens + kBlock - 1) / kBlock, a.threads, [&](int64_t i) {
+    int64_t tokens = P::block(a.outputs * P::floats(a.depth));
+    parallel_for((a.tokens + tokens - 1) / tokens, a.threads, [&](int64_t i) {
         typename P::Use use;
-        block<P>(a, packed, i * kBlock);
+        block<P>(a, packed, i * tokens, std::min(tokens, a.tokens - i * tokens));
     });
 }
 

@@ -49,12 +49,12 @@ void deactivate(float* c, float* x, int64_t rows, const float* bias, double* sum
 }
 
 template <class P>
-void forward_block(const MlpArgs& a, const float* packed1, int64_t first) {
+void forward_block(const MlpArgs& a, const float* packed1, int64_t first, int64_t rows) {
     using Value = typename P::Value;
     static thread_local Sums sums;
     static thread_local Buffer x_copy, active_copy;
     static thread_local BufferOf<Value> between;
-    int64_t rows = std::min(kBlock, a.tokens - first), c = a.channels, n = a.hidden_channels;
+    int64_t c = a.channels, n = a.hidden_channels;
     int64_t size1 = kPanel * P::floats(c), size2 = kPanel * P::floats(n);
     const float *x = P::rows(static_cast<const Value*>(a.x) + first * c, rows, c, x_copy),
                 *packed2 = packed1 + n * P::floats(c);
@@ -89,7 +89,7 @@ void forward_block(const MlpArgs& a, const float* packed1, int64_t first) {
 template <class P>
 struct Between {
     float *grad_hidden, *active;
-    int64_t tokens;  // whole
+    int64_t tokens, block;  // whole; of a task
     SumOf<typename P::Value>* bias_sums;
 };
 
@@ -99,12 +99,12 @@ void backward_block(const MlpBackwardArgs& a, const float* packed1, const Betwee
     static thread_local Sums sums, firsts;
     static thread_local Buffer x_copy, grad_copy, hidden_copy;
     static thread_local BufferOf<Value> inner;
-    int64_t rows = std::min(kBlock, a.tokens - first), c = a.channels, n = a.hidden_channels;
+    int64_t rows = std::min(b.block, a.tokens - first), c = a.channels, n = a.hidden_channels;
     int64_t size = kPanel * P::floats(c), all = n * P::floats(c);
     auto grad = static_cast<const Value*>(a.grad) + first * c;
     bool distant = far(3 * all);
     const float *packed1_back = packed1 + all, *packed2_back = packed1_back + all;
-    SumOf<Value>* bias1 = b.bias_sums + first / kBlock * (n + c);
+    SumOf<Value>* bias1 = b.bias_sums + first / b.block * (n + c);
     std::fill_n(bias1, n + c, 0);
     const float* x = a.hidden ? nullptr : P::rows(static_cast<const Value*>(a.x) + first * c, rows, c, x_copy);
     const float* grads = P::rows(grad, rows, c, grad_copy);
@@ -134,7 +134,7 @@ void backward_block(const MlpBackwardArgs& a, const float* packed1, const Betwee
     for (int64_t j = 0; j < n / kPanel; ++j)  // no tokens fill a panel up
         for (float* panels : {b.grad_hidden, b.active})
             std::fill(panels + P::floats(j * b.tokens + first + P::whole(rows)) * kPanel,
-                      panels + P::floats(j * b.tokens + std::min(b.tokens, first + kBlock)) * kPanel, 0.0f);
+                      panels + P::floats(j * b.tokens + std::min(b.tokens, first + b.block)) * kPanel, 0.0f);
     const float* of_hidden = P::rows(grad_hidden, P::whole(rows), n, hidden_copy);
     by_panels(
         c / kPanel, rows, P::steps(P::whole(rows), n),
@@ -156,9 +156,10 @@ void forward(const MlpArgs& a) {
     float* packed = buffer.fit(2 * size);
     pack_weights<P>(a.weight1, a.channels, a.hidden_channels, false, a.threads, packed);
     pack_weights<P>(a.weight2, a.hidden_channels, a.channels, false, a.threads, packed + size);
-    parallel_for((a.tokens + kBlock - 1) / kBlock, a.threads, [&](int64_t i) {
+    int64_t tokens = P::block(2 * size);
+    parallel_for((a.tokens + tokens - 1) / tokens, a.threads, [&](int64_t i) {
         typename P::Use use;
-        forward_block<P>(a, packed, i * kBlock);
+        forward_block<P>(a, packed, i * tokens, std::min(tokens, a.tokens - i * tokens));
     });
 }
 
@@ -168,16 +169,16 @@ void backward(const MlpBackwardArgs& a) {
     static thread_local Buffer weights, panels;
     static thread_local BufferOf<SumOf<Value>> sums;
     int64_t c = a.channels, n = a.hidden_channels, size = n * P::floats(c), tokens = whole(a.tokens);
-    int64_t blocks = (a.tokens + kBlock - 1) / kBlock;
+    int64_t block = P::block(3 * size), blocks = (a.tokens + block - 1) / block;
     float* packed = weights.fit(3 * size);
     if (!a.hidden) pack_weights<P>(a.weight1, c, n, false, a.threads, packed);
     pack_weights<P>(a.weight1, n, c, true, a.threads, packed + size);
     pack_weights<P>(a.weight2, c, n, true, a.threads, packed + 2 * size);
     float* made = panels.fit(2 * P::floats(tokens) * n);
-    Between<P> between{made, made + P::floats(tokens) * n, tokens, sums.fit(blocks * (n + c))};
+    Between<P> between{made, made + P::floats(tokens) * n, tokens, block, sums.fit(blocks * (n + c))};
     parallel_for(blocks, a.threads, [&](int64_t i) {
         typename P::Use use;
-        backward_block<P>(a, packed, between, i * kBlock);
+        backward_block<P>(a, packed, between, i * block);
     });
     auto add = [&](float* into, const void* grad, const void* x, int64_t outputs, int64_t inputs, Packed packed) {
         add_linear({into, grad, x, a.tokens, outputs, inputs, a.threads, a.dtype, a.products, nullptr, packed});

@@ -14,7 +14,7 @@ namespace dino {
 namespace {
 
 constexpr int64_t kPanel = 32;   // columns of a product at a time
-constexpr int64_t kBlock = 128;  // tokens a task
+constexpr int64_t kBlock = 128;  // tokens a task, at most
 constexpr int64_t kPiece = 4;    // rows of a panel's sums that vector work takes at a time
 
 inline int64_t whole(int64_t rows) { return (rows + 31) / 32 * 32; }

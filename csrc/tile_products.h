@@ -215,6 +215,8 @@ struct Tiles {
     static constexpr int64_t kChunk = kParts<Value> == 1 ? 512 : 256;
 
     static int64_t floats(int64_t values) { return kParts<Value> * values / 2; }
+    // Tokens a task: a first-level cache holds few, past which weights go that a second-level cache holds.
+    static int64_t block(int64_t weights) { return far(weights) ? kBlock : kBlock / 2; }
     static int64_t whole(int64_t rows) { return dino::whole(rows); }
 
     static const float* rows(const Value* x, int64_t count, int64_t depth, Buffer& copy) {

@@ -6,7 +6,8 @@ from checks import DTYPES, assert_as_accurate
 
 from dino_kernels import linear, linear_reference
 
-# (tokens, inputs, outputs): few tokens, blocks of tokens and what is left, units beyond a chunk; two do not fit tiles.
+# (tokens, inputs, outputs): few tokens, blocks of tokens and what is left, units beyond a chunk; weights beyond a
+# second-level cache; two do not fit tiles.
 SHAPES = [
     (1, 32, 32),
     (37, 64, 96),
@@ -14,6 +15,7 @@ SHAPES = [
     (65, 32, 64),
     (199, 448, 64),
     (300, 32, 160),
+    (150, 512, 1056),
     (37, 33, 64),
     (5, 32, 7),
 ]

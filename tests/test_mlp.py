@@ -8,7 +8,7 @@ from dino_kernels import mlp, mlp_reference, without_autograd
 pytestmark = pytest.mark.usefixtures("products")
 # (tokens, channels, hidden): blocks of tokens and what is left, units beyond one chunk; one that does not fit tiles;
 # several groups and chunks of tokens, fewer hidden channels; weights beyond a second-level cache.
-SHAPES = [(1, 32, 32), (37, 32, 128), (128, 64, 64), (260, 96, 448), (50, 33, 40), (1101, 64, 32), (70, 384, 512)]
+SHAPES = [(1, 32, 32), (37, 32, 128), (128, 64, 64), (260, 96, 448), (50, 33, 40), (1101, 64, 32), (200, 384, 768)]
 
 
 def inputs(tokens, channels, hidden, dtype=torch.float32):
