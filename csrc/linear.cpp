@@ -1,6 +1,7 @@
 // Products of linear layers in bfloat16 and float32. Rows of x are read where they are, the weights are packed once a
 // call, and bias, rounding and the sum into a gradient are done while a block is in the first-level cache.
 #include "operands.h"
+#include "stream.h"
 
 namespace dino {
 
@@ -140,31 +141,42 @@ void linear_by(const LinearArgs& a) {
 }
 
 #if defined(DINO_HAS_AMX)
-constexpr int64_t kFew = 64;      // tokens up to which the weights are not packed
-constexpr int64_t kWeights = 64;  // rows of the weights a task then
+constexpr int64_t kFew = 64;         // tokens up to which the weights are not packed
+constexpr int64_t kWeights = 64;     // rows of the weights a task then
+constexpr int64_t kApart = 1 << 14;  // outputs from which those of all tokens fall into the same few sets of a cache
 
-// Outputs [first, + 64) of all tokens, transposed: rows of the weights are read where they are.
-void few(const LinearArgs& a, const Kind& kind, const float* x, int64_t first) {
-    static thread_local Buffer sums, turned;
+// Outputs [first, + 64) of all tokens, made transposed: rows of the weights are read where they are, and the next ones
+// fetched meanwhile.
+void few(const LinearArgs& a, const float* x, int64_t first) {
+    alignas(64) float c[2 * kTiles], pairs[kTiles], rounded[kTiles];
     int64_t rows = std::min(kWeights, a.outputs - first), width = a.depth / 2, tokens = whole(a.tokens);
-    float *c = sums.fit(kWeights * tokens), *y = turned.fit(kPanel * tokens);
-    product(kind, rows, tokens, {width, width, 1, tokens, tokens}, units(a.weight, first * a.depth), x, c);
-    for (int64_t j = 0; j < rows; j += kPanel) {
-        transpose(c + j * tokens, kPanel, tokens, y, kPanel);
-        finish_rounded(y, a.tokens, a.bias ? a.bias + first + j : nullptr, static_cast<uint16_t*>(a.out) + first + j,
-                       a.outputs);
-    }
+    const float *weights = units(a.weight, first * a.depth), *next = weights + rows * width;
+    bool past = a.outputs >= kApart;
+    auto fetch = [&](int64_t line) { __builtin_prefetch(next + line * 16, 0, 2); };
+    int64_t lines = std::min(rows, a.outputs - first - rows) * width / 16;
+    Spread<decltype(fetch)> beside{fetch, lines, rows / 32 * tokens / 32 * width / kLanes};
+    for (int64_t i = 0; i < rows; i += 32)
+        for (int64_t j = 0; j < tokens; j += 32) {
+            Product p{width, width, 1, tokens, kPanel, false};
+            amx_tile<2, 2>(p, weights + i * width, x + j, c, beside);
+            for (int64_t k = 0; a.bias && k < 2 * kTiles; ++k) c[k] += a.bias[first + i + k / kPanel];
+            finish_pairs(c, 32, pairs);
+            transpose(pairs, 16, 32, rounded, 16);
+            auto out = static_cast<uint16_t*>(a.out) + j * a.outputs + first + i;
+            for (int64_t k = 0; k < std::min<int64_t>(32, a.tokens - j); ++k)
+                stream(out + k * a.outputs, rounded + k * 16, 64, past);
+        }
+    finish_streams();
 }
 
 void linear_of_few(const LinearArgs& a) {
-    Kind kind = kind_of(DType::bf16, 2);
     static thread_local Buffer copy, buffer;
     int64_t width = a.depth / 2, rows = whole(a.tokens);
     float* turned = buffer.fit(rows * width);
     transpose(whole_tiles(a.x, 0, a.tokens, width, copy), rows, width, turned, rows);
     parallel_for((a.outputs + kWeights - 1) / kWeights, a.threads, [&](int64_t i) {
         TileUse use;
-        few(a, kind, turned, i * kWeights);
+        few(a, turned, i * kWeights);
     });
 }
 #endif

@@ -81,6 +81,12 @@ def test_float32_of_any_magnitude_and_not_finite(products):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_so_many_outputs_that_caches_are_passed(products, dtype):
+    x, weight, bias = inputs(40, 64, 16416, dtype, False)
+    torch.testing.assert_close(linear(x, weight, bias)[:, -96:], linear(x, weight[-96:], bias[-96:]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outputs", [32, 7])
 def test_a_strided_bias(products, dtype, outputs):
     x, weight, bias = inputs(70, 64, outputs, dtype, False)
