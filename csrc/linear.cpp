@@ -104,14 +104,22 @@ void Across<P>::add(int64_t part, int64_t span) const {
     auto from = static_cast<const Value*>(a.x), weights = static_cast<const Value*>(a.weight);
     int64_t first = chunks * part / parts * kChunk, last = std::min(chunks * (part + 1) / parts * kChunk, a.depth);
     float* packed = buffer.fit(kPanel * P::floats(kChunk));
+    int64_t begin = span * kPanels, end = std::min(panels, begin + kPanels);
     for (int64_t k = first; k < last; k += kChunk) {
-        int64_t count = std::min(kChunk, last - k);
+        int64_t count = std::min(kChunk, last - k), next = std::min(kChunk, last - k - count);
         Value* chunk = values.fit(kBlock * kChunk);
         for (int64_t i = 0; i < a.tokens; ++i) std::copy_n(from + i * a.depth + k, count, chunk + i * count);
         const float* x = P::rows(chunk, a.tokens, count, copy);
-        for (int64_t j = span * kPanels; j < std::min(panels, (span + 1) * kPanels); ++j) {
+        // Rows of the next chunk's weights are fetched beside the products of this one.
+        const Value* row = weights + (k + count) * a.outputs + begin * kPanel;
+        auto fetch = [&](int64_t) {
+            for (int64_t j = 0; j < (end - begin) * kPanel; j += 64 / sizeof(Value)) __builtin_prefetch(row + j, 0, 2);
+            row += a.outputs;
+        };
+        Spread<decltype(fetch)> beside{fetch, next, (end - begin) * P::steps(rows, count)};
+        for (int64_t j = begin; j < end; ++j) {
             P::pack(weights + k * a.outputs, count, a.outputs, true, j * kPanel, packed);
-            P::multiply(x, rows, count, packed, of(part, j), k > first, false, Nothing());
+            P::multiply(x, rows, count, packed, of(part, j), k > first, false, beside);
         }
     }
 }

@@ -93,7 +93,6 @@ _linear.register_autograd(_backward, setup_context=_setup)
 
 LIBRARY, FLOATS, TILES = range(3)  # enum class Products in csrc/kernels.h
 _PRODUCTS = {dtype: _C.best_products(DTYPES[dtype]) for dtype in (torch.float32, torch.bfloat16)}
-_FEW = 64  # rows up to which with tiles a transposed product is the library's
 _SPLIT = 1 << 25  # multiply-adds of float32 from which tiles take it; small nets keep plain float32's rounding
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -118,7 +117,7 @@ def _linear_cpu(x, weight, bias, transposed):
     outputs = weight.shape[1 if transposed else 0]
     bias = None if bias is None else bias.contiguous()  # what oneDNN takes it for too, and does not check
     products = products_of(x, weight, work=len(x) * weight.numel()) if outputs % 32 == 0 else LIBRARY
-    if products and not (products == TILES and transposed and len(x) <= _FEW):
+    if products:
         out, wide_bias = x.new_empty(len(x), outputs), None if bias is None else bias.float()
         addresses = (address(t) for t in (x, weight, wide_bias, out))
         _C.linear(*addresses, *x.shape, outputs, transposed, DTYPES[x.dtype], products, torch.get_num_threads())
