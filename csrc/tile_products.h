@@ -12,7 +12,7 @@
 namespace dino {
 namespace {
 
-constexpr int64_t kDepth = 192;  // units of a contraction at a time: of a panel they stay in the first-level cache
+constexpr int64_t kDepth = 128;  // units of a contraction at a time: of a panel they stay in the first-level cache
 constexpr int64_t kTiles = 16 * kPanel;  // units of two tiles
 
 template <class Value>
