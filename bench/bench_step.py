@@ -48,7 +48,7 @@ def ours(setting: Setting, weights: dict[str, torch.Tensor], precision: str):
         sys.modules |= dict.fromkeys(("tyro", "tyro.constructors"), MagicMock())
     from dino_train.config import PretrainConfig
     from dino_train.learner import Learner
-    from dino_train.process import tune
+    from dino_train.process import tune, use_huge_pages
 
     tune()
     config = PretrainConfig(
@@ -67,6 +67,7 @@ def ours(setting: Setting, weights: dict[str, torch.Tensor], precision: str):
     )
     learner = Learner(config, STEPS_PER_EPOCH, torch.device(setting.device))
     learner.load_state_dict({**learner.state_dict(), "student": weights, "teacher": weights})
+    use_huge_pages()
     return learner
 
 

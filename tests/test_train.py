@@ -22,6 +22,22 @@ from dino_train.watch import CollapseWatch, read_metrics
 from PIL import Image
 
 STEPS_PER_EPOCH = 5
+MEMORY_OF_STEPS = """
+from dino_train.process import tune, use_huge_pages
+tune()
+import torch
+held = torch.ones(8 << 20)
+before = int(open("/proc/self/statm").read().split()[1])
+use_huge_pages()
+print(int(open("/proc/self/statm").read().split()[1]) - before)
+x = torch.ones(4 << 20)
+for line in open("/proc/self/smaps"):
+    words = line.split()
+    if not words[0].endswith(":"):
+        begin, end = (int(bound, 16) for bound in words[0].split("-"))
+    elif words[0] == "VmFlags:" and begin <= x.data_ptr() < end:
+        print(*words)
+"""
 
 
 def make_images(folder: Path, n: int = 22, classes: int = 2) -> Path:
@@ -111,6 +127,11 @@ def test_killed_and_resumed_ends_bitwise_the_same(config, step, amid_save, save_
     assert_same(final_weights(config), final_weights(whole))
     steps = [[row["step"] for row in read_metrics(c.output_dir)] for c in (config, whole)]
     assert steps[0] == steps[1]
+
+
+def test_tensors_of_steps_lie_on_huge_pages_that_take_no_memory_before():
+    taken, flags = subprocess.check_output([sys.executable, "-c", MEMORY_OF_STEPS], text=True).splitlines()
+    assert int(taken) < 1000 and "hg" in flags.split()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -1,12 +1,13 @@
-"""What a training process asks of the system, before torch is loaded."""
+"""What a training process asks of the system."""
 
 import ctypes
 import gc
 import os
+from pathlib import Path
 
 
 def tune() -> None:
-    """Threads that wait briefly, few collections, and memory that is kept.
+    """Before torch is loaded: threads that wait briefly, few collections, and memory that is kept.
 
     Between two operations torch's OpenMP threads spin for milliseconds by default, which starves data workers on the
     same cores; asleep at once (OMP_WAIT_POLICY=passive) they cost a step of ViT-Ti a quarter more for waking up. 0.1 ms
@@ -19,12 +20,34 @@ def tune() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     gc.set_threshold(50_000, 10, 100)
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # not glibc
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest allowed
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def use_huge_pages() -> None:
+    """Once the nets are there: tensors of steps on pages of 2 MiB, whose addresses are quicker translated.
+
+    A step of ViT-Ti takes 1 to 3 percent less. The heap gets addresses for half of the memory, but takes none before it
+    needs it. What the start left free is given back, to be taken again as such pages; its largest tensors were outside.
+    """
+    libc = ctypes.CDLL(None)
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "madvise")):  # glibc on Linux
         return
-    mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest allowed
-    mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.malloc_trim(0)
+    size = min(_MOST, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    pieces = [libc.malloc(_PIECE) for _ in range(size // _PIECE)]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith("[heap]"):
+            begin, end = (int(bound, 16) for bound in line.split()[0].split("-"))
+            libc.madvise(begin, end - begin, _MADV_HUGEPAGE)
+    for piece in reversed(pieces):
+        libc.free(piece)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_MADV_HUGEPAGE = 14  # sys/mman.h
+_PIECE, _MOST = 31 << 20, 16 << 30  # a piece is below the threshold, so it is the heap's

@@ -21,6 +21,7 @@ from dino_train.evaluate import knn_accuracy, view_retrieval
 from dino_train.learner import Learner, NonFiniteLoss, StepResult
 from dino_train.loader import Bad, BadImages, CropLoader, require_batch
 from dino_train.options import pick_device
+from dino_train.process import use_huge_pages
 from dino_train.stream import ShardStream, count_samples, is_shards, shard_urls
 from dino_train.watch import CollapseWatch, Metrics, Progress, plot_curves, read_metrics
 
@@ -79,6 +80,7 @@ class Run:
         self.waited = 0.0  # seconds for crops since the last line of metrics
         self.unread: list[tuple[int, torch.Tensor]] = []  # steps and their losses since these were last read
         self.step = self._resume() if config.resume and checkpoint.exists(config.output_dir) else self._start_fresh()
+        use_huge_pages()
         self.last_saved = time.monotonic()
 
     # --- checkpoints -----------------------------------------------------------------------------
