@@ -80,7 +80,8 @@ class Run:
         self.waited = 0.0  # seconds for crops since the last line of metrics
         self.unread: list[tuple[int, torch.Tensor]] = []  # steps and their losses since these were last read
         self.step = self._resume() if config.resume and checkpoint.exists(config.output_dir) else self._start_fresh()
-        use_huge_pages()
+        if self.device.type == "cpu":
+            use_huge_pages()
         self.last_saved = time.monotonic()
 
     # --- checkpoints -----------------------------------------------------------------------------
