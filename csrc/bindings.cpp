@@ -13,8 +13,8 @@ namespace py = pybind11;
 
 namespace {
 
-template <class T>
-std::vector<T*> pointers(const std::vector<uintptr_t>& addresses) {
+template <class T, class Addresses>
+std::vector<T*> pointers(const Addresses& addresses) {
     std::vector<T*> result;
     for (uintptr_t address : addresses) result.push_back(reinterpret_cast<T*>(address));
     return result;
@@ -266,7 +266,7 @@ void attention(const std::vector<uintptr_t>& data, const std::vector<int64_t>& s
 }
 
 // operands: weights, bounds, both scales; sizes: sequences to groups
-dino::FusedBlockArgs fused_block_args(const std::vector<uintptr_t>& operands, const std::array<Rows, 3>& rows,
+dino::FusedBlockArgs fused_block_args(const std::array<uintptr_t, 15>& operands, const std::array<Rows, 3>& rows,
                                       const std::array<int64_t, 6>& sizes, double eps, int dtype, int products,
                                       int threads) {
     std::vector<void*> x = pointers<void>(operands);
@@ -283,7 +283,7 @@ dino::FusedBlockArgs fused_block_args(const std::vector<uintptr_t>& operands, co
 }
 
 // data: kept and then of FusedBlockForward, in its order
-void fused_block(dino::FusedBlockArgs args, const std::vector<uintptr_t>& data) {
+void fused_block(dino::FusedBlockArgs args, const std::array<uintptr_t, 6>& data) {
     py::gil_scoped_release unlocked;
     std::vector<void*> x = pointers<void>(data);
     args.kept = x[0];
@@ -291,8 +291,8 @@ void fused_block(dino::FusedBlockArgs args, const std::vector<uintptr_t>& data) 
 }
 
 // data: kept and then of FusedBlockBackward up to partial
-void fused_block_backward(dino::FusedBlockArgs args, const std::vector<uintptr_t>& data,
-                          const std::vector<uintptr_t>& grads) {
+void fused_block_backward(dino::FusedBlockArgs args, const std::array<uintptr_t, 9>& data,
+                          const std::array<uintptr_t, 12>& grads) {
     py::gil_scoped_release unlocked;
     std::vector<void*> x = pointers<void>(data);
     std::vector<float*> into = pointers<float>(grads);

@@ -24,9 +24,9 @@ struct Kept {
     explicit Kept(const FusedBlockArgs& block) {
         auto count = [&](const RowsOf& rows) { return rows.count < 0 ? block.tokens : rows.count; };
         auto piece = [&](int64_t size) {
-            void* begin = static_cast<char*>(block.kept) + bytes;
+            uintptr_t begin = reinterpret_cast<uintptr_t>(block.kept) + uintptr_t(bytes);  // of null to count
             bytes += (size + 63) / 64 * 64;
-            return begin;
+            return reinterpret_cast<void*>(begin);
         };
         auto floats = [&](int64_t size) { return static_cast<float*>(piece(4 * size)); };
         int64_t width = width_of(block.dtype), c = block.channels;

@@ -67,9 +67,10 @@ class FusedBlock(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """Gradients of x and normed, from those of out (or None) and its norm; `grads`, float32 as the weights, are
         added to."""
-        tokens, c = out.shape
+        (a, c), mlp_rows = normed.shape, self.rows[1]
+        branch = max(a, (out if mlp_rows is None else mlp_rows).shape[0])
         grad_x, grad_normed_x = torch.empty_like(out), torch.empty_like(normed)
-        scratch, partial = normed.new_empty(5 * tokens, c), out.new_empty(GROUPS, 2, c)
+        scratch, partial = normed.new_empty(2 * branch + 3 * a, c), out.new_empty(GROUPS, 2, c)
         operands = kept, grad, grad_normed, normed, out, grad_x, grad_normed_x, scratch, partial
         into = [t.data_ptr() for t in grads]  # a None is an error here, in the kernels it would be address 0
         self._native(out, normed).backward(_addresses(operands), into)

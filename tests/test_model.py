@@ -3,9 +3,11 @@
 import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dino_train.block import Branch, Packing
 from dino_train.model import DINOHead, DINOModel, VisionTransformer, build_model, vit
 from dino_train.resnet import resnet50
 from torch import nn
@@ -254,6 +256,21 @@ def test_drop_path_is_drawn_for_each_sample_and_branch():
         drops = (drawn[:, 1:] == 0).flatten(1).double().T
         drops = torch.cat([drops[:, 1:], drops[:, :-1]])  # each sample beside its neighbor
         assert (torch.corrcoef(drops) - torch.eye(8)).abs().max() < 5 / count**0.5
+
+
+def test_branches_name_what_drop_path_keeps():
+    packing = Packing(torch.tensor([0, 3, 6, 8], dtype=torch.int32), [(2, 3), (0, 4), (1, 2)])
+    kept = np.array([[True, True, True], [False, False, False], [True, False, True]])
+    whole, empty, some = Branch.of_kept(packing, kept, np.array([1, 2, 3], np.float32))
+    assert whole.packing is packing and whole.rows is None and whole.scale.tolist() == [1] * 8
+    assert (
+        empty.packing.groups == [(0, 3), (0, 4), (0, 2)]
+        and len(empty.rows) == len(empty.scale) == len(empty.sequences) == 0
+    )
+    assert empty.packing.cu_seqlens.tolist() == [0] and some.packing.cu_seqlens.tolist() == [0, 3, 5]
+    assert some.packing.groups == [(1, 3), (0, 4), (1, 2)] and some.scale.tolist() == [3] * 5
+    assert some.rows.tolist() == [0, 1, 2, 6, 7] and some.sequences.tolist() == [0, 2]
+    assert some.rows.dtype == some.sequences.dtype == some.packing.cu_seqlens.dtype == torch.int32
 
 
 def test_drop_path_is_the_identity_in_eval_mode():

@@ -49,10 +49,13 @@ class Branch(NamedTuple):
 
     @staticmethod
     def of_kept(packing: Packing, kept: np.ndarray, factors: np.ndarray) -> "list[Branch]":
-        """For each row of kept [R, S] the sequences of a packing on the CPU for which it is true, times a factor."""
+        """For each row of kept [R, S] the sequences of a packing on the CPU for which it is true, times its factor.
+
+        kept: bool. factors: float32 [R].
+        """
         counts, lengths = np.array(packing.groups).T
         tokens, count = lengths.repeat(counts), len(kept)
-        left = np.add.reduceat(kept, counts.cumsum() - counts, 1, dtype=int).tolist()
+        left = np.stack([part.sum(1) for part in np.split(kept, counts.cumsum()[:-1], 1)], 1).tolist()
         bounds = np.zeros((count, 1 + len(tokens)), np.int32)
         (kept * tokens).cumsum(1, out=bounds[:, 1:])
         sizes, of_tokens = kept.sum(1), kept.repeat(tokens, 1)
