@@ -151,8 +151,9 @@ void linear_by(const LinearArgs& a) {
 #if defined(DINO_HAS_AMX)
 constexpr int64_t kFew = 64;      // tokens up to which the weights are not packed
 constexpr int64_t kWeights = 64;  // rows of the weights a task then
-constexpr int64_t kApart =
-    1 << 14;  // outputs: of rows so far apart, in a few sets if a power of two, a cache holds few
+// Outputs from which they leave past the caches, which hold few lines of rows so far apart: a power of two apart, all
+// lie in the same few sets.
+constexpr int64_t kApart = 1 << 14;
 
 // Outputs [first, + 64) of all tokens, made transposed: rows of the weights are read where they are, and the next ones
 // fetched meanwhile.
