@@ -1,0 +1,283 @@
+"""Launches of decoded kernels on host memory, their reports and their counts."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .build import library
+from .parser import SIZES, PtxError, parse
+from .program import Program
+
+
+@dataclass
+class Options:
+    seed: int = 0
+    resident: int = 4  # CTAs that run interleaved
+    budget: int = 4_000_000_000  # instructions of warps, until a kernel is taken for one that never ends
+    races: bool = True
+    warp_races: bool = True  # report conflicts of lanes of one warp, as warnings
+    noise: bool = False  # approximate functions err as much as the manual allows
+    fails_on: tuple[str, ...] = ("error",)  # severities that raise KernelError; all are kept in `reports`
+    allowed: Callable[[Report], bool] = lambda report: False  # raises nothing all the same
+
+
+@dataclass
+class Report:
+    kernel: str
+    severity: str  # error, warning, note
+    what: str
+    line: int
+    place: str
+    detail: str
+    count: int
+    text: str  # of the instruction
+    source: str  # where it comes from
+
+    def __str__(self) -> str:
+        source = f" [{self.source}]" if self.source else ""
+        first = f"first by {self.place}, {self.count} times; PTX line {self.line}: {self.text}{source}"
+        return f"{self.severity}: {self.kernel}: {self.what}; {self.detail}; {first}"
+
+
+class KernelError(PtxError):
+    """A kernel did what it must not do; `reports` says what."""
+
+    def __init__(self, reports: list[Report]) -> None:
+        super().__init__("\n".join(str(report) for report in reports))
+        self.reports = reports
+
+
+@dataclass
+class Span:
+    """Memory that a kernel may use: [begin, end)."""
+
+    begin: int
+    end: int
+    name: str
+    writable: bool = True
+    poisoned: bool = True
+
+
+@dataclass
+class Usage:
+    program: Program
+    launches: int = 0
+    ctas: int = 0
+    threads: int = 0
+    seconds: float = 0.0  # of this machine's CPU
+
+
+options = Options()
+reports: list[Report] = []
+usage: dict[int, Usage] = {}
+
+
+def _merged(spans: list[Span]) -> list[Span]:
+    out: list[Span] = []
+    for span in sorted(spans, key=lambda s: (s.begin, -s.end)):
+        if out and span.begin < out[-1].end:
+            last = out[-1]
+            name = last.name if span.end <= last.end and span.name in last.name else f"{last.name}|{span.name}"
+            out[-1] = Span(last.begin, max(last.end, span.end), name, last.writable or span.writable, last.poisoned)
+        elif span.end > span.begin:
+            out.append(span)
+    return out
+
+
+def launch(
+    program: Program, grid: tuple[int, ...], block: tuple[int, ...], params: bytes, spans: list[Span], shared: int = 0
+) -> list[Report]:
+    """Runs a kernel; `params` is its parameter block, `shared` its dynamic shared memory in bytes."""
+    kernel = program.kernel
+    if len(params) != kernel.param_size:
+        raise PtxError(f"{kernel.name}: {len(params)} bytes of parameters given, {kernel.param_size} taken")
+    if kernel.block and kernel.block != tuple([*block, 1, 1][:3]):
+        raise PtxError(f"{kernel.name} requires blocks of {kernel.block}, got {block}")
+    variables = kernel.variables.values()
+    spans = [
+        *spans,
+        *(
+            Span(program.symbols[v.name], program.symbols[v.name] + v.size, v.name, v.space != "const", False)
+            for v in variables
+            if v.name in program.buffers
+        ),
+    ]
+    spans = _merged(spans)
+    if not all(grid):
+        return []
+    bounds = np.array([[s.begin, s.end] for s in spans] or [[0, 0]], np.uint64)
+    names = (ctypes.c_char_p * max(1, len(spans)))(*[s.name.encode() for s in spans])
+    kinds = np.array([s.writable | s.poisoned << 1 for s in spans] or [0], np.uint8)
+    settings = np.array(
+        [options.seed, options.resident, options.budget, options.races, options.noise, options.warp_races], np.uint64
+    )
+    three = lambda sizes: np.array([*sizes, 1, 1][:3], np.uint32)  # noqa: E731
+    sizes, threads = three(grid), three(block)
+    buffer = np.frombuffer(params or b"\0", np.uint8)
+    at = lambda a: ctypes.c_void_p(a.ctypes.data)  # noqa: E731
+    begin = time.process_time()
+    text = (
+        library()
+        .ptx_launch(
+            program.pointer,
+            at(sizes),
+            at(threads),
+            ctypes.c_uint32(shared),
+            ctypes.c_uint64(len(params)),
+            at(buffer),
+            ctypes.c_uint64(len(spans)),
+            at(bounds),
+            names,
+            at(kinds),
+            at(settings),
+        )
+        .decode()
+    )
+    used = usage.setdefault(id(program), Usage(program))
+    used.seconds += time.process_time() - begin
+    used.launches += 1
+    used.ctas += int(sizes.prod())
+    used.threads = int(threads.prod())
+    found = []
+    statements = {s.line: s.text for s in kernel.statements}
+    for row in text.splitlines():
+        severity, what, line, place, detail, count = row.split("\t")
+        number = int(line)
+        source = kernel.sources.get(number, "")
+        other = re.search(r"of line (\d+)", what)
+        if other and (there := kernel.sources.get(int(other[1]))):
+            source += f"; line {other[1]}: {there}: {statements.get(int(other[1]), '')[:60]}"
+        found.append(
+            Report(
+                kernel.name, severity, what, number, place, detail, int(count), statements.get(number, "")[:160], source
+            )
+        )
+    reports.extend(found)
+    if wrong := [report for report in found if report.severity in options.fails_on and not options.allowed(report)]:
+        raise KernelError(wrong)
+    return found
+
+
+class Module:
+    """Kernels of a PTX text, to be called with numpy arrays and numbers; for CUDA C++ and hand-written PTX."""
+
+    def __init__(self, text: str) -> None:
+        self.kernels = parse(text)
+        self._programs: dict[str, Program] = {}
+
+    def program(self, name: str) -> Program:
+        if name not in self._programs:
+            self._programs[name] = Program(self.kernels[name])
+        return self._programs[name]
+
+    def __call__(self, name: str, grid, block, *args, shared: int = 0, spans: list[Span] = ()) -> list[Report]:
+        program = self.program(name)
+        params = bytearray(program.kernel.param_size)
+        memory = list(spans)
+        for i, (value, (offset, size)) in enumerate(zip(args, program.kernel.params.values(), strict=True)):
+            if isinstance(value, np.ndarray):
+                memory.append(Span(value.ctypes.data, value.ctypes.data + value.nbytes, f"argument {i}"))
+                value = np.uint64(value.ctypes.data)
+            data = value if isinstance(value, bytes) else np.asarray(value).tobytes()
+            if len(data) != size:
+                raise PtxError(f"{name}: argument {i} has {len(data)} bytes, its parameter {size}")
+            params[offset : offset + size] = data
+        return launch(program, grid, block, bytes(params), memory, shared)
+
+
+# ---- counts, for performance models
+
+MUFU = {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh"}
+
+
+def classify(opcode: str) -> str:
+    base, *mods = opcode.split(".")
+    kind = mods[-1] if mods else ""
+    if base in ("ld", "st", "ldu"):
+        space = next(
+            (m.split("::")[0] for m in mods if m.split("::")[0] in ("global", "shared", "local", "param", "const")),
+            "generic",
+        )
+        return f"{'ld' if base == 'ldu' else base}.{space}"
+    if base == "cp":
+        return "cp.async" if mods[1] in ("ca", "cg") else "async control"
+    if base == "wgmma":
+        return "wgmma" if mods[0] == "mma_async" else "async control"
+    if base in ("mma", "ldmatrix", "stmatrix", "atom", "red", "shfl", "vote", "match", "redux", "cvt"):
+        return base
+    if base in ("bar", "barrier"):
+        return "barrier"
+    if base in ("fence", "membar"):
+        return "fence"
+    if base in MUFU and "approx" in mods or base == "div" and ("full" in mods or "approx" in mods):
+        return "mufu"
+    if base == "div" or base in ("rcp", "sqrt") or base == "rem":
+        return "div, sqrt"
+    if base in ("bra", "brx", "ret", "exit"):
+        return "branch"
+    if base == "mov":
+        return "mov"
+    if kind == "f64":
+        return "f64"
+    if kind in ("f32",) and base in ("fma", "mad"):
+        return "fma"
+    if kind in ("f32",):
+        return "f32"
+    if kind in ("f16", "bf16", "f16x2", "bf16x2"):
+        return "f16"
+    return "integer"
+
+
+def bytes_of(opcode: str, operands: list[str]) -> int:
+    base, *mods = opcode.split(".")
+    if base == "cp" and len(operands) > 2:
+        return int(operands[2], 0)
+    if base in ("ldmatrix", "stmatrix"):
+        return 4 * int(mods[3][1:])
+    if base in ("ld", "st", "ldu", "atom", "red"):
+        vector = next((int(m[1:]) for m in mods if re.fullmatch(r"v\d", m)), 1)
+        return SIZES.get(mods[-1], 0) * vector
+    return 0
+
+
+def counts(program: Program) -> tuple[Counter, Counter]:
+    """By class: executions by a warp; bytes accessed by threads."""
+    warps, lanes = program.counts()
+    executed, accessed = Counter(), Counter()
+    for statement, n, m in zip(program.instructions, warps.tolist(), lanes.tolist(), strict=True):
+        kind = classify(statement.opcode)
+        executed[kind] += n
+        if size := bytes_of(statement.opcode, statement.operands):
+            accessed[kind] += size * m
+    return executed, accessed
+
+
+def table() -> str:
+    """What each kernel executed, a row a class."""
+    total: dict[str, tuple[Counter, Counter, list[int]]] = defaultdict(lambda: (Counter(), Counter(), [0, 0, 0.0]))
+    for used in usage.values():
+        executed, accessed = counts(used.program)
+        row = total[used.program.kernel.name]
+        row[0].update(executed)
+        row[1].update(accessed)
+        row[2][0] += used.launches
+        row[2][1] += used.ctas
+        row[2][2] += used.seconds
+    lines = [
+        "| kernel | launches | CTAs | seconds here | class | warp instructions | bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, (executed, accessed, (launches, ctas, seconds)) in sorted(total.items()):
+        for kind, n in executed.most_common():
+            if n:
+                lines.append(
+                    f"| {name} | {launches} | {ctas} | {seconds:.2f} | {kind} | {n} | {accessed[kind] or ''} |"
+                )
+    return "\n".join(lines) + "\n"
