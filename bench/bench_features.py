@@ -56,7 +56,7 @@ def reference(images: ImageFolder, backbone: Backbone) -> Tensor:
 
 def ours(images: ImageFolder, backbone: torch.nn.Module) -> Tensor:
     loader = eval_loader(images, SIZE, BATCH, WORKERS)
-    return extract(backbone, backbone, loader, BadImages(len(images), 0))[0]
+    return extract(backbone, backbone, loader, len(images), BadImages(len(images), 0))[0]
 
 
 def main() -> None:

@@ -127,8 +127,8 @@ def test_view_retrieval_is_perfect_for_constant_colors_and_chance_for_one_color(
 
     many, one = (ImageFolder(tmp_path / name) for name in ("many", "one"))
     recalls = [view_retrieval(MeanColor(), many, BadImages(40, 0), crops, seed=seed) for seed in (0, 0)]
-    assert recalls[0] == recalls[1] >= 20  # color jitter moves colors, chance is 2.5
-    assert view_retrieval(MeanColor(), one, BadImages(40, 0), crops, seed=0) <= 15
+    assert recalls[0] == recalls[1] >= (20, 40)  # color jitter moves colors, chance is 2.5
+    assert view_retrieval(MeanColor(), one, BadImages(40, 0), crops, seed=0)[0] <= 15
 
 
 def test_accuracy_by_hand():
@@ -169,9 +169,9 @@ def test_a_second_call_reuses_the_features_and_a_change_does_not(setting, capsys
     words = ["knn", "--checkpoint", run, "--data", data]
     extracted = []
 
-    def counting(backbone, forward, loader, bad, title=""):
-        extracted.append(title)
-        return extract(backbone, forward, loader, bad, title)
+    def counting(*arguments):
+        extracted.append(arguments[-1])
+        return extract(*arguments)
 
     monkeypatch.setattr(features, "extract", counting)
     first = evaluate(capsys, *words)

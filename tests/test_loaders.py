@@ -97,15 +97,6 @@ def test_16_bit_crops(root, dtype):
         assert all(torch.equal(crop, other.to(dtype)) for crop, other in zip(crops, exact, strict=True))
 
 
-def test_a_gpus_way_makes_the_same_crops(root):
-    """Images packed side by side, then cropped at once; on a CPU too, where no GPU is."""
-    packing = loader(ImageFolder(root))
-    packing._on_gpu = True
-    batches = [([crop.clone() for crop in crops], bad) for crops, bad in packing]
-    assert_same(batches, run(root))
-    assert {name for _, bad in batches for name, _ in bad} == {"a/1.png", "a/2.png"}
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -103,7 +103,7 @@ def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at its values
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # cannot swap fake tensors
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: pytest.fail("a step copies to the host"))
-    monkeypatch.setattr("dino_train.model._shapes_may_depend_on_values", lambda device: False)  # as on a GPU
+    monkeypatch.setattr("dino_train.model.gpu_of", lambda device: "a GPU")
     monkeypatch.setattr("dino_train.arena._zeros", lambda n, dtype, device: torch.zeros(n, dtype=dtype))
     with FakeTensorMode():
         learner = Learner(replace(PretrainConfig(**SETTINGS, precision=precision), **changes), 2, CPU)
@@ -122,7 +122,7 @@ def test_samples_that_drop_path_skips_are_those_multiplied_by_zero(monkeypatch, 
 
     tokens, results, forward = [], [], block.Block.forward
     for skip in (True, False):
-        monkeypatch.setattr("dino_train.model._shapes_may_depend_on_values", lambda device, skip=skip: skip)
+        monkeypatch.setattr("dino_train.model.gpu_of", lambda device, skip=skip: None if skip else "a GPU")
         torch.manual_seed(3)
         changed = {"drop_path_rate": rate, "precision": precision, **changes}
         learner = Learner(replace(PretrainConfig(**SETTINGS), **changed), 2, CPU)
@@ -168,9 +168,13 @@ from dataclasses import replace
 import test_step
 from dino_train import parallel
 from dino_train.config import PretrainConfig
+from dino_train.learner import Learner
 parallel.join(torch.device("cpu"))
 torch.set_num_threads(1)
 rank = parallel.rank()
+torch.manual_seed(rank)
+start = Learner(PretrainConfig(**test_step.SETTINGS, precision="bfloat16"), 2, torch.device("cpu")).arena
+torch.save([*start.flat.values(), *start.copies.values(), *start.rows], f"{sys.argv[3]}/start{rank}.pt")
 config = replace(PretrainConfig(**test_step.SETTINGS), **json.loads(sys.argv[2]), batch_size_per_gpu=4)
 result = test_step.run(config, own=slice(4 * rank, 4 * rank + 4))
 torch.save(result, f"{sys.argv[3]}/{rank}.pt")
@@ -192,39 +196,10 @@ def test_two_ranks_are_one_process_of_the_same_batch(tmp_path, changes):
     assert torchrun(arguments).wait(timeout=300) == 0
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+    starts = [torch.load(tmp_path / f"start{rank}.pt") for rank in range(2)]  # of generators that differ
+    assert all(map(torch.equal, *starts)) and len(starts[0]) == 6
     expected = run(replace(PretrainConfig(**SETTINGS), **{k: v for k, v in changes.items() if k != "accumulate"}))
     assert_close(first, expected)
-
-
-class StubGraph:
-    """Records the call made in capture, which does not run there; a replay makes it again in the same memory."""
-
-    recorded = None
-
-    def replay(self):
-        for kept, value in zip(self.recorded.outputs, self.recorded.body(self.recorded.inputs), strict=True):
-            kept.copy_(value)
-
-
-def test_a_graph_is_replayed_on_the_inputs_of_each_call(monkeypatch):
-    from contextlib import nullcontext
-
-    from dino_train.graph import Graphed
-
-    class Stream:
-        wait_stream = staticmethod(lambda other: None)
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", StubGraph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
-    graphed = Graphed(lambda inputs: (inputs[0] * 2, inputs[1] + inputs[0]))
-    StubGraph.recorded = graphed
-    results = [graphed([torch.full((3,), float(i)), torch.ones(3)]) for i in range(7)]
-    assert graphed.graph is not None and graphed.calls == 3
-    for i, (double, more) in enumerate(results):  # all of them: a later replay must not reach earlier outputs
-        assert torch.equal(double, torch.full((3,), 2.0 * i)) and torch.equal(more, torch.full((3,), i + 1.0))
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_kernels import adamw_ema_step_, ema_update_
+from dino_train.device import gpu_of
 from dino_train.layers import Linear, PatchEmbed, WeightNormLinear
 from dino_train.optim import clip_gradients, parameter_groups
 
@@ -20,7 +21,7 @@ _ALIGNMENT = 64  # elements: a cache line of the narrowest copies twice over, an
 
 def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """On a CPU with Linux on huge pages, whose addresses are quicker translated in passes over all of it."""
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if gpu_of(device) is not None or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(count, dtype=dtype, device=device)
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them

@@ -13,6 +13,7 @@ from dino_kernels import dino_loss
 from dino_train import parallel
 from dino_train.arena import AdamWithEMA, Arena, TorchWithEMA
 from dino_train.config import PretrainConfig
+from dino_train.device import gpu_of
 from dino_train.graph import Graphed
 from dino_train.model import DINOModel, VisionTransformer, build_model
 from dino_train.optim import LARS, cosine_schedule, parameter_groups, teacher_temp_schedule
@@ -66,13 +67,18 @@ class Learner:
 
     def __init__(self, config: PretrainConfig, steps_per_epoch: int, device: torch.device) -> None:
         self.config, self.steps_per_epoch, self.device = config, steps_per_epoch, device
+        self.gpu, self.dtype = gpu_of(device), config.dtype(device)
         self.student = self._build(config.drop_path_rate, config.norm_last_layer)
         self.teacher = self._build(0.0, True)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         if isinstance(self.student.backbone, VisionTransformer):
             self.student.backbone.checkpoint_activations = config.checkpoint_activations
-        self.arena = Arena(self.student, self.teacher, getattr(torch, config.precision))
+        self.arena = Arena(self.student, self.teacher, self.dtype)
+        if parallel.size() > 1:  # one set of weights, whatever each rank's generator gave
+            parallel.broadcast([*self.arena.flat.values(), *self.student.buffers(), *self.teacher.buffers()])
+            self.arena.copy()
+            self.arena.materialize()
         self.center = torch.zeros(1, config.out_dim, device=device)
         self.optimizer = self._optimizer()
         self.gradient_sum = parallel.GradientSum(self.arena)
@@ -96,6 +102,8 @@ class Learner:
 
     def _build(self, drop_path_rate: float, norm_last_layer: bool) -> DINOModel:
         c = self.config
+        if self.gpu is not None and c.arch == "resnet50":
+            self.gpu.tune_convolutions()
         model = build_model(
             c.arch,
             patch_size=c.patch_size,
@@ -108,7 +116,7 @@ class Learner:
         ).to(self.device)
         if parallel.size() == 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             return model
-        if self.device.type != "cuda":
+        if self.gpu is None:
             raise ValueError("batch norm over several processes needs GPUs: run one process, or a ViT without it")
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # as main_dino.py:196-206
 
@@ -145,6 +153,7 @@ class Learner:
     def _update(self, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
         """All of a step that runs on the device, with the settings there; loss and what the teacher's last layer
         took."""
+        self.arena.last_layers[0].stale = True  # also where a capture broke off after a backward
         lr, decay, momentum, teacher_temp = self.settings.unbind()
         loss, batch_center, teacher_z = self._gradients(crops, teacher_temp)
         center = self.center.lerp(batch_center, 1 - CENTER_MOMENTUM)
@@ -166,8 +175,8 @@ class Learner:
 
     def _fresh_update(self) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
         # The other optimizers ask the device; sums over ranks in a graph are untried.
-        graphed = self.config.cuda_graph and self.device.type == "cuda" and isinstance(self.optimizer, AdamWithEMA)
-        return Graphed(self._update) if graphed and parallel.size() == 1 else self._update
+        graphed = self.config.cuda_graph and parallel.size() == 1 and isinstance(self.optimizer, AdamWithEMA)
+        return Graphed(self.gpu, self._update) if graphed and self.gpu is not None else self._update
 
     def _freeze(self, epoch: int) -> None:
         frozen = epoch < self.config.freeze_last_layer
@@ -202,7 +211,7 @@ class Learner:
 
     def _forward(self, crops: list[Tensor], teacher_temp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, batch center and what the teacher's last layer took, of some images."""
-        low = self.config.precision == "bfloat16"
+        low = self.dtype == torch.bfloat16
         # Layers with copies of their weights need no autocast; a ResNet's have none.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low and self.config.arch == "resnet50"):
             with torch.no_grad():  # the teacher stays in train mode: its batch norms see its own batches

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,12 +29,12 @@ from torch import Tensor
 from dino_kernels import CropKind, draw_crops, multicrop, multicrop_packed
 from dino_train.data import DataError, ImageFolder, Sample
 from dino_train.decode import UnreadableImage, decode, decode_smaller, jpeg_size, reason
+from dino_train.device import Event, Gpu, gpu_of
 from dino_train.threads import Threads, in_order
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 STALL_SECONDS = 60.0  # a file that takes longer to read is left out
-LAG = 2  # steps that a GPU may be behind before a batch's memory is used again
 
 # [3, 256]; numpy's, since torch would start threads of its own in each of ours
 _MEAN, _STD = (np.array([values], np.float32).T for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -42,6 +42,7 @@ _NORMALIZED = (np.arange(256, dtype=np.float32) / 255 - _MEAN) / _STD
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
 Bad = list[tuple[str, str]]  # (name, reason) of unreadable images
 Batch = tuple[Tensor, Tensor, Tensor, Bad]  # pixels, labels and indices of images, and those left out
 
@@ -99,24 +100,35 @@ class _Row:
 
 
 class _Slot:
-    """Memory of one batch: of its crops on a CPU, of its decoded images, pinned, for a GPU."""
+    """Rows of a batch that threads work on, and on a CPU the memory of its crops."""
 
-    def __init__(self) -> None:
+    def __init__(self, crops: list[Tensor], rows: int) -> None:
         self.rows: list[_Row] = []
-        self.crops: list[Tensor] = []
-        self.views: list[list[Tensor]] = []  # a row's crops
-        self.pixels = torch.empty(0, dtype=torch.uint8)
-        self.copied: torch.cuda.Event | None = None
+        self.crops = crops
+        self.views = [[crop[i : i + 1] for crop in crops] for i in range(rows)]  # a row's crops
 
-    def pack(self, pinned: bool) -> tuple[Tensor, np.ndarray]:
-        """The rows' images side by side, and where they lie: as `multicrop_packed` takes them."""
-        sizes = [row.image.size for row in self.rows]
+
+class _DeviceBatch:
+    """Memory of a batch on a GPU: pinned host memory for its decoded images, and its crops."""
+
+    def __init__(self, gpu: Gpu, crops: list[Tensor]) -> None:
+        self.gpu, self.crops = gpu, crops
+        self.pixels = gpu.pinned(0)
+        self.copied: Event | None = None  # the host may write the pixels again
+        self.made: Event | None = None  # the crops are complete
+        self.used = gpu.record()  # the crops may be written again
+
+    def pack(self, rows: list[_Row]) -> tuple[Tensor, np.ndarray]:
+        """The rows' images one after the other, and where they lie: as `multicrop_packed` takes them."""
+        if self.copied:
+            self.copied.synchronize()
+        sizes = [row.image.size for row in rows]
         if sum(sizes) > len(self.pixels):
-            self.pixels = torch.empty(sum(sizes) * 5 // 4, dtype=torch.uint8, pin_memory=pinned)
+            self.pixels = self.gpu.pinned(sum(sizes) * 5 // 4)
         starts = np.cumsum([0, *sizes])
-        for row, start, size in zip(self.rows, starts, sizes, strict=False):
+        for row, start, size in zip(rows, starts, sizes, strict=False):
             self.pixels[start : start + size] = torch.from_numpy(row.image.reshape(-1))
-        places = [(start, *row.image.shape[:2]) for row, start in zip(self.rows, starts, strict=False)]
+        places = [(start, *row.image.shape[:2]) for row, start in zip(rows, starts, strict=False)]
         return self.pixels[: sum(sizes)], np.array(places, np.int64)
 
 
@@ -138,8 +150,11 @@ class CropLoader:
         device: where the crops are wanted, and made: a GPU is sent the decoded images.
         scaled_decode: let libjpeg-turbo shrink images all of whose crops are still made smaller then.
 
+    On a GPU crops are made in a stream of their own, one batch ahead of the step where its images are decoded by then.
+
     Raises:
         DataError: the images do not fill one batch; while iterating: none can be read.
+        RuntimeError: while iterating: the images end before the steps do.
     """
 
     def __init__(
@@ -161,8 +176,8 @@ class CropLoader:
         require_batch(len(images), batch_size)
         self.kinds, self.seed, self.num_workers, self.scaled_decode = kinds, seed, num_workers, scaled_decode
         self.device, self.dtype, self.rows = torch.device(device), dtype, batch_size // ranks
-        self._on_gpu = self.device.type == "cuda"
-        self._images = len(images)
+        self._gpu = gpu_of(self.device)
+        self._images, self._total = len(images), max(0, total_steps - start_step)
         self._steps = images.steps(batch_size, seed, start_step, total_steps, rank, ranks)
         self._bad: dict[str, str] = {}
         self._lock = Lock()
@@ -170,53 +185,80 @@ class CropLoader:
     def __iter__(self) -> Generator[tuple[list[Tensor], Bad], None, None]:
         self._threads = Threads(self.num_workers)
         ahead = 1 + max(1, -(-2 * self.num_workers // self.rows))  # so that no thread waits for the step
-        spare = [_Slot() for _ in range(ahead)]
-        begun, used = deque[_Slot](), deque[_Slot]()
+        spare = [_Slot([] if self._gpu else self._empty_crops(), self.rows) for _ in range(ahead)]
+        batches = self._batches(spare) if self._gpu is None else self._batches_on_gpu(self._gpu, spare)
         try:
-            while True:
-                while spare and (samples := next(self._steps, None)):
-                    begun.append(self._begin(spare.pop(), samples))
-                if not begun:
-                    return
-                slot = begun.popleft()
-                bad = self._finish(slot.rows)
-                crops = self._crops_on_gpu(slot) if self._on_gpu else slot.crops
-                slot.rows = []
-                yield crops, bad
-                used.append(slot)
-                if len(used) > (LAG if slot.copied else 0):
-                    spare.append(used.popleft())
+            yield from exactly(batches, self._total, "steps")
         finally:
+            batches.close()
             self._steps.close()
             self._threads.close()
 
-    def _begin(self, slot: _Slot, samples: list[Sample]) -> _Slot:
-        if slot.copied:
-            slot.copied.synchronize()
-        if not slot.views:
-            slot.crops = [] if self._on_gpu else self._empty_crops()
-            slot.views = [[crop[i : i + 1] for crop in slot.crops] for i in range(self.rows)]
-        slot.rows = [_Row(sample, views) for sample, views in zip(samples, slot.views, strict=True)]
-        for row in slot.rows:
-            row.future = self._threads.submit(self._make, row, row.attempt)
-        return slot
+    def _batches(self, spare: list[_Slot]) -> Generator[tuple[list[Tensor], Bad], None, None]:
+        begun = deque[_Slot]()
+        while True:
+            self._begin(spare, begun)
+            if not begun:
+                return
+            slot = begun.popleft()
+            yield slot.crops, self._finish(slot)
+            spare.append(slot)
+
+    def _batches_on_gpu(self, gpu: Gpu, spare: list[_Slot]) -> Generator[tuple[list[Tensor], Bad], None, None]:
+        begun, stream = deque[_Slot](), gpu.stream()
+        free = [_DeviceBatch(gpu, self._empty_crops()) for _ in range(2)]  # one in use, and one ahead of it
+        made = deque[tuple[_DeviceBatch, Bad]]()
+        try:
+            while True:
+                self._begin(spare, begun)
+                while begun and free and (not made or all(row.future.done() for row in begun[0].rows)):
+                    slot, batch = begun.popleft(), free.pop()
+                    made.append((batch, self._finish(slot, batch, stream)))
+                    spare.append(slot)
+                    self._begin(spare, begun)
+                if not made:
+                    return
+                batch, bad = made.popleft()
+                assert batch.made
+                gpu.wait(batch.made)
+                yield batch.crops, bad
+                batch.used = gpu.record()
+                free.append(batch)
+        finally:
+            for batch, _ in made:  # of which nobody made use: its memory may not be taken before it is written
+                assert batch.made
+                gpu.wait(batch.made)
+
+    def _begin(self, spare: list[_Slot], begun: "deque[_Slot]") -> None:
+        """Have the threads make batches in all spare slots."""
+        while spare and (samples := next(self._steps, None)):
+            slot = spare.pop()
+            slot.rows = [_Row(sample, views) for sample, views in zip(samples, slot.views, strict=True)]
+            for row in slot.rows:
+                row.future = self._threads.submit(self._make, row, row.attempt)
+            begun.append(slot)
 
     def _empty_crops(self) -> list[Tensor]:
         shapes = [(self.rows, 3, kind.size, kind.size) for kind in self.kinds]
         return [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
 
-    def _crops_on_gpu(self, slot: _Slot) -> list[Tensor]:
-        """One upload of the images, and a launch for each size of crop, in the stream of the step that needs them."""
-        pixels, places = slot.pack(pinned=self.device.type == "cuda")
-        crops = self._empty_crops()
-        table = np.stack([row.table for row in slot.rows])
-        multicrop_packed(pixels.to(self.device, non_blocking=True), places, table, crops)
-        if self.device.type == "cuda":
-            slot.copied = torch.cuda.current_stream(self.device).record_event()
-        return crops
+    def _finish(self, slot: _Slot, batch: _DeviceBatch | None = None, stream: object = None) -> Bad:
+        """Waits for a batch's rows, and queues what a GPU makes of them."""
+        bad = self._join(slot.rows)
+        if batch is not None:
+            pixels, places = batch.pack(slot.rows)
+            table = np.stack([row.table for row in slot.rows])
+            with batch.gpu.using(stream):
+                on_device = batch.gpu.upload(pixels)
+                batch.copied = batch.gpu.record()
+                batch.gpu.wait(batch.used)
+                multicrop_packed(on_device, places, table, batch.crops)
+                batch.made = batch.gpu.record()
+        slot.rows = []
+        return bad
 
-    def _finish(self, rows: list[_Row]) -> Bad:
-        """Waits for a batch; another thread takes the work of one that hangs."""
+    def _join(self, rows: list[_Row]) -> Bad:
+        """Waits for the threads; another one takes the work of one that hangs."""
         while pending := [row for row in rows if not row.future.done()]:
             wait([row.future for row in pending], timeout=1)
             for row in pending:
@@ -249,13 +291,17 @@ class CropLoader:
                         self._bad[name] = reason(error)
                         row.bad.append((name, self._bad[name]))
                 continue
-            if self._on_gpu:
-                row.image, row.table = image, crops
-            else:
-                multicrop([image], crops[None], row.views, threads=1)
+            self._crop(row, image, crops)
             return
         first = next(iter(self._bad.items()), ("", "all too slow"))
         raise DataError(f"none of the {self._images} images could be read, the first: {': '.join(first)}")
+
+    def _crop(self, row: _Row, image: np.ndarray, crops: np.ndarray) -> None:
+        """On a CPU; for a GPU it is what the upload will need."""
+        if self._gpu is not None:
+            row.image, row.table = image, crops
+        else:
+            multicrop([image], crops[None], row.views, threads=1)
 
     def _decode(self, data: bytes, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """An image's pixels and the table of its crops."""
@@ -283,6 +329,15 @@ def _shrunk(crops: np.ndarray, size: tuple[int, int], image: np.ndarray) -> np.n
     box[:, 2:] = np.clip(box[:, 2:], box[:, :2] + 1, [width, height])
     crops["box"] = box
     return crops
+
+
+def exactly(items: Iterable[Item], count: int, what: str) -> Generator[Item, None, None]:
+    """The items; RuntimeError if there are not `count` of them: what ends early would go on with less, unseen."""
+    given = 0
+    for given, item in enumerate(items, 1):  # noqa: B007
+        yield item
+    if given != count:
+        raise RuntimeError(f"expected {count} {what}, got {given}")
 
 
 def require_batch(n_images: int, batch_size: int) -> None:

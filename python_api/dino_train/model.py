@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from dino_train.block import Block, Branch, Packing, split_sequences
+from dino_train.device import gpu_of
 from dino_train.head import DINOHead
 from dino_train.layers import PatchEmbed, init_linear
 from dino_train.resnet import ResNet, resnet50
@@ -208,7 +209,7 @@ class VisionTransformer(nn.Module):
         depth, device, lengths = len(self.blocks), packing.cu_seqlens.device, packing.cu_seqlens.diff()
         keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=device).view(-1, 1, 1)
         kept = torch.rand(depth, 2, len(lengths), device=device) < keep
-        if _shapes_may_depend_on_values(device):
+        if gpu_of(device) is None:
             factors = (1 / keep).expand(-1, 2, 1).flatten().numpy()
             branches = Branch.of_kept(packing, kept.flatten(0, 1).numpy(), factors)
         else:
@@ -327,10 +328,6 @@ def build_model(
         bottleneck_dim=head_bottleneck_dim,
     )
     return DINOModel(backbone, head)
-
-
-def _shapes_may_depend_on_values(device: torch.device) -> bool:
-    return device.type == "cpu"
 
 
 def _check_images(images: Tensor, min_size: int) -> None:

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
+from dino_train.device import pick_device
 from dino_train.model import ARCHS
 from dino_train.weights import Trained, load_trained
 
@@ -44,10 +43,3 @@ class WeightsOptions:
             allow_partial=self.allow_partial,
             device=pick_device(self.device),
         )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of --device; ValueError where cuda is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

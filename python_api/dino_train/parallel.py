@@ -3,12 +3,14 @@
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dino_train.arena import Arena
+from dino_train.device import gpu_of
 
 BUCKETS = 4  # few large sums: the last one waits for the backward's end, the others run beside it
 
@@ -17,14 +19,16 @@ def join(device: torch.device) -> torch.device:
     """Enter the group that torchrun's environment tells of, if any; returns this process's device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    options: dict[str, Any] = {"backend": "gloo"}
+    if (gpu := gpu_of(device)) is not None:
+        device = gpu.of_rank(int(os.environ["LOCAL_RANK"]))
+        own = gpu_of(device)
+        assert own is not None
+        options = own.group()
     # torchrun keeps its store over a restart, with the addresses of processes that are gone in it.
     store, number, count = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(minutes=10))
+    dist.init_process_group(store=store, rank=number, world_size=count, timeout=timedelta(minutes=10), **options)
     return device
 
 
@@ -72,6 +76,12 @@ def gather(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(size())]
     dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
+
+
+def broadcast(tensors: Sequence[Tensor]) -> None:
+    """Rank 0's values, in place, everywhere."""
+    for tensor in tensors:
+        dist.broadcast(tensor, 0)
 
 
 def mean(values: Tensor) -> "Pending":

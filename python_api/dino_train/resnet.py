@@ -1,7 +1,10 @@
 """ResNet-50 without its classifier, under torchvision's state-dict names."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dino_train.device import gpu_of
 
 _NO_TOKENS = "a ResNet has no blocks of tokens and no attention: call it for its pooled features, or take a ViT"
 
@@ -53,6 +56,8 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, h, w] -> globally average-pooled features [B, 2048]."""
+        if gpu_of(images.device) is not None:  # whose convolutions in 16 bit want it
+            images = images.contiguous(memory_format=torch.channels_last)
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))

@@ -17,10 +17,10 @@ import torch
 from dino_train import checkpoint, parallel
 from dino_train.config import PretrainConfig
 from dino_train.data import ImageFolder, split
+from dino_train.device import gpu_of, pick_device
 from dino_train.evaluate import knn_accuracy, view_retrieval
 from dino_train.learner import Learner, NonFiniteLoss, StepResult
 from dino_train.loader import Bad, BadImages, CropLoader, require_batch
-from dino_train.options import pick_device
 from dino_train.process import use_huge_pages
 from dino_train.stream import ShardStream, count_samples, is_shards, shard_urls
 from dino_train.watch import CollapseWatch, Metrics, Progress, plot_curves, read_metrics
@@ -61,6 +61,7 @@ class Run:
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
         self.device = parallel.join(pick_device(config.device))
+        self.gpu = gpu_of(self.device)
         torch.manual_seed(config.seed)
         self.train_images: ImageFolder | ShardStream
         self.held_out: ImageFolder | None
@@ -80,7 +81,7 @@ class Run:
         self.waited = 0.0  # seconds for crops since the last line of metrics
         self.unread: list[tuple[int, torch.Tensor]] = []  # steps and their losses since these were last read
         self.step = self._resume() if config.resume and checkpoint.exists(config.output_dir) else self._start_fresh()
-        if self.device.type == "cpu":
+        if self.gpu is None:
             use_huge_pages()
         self.last_saved = time.monotonic()
 
@@ -137,8 +138,8 @@ class Run:
     def _random_states(self) -> dict[str, torch.Tensor]:
         """Of all ranks, a row each; every rank must ask."""
         states = {"torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.gpu is not None:
+            states["cuda"] = self.gpu.random_state()
         return {name: parallel.gather(state[None].to(self.device)).cpu() for name, state in states.items()}
 
     def _set_random_state(self, saved: dict[str, Any], step: int) -> None:
@@ -154,8 +155,8 @@ class Run:
             self._seed_rank(step)
             return
         torch.set_rng_state(states[rank].clone())  # torch 2.13 crashes at a row that does not begin its storage
-        if self.device.type == "cuda" and len(saved.get("cuda", ())):  # a run on CPUs has none
-            torch.cuda.set_rng_state(saved["cuda"][rank].clone(), self.device)
+        if self.gpu is not None and len(saved.get("cuda", ())):  # a run on CPUs has none
+            self.gpu.set_random_state(saved["cuda"][rank].clone())
 
     @cached_property
     def _sampler_state(self) -> dict[str, Any]:
@@ -237,7 +238,7 @@ class Run:
             num_workers=config.num_workers,
             rank=parallel.rank(),
             ranks=parallel.size(),
-            dtype=getattr(torch, config.precision),
+            dtype=self.learner.dtype,
             device=self.device,
             scaled_decode=config.scaled_decode,
         )
@@ -283,7 +284,7 @@ class Run:
         """
         due = time.monotonic() - self.last_saved >= 60 * self.config.save_minutes
         quiet = self.step % self.config.log_interval and self.step % self.steps_per_epoch
-        if parallel.size() > 1 and self.device.type == "cuda" and quiet:
+        if parallel.size() > 1 and self.gpu is not None and quiet:
             return 0, 0
         signum, save_due = parallel.largest([self.stop_signal, due], self.device)
         return signum, save_due
@@ -336,10 +337,11 @@ class Run:
         config, backbone = self.config, self.learner.teacher.backbone
         epoch, began = self.step // self.steps_per_epoch, time.monotonic()
         values: dict[str, float] = {}
+        used: dict[str, int] = {}  # images that were judged
         held_out, workers = self.held_out, config.num_workers
         if held_out is not None and len(held_out) > 1:
             kinds = config.crop_kinds[:2]
-            values["retrieval"] = view_retrieval(
+            values["retrieval"], used["retrieval_images"] = view_retrieval(
                 backbone, held_out, self.bad_held_out, kinds, seed=config.seed, num_workers=workers
             )
         due = config.knn_freq and (epoch % config.knn_freq == 0 or epoch == config.epochs)
@@ -352,9 +354,13 @@ class Run:
                 bad=(self.bad, self.bad_held_out),
                 num_workers=workers,
             )
+            used["knn_images"] = len(held_out) - self.bad_held_out.count
         if values:
-            self.metrics.write(self.step, **values)
-            self.progress.say(f"after {epoch} epochs: " + "  ".join(f"{k} {v:.1f} %" for k, v in values.items()))
+            self.metrics.write(self.step, **values, **used)
+            found = [f"{k} {v:.1f} %" for k, v in values.items()] + [
+                f"{k.replace('_', ' ')} {n}" for k, n in used.items()
+            ]
+            self.progress.say(f"after {epoch} epochs: " + "  ".join(found))
         self.progress.skip(time.monotonic() - began)
 
     def _describe(self) -> None:
@@ -365,7 +371,7 @@ class Run:
         self.progress.say(
             f"{len(images)} images to train on, {held_out} held out{classes} ({config.data})\n"
             f"{config.arch}, {parameters:.1f} M parameters with head, K = {config.out_dim}, "
-            f"{config.precision} on {self.device}\n"
+            f"{str(self.learner.dtype).removeprefix('torch.')} on {self.gpu.describe() if self.gpu else 'the CPU'}\n"
             f"{config.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size} images, "
             f"2 + {config.local_crops_number} crops, from step {self.step}; output in {config.output_dir}"
         )

@@ -90,6 +90,7 @@ def extract(
     backbone: nn.Module,
     forward: Callable[[Tensor], Tensor],
     loader: Iterable[Batch],
+    count: int,
     bad: BadImages,
     title: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,33 +100,40 @@ def extract(
         backbone: put into eval mode meanwhile; its device is where the pixels go.
         forward: pixels [B, 3, h, w] to features [B, C].
         loader: as `eval_loader`.
+        count: images that it must yield or name as unreadable.
         bad: what cannot be read is added.
         title: names a progress bar, shown where errors go to a terminal; none where empty.
+
+    Raises:
+        RuntimeError: the loader ends before or after that.
     """
     from tqdm import tqdm
 
     device = next(backbone.parameters()).device
-    values = torch.empty(bad.n_images, 0)
+    values = torch.empty(count, 0)
     labels, indices = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    count = 0
+    read = seen = 0
     was_training = backbone.training
     backbone.eval()
     hidden = None if title else True
-    with tqdm(total=bad.n_images, desc=title, disable=hidden, unit="image", leave=False) as progress:
+    with tqdm(total=count, desc=title, disable=hidden, unit="image", leave=False) as progress:
         for pixels, batch_labels, batch_indices, unreadable in loader:
             bad.add(unreadable)
+            seen += len(pixels) + len(unreadable)
             progress.update(len(pixels) + len(unreadable))
             if not len(pixels):
                 continue
             batch = forward(pixels.to(device, non_blocking=True)).float().cpu()
-            if not count:
-                values = torch.empty(bad.n_images, batch.shape[1])
-            values[count : count + len(batch)] = batch
-            count += len(batch)
+            if not read:
+                values = torch.empty(count, batch.shape[1])
+            values[read : read + len(batch)] = batch
+            read += len(batch)
             labels.append(batch_labels)
             indices.append(batch_indices)
     backbone.train(was_training)
-    return values[:count], torch.cat(labels), torch.cat(indices)
+    if seen != count:
+        raise RuntimeError(f"expected {count} images, got {seen}")
+    return values[:read], torch.cat(labels), torch.cat(indices)
 
 
 FORMAT = 2  # of what is kept: raise it with a change of decoding, transforms or features
@@ -182,7 +190,7 @@ class Cache:
                 lost = [images.prefix + name for name in images.names if name not in known]
                 bad.add([(name, "no kept features, so it could not be read before") for name in lost])
                 return features
-        values, labels, indices = extract(self.backbone, forward, loader, bad, title)
+        values, labels, indices = extract(self.backbone, forward, loader, len(images), bad, title)
         if not len(values):
             raise ValueError(f"none of {len(images)} images in {images.path} could be read")
         features = Features(values, labels, [images.names[i] for i in indices.tolist()], images.classes)

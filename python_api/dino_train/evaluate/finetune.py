@@ -208,7 +208,7 @@ class _Tuning:
 
     def _evaluate(self, bad: BadImages) -> dict[str, float]:
         loader = eval_loader(self.val, self.size, self.options.batch_size, self.options.num_workers)
-        scores, labels, _ = extract(self.model, self.model, loader, bad, "held-out")
+        scores, labels, _ = extract(self.model, self.model, loader, len(self.val), bad, "held-out")
         if not len(scores):
             raise ValueError(f"none of {len(self.val)} held-out images in {self.val.path} could be read")
         return accuracy(label_ranks(scores, labels))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dino_kernels import CropKind, draw_crops, multicrop
 from dino_train.data import ImageFolder
-from dino_train.loader import Batch, image_loader, require_batch
+from dino_train.loader import Batch, exactly, image_loader, require_batch
 
 
 class RandomCrop:
@@ -36,8 +36,10 @@ def training_loader(
 
     Raises:
         DataError: the images do not fill one batch.
+        RuntimeError: while iterating: the images end before the steps do.
     """
     require_batch(len(images), batch_size)
     steps = images.steps(batch_size, seed, start_step, total_steps)
     keys = ((sample.epoch, sample.index) for step in steps for sample in step)
-    return image_loader(images, RandomCrop(size, seed), batch_size, num_workers, keys)
+    batches = image_loader(images, RandomCrop(size, seed), batch_size, num_workers, keys)
+    return exactly(batches, max(0, total_steps - start_step), "batches")

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from dino_kernels import CropKind
 from dino_train import parallel
 from dino_train.data import ImageFolder
+from dino_train.device import pick_device
 from dino_train.evaluate.features import Features, extract
 from dino_train.evaluate.metrics import accuracy, label_ranks
 from dino_train.evaluate.protocol import Frozen, require_labels
 from dino_train.loader import BadImages, CropLoader, eval_loader
-from dino_train.options import pick_device
 
 PARTS = ("train", "val")  # names of dumped features
 KNN_TEMPERATURE = 0.07  # eval_knn.py:218
 RETRIEVAL_IMAGES = 256  # enough to tell 1 % from 3 %, few enough for every epoch
+BATCH = 64  # of view retrieval
 QUERY_BLOCK, TRAIN_BLOCK = 1024, 32768  # similarities computed at once: 128 MiB
 
 
@@ -37,7 +38,9 @@ def extract_features(
     """
     device = next(backbone.parameters()).device
     share = images.subset(range(parallel.rank(), len(images), parallel.size()))
-    features, labels, _ = extract(backbone, backbone, eval_loader(share, size, batch_size, num_workers), bad)
+    features, labels, _ = extract(
+        backbone, backbone, eval_loader(share, size, batch_size, num_workers), len(share), bad
+    )
     # A rank may have got no readable image, but must take part.
     all_features = parallel.gather(F.normalize(features, dim=1).to(device))
     all_labels = parallel.gather(labels.to(device))
@@ -217,21 +220,24 @@ def view_retrieval(
     *,
     seed: int,
     num_workers: int = 1,
-) -> float:
-    """Recall at 1, in percent, of finding an image's second crop by its first among <= 256 images; kinds: of the two.
+) -> tuple[float, int]:
+    """Recall at 1, in percent, of finding an image's second crop by its first among <= 256 images, and their number.
+
+    kinds: of the two crops.
 
     The crops depend on the seed alone, so that values of different epochs compare.
     """
     device = next(backbone.parameters()).device
     chosen = images.subset(range(0, len(images), max(1, len(images) // RETRIEVAL_IMAGES))[:RETRIEVAL_IMAGES])
-    batch = min(64, len(chosen))
+    steps = -(-len(chosen) // BATCH)
+    batch = len(chosen) // steps
     loader = CropLoader(
         chosen,
         kinds,
         batch_size=batch,
         seed=seed,
         start_step=0,
-        total_steps=len(chosen) // batch,
+        total_steps=steps,
         num_workers=num_workers,
         device=device,
     )
@@ -243,4 +249,5 @@ def view_retrieval(
         for view, crop in zip(views, crops, strict=True):
             view.append(F.normalize(backbone(crop).float(), dim=1))
     backbone.train(was_training)
-    return recall_at_1(torch.cat(views[0]), torch.cat(views[1]))
+    queries, candidates = map(torch.cat, views)
+    return recall_at_1(queries, candidates), len(queries)

@@ -184,7 +184,7 @@ def neighbor_rows(trained: Trained, queries: ImageFolder, gallery: ImageFolder) 
     found = []
     for images, title in ((queries, ""), (gallery, "neighbors")):
         loader = eval_loader(images, trained.image_size, 64, default_workers())
-        found.append(extract(trained.backbone, trained.backbone, loader, BadImages(len(images), 0), title))
+        found.append(extract(trained.backbone, trained.backbone, loader, len(images), BadImages(len(images), 0), title))
     (own, _, own_indices), (others, _, indices) = found
     if not len(own) or not len(others):
         raise ValueError("none of the images could be read")

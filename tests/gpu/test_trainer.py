@@ -1,0 +1,452 @@
+"""Everything the trainer asks of a GPU, run through its own code on a double that checks the order; and only there."""
+
+import ast
+import math
+import os
+import re
+import signal
+import sys
+import tarfile
+import time
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import coverage
+import pytest
+import torch
+from dino_train import checkpoint, graph, learner, loader, parallel, train
+from dino_train.config import PretrainConfig
+from dino_train.data import ImageFolder
+from dino_train.evaluate.features import extract
+from dino_train.evaluate.images import training_loader
+from dino_train.evaluate.knn import view_retrieval
+from dino_train.learner import Learner, NonFiniteLoss
+from dino_train.train import pretrain
+from dino_train.watch import read_metrics
+from double import Double, Misuse
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from test_train import assert_same, final_weights, make_images
+
+PACKAGE = Path(train.__file__).resolve().parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured():
+    """Which lines of the package run."""
+    coverage_of = coverage.Coverage(data_file=None, include=[f"{PACKAGE}/*"])
+    coverage_of.start()
+    yield coverage_of
+    coverage_of.stop()
+
+
+@pytest.fixture
+def config(tmp_path):
+    """3 epochs of 5 steps, of 22 images; the last layer thaws after one, view retrieval and k-NN after each."""
+    make_images(tmp_path / "data/train", n=22)
+    make_images(tmp_path / "data/val", n=9)
+    return PretrainConfig(
+        data=str(tmp_path / "data"), output_dir=tmp_path / "run", arch="vit_nano", patch_size=8, out_dim=64,
+        head_hidden_dim=16, global_crops_size=16, local_crops_size=8, local_crops_number=1, batch_size_per_gpu=4,
+        epochs=3, warmup_epochs=1, log_interval=2, num_workers=16, knn_freq=1, drop_path_rate=0.3, precision="float32",
+    )  # fmt: skip
+
+
+def losses(config):
+    return [row["loss"] for row in read_metrics(config.output_dir) if "loss" in row]
+
+
+def evaluations(config):
+    return [row for row in read_metrics(config.output_dir) if "knn10" in row]
+
+
+def on_cpu(config):
+    """The same run on a CPU; its config."""
+    config = replace(config, output_dir=config.output_dir / "cpu", resume=False)
+    pretrain(config)
+    return config
+
+
+def assert_close(config, other, tolerance=2e-5):
+    ours, expected = final_weights(config), final_weights(other)
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        if not name.endswith("attn.qkv.bias"):  # a key bias has no gradient but rounding, which AdamW scales up
+            torch.testing.assert_close(torch.as_tensor(ours[name]), torch.as_tensor(value), rtol=1e-3, atol=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_whole_run_is_that_of_a_cpu(config, precision, caplog):
+    """Two graphs, before and after the thaw; evaluations between; every step's batch made in a stream of its own."""
+    config = replace(config, precision=precision)
+    with Double().installed() as gpu:
+        pretrain(config)
+    assert (gpu.captures, gpu.replays) == (2, 2 + 7)  # each after three plain steps
+    assert "capture failed" not in caplog.text
+    cpu = on_cpu(config)
+    assert losses(config) == pytest.approx(losses(cpu), rel=1e-5 if precision == "float32" else 2e-2)
+    if precision == "float32":
+        assert_close(config, cpu)
+    for ours, expected in zip(evaluations(config), evaluations(cpu), strict=True):
+        assert ours["retrieval_images"] == expected["retrieval_images"] == 9 and ours["knn_images"] == 9
+        assert ours["retrieval"] == pytest.approx(expected["retrieval"], abs=12)  # of 9 images, one is 11 %
+    assert len(evaluations(config)) == 4
+
+
+def test_a_graph_changes_nothing_but_the_number_of_launches(config):
+    plain = replace(config, output_dir=config.output_dir / "plain", cuda_graph=False)
+    for each in (config, plain):
+        with Double().installed() as gpu:
+            pretrain(each)
+    assert gpu.captures == 0
+    assert_same(final_weights(config), final_weights(plain))
+
+
+def test_bfloat16_is_the_default_of_a_gpu_and_said(config, capsys):
+    with Double().installed():
+        pretrain(replace(config, precision="auto", epochs=1))
+        assert replace(config, precision="auto").dtype(CPU) == torch.bfloat16
+        assert config.dtype(CPU) == torch.float32
+    assert (
+        "vit_nano, 0.4 M parameters with head, K = 64, bfloat16 on a double of a GPU, 0 GiB" in capsys.readouterr().out
+    )
+    assert replace(config, precision="auto").dtype(CPU) == torch.float32
+
+
+def test_steps_between_log_lines_wait_for_nothing(config, monkeypatch):
+    """And the host does not wait for a batch's upload before it launches the step."""
+    waits, update = [], Learner.step
+    with Double().installed() as gpu:
+
+        def counted(self, step, crops):
+            before = len(gpu.waits)
+            result = update(self, step, crops)
+            waits.append(len(gpu.waits) - before)
+            return result
+
+        monkeypatch.setattr(Learner, "step", counted)
+        pretrain(config)
+    assert sum(waits) == 2 and waits[3] == waits[8] == 1  # the begins of the captures
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_stopped_within_an_epoch_goes_on_bitwise(config, monkeypatch, signum):
+    whole = replace(config, output_dir=config.output_dir / "whole")
+    update = Learner.step
+
+    def interrupted(self, step, crops):
+        if step == 7:
+            os.kill(os.getpid(), signum)
+        return update(self, step, crops)
+
+    with Double().installed():
+        pretrain(whole)
+        monkeypatch.setattr(Learner, "step", interrupted)
+        with pytest.raises(train.Interrupted, match="stopped at step 8 of 15"):
+            pretrain(config)
+        monkeypatch.setattr(Learner, "step", update)
+    state = checkpoint.load(config.output_dir / "last.pt")
+    assert state["step"] == 8 and len(state["rng"]["cuda"]) == 1
+    with Double().installed():
+        pretrain(replace(config, resume=True))
+    assert_same(final_weights(config), final_weights(whole))
+
+
+def test_a_run_of_shards_resumes_after_one_of_two_processes(config, caplog):
+    folder = Path(config.data)
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for path in sorted((folder / "train").rglob("*.png"))[11 * shard : 11 * shard + 11]:
+                tar.add(path, path.name)
+    config = replace(config, data=f"{folder}/{{0..1}}.tar", epochs=1)
+    with Double().installed() as gpu:
+        pretrain(config)
+        path = config.output_dir / "last.pt"
+        state = checkpoint.load(path)
+        state["rng"] = {name: rows.repeat(2, 1) for name, rows in state["rng"].items()}
+        checkpoint.save(state, path)
+        pretrain(replace(config, epochs=2, resume=True))
+    assert "the interrupted run had 2 processes and this one has 1" in caplog.text
+    assert gpu.replays == 2 + 2 and all(map(math.isfinite, losses(config)))
+
+
+@pytest.mark.parametrize("poisoned", [7, 13])  # a plain step, and a replay
+def test_a_loss_that_is_not_finite_ends_the_run_and_changes_nothing(config, monkeypatch, poisoned):
+    update = Learner.step
+
+    def step(self, number, crops):
+        return update(self, number, [crop * math.nan for crop in crops] if number == poisoned else crops)
+
+    monkeypatch.setattr(Learner, "step", step)
+    message = rf"loss is nan at step {poisoned} .*last.pt is from before"
+    with Double().installed(), pytest.raises(NonFiniteLoss, match=message):
+        pretrain(config)
+    state = checkpoint.load(config.output_dir / "last.pt")
+    assert state["step"] == poisoned // 5 * 5
+    assert all(value.isfinite().all() for value in state["student"].values())
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"optimizer": "lars"}, {"accumulate": 2}])
+def test_optimizers_without_a_guard_and_micro_batches(config, changes):
+    config = replace(config, **changes)
+    with Double().installed() as gpu:
+        pretrain(config)
+    assert (gpu.captures > 0) == ("accumulate" in changes)  # sgd and lars read the loss
+    assert_close(config, on_cpu(config))
+
+
+def test_a_resnet_runs_channels_last_with_tuned_convolutions(config, monkeypatch):
+    config = replace(config, arch="resnet50", optimizer="sgd")
+    crops, layouts, tuned, results = [torch.randn(8, 3, size, size) for size in (64, 64, 32)], [], [], []
+    monkeypatch.setattr(Double, "tune_convolutions", lambda self: tuned.append(self))
+    for gpu in (True, False):
+        torch.manual_seed(0)
+        with Double().installed() if gpu else nullcontext():
+            learner = Learner(config, 5, CPU)
+            learner.student.backbone.conv1.register_forward_pre_hook(
+                lambda _, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+            )
+            results.append([learner.step(step, crops).loss for step in range(2)])
+    assert len(tuned) == 2 and layouts == [True] * 4 + [False] * 4  # crops of two sizes, two steps
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+# --- graphs that fail ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["end", "optimizer"])
+def test_a_capture_that_fails_leaves_plain_steps_and_a_warning(config, monkeypatch, caplog, place):
+    plain = replace(config, output_dir=config.output_dir / "plain", cuda_graph=False)
+    with Double().installed():
+        pretrain(plain)
+    with Double().installed() as gpu:
+        capture, optimize = Double.capture, learner.AdamWithEMA.step
+
+        def fails(body, stream):
+            def broken():
+                body()
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+            return capture(gpu, broken, stream)
+
+        def optimize_or_fail(self, *settings):
+            if gpu.captured:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            optimize(self, *settings)
+
+        if place == "end":
+            gpu.capture = fails
+        else:  # the gradient is complete, and stays
+            monkeypatch.setattr(learner.AdamWithEMA, "step", optimize_or_fail)
+        pretrain(config)
+    assert gpu.replays == 0 and caplog.text.count("steps run without a CUDA graph, since the capture failed") == 2
+    assert "operation not permitted" in caplog.text
+    assert_same(final_weights(config), final_weights(plain))
+
+
+def test_a_graph_takes_no_inputs_of_another_shape_or_dtype():
+    with Double().installed() as gpu:
+        graphed = graph.Graphed(gpu, lambda inputs: (inputs[0] * 2, inputs[1] + inputs[0]))
+        results = [graphed([torch.full((3,), float(i)), torch.ones(3)]) for i in range(7)]
+        assert gpu.captures == 1 and gpu.replays == 4 and len(gpu.streams) == 2  # one side stream for all
+        for i, (double, more) in enumerate(results):  # all of them: a later replay must not reach earlier outputs
+            assert torch.equal(double, torch.full((3,), 2.0 * i)) and torch.equal(more, torch.full((3,), i + 1.0))
+        message = r"input 1 of a captured graph must have shape \[3\] and torch.float32, got \[1\] and torch.float32"
+        with pytest.raises(ValueError, match=message):
+            graphed([torch.ones(3), torch.ones(1)])
+        with pytest.raises(ValueError, match="got .* torch.float64"):
+            graphed([torch.ones(3), torch.ones(3, dtype=torch.float64)])
+
+
+# --- batches ---------------------------------------------------------------------------------------------
+
+
+def batches(config, **changes):
+    options = {"batch_size": 4, "seed": 3, "start_step": 0, "total_steps": 12, "num_workers": 2, **changes}
+    images = options.pop("images", None) or ImageFolder(Path(config.data) / "train")
+    return loader.CropLoader(images, config.crop_kinds, **options)
+
+
+def copies(crop_loader):
+    return [([crop.clone() for crop in crops], bad) for crops, bad in crop_loader]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_batch_arrives_and_is_that_of_a_cpu(config, num_workers, dtype):
+    expected = copies(batches(config, dtype=dtype))
+    with Double().installed() as gpu:
+        made = copies(batches(config, num_workers=num_workers, dtype=dtype))
+        assert len(gpu.pins) <= 2 * 3  # two batches' memory, which grows at times
+    assert len(made) == len(expected) == 12
+    for (crops, bad), (others, _) in zip(made, expected, strict=True):
+        assert not bad and all(map(torch.equal, crops, others))
+
+
+def test_crops_are_queued_a_batch_ahead(config):
+    with Double().installed() as gpu:
+        crop, queued = loader.multicrop_packed, []
+        loader.multicrop_packed = lambda *arguments: queued.append(gpu.current.number) or crop(*arguments)
+        with closing(iter(batches(config))) as steps:
+            for step in range(5):
+                next(steps)
+                deadline = time.monotonic() + 10
+                while len(queued) < step + 1 and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                time.sleep(0.2)  # for the threads: what is decoded by then is queued at the next call
+            assert len(queued) == 6 and set(queued) == {1}  # of a stream beside that of the steps
+
+
+def without(monkeypatch, what):
+    """The double forgets one of the loader's waits."""
+    wait = Double.wait
+    if what == "made":
+        monkeypatch.setattr(Double, "wait", lambda self, event: None if not self.current.number else wait(self, event))
+    elif what == "used":
+        monkeypatch.setattr(Double, "wait", lambda self, event: wait(self, event) if not self.current.number else None)
+    else:
+        monkeypatch.setattr("double._Event.synchronize", lambda self: None)
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [("made", "stream 1 wrote"), ("used", "stream 0 reads"), ("copied", "no event after its last copy was synch")],
+)
+def test_none_of_the_loaders_waits_could_be_left_out(config, monkeypatch, what, message):
+    without(monkeypatch, what)
+    with Double().installed(), pytest.raises(Misuse, match=message):
+        copies(batches(config))
+
+
+def test_a_loader_left_early_lets_nobody_have_its_memory_too_soon(config):
+    with Double().installed() as gpu:
+        steps = iter(batches(config))
+        next(steps)
+        time.sleep(0.5)
+        next(steps)
+        steps.close()
+        assert gpu.current.clock.get(1) == gpu.streams[1].clock[1]  # its last crops were waited for
+
+
+class Ending(ImageFolder):
+    """Images whose steps end too soon."""
+
+    def steps(self, *arguments):
+        yield from islice(super().steps(*arguments), 2)
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_images_that_end_before_the_steps_do_are_an_error_wherever_they_are_used(config, on_gpu, monkeypatch):
+    images = Ending(Path(config.data) / "train")
+    backbone = Learner(config, 5, CPU).teacher.backbone
+    with Double().installed() if on_gpu else nullcontext():
+        with pytest.raises(RuntimeError, match="expected 12 steps, got 2"):
+            copies(batches(config, images=images))
+        monkeypatch.setattr("dino_train.evaluate.knn.BATCH", 4)
+        monkeypatch.setattr(ImageFolder, "subset", lambda self, chosen: self)
+        with pytest.raises(RuntimeError, match="expected 6 steps, got 2"):
+            view_retrieval(backbone, images, loader.BadImages(22, 0), config.crop_kinds[:2], seed=0)
+        classes = training_loader(images, 16, 4, 2, seed=0, start_step=0, total_steps=5)
+        with pytest.raises(RuntimeError, match="expected 5 batches, got 2"):
+            list(classes)
+        short = islice(loader.eval_loader(ImageFolder(Path(config.data) / "train"), 16, 4, 2), 3)
+        with pytest.raises(RuntimeError, match="expected 22 images, got 12"):
+            extract(backbone, backbone, short, 22, loader.BadImages(22, 0))
+
+
+# --- ranks -----------------------------------------------------------------------------------------------
+
+
+def test_ranks_join_by_their_devices_names(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(store, 1, 2)]))
+    asked = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **options: asked.append(options))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert parallel.join(CPU) == CPU
+    with Double().installed():
+        assert parallel.join(CPU) == CPU
+    second = torch.device("cuda", 1)
+    assert parallel.join(torch.device("cuda")) == second
+    kinds = [{key: options.get(key) for key in ("backend", "device_id", "rank", "world_size")} for options in asked]
+    both = {"rank": 1, "world_size": 2}
+    assert kinds == [{"backend": "gloo", "device_id": None, **both}] * 2 + [
+        {"backend": "nccl", "device_id": second, **both}
+    ]
+
+
+def test_batch_norm_over_ranks_and_no_graph_there(config, monkeypatch):
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "broadcast", lambda tensors: None)
+    monkeypatch.setattr(parallel.GradientSum, "__init__", lambda self, arena: None)
+    with Double().installed():
+        net = Learner(replace(config, use_bn_in_head=True), 5, CPU)
+    assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in net.student.modules()) == 2
+    assert not isinstance(net.update, graph.Graphed)
+    with pytest.raises(ValueError, match="batch norm over several processes needs GPUs"):
+        Learner(replace(config, use_bn_in_head=True), 5, CPU)
+
+
+def test_ranks_on_gpus_ask_each_other_only_where_losses_are_read(config, monkeypatch):
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "largest", lambda values, device: [value + 1 for value in values])
+    asked = []
+    for gpu in (Double(), None):
+        for step in range(1, 6):
+            run = SimpleNamespace(
+                last_saved=time.monotonic(),
+                config=config,
+                step=step,
+                steps_per_epoch=5,
+                gpu=gpu,
+                stop_signal=14,
+                device=CPU,
+            )
+            asked.append(train.Run._requests(run)[0])
+    assert asked == [0, 15, 0, 15, 15] + [15] * 5  # log_interval is 2, and 5 ends an epoch
+
+
+# --- no branch for a GPU elsewhere, and none that did not run ------------------------------------------------
+
+
+def sources():
+    return [path for path in PACKAGE.rglob("*.py") if path.name != "device.py"]
+
+
+def test_a_gpu_is_asked_in_one_place():
+    for path in sources():
+        found = re.findall(r"torch\.cuda|is_cuda|device\.type *[!=]=|\.cuda\(", path.read_text())
+        assert not found, (path, found)
+
+
+def functions_for_gpus(path):
+    """(first line of the body, last line) of functions that mention one."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            names |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+            names |= {argument.arg for argument in node.args.args}
+            if names & {"gpu", "_gpu", "gpu_of"}:
+                yield node.body[0].lineno, node.end_lineno
+
+
+def test_every_line_of_functions_with_a_branch_for_a_gpu_ran(measured, request):
+    """By the tests above."""
+    ran = {item.name for item in request.session.items if item.fspath == request.node.fspath}
+    if len(ran) < len([name for name in globals() if name.startswith("test_")]):
+        pytest.skip("only a part of this file runs")
+    measured.stop()
+    missing, found = [], 0
+    for path in sources():
+        spans = list(functions_for_gpus(path))
+        if spans:
+            found += len(spans)
+            _, _, _, lines, _ = measured.analysis2(str(path))
+            missing += [f"{path.name}:{line}" for line in lines if any(a <= line <= b for a, b in spans)]
+    assert found > 15 and not missing, " ".join(missing)
