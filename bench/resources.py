@@ -29,6 +29,7 @@ from dino_kernels import (
     add_layer_norm_triton,
     attention_triton,
     bias_gelu_triton,
+    column_sums_triton,
     dino_head_loss_triton,
     dino_loss_triton,
     draw_crops,
@@ -126,6 +127,11 @@ def bias_gelu() -> None:
             bias_gelu_triton.backward_triton(bias_gelu_triton.forward_triton(x, bias), x, bias, again)
 
 
+def column_sums() -> None:
+    for channels in (1152, 2304):
+        column_sums_triton.add_column_sums(meta(TOKENS, channels), meta(channels, dtype=torch.float32))
+
+
 def drop_path_add() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x, branch = meta(TOKENS, 384, dtype=dtype), meta(TOKENS, 384)
@@ -139,6 +145,7 @@ def weight_norm() -> None:
         weight_norm_triton.forward_triton(v.to(dtype), v, g)
         weight_norm_triton.backward_triton(v, g, v.to(dtype), v, g)
         weight_norm_triton.backward_triton(v, None, v.to(dtype), v, g)
+    weight_norm_triton.backward_triton(v, None, v, v, g, True)
 
 
 def multicrop() -> None:
@@ -157,6 +164,7 @@ OPS = (
     adamw_ema,
     add_layer_norm,
     bias_gelu,
+    column_sums,
     drop_path_add,
     weight_norm,
     multicrop,

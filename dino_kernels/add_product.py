@@ -3,8 +3,8 @@
     into += grad^T x        into_bias += sum over T of grad
 
 Dimensions: T tokens, O outputs, I inputs. Bfloat16 and float32 by the products of `linear`. Else float32 on the CPU by
-blocks out of registers, twice as fast as torch does it on AMD with AVX-512; in 16 bit the product is torch's, on a GPU
-with its float32 sums as they are.
+blocks out of registers, twice as fast as torch does it on AMD with AVX-512; in 16 bit the product is torch's. On a GPU
+cuBLAS adds its float32 sums to what is there.
 """
 
 import torch
@@ -74,8 +74,14 @@ def _add_(into: Tensor, grad: Tensor, x: Tensor, into_bias: Tensor | None) -> No
 @_add_.register_kernel("cuda")
 def _(into, grad, x, into_bias):
     if into_bias is not None:
-        into_bias += grad.sum(0, dtype=torch.float32)
-    into += grad.t() @ x if x.dtype == torch.float32 else torch.mm(grad.t(), x, out_dtype=torch.float32)
+        from dino_kernels.column_sums_triton import add_column_sums
+
+        with torch.cuda.device(grad.device):  # Triton launches on the current device
+            add_column_sums(grad, into_bias)
+    if x.dtype == torch.float32:
+        into.addmm_(grad.t(), x)
+    else:  # of cuBLAS's products that add to float32, torch has the batched one only
+        torch.baddbmm(into[None], grad.t()[None], x[None], out_dtype=torch.float32, out=into[None])
 
 
 # --- CPU ---------------------------------------------------------------------------------------------

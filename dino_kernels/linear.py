@@ -62,8 +62,15 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
     return _linear_cpu(x, weight, bias, transposed)
 
 
+_HALVES = (torch.float16, torch.bfloat16)
+_LONG = 4096  # terms of a 16-bit sum from which cuBLAS splits it, and may round the parts to 16 bit before it adds them
+
+
 @_linear.register_kernel("cuda")
 def _(x, weight, bias, transposed):
+    if x.dtype in _HALVES and x.shape[1] > _LONG:
+        out = torch.mm(x, weight if transposed else weight.t(), out_dtype=torch.float32)
+        return (out if bias is None else out + bias).to(x.dtype)
     return linear_reference(x, weight, bias, transposed=transposed)
 
 
@@ -82,8 +89,16 @@ def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     grad = grad.contiguous()
     grad_x = torch.ops.dino_kernels.linear(grad, weight, None, not ctx.transposed)
-    grad_weight = x.t() @ grad if ctx.transposed else grad.t() @ x
-    return grad_x, grad_weight, grad.sum(0) if ctx.with_bias else None, None
+    if grad.device.type == "cpu" or grad.dtype not in _HALVES:
+        grad_weight = x.t() @ grad if ctx.transposed else grad.t() @ x
+        return grad_x, grad_weight, grad.sum(0) if ctx.with_bias else None, None
+    # Sums over all tokens: float32, and rounded once.
+    outputs, inputs = grad.shape[1], x.shape[1]
+    grad_weight = grad.new_zeros(outputs, inputs, dtype=torch.float32)
+    grad_bias = grad.new_zeros(outputs, dtype=torch.float32) if ctx.with_bias else None
+    torch.ops.dino_kernels.add_product_(grad_weight, grad, x, grad_bias)
+    grad_weight = (grad_weight.t() if ctx.transposed else grad_weight).to(x.dtype)
+    return grad_x, grad_weight, None if grad_bias is None else grad_bias.to(x.dtype), None
 
 
 _linear.register_autograd(_backward, setup_context=_setup)

@@ -98,7 +98,7 @@ def weight_norm_product_backward_(
 ) -> None:
     """Adds the gradients of `weight_norm_`'s arguments into buffers, from those of the logits x w^T.
 
-    The gradient of w, as large as w, is made a part at a time, and never there as a whole.
+    On a CPU the gradient of w, as large as w, is made a part at a time, and never there as a whole.
 
     Args:
         grad_v, grad_g, v, g: as in `weight_norm_backward_`.
@@ -171,8 +171,19 @@ def _product_backward_(
 
 
 @_product_backward_.register_kernel("cuda")
-def _(*args):
-    _product_backward(*args)
+def _(grad_v, grad_g, grad, x, v, g, fresh):
+    from dino_kernels.weight_norm_triton import backward_triton
+
+    grad_w = grad_v if fresh else torch.empty_like(v)  # a row is read as a whole before it is replaced
+    if x.dtype == torch.float32:
+        torch.mm(grad.t(), x, out=grad_w)
+    else:
+        torch.mm(grad.t(), x, out_dtype=torch.float32, out=grad_w)
+    with torch.cuda.device(v.device):
+        backward_triton(grad_v, grad_g, grad_w, v, g, fresh)
+
+
+# --- CPU ---------------------------------------------------------------------------------------------
 
 
 _PART = 8192  # rows
@@ -185,9 +196,6 @@ def _product_backward(grad_v, grad_g, grad, x, v, g, fresh):
             grad_v[part].zero_()  # while it is in cache
         grad_w = grad[:, part].t() @ x
         _backward_(grad_v[part], None if grad_g is None else grad_g[part], grad_w, v[part], g[part])
-
-
-# --- CPU ---------------------------------------------------------------------------------------------
 
 
 _MOST_TOKENS = 1024  # whose pairs stay in the second-level cache

@@ -19,7 +19,9 @@ def _forward_kernel(out, v, g, K, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(grad_v, grad_g, grad_w, v, g, K, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_kernel(
+    grad_v, grad_g, grad_w, v, g, K, D, OVERWRITE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK)
     at = rows[:, None].to(tl.int64) * D + d[None, :]
@@ -30,15 +32,21 @@ def _backward_kernel(grad_v, grad_g, grad_w, v, g, K, D, ROWS: tl.constexpr, BLO
     dw = tl.load(grad_w + at, mask, other=0.0).to(tl.float32)
     along = tl.sum(dw * unit, axis=1)
     scale = tl.load(g + rows, rows < K, other=0.0) * inverse
-    tl.store(grad_v + at, tl.load(grad_v + at, mask) + scale[:, None] * (dw - along[:, None] * unit), mask)
+    dv = scale[:, None] * (dw - along[:, None] * unit)
+    if not OVERWRITE:
+        dv += tl.load(grad_v + at, mask, other=0.0)
     if grad_g is not None:
-        tl.store(grad_g + rows, tl.load(grad_g + rows, rows < K) + along, rows < K)
+        along += tl.load(grad_g + rows, rows < K, other=0.0)
+        tl.debug_barrier()  # all threads of a row have read its sum before one of them replaces it
+        tl.store(grad_g + rows, along, rows < K)
+    tl.store(grad_v + at, dv, mask)
 
 
 def _tile(channels: int) -> dict[str, int]:
-    """16 elements a thread."""
+    """16 elements a thread. Without fused multiply-adds all lanes that share a row's sum hold the same."""
     block = triton.next_power_of_2(channels)
-    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": max(4, block // 512)}
+    warps = max(4, block // 512)
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": warps, "enable_fp_fusion": False}
 
 
 def forward_triton(out, v, g):
@@ -47,7 +55,8 @@ def forward_triton(out, v, g):
         _forward_kernel[(triton.cdiv(len(v), tile["ROWS"]),)](out, v, g, *v.shape, **tile)
 
 
-def backward_triton(grad_v, grad_g, grad_w, v, g):
+def backward_triton(grad_v, grad_g, grad_w, v, g, overwrite=False):
     tile = _tile(v.shape[1])
     if len(v):
-        _backward_kernel[(triton.cdiv(len(v), tile["ROWS"]),)](grad_v, grad_g, grad_w, v, g, *v.shape, **tile)
+        grid = (triton.cdiv(len(v), tile["ROWS"]),)
+        _backward_kernel[grid](grad_v, grad_g, grad_w, v, g, *v.shape, OVERWRITE=overwrite, **tile)

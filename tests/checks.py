@@ -1,5 +1,6 @@
 """What the tests of all ops share."""
 
+import contextlib
 import importlib
 
 import pytest
@@ -21,6 +22,28 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, op: str, backend: str, implemen
     for name in implementations:
         monkeypatch.setattr(module, f"_{name}_cpu", getattr(kernels, f"{name}_triton"))
     return "cpu"
+
+
+def cuda_function(monkeypatch: pytest.MonkeyPatch, op: str):
+    """The CUDA function of the op dino_kernels::<op>, for CPU tensors; and a list of the products it asks of cuBLAS.
+
+    Products with out_dtype, which torch has on CUDA only, are of float32 copies here. The list has a name, the dtype of
+    the operands and that of the sums each.
+    """
+    asked = []
+    plain = {"mm": torch.mm, "baddbmm": torch.baddbmm}
+
+    def product(name, *operands, out_dtype=None, out=None):
+        *_, left, right = operands
+        asked.append((name, left.dtype, out_dtype or left.dtype))
+        return plain[name](*(x.to(out_dtype) for x in operands) if out_dtype else operands, out=out)
+
+    for name in plain:
+        monkeypatch.setattr(torch, name, lambda *args, name=name, **kwargs: product(name, *args, **kwargs))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    kernel = torch.library.get_kernel(f"dino_kernels::{op}", "CUDA")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return lambda *args: kernel.call_boxed(keys, *args), asked
 
 
 def assert_as_accurate(actual, eager, exact, floor: float) -> None:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from checks import DTYPES, assert_as_accurate
+from checks import DTYPES, assert_as_accurate, cuda_function
 from test_linear import products  # noqa: F401
 
 from dino_kernels import add_product_, add_product_reference_
@@ -60,6 +60,28 @@ def test_a_buffer_on_no_border_and_opcheck():
     torch.testing.assert_close(shifted, grad.t() @ x, rtol=1e-5, atol=1e-5)
     torch.library.opcheck(torch.ops.dino_kernels.add_product_.default, (into, grad, x, torch.zeros(30)))
     torch.library.opcheck(torch.ops.dino_kernels.add_product_.default, (into, grad, x, None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "tokens, outputs, width", [(507, 199, 64), (1100, 96, 64), (1, 1, 48), (37, 300, 16), (0, 5, 16)]
+)
+def test_on_cuda_sums_are_float32_and_added_in_place(monkeypatch, dtype, tokens, outputs, width):
+    monkeypatch.setattr("dino_kernels.column_sums_triton._PROGRAMS", 6)  # several rounds a program even for few rows
+    into, grad, x = inputs(tokens, outputs, width, dtype)
+    bias = torch.ones(outputs)
+    results = []
+    for op, kind in ((add_product_reference_, torch.float32), (add_product_reference_, torch.float64)):
+        results.append((into.to(kind), bias.to(kind)))
+        op(results[-1][0], grad.to(kind), x.to(kind), results[-1][1])
+    run_cuda, asked = cuda_function(monkeypatch, "add_product_")
+    again = into.clone(), bias.clone()
+    run_cuda(*again[:1], grad, x, again[1])
+    run_cuda(into, grad, x, bias)
+    assert torch.equal(into, again[0]) and torch.equal(bias, again[1])
+    for ours, theirs, exact in zip((into, bias), *results, strict=True):
+        assert_as_accurate(ours, theirs, exact, floor=2e-6)
+    assert asked == ([("baddbmm", dtype, torch.float32)] * 2 if dtype != torch.float32 else [])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@ import importlib
 
 import pytest
 import torch
-from checks import DTYPES, assert_as_accurate
+from checks import DTYPES, assert_as_accurate, cuda_function
+from launches import counted
 
 from dino_kernels import linear, linear_reference
 
@@ -42,7 +43,7 @@ def run(op, x, weight, bias, **options):
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
     out = op(*leaves, **options)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7))
-    return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,6 +110,30 @@ def test_strided_operands_no_tokens_and_opcheck(products):
         torch.library.opcheck(torch.ops.dino_kernels.linear.default, (x, w, bias, transposed))
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, weight, bias), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("width", [64, 5000])
+def test_on_cuda_a_long_sum_is_rounded_to_16_bit_once(monkeypatch, dtype, transposed, width):
+    x, weight, bias = inputs(9, width, 32, dtype, transposed)
+    exact = linear_reference(x.double(), weight.double(), bias.double(), transposed=transposed)
+    run_cuda, products = cuda_function(monkeypatch, "linear")
+    ours = run_cuda(x, weight, bias, transposed)
+    assert ours.dtype == dtype and (ours - exact).abs().max() <= exact.abs().max() * max(1e-6, torch.finfo(dtype).eps)
+    wide = width > 4096 and dtype != torch.float32
+    assert products == ([("mm", dtype, torch.float32)] if wide else [])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_on_cuda_the_weights_gradient_is_rounded_to_16_bit_once(transposed):
+    """A sum over all tokens; so is the bias's."""
+    x, weight, bias = (t.to("meta") for t in inputs(6000, 32, 64, torch.bfloat16, transposed))
+    with counted() as launches:
+        grads = run(linear, x, weight, bias, transposed=transposed)[1:]
+    assert [(g.shape, g.dtype) for g in grads] == [(t.shape, t.dtype) for t in (x, weight, bias)]
+    names = [name for _, name in launches]
+    assert "aten::baddbmm" in names and "triton::_matrix_kernel" in names and "aten::sum" not in names
 
 
 @pytest.mark.parametrize(

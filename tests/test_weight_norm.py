@@ -1,6 +1,6 @@
 import pytest
 import torch
-from checks import DTYPES, assert_as_accurate, use_backend
+from checks import DTYPES, assert_as_accurate, cuda_function, use_backend
 from test_linear import products  # noqa: F401
 
 from dino_kernels import (
@@ -72,6 +72,29 @@ def test_gradients_from_those_of_logits(dtype, fresh, tokens, outputs, channels)
     assert torch.equal(without, results[0][0])
     op = torch.ops.dino_kernels.weight_norm_product_backward_.default
     torch.library.opcheck(op, (grad_v, grad_g, grad, x, v, g, fresh))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("outputs, channels", [(96, 64), (8192 + 64, 32), (199, 37), (3, 2500)])
+def test_on_cuda_the_product_is_one_of_float32(monkeypatch, dtype, fresh, outputs, channels):
+    v, g, _, grad_v, grad_g = inputs(outputs, channels)
+    make = torch.Generator().manual_seed(3)
+    grad, x = (torch.randn(40, n, generator=make).to(dtype) for n in (outputs, channels))
+    results = []
+    for kind in (torch.float32, torch.float64):
+        results.append([t.clone().to(kind) for t in (grad_v, grad_g)])
+        weight_norm_product_backward_reference_(*results[-1], *(t.to(kind) for t in (grad, x, v, g)), fresh=fresh)
+    if fresh:
+        grad_v.fill_(float("nan"))  # overwritten, whatever was there
+    without = grad_v.clone()
+    run_cuda, asked = cuda_function(monkeypatch, "weight_norm_product_backward_")
+    run_cuda(grad_v, grad_g, grad, x, v, g, fresh)
+    run_cuda(without, None, grad, x, v, g, fresh)
+    assert torch.equal(without, grad_v)
+    for ours, theirs, truth in zip((grad_v, grad_g), *results, strict=True):
+        assert_as_accurate(ours, theirs, truth, 1e-6)
+    assert asked == [("mm", dtype, torch.float32)] * 2
 
 
 def test_gradients_from_those_of_logits_bad_input():
