@@ -71,15 +71,16 @@ def quote(path: str | Path) -> str:
 
 def ninja_file(sources: list[str], output: Path) -> str:
     nvcc = find_nvcc()
-    cuda = [source for source in sources if source.endswith(".cu")]
     if not nvcc:
         print("dino-kernels: nvcc not found, building the CPU kernels only", flush=True)
     x86 = os.uname().machine == "x86_64"
     includes = f'-I"{pybind11_include()}" -I"{sysconfig.get_paths()["include"]}"'
-    archs = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known_archs(nvcc))
-    link = "-shared -ldl -lpthread"
-    if cuda and nvcc:
-        link += f' -L"{Path(nvcc).parent.parent / "lib64"}" -lcudart_static -lrt'
+    archs = known_archs(nvcc)
+    codes = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
+    link = "$cxx"
+    if nvcc:
+        includes += f" -DDINO_CUDA_ARCHS='\"{' '.join(archs)}\"'"
+        link = "$nvcc -cudart static -ccbin $cxx"  # it knows where its runtime is
     lines = [
         f"cxx = {os.environ.get('CXX', 'g++')}",
         f"nvcc = {nvcc}",
@@ -87,15 +88,15 @@ def ninja_file(sources: list[str], output: Path) -> str:
         f"  command = $cxx -MMD -MF $out.d {CXX_FLAGS + X86_FLAGS * x86} {includes} -c $in -o $out",
         "  depfile = $out.d",
         "rule cuda",
-        f"  command = $nvcc -MD -MF $out.d {NVCC_FLAGS} {archs} -c $in -o $out",
+        f"  command = $nvcc -MD -MF $out.d {NVCC_FLAGS} {codes} -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        f"  command = $cxx $in -o $out {link}",
+        f"  command = {link} -shared $in -o $out -ldl -lpthread",
     ]
     objects = []
     for source in sources:
-        rule = "cuda" if source in cuda else "cpp"
-        if rule == "cpp" or nvcc:
+        rule = "cuda" if source.endswith(".cu") else "cpp"
+        if nvcc or not source.startswith("csrc/cuda/"):
             objects.append(f"{Path(source).name}.o")
             lines.append(f"build {objects[-1]}: {rule} {quote(Path(source).absolute())}")
     lines.append(f"build {quote(output)}: link {' '.join(objects)}")
@@ -103,5 +104,5 @@ def ninja_file(sources: list[str], output: Path) -> str:
 
 
 here = Path(__file__).resolve().parent
-sources = sorted(str(p.relative_to(here)) for p in here.glob("csrc/*") if p.suffix in (".cpp", ".cu"))
+sources = sorted(str(p.relative_to(here)) for p in here.glob("csrc/**/*") if p.suffix in (".cpp", ".cu"))
 setup(ext_modules=[Extension("dino_kernels._C", sources)], cmdclass={"build_ext": NinjaBuild})

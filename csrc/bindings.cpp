@@ -8,6 +8,9 @@
 
 #include "fused_block.h"
 #include "kernels.h"
+#ifdef DINO_CUDA_ARCHS
+#include "cuda/cuda_bindings.h"
+#endif
 
 namespace py = pybind11;
 
@@ -326,7 +329,12 @@ void multicrop(const std::vector<uintptr_t>& pixels, const std::vector<int64_t>&
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Compiled CPU kernels of dino_kernels.";
+    m.doc() = "Compiled kernels of dino_kernels: of the CPU, and in `cuda`, where nvcc was found, of NVIDIA's GPUs.";
+#ifdef DINO_CUDA_ARCHS
+    py::module_ cuda = m.def_submodule("cuda");
+    cuda.attr("archs") = py::str(DINO_CUDA_ARCHS).attr("split")();
+    bind_cuda(cuda);
+#endif
     m.def("dino_loss", &dino_loss);
     m.def("dino_head_loss", &dino_head_loss);
     m.def("ema_update", &ema_update);

@@ -1,5 +1,6 @@
-"""Fused kernels for DINO pretraining: native C++ on the CPU, Triton on the GPU."""
+"""Fused kernels for DINO pretraining: native C++ on the CPU, Triton or CUDA C++ on the GPU."""
 
+from dino_kernels._cuda import set_backend
 from dino_kernels._ops import without_autograd
 from dino_kernels.adamw_ema import adamw_ema_step_, adamw_ema_step_reference_
 from dino_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
@@ -52,6 +53,7 @@ __all__ = [
     "mlp_reference",
     "multicrop",
     "multicrop_packed",
+    "set_backend",
     "weight_norm_",
     "weight_norm_backward_",
     "weight_norm_backward_reference_",

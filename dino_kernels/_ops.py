@@ -20,6 +20,7 @@ class _Op:
         self.name = name
         parameters = list(inspect.signature(function).parameters)
         self.mutated = [parameters.index(argument) for argument in mutates_args]
+        self.kernels: dict[str, Callable[..., Any]] = {}
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         self.cpu = self.register_kernel("cpu")(function)
@@ -36,6 +37,7 @@ class _Op:
                 return result
 
             kernel = run if self.mutated else function
+            self.kernels[device] = kernel
             _LIBRARY.impl(self.name, kernel, device.upper())
             return kernel
 

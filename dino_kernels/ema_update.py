@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dino_kernels._cuda import gpu_function
 from dino_kernels._native import _C, DTYPES, setting
 from dino_kernels._ops import custom_op
 
@@ -83,10 +84,8 @@ def _update_(targets: list[Tensor], sources: list[Tensor], momentum: Tensor) -> 
 
 @_update_.register_kernel("cuda")
 def _(targets, sources, momentum):
-    from dino_kernels.ema_update_triton import update_triton
-
-    with torch.cuda.device(targets[0].device):  # Triton launches on the current device
-        update_triton(targets, sources, momentum)
+    with torch.cuda.device(targets[0].device):  # kernels are launched on the current device
+        gpu_function("ema_update", "update", targets[0].device)(targets, sources, momentum)
 
 
 @_update_.register_fake

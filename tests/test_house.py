@@ -37,14 +37,14 @@ def test_python_imports_stay_within_their_border(part):
 
 
 def test_csrc_includes_no_torch_header():
-    for path in (ROOT / "csrc").iterdir():
+    for path in (ROOT / "csrc").rglob("*.*"):
         for header in re.findall(r'#include [<"](.*)[>"]', path.read_text()):
             assert not re.match(r"(torch|ATen|c10)\b", header), f"{path}: {header}"
 
 
 def test_no_file_outgrows_the_house():
     for path in [p for d in ("csrc", "dino_kernels", "python_api", "bench") for p in (ROOT / d).rglob("*.*")]:
-        if path.suffix in (".py", ".cpp", ".h", ".cu"):
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
             assert len(path.read_text().splitlines()) <= 450, path
 
 

@@ -527,6 +527,18 @@ def test_the_unknown_is_an_error_with_its_name(code):
     assert code.split()[0].split(".")[0] in str(error.value)
 
 
+def test_a_parameter_is_read_through_its_address():
+    text = f"""{HEADER}.visible .entry k(.param .u64 out, .param .align 8 .b8 table[32]) {{
+    .reg .u64 %a, %p; .reg .u32 %t; .reg .b64 %d;
+    mov.u32 %t, %tid.x; mov.b64 %p, table; mad.wide.u32 %p, %t, 8, %p; ld.param.b64 %d, [%p+8];
+    ld.param.u64 %a, [out]; mad.wide.u32 %a, %t, 8, %a; st.global.b64 [%a], %d; ret; }}"""
+    out, table = np.zeros(3, np.int64), np.arange(5, 9)
+    Module(text)("k", (1,), (3,), out, table.tobytes())
+    assert out.tolist() == [6, 7, 8]
+    with pytest.raises(Exception, match="parameter out of bounds"):
+        Module(text)("k", (1,), (4,), np.zeros(4, np.int64), table.tobytes())
+
+
 def test_undefined_registers_are_found_where_they_matter():
     with pytest.raises(KernelError, match="stores an undefined value"):
         apply("setp.lt.u32 %p, %t, 5; @%p mov.u32 %r1, 1; add.u32 %y, %r1, 2;", "u32", ("u32", np.zeros(32)))

@@ -218,6 +218,8 @@ class Program:
         base, _, offset = text.partition("+")
         if base.strip() in self.symbols and not self._now.scope.find(base.strip()):
             return self._constant(self.symbols[base.strip()] + int(offset or "0", 0), size)
+        if base.strip() in self.kernel.params and size == 8:  # an address of the space that ld.param reads
+            return self._constant(self.kernel.params[base.strip()][0] + int(offset or "0", 0), size)
         found = self._register(text)
         if found[3] != size and not any_width:
             self._fail(f"{text} has {found[3]} bytes, its type {kind} {size}")

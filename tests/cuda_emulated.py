@@ -1,0 +1,178 @@
+"""CUDA C++ kernels without a GPU: csrc/cuda as nvcc compiles it, on CPU tensors.
+
+Its launchers are linked to a double of the CUDA runtime (cuda_runtime_double.cpp), whose launches run the kernels' PTX
+on the emulator. So the way from an op to its result is the one on a GPU, but for the machine code.
+"""
+
+import ctypes
+import fcntl
+import functools
+import gc
+import importlib
+import importlib.util
+import shutil
+import struct
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from ptx import launch
+
+from dino_kernels import _cuda
+
+ROOT = Path(__file__).resolve().parent.parent
+STREAM = 0x5EED0  # any address: a launch elsewhere than on the current stream is an error
+ARCHS = ("80", "90a")
+# (compute capability, shared memory a block may ask for), as cudaDevAttrComputeCapabilityMajor and -Minor, ...Optin
+CHIPS = {"80": (8, 0, 163 << 10), "90a": (9, 0, 227 << 10)}
+MULTIPROCESSORS = 3  # few, so that a block takes several rows
+_MULTIPROCESSOR_COUNT, _MAJOR, _MINOR, _MOST_SHARED = 16, 75, 76, 97  # enum cudaDeviceAttr
+_LAUNCHER = ctypes.CFUNCTYPE(
+    None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
+)
+
+
+NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+needs_nvcc = pytest.mark.skipif(not Path(NVCC).exists(), reason="nvcc is not installed")
+
+
+def build(arch: str) -> Path:
+    """The folder with cuda_double.so, whose kernels are PTX for sm_<arch>, and that PTX; made when sources change."""
+    import pybind11
+
+    folder = ROOT / "build" / f"cuda_double_{arch}"
+    folder.mkdir(parents=True, exist_ok=True)
+    csrc = ROOT / "csrc/cuda"
+    includes = f"-I{csrc} -I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+    flags = "-MD -MF $out.d -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden"
+    gencode = f"-gencode=arch=compute_{arch},code=compute_{arch}"
+    lines = [
+        "rule cpp",
+        f"  command = {NVCC} {flags} -O1 {includes} -c $in -o $out",
+        "  depfile = $out.d",
+        "rule cuda",
+        f"  command = {NVCC} {flags} -O3 -lineinfo {gencode} --keep --keep-dir . -c $in -o $out",
+        "  depfile = $out.d",
+        "rule link",
+        "  command = g++ -shared $in -o $out",
+    ]
+    objects = []
+    for path in [*sorted(csrc.glob("*.c*")), ROOT / "tests/cuda_runtime_double.cpp"]:
+        if path.suffix in (".cpp", ".cu"):
+            objects.append(f"{path.name}.o")
+            lines.append(f"build {objects[-1]}: {'cuda' if path.suffix == '.cu' else 'cpp'} {path}")
+    lines.append(f"build cuda_double.so: link {' '.join(objects)}")
+    with open(folder / "lock", "w") as lock:  # of processes that test at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return folder
+
+
+class Emulated:
+    """dino_kernels._C.cuda on the emulator."""
+
+    def __init__(self, arch: str) -> None:
+        folder = build(arch)
+        spec = importlib.util.spec_from_file_location("cuda_double", folder / "cuda_double.so")
+        self.archs, self._double = [arch], importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self._double)
+        self._error: Exception | None = None
+        self._programs = {}
+        for path in folder.glob("*.ptx"):
+            module = launch.Module(path.read_text())
+            self._programs.update({name: (module, name) for name in module.kernels})
+        self._launcher = _LAUNCHER(self._launch)
+        self._double.set_launcher(ctypes.cast(self._launcher, ctypes.c_void_p).value)
+        self.launches: list[str] = []
+        major, minor, shared = CHIPS[arch]
+        for attribute, value in (
+            (_MULTIPROCESSOR_COUNT, MULTIPROCESSORS),
+            (_MAJOR, major),
+            (_MINOR, minor),
+            (_MOST_SHARED, shared),
+        ):
+            self._double.set_attribute(attribute, value)
+
+    def __getattr__(self, name: str):
+        function = getattr(self._double, name)
+
+        @functools.wraps(function)
+        def call(*args):
+            result = function(*args)
+            if self._error:
+                error, self._error = self._error, None
+                raise error
+            return result
+
+        return call
+
+    def _launch(self, name: bytes, sizes, arguments, stream: int | None) -> None:
+        """An exception does not pass through C: it is raised when the launcher has returned."""
+        try:
+            assert stream == STREAM, f"launched on stream {stream}, the current one is {STREAM}"
+            module, entry = self._programs[name.decode()]
+            program = module.program(entry)
+            parameters = bytearray(program.kernel.param_size)
+            for i, (offset, size) in enumerate(program.kernel.params.values()):
+                parameters[offset : offset + size] = ctypes.string_at(arguments[i], size)
+            self.launches.append(entry)
+            grid, block, shared = tuple(sizes[0:3]), tuple(sizes[3:6]), sizes[6]
+            launch.launch(program, grid, block, bytes(parameters), _spans(bytes(parameters)), shared)
+        except Exception as error:  # noqa: BLE001
+            self._error = self._error or error
+
+
+def _spans(parameters: bytes) -> list[launch.Span]:
+    """The live tensors whose addresses are among a kernel's parameters: all that it may access."""
+    words = {word for (word,) in struct.iter_unpack("<Q", parameters[: len(parameters) // 8 * 8]) if word >> 32}
+    spans = []
+    for x in gc.get_objects():
+        plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.numel()
+        if plain and x.data_ptr() in words:
+            last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+            end = x.data_ptr() + (last + 1) * x.element_size()
+            spans.append(launch.Span(x.data_ptr(), end, f"{x.dtype} {list(x.shape)}"))
+    return spans
+
+
+@functools.cache
+def emulated(arch: str) -> Emulated:
+    return Emulated(arch)
+
+
+def use_cuda(
+    monkeypatch: pytest.MonkeyPatch, op: str, implementations: list[str], arch: str, *, addresses: bool = False
+) -> str:
+    """Makes the op of module dino_kernels.<op> run its CUDA C++ kernels on CPU tensors; returns their device.
+
+    addresses: settings are passed as tensors of the device and not by value.
+    """
+    kernels = emulated(arch)
+    monkeypatch.setattr(_cuda, "kernels", lambda: kernels)
+    monkeypatch.setattr(_cuda, "stream", lambda: STREAM)
+    monkeypatch.setattr(_cuda, "on_host", lambda setting: not addresses)
+    monkeypatch.setattr(launch, "options", launch.Options(fails_on=("error", "warning")))
+    for target, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(target, name, _poisoned(getattr(target, name)))
+    module, launchers = (importlib.import_module(f"dino_kernels.{name}") for name in (op, f"{op}_cuda"))
+    for name in implementations:
+        monkeypatch.setattr(module, f"_{name}_cpu", getattr(launchers, f"{name}_cuda"))
+    return "cpu"
+
+
+def _poisoned(make):
+    """Fills fresh memory with what the emulator takes for unwritten."""
+
+    @functools.wraps(make)
+    def run(*args, **kwargs):
+        x = make(*args, **kwargs)
+        if type(x) is torch.Tensor and x.device.type == "cpu" and x.numel() and x.dtype != torch.bool:
+            x.view(-1).view(torch.int16).fill_(0xFFA5 - (1 << 16))
+        return x
+
+    return run

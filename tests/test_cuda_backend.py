@@ -1,0 +1,127 @@
+"""The choice between the Triton and the CUDA C++ kernels of an op, and that every registered op makes it."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cuda_emulated import emulated, needs_nvcc, use_cuda
+from test_ema_update import lists
+
+import dino_kernels
+from dino_kernels import _cuda
+from dino_kernels._ops import _OPS
+from dino_kernels.cuda_defaults import CUDA_BY_DEFAULT
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU = torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    monkeypatch.setattr(_cuda, "_backend", None)
+
+
+def build_for(monkeypatch, archs, capability):
+    """As if the kernels had been compiled for `archs`, on a GPU of that compute capability."""
+    compiled = SimpleNamespace(cuda=SimpleNamespace(archs=archs)) if archs else SimpleNamespace()
+    monkeypatch.setattr(_cuda, "_C", compiled)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def backend_of(op="ema_update", **kwargs):
+    return _cuda.gpu_function(op, "update", GPU, **kwargs).__name__.removeprefix("update_")
+
+
+def test_triton_unless_a_committed_measurement_says_otherwise(monkeypatch):
+    build_for(monkeypatch, ["80", "90a", "100"], (9, 0))
+    assert backend_of() == "triton"
+    monkeypatch.setitem(CUDA_BY_DEFAULT, ("ema_update", (9, 0)), "bench/results/any.json")
+    assert backend_of() == "cuda" and backend_of(fits=False) == "triton"
+    dino_kernels.set_backend("triton")
+    assert backend_of() == "triton"
+    dino_kernels.set_backend(None)
+    build_for(monkeypatch, [], (9, 0))
+    assert backend_of() == "triton"  # the table's choice is not in this build
+
+
+def test_every_default_names_its_measurement():
+    tracked = subprocess.check_output(["git", "ls-files", "bench/results"], text=True, cwd=ROOT).split()
+    for (op, capability), measurement in CUDA_BY_DEFAULT.items():
+        assert f"{op}_cuda.py" in os.listdir(ROOT / "dino_kernels") and len(capability) == 2
+        assert measurement in tracked, f"{op} on {capability}: {measurement} is not committed"
+
+
+@pytest.mark.parametrize(
+    "archs, capability, runs",
+    [
+        (["80", "90a", "100"], (8, 0), True),
+        (["80", "90a", "100"], (9, 0), True),
+        (["80", "90a", "100"], (10, 0), True),
+        (["80", "90a", "100"], (10, 3), True),
+        (["80", "90a", "100"], (8, 6), False),
+        (["80", "90a", "100"], (12, 0), False),
+        (["80"], (9, 0), False),
+    ],
+)
+def test_only_on_chips_that_it_was_compiled_for(monkeypatch, archs, capability, runs):
+    build_for(monkeypatch, archs, capability)
+    dino_kernels.set_backend("cuda")
+    if runs:
+        assert backend_of() == "cuda"
+    else:
+        with pytest.raises(
+            RuntimeError, match=rf"sm_80.* cuda:0 has compute capability {capability[0]}.{capability[1]}"
+        ):
+            backend_of()
+
+
+def test_what_is_unknown_or_unavailable_is_an_error(monkeypatch):
+    with pytest.raises(ValueError, match="must be triton or cuda, got 'cublas'"):
+        dino_kernels.set_backend("cublas")
+    build_for(monkeypatch, [], (9, 0))
+    with pytest.raises(RuntimeError, match="no CUDA C.. kernels: nvcc was not found; install nvcc"):
+        dino_kernels.set_backend("cuda")
+
+
+@pytest.mark.parametrize("value, error", [("triton", ""), ("", ""), ("cublas", "ValueError: backend .*DINO_KERNELS")])
+def test_the_environment_sets_it(value, error):
+    code = "import sys, dino_kernels; assert 'triton' not in sys.modules; print(dino_kernels._cuda._backend)"
+    env = {**os.environ, "DINO_KERNELS_BACKEND": value}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    if error:
+        assert done.returncode and re.search(error, done.stderr)
+    else:
+        assert done.stdout.strip() == (value or "None"), done.stderr
+
+
+@needs_nvcc
+def test_this_build_has_the_kernels():
+    assert {"80", "90a"} <= set(_cuda.compiled_archs())
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA: "):  # without a driver it fails as it is called, and not before
+            _cuda.kernels().ema_update([16], [16], [4], [0], (0, False, 0.5), 0)
+
+
+@needs_nvcc
+@pytest.mark.ptx
+def test_registered_ops_make_the_choice(monkeypatch):
+    """Their GPU functions, called on CPU tensors: on the emulator."""
+    use_cuda(monkeypatch, "ema_update", [], "90a")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    dino_kernels.set_backend("cuda")
+    kernels = emulated("90a")
+    targets, sources = lists()
+    expected, _ = lists()
+    del kernels.launches[:]
+    _OPS["ema_update_"].kernels["cuda"](targets, sources, torch.tensor(0.9, dtype=torch.float64))
+    assert [name for name in kernels.launches if "ema_kernel" in name]
+    dino_kernels.ema_update_(expected, sources, 0.9)
+    for ours, theirs in zip(targets, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
