@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,19 +103,17 @@ def extract(
         bad: what cannot be read is added.
         title: names a progress bar, shown where errors go to a terminal; none where empty.
     """
-    from tqdm import tqdm
-
     device = next(backbone.parameters()).device
     values = torch.empty(bad.n_images, 0)
     labels, indices = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     count = 0
     was_training = backbone.training
     backbone.eval()
-    hidden = None if title else True
-    with tqdm(total=bad.n_images, desc=title, disable=hidden, unit="image", leave=False) as progress:
+    with _bar(title, bad.n_images) if title else nullcontext() as progress:
         for pixels, batch_labels, batch_indices, unreadable in loader:
             bad.add(unreadable)
-            progress.update(len(pixels) + len(unreadable))
+            if progress is not None:
+                progress.update(len(pixels) + len(unreadable))
             if not len(pixels):
                 continue
             batch = forward(pixels.to(device, non_blocking=True)).float().cpu()
@@ -126,6 +125,12 @@ def extract(
             indices.append(batch_indices)
     backbone.train(was_training)
     return values[:count], torch.cat(labels), torch.cat(indices)
+
+
+def _bar(title: str, total: int):
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, disable=None, unit="image", leave=False)
 
 
 FORMAT = 2  # of what is kept: raise it with a change of decoding, transforms or features
