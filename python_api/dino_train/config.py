@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
-from tyro.constructors import PrimitiveConstructorSpec
 
 from dino_kernels import CropKind
 from dino_train.device import gpu_of
+from dino_train.flags import tyro
 from dino_train.model import ARCHS
 
 EMBEDDED_DATA = Path(__file__).with_name("cifar10-5k.zip")
@@ -28,7 +27,7 @@ def _switch(words: list[str]) -> bool:
 Switch = Annotated[
     bool,
     tyro.conf.FlagConversionOff,
-    PrimitiveConstructorSpec(
+    tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="{true,false}",
         instance_from_str=_switch,

@@ -7,8 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+try:
+    import simplejpeg
+except ImportError:  # Pillow makes the same pixels, more slowly
+    simplejpeg = None
 
 # Pillow warns about big pictures and damaged EXIF; what matters is reported as unreadable images.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -56,8 +60,8 @@ def decode_smaller(data: bytes, shrink: float) -> np.ndarray:
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) of a JPEG that libjpeg-turbo decodes to the very bytes that Pillow makes of it; None of other
-    files: what is to be turned, is in CMYK, or has too many pixels is left to Pillow."""
-    if not data.startswith(b"\xff\xd8") or _has_exif(data):
+    files: what is to be turned, is in CMYK, or has too many pixels is left to Pillow, as all is without simplejpeg."""
+    if simplejpeg is None or not data.startswith(b"\xff\xd8") or _has_exif(data):
         return None
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)

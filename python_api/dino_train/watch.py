@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,10 @@ class Progress:
         self.rate, self.seconds = 0.0, 0.0
         self._last = (first, self.start)
         if sys.stderr.isatty() and not quiet:
-            from tqdm import tqdm
+            with suppress(ImportError):
+                from tqdm import tqdm
 
-            self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True)
+                self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True)
 
     def due(self, done: int) -> bool:
         """After step number `done`: moves the bar, and tells whether `update` is to be called."""
@@ -164,9 +166,12 @@ class CollapseWatch:
         )
 
 
-def plot_curves(folder: Path) -> Path:
-    """Draw loss, k-NN, view retrieval and teacher entropy of a run into curves.png."""
-    import matplotlib
+def plot_curves(folder: Path) -> Path | str:
+    """Draw loss, k-NN, view retrieval and teacher entropy of a run into curves.png; its path, or why there is none."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "not drawn, matplotlib is not installed"
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt

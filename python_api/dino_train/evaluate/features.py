@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,20 +108,18 @@ def extract(
     Raises:
         RuntimeError: the loader ends before or after that.
     """
-    from tqdm import tqdm
-
     device = next(backbone.parameters()).device
     values = torch.empty(count, 0)
     labels, indices = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
     read = seen = 0
     was_training = backbone.training
     backbone.eval()
-    hidden = None if title else True
-    with tqdm(total=count, desc=title, disable=hidden, unit="image", leave=False) as progress:
+    with _bar(title, count) if title else nullcontext() as progress:
         for pixels, batch_labels, batch_indices, unreadable in loader:
             bad.add(unreadable)
             seen += len(pixels) + len(unreadable)
-            progress.update(len(pixels) + len(unreadable))
+            if progress is not None:
+                progress.update(len(pixels) + len(unreadable))
             if not len(pixels):
                 continue
             batch = forward(pixels.to(device, non_blocking=True)).float().cpu()
@@ -134,6 +133,12 @@ def extract(
     if seen != count:
         raise RuntimeError(f"expected {count} images, got {seen}")
     return values[:read], torch.cat(labels), torch.cat(indices)
+
+
+def _bar(title: str, total: int):
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, disable=None, unit="image", leave=False)
 
 
 FORMAT = 2  # of what is kept: raise it with a change of decoding, transforms or features

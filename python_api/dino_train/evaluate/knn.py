@@ -60,12 +60,10 @@ def nearest(train: Tensor, queries: Tensor, k: int, title: str = "") -> tuple[Te
         queries: [n, C].
         title: names a progress bar, shown where errors go to a terminal; none where empty.
     """
-    from tqdm import tqdm
-
     best = torch.full((len(queries), k), -torch.inf, device=queries.device)
     rows = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
     starts = range(0, len(train), TRAIN_BLOCK)
-    for start in tqdm(starts, title, disable=None if title else True, unit="block", leave=False):
+    for start in _with_bar(starts, title) if title else starts:
         block = train[start : start + TRAIN_BLOCK].to(queries.device)
         for i in range(0, len(queries), QUERY_BLOCK):
             part = slice(i, i + QUERY_BLOCK)
@@ -74,6 +72,12 @@ def nearest(train: Tensor, queries: Tensor, k: int, title: str = "") -> tuple[Te
             best[part], order = both.topk(k, dim=1)
             rows[part] = torch.cat((rows[part], found + start), dim=1).gather(1, order)
     return best, rows
+
+
+def _with_bar(blocks: Iterable[int], title: str) -> Iterable[int]:
+    from tqdm import tqdm
+
+    return tqdm(blocks, title, disable=None, unit="block", leave=False)
 
 
 def vote(similarity: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from dino_train.config import EMBEDDED_DATA, default_workers
 from dino_train.data import ImageFolder, split
 from dino_train.evaluate.features import Cache, Features
+from dino_train.flags import tyro
 from dino_train.layers import hold_copies
 from dino_train.loader import BadImages, eval_loader
 from dino_train.model import VisionTransformer
