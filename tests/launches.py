@@ -90,7 +90,9 @@ def counted() -> Iterator[Counter[tuple[str, str]]]:
 def of_a_step(arch: str = "vit_small", **options) -> Counter[tuple[str, str]]:
     """Launches of a step in bfloat16 at the reference setting, not the first: tables of addresses are there."""
     meta = torch.device("meta")
-    config = PretrainConfig(arch=arch, precision="bfloat16", freeze_last_layer=0, num_workers=1, cuda_graph=False, **options)
+    config = PretrainConfig(
+        arch=arch, precision="bfloat16", freeze_last_layer=0, num_workers=1, cuda_graph=False, **options
+    )
     sizes = [config.global_crops_size] * 2 + [config.local_crops_size] * config.local_crops_number
     crops = [torch.empty(config.batch_size_per_gpu, 3, size, size, device=meta) for size in sizes]
     with mock.patch.dict(device._GPUS, {"meta": lambda _: mock.Mock()}):
