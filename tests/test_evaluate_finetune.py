@@ -19,7 +19,10 @@ def words(tmp_path):
 
 
 def test_it_learns_and_leaves_a_checkpoint_that_commands_take(words, tmp_path, capsys):
+    for part in ("train", "val"):
+        (tmp_path / f"data/{part}/red/unreadable.png").write_bytes(b"")
     found = evaluate(capsys, *words, "--epochs", 12, "--lr", 0.02)
+    assert (found["train"], found["val"]) == (24, 15)  # those that were used
     assert found["top1"] > 90 and found["checkpoint"] == str(tmp_path / "out/last.pt")
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3 * (i + 1) for i in range(12)]

@@ -121,7 +121,13 @@ class Finetune(Classification):
         log_skipped(bad, "training")
         log_skipped(bad_held_out, "held-out")
         self.report(
-            {"protocol": "finetune", "train": len(train), "val": len(val), "checkpoint": str(tuning.path)} | values,
+            {
+                "protocol": "finetune",
+                "train": len(train) - bad.count,
+                "val": len(val) - bad_held_out.count,
+                "checkpoint": str(tuning.path),
+                **values,
+            },
             f"top-1 {values['top1']:.2f} %  top-5 {values['top5']:.2f} %  {tuning.path}",
         )
 
