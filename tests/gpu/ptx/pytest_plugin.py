@@ -41,7 +41,7 @@ def pytest_collection_finish(session):
 
 def pytest_terminal_summary(terminalreporter, config):
     found = Counter(
-        f"{report.severity}: {report.kernel}: {report.what.split(' of line')[0]} [{report.source}] {report.text[:90]}"
+        f"{report.severity}: {report.kernel}: {report.what.split(' of line')[0]} [{report.source.split(';')[0]}]"
         for report in launch.reports
     )
     terminalreporter.section(f"PTX emulator, sm_{config.option.ptx_arch}")

@@ -1,0 +1,274 @@
+"""What the Triton kernels execute at the reference setting, counted by the PTX emulator: nothing is timed.
+
+    python bench/ptx_counts.py [--archs 80 90] [--ops attention_197 ...] [--before table.md] [--output table.md]
+
+Each op runs at the tile shapes of the reference setting (64 images, 2 crops of 224 and 8 of 96 pixels, K = 65536) with
+fewer sequences, rows or columns; computed times are scaled up from there. Instructions are those of PTX that a thread
+executes, which ptxas still changes: resources-triton-*.md has the lengths of the loops that it makes. Bytes are those
+that threads load from and store to global memory, hits of caches included.
+"""
+
+import argparse
+import multiprocessing
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from gpu_setting import CROPS
+
+import dino_kernels
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests/gpu"))
+IMAGES, OUTPUTS, PARAMETERS = 64, 65536, 44e6  # the parameters are those of ViT-S with its head
+# Of an H200: what it does a second, by kind. 132 SMs at 1.98 GHz issue 4 instructions of a warp and make 16
+# exponentials (or other special functions) a cycle; dense bf16 products and bytes are measured values.
+SECOND = {"issue": 4 * 132 * 1.98e9, "special": 16 * 132 * 1.98e9, "matrix": 790e12}
+COPY = 4.3e12  # bytes a second
+# Microseconds that a measurement on an H200 should find
+TARGETS = {"attention_197": 85, "attention_37": 63, "dino_loss": 60, "dino_head_loss": 200, "adamw_ema": 520}
+HEADER = """# Instructions, exponentials and bytes of the Triton kernels, counted
+
+Made by `python bench/ptx_counts.py`, which executes the compiled kernels on a CPU: no GPU was used, nothing was timed.
+Launches are those of a call, forward and backward; instructions (of PTX), exponentials and bytes of global memory (hits
+of caches included) are an element's. Computed us: the reference setting on an H200, to compare designs only. Of a
+kernel the largest of the issue of instructions, of special functions (exponentials, reciprocals, ...) and of matrix
+products; of an op their sum, or the floor: the bytes that must be moved, at 4.3 TB/s.
+"""
+
+
+@dataclass
+class Call:
+    """Of an op: its elements, how many times as many the reference setting has, bytes that one must move at least."""
+
+    element: str
+    elements: int
+    scale: float
+    floor: float
+    run: Callable[[], object]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def differentiated(op: Callable, *inputs: torch.Tensor, **options: object) -> Callable[[], object]:
+    def run() -> None:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outs = op(*leaves, **options)
+        outs = [out for out in (outs if isinstance(outs, tuple) else [outs]) if out.requires_grad]
+        torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs])
+
+    return run
+
+
+def dino_loss() -> Call:
+    images, center = IMAGES // 4, randn(OUTPUTS, dtype=torch.float32) / 100
+    student, teacher = randn(10 * images, OUTPUTS) / 16, randn(2 * images, OUTPUTS) / 16
+    op = partial(dino_kernels.dino_loss, teacher=teacher, center=center)
+    return Call("student logit", student.numel(), IMAGES / images, 4.4, differentiated(op, student))
+
+
+def dino_head_loss() -> Call:
+    outputs = OUTPUTS // 8
+    z, teacher, *weights = (torch.nn.functional.normalize(randn(n, 256), dim=-1) for n in (640, 128, outputs, outputs))
+
+    def op(z, weight):
+        return dino_kernels.dino_head_loss(z, teacher, weight, weights[1], torch.zeros(outputs))
+
+    return Call("student logit", len(z) * outputs, OUTPUTS / outputs, 3 * 512 / 640, differentiated(op, z, weights[0]))
+
+
+def attention(count: int, length: int) -> Call:
+    qkv = randn(count * length, 3, 6, 64)
+    bounds = torch.arange(0, len(qkv) + 1, length, dtype=torch.int32)
+    run = differentiated(dino_kernels.attention, qkv, cu_seqlens=bounds, groups=[(count, length)])
+    # Forward and backward: 8 and 16 bytes of a token's channel
+    return Call("query and key", 6 * count * length**2, IMAGES, 24 * 64 / length, run)
+
+
+def add_layer_norm() -> Call:
+    tokens = IMAGES // 8 * (2 * 197 + 8 * 37)
+    x, branch, affine = randn(tokens, 384, dtype=torch.float32), randn(tokens, 384), torch.ones(2, 384)
+    op = dino_kernels.add_layer_norm
+    return Call("channel of a token", x.numel(), 8, 12 + 16, differentiated(op, x, branch, *affine))
+
+
+def bias_gelu() -> Call:
+    x = randn(IMAGES // 16 * (2 * 197 + 8 * 37), 1536)
+    return Call(
+        "channel of a token", x.numel(), 16, 4 + 6, differentiated(dino_kernels.bias_gelu, x, torch.zeros(1536))
+    )
+
+
+def drop_path_add() -> Call:
+    tokens = IMAGES // 8 * (2 * 197 + 8 * 37)
+    x, branch = randn(tokens, 384, dtype=torch.float32), randn(tokens, 384)
+    op = partial(dino_kernels.drop_path_add, scale=torch.ones(tokens))
+    return Call("channel of a token", x.numel(), 8, 10 + 6, differentiated(op, x, branch))
+
+
+def weight_norm() -> Call:
+    v, g = randn(OUTPUTS // 16, 256, dtype=torch.float32), torch.ones(OUTPUTS // 16, 1)
+
+    def run() -> None:
+        grad = dino_kernels.weight_norm_(torch.empty(v.shape, dtype=torch.bfloat16), v, g)
+        dino_kernels.weight_norm_backward_(torch.zeros_like(v), torch.zeros_like(g), grad.float(), v, g)
+
+    return Call("weight", v.numel(), 16, 6 + 16, run)
+
+
+def ema_update() -> Call:
+    weights = [[randn(128, 128, dtype=torch.float32) for _ in range(150)] for _ in range(2)]
+    elements = 150 * 128 * 128
+    return Call("weight", elements, PARAMETERS / elements, 12, lambda: dino_kernels.ema_update_(*weights, 0.996))
+
+
+def adamw_ema() -> Call:
+    offsets = [128 * 128 * i for i in range(151)]
+    student, grad, first, teacher = (randn(offsets[-1], dtype=torch.float32) for _ in range(4))
+    run = partial(
+        dino_kernels.adamw_ema_step_, student, grad, first, torch.rand(offsets[-1]), teacher,
+        offsets=offsets, steps=torch.zeros(150, dtype=torch.int64), decayed=torch.ones(150, dtype=torch.bool),
+        frozen=torch.zeros(150, dtype=torch.bool), nonfinite=torch.zeros((), dtype=torch.int32), lr=1e-3,
+        weight_decay=0.04, momentum=0.996, clip_norm=3.0, student_16=randn(offsets[-1]), teacher_16=randn(offsets[-1]),
+    )  # fmt: skip
+    return Call("weight", offsets[-1], PARAMETERS / offsets[-1], 40, run)
+
+
+def multicrop() -> Call:
+    crops = dino_kernels.draw_crops(0, 0, 0, CROPS, (375, 500))[None]
+    out = [torch.empty(1, 3, kind.size, kind.size, dtype=torch.bfloat16) for kind in CROPS]
+    pixels = torch.randint(0, 256, (3 * 375 * 500,), dtype=torch.uint8)
+    run = partial(dino_kernels.multicrop_packed, pixels, np.array([[0, 375, 500]]), crops, out)
+    pixels_out = sum(kind.size**2 for kind in CROPS)
+    return Call("pixel of a crop", pixels_out, IMAGES, 6 + pixels.numel() / pixels_out, run)
+
+
+OPS = {
+    "attention_197": partial(attention, 2, 197),
+    "attention_37": partial(attention, 8, 37),
+    **{
+        op.__name__: op
+        for op in (
+            dino_loss, dino_head_loss, add_layer_norm, bias_gelu, drop_path_add, weight_norm, ema_update, adamw_ema,
+            multicrop,
+        )
+    },
+}  # fmt: skip
+
+
+def count(job: tuple[str, int]) -> list[dict]:
+    """A row a kernel, and one of all of an op; in a process of its own, since Triton keeps what it compiled."""
+    from ptx import launch, triton_driver
+
+    name, arch = job
+    torch.manual_seed(0)
+    triton_driver.install(arch)
+    launch.options.races = False
+    from ptx.dino_ops import use_triton
+
+    use_triton()
+    call = OPS[name]()
+    call.run()
+    totals: dict[str, Counter] = defaultdict(Counter)
+    for used in launch.usage.values():
+        totals[used.program.kernel.name].update({"launches": used.launches, **counted(used.program)})
+    rows = [row(name, arch, kernel, total, call, *busy(total, call)) for kernel, total in totals.items()]
+    moved = call.floor * call.elements * call.scale / COPY
+    computing = sum(busy(total, call)[0] for total in totals.values())
+    slowest = (moved, "bytes") if moved > computing else (computing, "its kernels")
+    return [*rows, row(name, arch, "all", sum(totals.values(), Counter()), call, *slowest, moved)]
+
+
+def counted(program) -> Counter:
+    from ptx.launch import bytes_of, classify
+
+    total: Counter = Counter()
+    for statement, warps, lanes in zip(program.instructions, *(n.tolist() for n in program.counts()), strict=True):
+        opcode, kind = statement.opcode, classify(statement.opcode)
+        total.update({"warps": warps, "instructions": 32 * warps, "special": lanes * (kind == "mufu")})
+        total["exponentials"] += lanes * opcode.startswith("ex2")
+        if kind in ("ld.global", "st.global", "cp.async", "atom", "red"):
+            total["bytes"] += lanes * bytes_of(opcode, statement.operands)
+        if kind in ("wgmma", "mma"):
+            m, n, k = map(int, re.search(r"\.m(\d+)n(\d+)k(\d+)", opcode).groups())
+            total["products"] += 2 * min(m, 16) * n * k * warps  # a warp has 16 of the 64 rows of its warpgroup
+    return total
+
+
+def busy(total: Counter, call: Call) -> tuple[float, str]:
+    """Seconds of a kernel at the reference setting, but for its bytes, and what takes them."""
+    kinds = {"issue": "warps", "special": "special", "matrix": "products"}
+    return max((total[key] / SECOND[kind] * call.scale, kind) for kind, key in kinds.items())
+
+
+def row(
+    op: str, arch: int, kernel: str, total: Counter, call: Call, time: float, bound: str, floor: float | None = None
+) -> dict:
+    per_element = {key: total[key] / call.elements for key in ("instructions", "exponentials", "bytes")}
+    return {
+        "chip": f"sm_{arch}",
+        "op": op,
+        "element": call.element,
+        "kernel": kernel.strip("_"),
+        "launches": str(total["launches"]),
+        **{key: f"{value:.3g}" for key, value in per_element.items()},
+        "computed us": f"{time * 1e6:.3g}" if arch == 90 else "-",
+        "bound by": bound if arch == 90 else "-",
+        "floor us": f"{floor * 1e6:.3g}" if arch == 90 and floor else "-",
+        "target us": str(TARGETS.get(op, "-")) if arch == 90 and floor else "-",
+    }
+
+
+def beside(before: list[dict], after: list[dict]) -> list[dict]:
+    """Of all of each op: what it was and what it is."""
+    old = {(row["chip"], row["op"]): row for row in before if row["kernel"] == "all"}
+    changing = ("launches", "instructions", "exponentials", "bytes", "computed us")
+    return [
+        {k: f"{old[row['chip'], row['op']][k]} -> {v}" if k in changing else v for k, v in row.items() if k != "kernel"}
+        for row in after
+        if row["kernel"] == "all" and (row["chip"], row["op"]) in old
+    ]
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row.values())} |" for row in rows)]) + "\n"
+
+
+def read(text: str) -> list[dict]:
+    """The rows of the last table in a text."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    start = max(i for i, line in enumerate(lines) if line[0] == "---")
+    return [dict(zip(lines[start - 1], line, strict=True)) for line in lines[start + 1 :]]
+
+
+def main() -> None:
+    import triton
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archs", nargs="+", type=int, choices=(80, 90), default=[80, 90])
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--before", type=Path, help="an earlier table, which is set beside this one")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    jobs = [(op, arch) for arch in options.archs for op in options.ops]
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        rows = [row for part in pool.map(count, jobs, chunksize=1) for row in part]
+    text = f"{HEADER}Compiled with Triton {triton.__version__}.\n\n"
+    if options.before:
+        text += f"## Before and after\n\n{table(beside(read(options.before.read_text()), rows))}\n## Each kernel\n\n"
+    text += table(rows)
+    if options.output:
+        options.output.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
