@@ -1,0 +1,103 @@
+"""Compiled kernels broken on purpose, a kind of fault at a time: the emulator must notice each.
+
+Run by test_ptx_compiled.py in a process of its own, as compiled_ops.py is.
+"""
+
+import re
+
+import pytest
+import torch
+from ptx import launch, triton_driver
+from ptx.dino_ops import FOLDER, use_triton
+
+from dino_kernels import attention, dino_loss
+
+GLOBAL = r"(?:(?:ld|st)\.global|cp\.async\.c[ag]\.)"
+BARRIER = r"bar\.sync\s+0;"
+FAULTS = {  # pattern, replacement, what is reported, architectures
+    "out of bounds": (rf"@!?%p\d+ ({GLOBAL})", r"\1", "out of bounds", (80, 90)),
+    "misaligned": (r"(ld\.global[^\[]*\[ ?%rd\d+ ?\+ ?)0", r"\g<1>2", "misaligned", (80, 90)),
+    "no barrier": (BARRIER, "", "race between threads of a CTA", (80, 90)),
+    "uninitialised": (r"st\.shared[^;]*;", "", "nobody wrote|undefined", (80, 90)),
+    "copy not waited for": (r"cp\.async\.wait_group [^;]*;", "", "cp.async has not been waited for", (80, 90)),
+    "product not waited for": (r"wgmma\.wait_group\.sync\.aligned [^;]*;", "", "wgmma in flight", (90,)),
+    "no proxy fence": (r"fence\.proxy\.async[^;]*;", "", "without a fence.proxy.async", (90,)),
+}
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    use_triton(monkeypatch.setattr)
+    monkeypatch.setattr(launch.options, "budget", 20_000_000)
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """broken(change): from here on kernels are what `change` makes of their PTX."""
+
+    def use(change):
+        original = triton_driver._program
+
+        def program(ptx, name):
+            text = change(ptx)
+            return original(text, name)
+
+        monkeypatch.setattr(triton_driver, "_program", program)
+
+    return use
+
+
+def attend(tokens=197):
+    qkv = torch.randn(tokens, 3, 1, 64, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    return attention(qkv, torch.tensor([0, tokens], dtype=torch.int32), groups=[(1, tokens)])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_noticed(broken, fault, request):
+    pattern, replacement, report, architectures = FAULTS[fault]
+    if request.config.option.ptx_arch not in architectures:
+        pytest.skip("an instruction of sm_90")
+
+    def change(ptx):
+        text, count = re.subn(pattern, replacement, ptx)
+        assert count
+        return text
+
+    attend()
+    broken(change)
+    with pytest.raises(launch.KernelError, match=report):
+        attend()
+
+
+def test_a_ticket_counter_that_orders_nothing_is_noticed(broken):
+    student, teacher, center = torch.randn(6, 1024), torch.randn(4, 1024), torch.zeros(1024)
+    dino_loss(student, teacher, center)
+    broken(lambda ptx: ptx.replace("acq_rel", "relaxed"))
+    with pytest.raises(launch.KernelError, match="race between CTAs"):
+        dino_loss(student, teacher, center)
+
+
+def test_the_barrier_before_delta_is_read_suffices_but_is_not_the_only_one(broken, monkeypatch, request):
+    """Without that of `_short_backward_kernel` nothing is found. On sm_90 each block of queries and each step over the
+    keys has barriers of its own for shared memory, and some of them lie between delta's store and its load. On sm_80
+    the lane that loads an element is the one that stored it. Nothing promises either, so the barrier stays."""
+    lines = (FOLDER / "attention_triton.py").read_text().splitlines()
+    (line,) = (number for number, text in enumerate(lines, 1) if "tl.debug_barrier()" in text)
+
+    def without(ptx):
+        start = re.search(rf"\.loc\s+\d+\s+{line}\s", ptx).start()
+        own = re.compile(BARRIER).search(ptx, start)
+        before, after = ptx[: own.start()], ptx[own.end() :]
+        if others:
+            before, after = re.sub(BARRIER, "", before), re.sub(BARRIER, "", after)
+        return before + ("" if its_own else own[0]) + after
+
+    monkeypatch.setattr(launch.options, "fails_on", ())
+    out = attend()
+    broken(without)
+    for its_own, others in ((True, False), (False, True), (True, True)):
+        first = len(launch.reports)
+        out.sum().backward(retain_graph=True)
+        races = [report for report in launch.reports[first:] if "delta float32" in report.detail]
+        assert bool(races) == (its_own and others and request.config.option.ptx_arch == 90)
+        del launch.reports[first:]
