@@ -4,7 +4,7 @@ V := .venv/bin
 # A GPU machine's own torch is used; elsewhere this pin is what arrives quickly.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint bench resources gpu build clean
+.PHONY: demo test lint bench resources prove gpu build clean
 
 $(V)/.torch:
 	$(PYTHON) -m venv $(shell $(PYTHON) -c "import torch; assert torch.version.cuda" 2>/dev/null && echo --system-site-packages) .venv
@@ -46,6 +46,11 @@ bench: $(V)/.dev
 
 resources: $(V)/.dev
 	$(V)/python bench/resources.py --output bench/results
+	PYTHONPATH=$$($(V)/python bench/oldest_triton.py) $(V)/python bench/resources.py --output bench/results
+
+# Compiled kernels on a PTX emulator, in full: about 20 minutes on two cores.
+prove: $(V)/.dev
+	$(V)/python tests/gpu/prove.py
 
 # On a machine with a GPU, with the Python that has its torch: no .venv and no network.
 OUT ?= gpu-results

@@ -4,11 +4,10 @@
 
 Each op is run on meta tensors at the shapes of the reference setting (64 images, 2 crops of 224 and 8 of 96 pixels,
 K = 65536), with every launch turned into a compilation: what is listed is what would be launched, tile shapes and
-specializations included. Prints the table; writes resources.json and resources.md into the folder given.
+specializations included. Prints the table; writes resources-triton-<version>.md into the folder given.
 """
 
 import argparse
-import json
 import multiprocessing
 import re
 import subprocess
@@ -196,12 +195,12 @@ def compile_ops(names: list[str], target: str) -> list[dict]:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        constants = {k: v for k, v in kwargs.items() if k.isupper()}
+        constants = " ".join(f"{k}={v}" for k, v in kwargs.items() if k.isupper())
         row = {"op": op.__name__, "kernel": self.__name__.strip("_"), "constants": constants, "target": target}
         row |= {"warps": compiled.metadata.num_warps, **resources(compiled)}
         # Several dtypes and alignments share a row, which tells the most that any of them needs.
         known = rows.setdefault(str([row[key] for key in ("op", "kernel", "constants", "warps")]), row)
-        for key in ("registers", "spills", "shared_bytes"):
+        for key in ("registers", "spills", "shared", "loops"):
             known[key] = max(known[key], row[key])
 
     JITFunction.run = compile_only
@@ -213,16 +212,15 @@ def compile_ops(names: list[str], target: str) -> list[dict]:
 
 
 def resources(compiled) -> dict:
-    """Registers a thread, bytes of spills a thread, shared memory, matrix and atomic instructions of a kernel."""
+    """Registers and bytes of spills of a thread, shared memory, matrix instruction, atomics, lengths of loops."""
     assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-    atomics = len(re.findall(r"\b(?:atom|red)\.\w*global|global_atomic", assembly))
-    matrix = next((name for name in MATRIX_INSTRUCTIONS if name in assembly), None)
+    lengths: list[int] = []
     if "cubin" in compiled.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-            report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            report = output(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+            lengths = loops(output(triton.knobs.nvidia.nvdisasm.path, "--print-code", file.name))
         registers, stack, local = (int(re.findall(rf"{key}:(\d+)", report)[-1]) for key in ("REG", "STACK", "LOCAL"))
         spills = stack + local
     else:
@@ -233,10 +231,31 @@ def resources(compiled) -> dict:
     return {
         "registers": registers,
         "spills": spills,
-        "shared_bytes": compiled.metadata.shared,
-        "matrix_instruction": matrix,
-        "atomics": atomics,
+        "shared": compiled.metadata.shared,
+        "matrix": next((name for name in MATRIX_INSTRUCTIONS if name in assembly), None),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.\w*global|global_atomic", assembly)),
+        "loops": lengths,
     }
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def loops(sass: str) -> list[int]:
+    """Instructions of each innermost loop, in order: from a label to a branch back to it that has no other inside."""
+    labels: dict[str, int] = {}
+    branches, count = [], 0
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
+            count += 1
+            back = re.search(r"\bBRA\b.*(\.L_x_\d+)", instruction[1])
+            if back and back[1] in labels:
+                branches.append((labels[back[1]], count))
+    inner = [(a, b) for a, b in branches if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in branches)]
+    return [b - a for a, b in inner if b - a > 1]  # the last instruction of a kernel branches to itself
 
 
 def table(rows: list[dict]) -> str:
@@ -244,15 +263,16 @@ def table(rows: list[dict]) -> str:
         f"# Resources of the Triton kernels, compiled with Triton {triton.__version__} without a GPU",
         "",
         "Made by `make resources` at the reference setting (64 images, 2 + 8 crops of 224 and 96 pixels, ViT-S, bf16).",
-        "Registers and spilled bytes are a thread's, shared memory is a program's (limit: "
-        + ", ".join(f"{name} {limit:,}" for name, (_, limit) in TARGETS.items()) + ").",
+        "Registers and bytes of spills are a thread's, bytes of shared memory a program's (limit: "
+        + ", ".join(f"{name} {limit:,}" for name, (_, limit) in TARGETS.items())
+        + "); loops: instructions (SASS) of each innermost loop.",
         "",
-        "| op | kernel | constants | target | warps | registers | spills | shared bytes | matrix | atomics |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        f"| {' | '.join(rows[0])} |",
+        f"|{'---|' * len(rows[0])}",
+    ]
     for row in rows:
-        cells = {**row, "constants": " ".join(f"{k}={v}" for k, v in row["constants"].items())}
-        lines.append("| " + " | ".join("-" if cell is None else str(cell) for cell in cells.values()) + " |")
+        cells = {**row, "loops": " ".join(map(str, row["loops"]))}
+        lines.append("| " + " | ".join(str(cell or "-") if cell != 0 else "0" for cell in cells.values()) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -269,8 +289,7 @@ def main() -> None:
         ]
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "resources.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (options.output / "resources.md").write_text(table(rows))
+        (options.output / f"resources-triton-{triton.__version__}.md").write_text(table(rows))
     print(table(rows))
 
 
