@@ -117,7 +117,10 @@ def add_layer_norm() -> None:
             total, normed, *stats = add_layer_norm_triton.forward_triton(
                 branch.to(dtype), branch, *affine, *drop_path, 1e-6
             )
-            add_layer_norm_triton.backward_triton(total, normed, total, *stats, affine[0], *drop_path, *affine)
+            for sums in (None, affine[0]):
+                add_layer_norm_triton.backward_triton(
+                    total, normed, total, *stats, affine[0], *drop_path, *affine, sums
+                )
 
 
 def bias_gelu() -> None:
