@@ -90,7 +90,6 @@ def _advance(
     """New weights of the student and the teacher at begin + i. SHARED: several threads hold an element, and all must
     have read it before one of them replaces it."""
     s = tl.load(student + begin + i, mask, other=0.0)
-    t = tl.load(teacher + begin + i, mask, other=0.0)
     if tl.load(frozen + segment) == 0:
         at = factors + 4 * segment
         g = tl.load(grad + begin + i, mask, other=0.0).to(tl.float32) * tl.load(at)
@@ -102,7 +101,7 @@ def _advance(
         tl.store(exp_avg + begin + i, m1, mask)
         tl.store(exp_avg_sq + begin + i, m2, mask)
         tl.store(student + begin + i, s, mask)
-    t = m * t + one_minus_m * s
+    t = m * tl.load(teacher + begin + i, mask, other=0.0) + one_minus_m * s
     if SHARED:
         tl.debug_barrier()
     tl.store(teacher + begin + i, t, mask)
@@ -213,10 +212,10 @@ def step_triton(
     if count:
         _update_kernel[(count,)](*weights, blocks, *state, eps, **layout)
     if whole:
-        grid = (2 * student_rows.numel() // _BLOCK,)  # of half the size: two nets' rows take registers
+        grid = (2 * student_rows.numel() // _BLOCK,)  # four elements a thread: two nets' rows take registers
         _rows_kernel[grid](
             *weights, student_rows, teacher_rows, *state, eps, segments - 2, *offsets[-3:-1],
-            ROWS=_BLOCK // (2 * width), D=width, num_warps=8, enable_fp_fusion=False,
+            ROWS=_BLOCK // (2 * width), D=width, num_warps=16, enable_fp_fusion=False,
         )  # fmt: skip
     elif width:
         forward_triton(student_rows, *last_layer(student, offsets, student_rows))
