@@ -249,7 +249,7 @@ def _class_heads_backward(grad: Tensor, normed: Tensor, attn: Any, packing: Pack
     w_k, w_v = weight[dim:].view(2, attn.num_heads, -1, dim)
     into_k, into_v = weight.grad[dim:].view(2, *w_k.shape)
     x, grad = normed.to(weight.dtype), grad.to(weight.dtype)
-    bias.grad[2 * dim :] += grad.sum(0)
+    bias.grad[2 * dim :].add_(grad.sum(0))
     of_heads = _by_head(grad, w_k)
     into_v.baddbmm_(of_heads.mT, means.transpose(0, 1))
     of_means = torch.bmm(of_heads, w_v).transpose(0, 1)
@@ -266,7 +266,7 @@ def _class_heads_backward(grad: Tensor, normed: Tensor, attn: Any, packing: Pack
     into_k.baddbmm_(_by_head(q, w_k).mT, of_queries)
     of_q = torch.bmm(of_queries, w_k.mT).transpose(0, 1).flatten(1) * w_k.shape[1] ** -0.5
     weight.grad[:dim].addmm_(of_q.t(), x.index_select(0, first))
-    bias.grad[:dim] += of_q.sum(0)
+    bias.grad[:dim].add_(of_q.sum(0))
     return grad_x.index_add_(0, first, of_q @ weight[:dim]).to(normed.dtype)
 
 
