@@ -186,8 +186,8 @@ def _table(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
         for start in range(begin, end, _BLOCK):
             blocks.append((segment, start, min(_BLOCK, end - start), start == begin))
         first.append(len(blocks))
-    uploaded = (torch.tensor(table, dtype=torch.int64, device="cpu").to(device) for table in (blocks, first))
-    return *uploaded, first, all(offset % 16 == 0 for offset in offsets)
+    rows, programs = (torch.tensor(table, dtype=torch.int64, device="cpu").to(device) for table in (blocks, first))
+    return rows, programs, first, all(offset % 16 == 0 for offset in offsets)
 
 
 def step_triton(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dino_kernels import FusedBlock, add_layer_norm, add_layer_norm_reference, attention, without_autograd
+from dino_train.device import gpu_of
 from dino_train.layers import Linear, Mlp
 
 
@@ -206,11 +207,6 @@ _norm, _norm_backward_ = without_autograd("add_layer_norm"), without_autograd("a
 _mlp, _mlp_backward_ = without_autograd("mlp"), without_autograd("mlp_backward_")
 
 
-def _on_gpu(x: Tensor) -> bool:
-    """Where a pass over memory costs more than arithmetic, and a launch as much as a small pass."""
-    return x.device.type != "cpu"
-
-
 def _heads(normed: Tensor, attn: Any, packing: Packing) -> tuple[Tensor, ...]:
     """What the attention projects [T, C], and what a backward needs besides."""
     qkv = _linear(normed, *attn.qkv.copies, False).unflatten(1, (3, attn.num_heads, -1))
@@ -292,7 +288,7 @@ def _chain(
     heads = heads.to(normed.dtype)
     branch = _linear(heads, *attn.proj.copies, False)
     middle, middle_normed, mean, rstd = _norm(x, branch, norm.weight, norm.bias, scale, rows, mlp_rows, norm.eps)
-    bias2 = fc2.copies[1] if _on_gpu(x) else fc2.bias
+    bias2 = fc2.copies[1] if gpu_of(x.device) else fc2.bias
     branch, hidden = _mlp(middle_normed, fc1.copies[0], fc1.bias, fc2.copies[0], bias2, keep)
     out, out_normed, out_mean, out_rstd = _norm(
         middle, branch, next_norm.weight, next_norm.bias, mlp_scale, mlp_rows, next_rows, next_norm.eps
@@ -325,7 +321,7 @@ class _Chain(torch.autograd.Function):
         grad, grad_normed = _dense(grad, grad_normed, ctx.normed_like)
         # The gradient of the bias that a branch ends with comes out of the norm's pass, or of the linear layer's.
         biases = attn.proj.bias.grad, fc2.bias.grad
-        in_norm, in_linear = (biases, (None, None)) if _on_gpu(out) else ((None, None), biases)
+        in_norm, in_linear = (biases, (None, None)) if gpu_of(out.device) else ((None, None), biases)
         stats = out, out_mean, out_rstd
         grad, grad_branch = _norm_gradients(grad, grad_normed, stats, next_norm, mlp_branch, next_branch, in_norm[1])
         grads = fc1.weight.grad, fc1.bias.grad, fc2.weight.grad, in_linear[1]
