@@ -97,10 +97,12 @@ def adamw_ema() -> None:
         (383 * 383, addresses, torch.float32),  # segments begin at odd addresses
         (383 * 383, addresses, torch.bfloat16),
     ):
-        offsets = [size * i for i in range(150)] + [size * 149 + OUTPUTS * 256]
+        offsets = [size * i for i in range(149)]
+        offsets += [offsets[-1] + OUTPUTS, offsets[-1] + OUTPUTS * 257]
         flat, grad, copy = (meta(offsets[-1], dtype=kind) for kind in (torch.float32, dtype, torch.bfloat16))
+        rows = meta(OUTPUTS, 256, dtype=dtype)
         adamw_ema_triton.step_triton(
-            flat, grad, flat, flat, flat, copy, copy, None, None, offsets, steps, flags, flags, meta(dtype=torch.int32),
+            flat, grad, flat, flat, flat, copy, copy, rows, rows, offsets, steps, flags, flags, meta(dtype=torch.int32),
             setting, setting, setting, 3.0, 0.9, 0.999, 1e-8, 0,
         )  # fmt: skip
 
@@ -116,7 +118,10 @@ def add_layer_norm() -> None:
             total, normed, *stats = add_layer_norm_triton.forward_triton(
                 branch.to(dtype), branch, *affine, *drop_path, 1e-6
             )
-            add_layer_norm_triton.backward_triton(total, normed, total, *stats, affine[0], *drop_path, *affine)
+            for sums in (None, affine[0]):
+                add_layer_norm_triton.backward_triton(
+                    total, normed, total, *stats, affine[0], *drop_path, *affine, sums
+                )
 
 
 def bias_gelu() -> None:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LOG2_E", "LOWEST", "argument", "blend", "blend_arguments", "operand", "owner", "scalar", "shared_memory"]
+__all__ = ["LOG2_E", "LOWEST", "argument", "blend", "blend_arguments", "operand", "scalar", "shared_memory"]
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # the exponential of the hardware is exp2
@@ -44,19 +44,6 @@ def blend(momentum, rest):
         rest = (1 - m).to(tl.float32)
         momentum = m.to(tl.float32)
     return momentum, rest
-
-
-@triton.jit
-def owner(first, count, program, STEPS: tl.constexpr):
-    """The last i < count whose first program first[i] is not after this one; 2^STEPS > count."""
-    low = 0
-    high = count
-    for _ in range(STEPS):
-        middle = (low + high) // 2
-        after = tl.load(first + middle) > program
-        high = tl.where(after, middle, high)
-        low = tl.where(after, low, middle)
-    return low
 
 
 @triton.jit

@@ -138,7 +138,7 @@ def _(x, branch, weight, bias, scale, rows, normed_rows, eps):
     return empty_outputs(x, branch, normed_rows)
 
 
-@custom_op("add_layer_norm_backward_", mutates_args=("grad_weight", "grad_bias"))
+@custom_op("add_layer_norm_backward_", mutates_args=("grad_weight", "grad_bias", "branch_sums"))
 def _norm_backward_(
     grad_total: Tensor | None,
     grad_normed: Tensor,
@@ -151,12 +151,15 @@ def _norm_backward_(
     normed_rows: Tensor | None,
     grad_weight: Tensor,
     grad_bias: Tensor,
+    branch_sums: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of branch (of no shape where it would equal that of x); those of weight and bias, float32, are
-    added to."""
+    added to. So are the sums over rows of the branch's to `branch_sums`, float32 [C]: the gradient of a bias that the
+    branch ends with, of which a GPU spares itself a pass."""
     return _backward_cpu(
-        grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias
-    )
+        grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias,
+        branch_sums,
+    )  # fmt: skip
 
 
 @_norm_backward_.register_kernel("cuda")
@@ -168,7 +171,7 @@ def _(grad_total, grad_normed, total, *args):
 
 
 @_norm_backward_.register_fake
-def _(grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias):
+def _(grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, *_):
     return empty_gradients(grad_normed, total, scale, rows)
 
 
@@ -221,6 +224,7 @@ def _backward(ctx, grad_total, grad_normed, *_):
         rows,
         normed_rows,
         *grads,
+        None,
     )
     if same_gradient(grad_normed, total, scale, rows):
         grad_branch = grad_x
@@ -256,7 +260,9 @@ def _forward_cpu(x, branch, weight, bias, scale, rows, normed_rows, eps):
     return outputs
 
 
-def _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias):
+def _backward_cpu(
+    grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias, branch_sums
+):
     grad_x, grad_branch = empty_gradients(grad_normed, total, scale, rows)
     groups = min(GROUPS, len(total))
     partial = weight.new_empty(groups, 2, len(weight))
@@ -272,4 +278,8 @@ def _backward_cpu(grad_total, grad_normed, total, mean, rstd, weight, scale, row
         DTYPES[grad_normed.dtype],
         torch.get_num_threads(),
     )
+    if branch_sums is not None:
+        summed = grad_branch if grad_branch.ndim == 2 else grad_x
+        addresses = branch_sums.data_ptr(), summed.data_ptr()
+        _C.add_column_sums(*addresses, DTYPES[summed.dtype], *summed.shape, torch.get_num_threads())
     return grad_x, grad_branch

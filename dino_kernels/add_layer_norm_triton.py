@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 
 from dino_kernels.add_layer_norm import empty_gradients, empty_outputs
+from dino_kernels.column_sums_triton import add_partial_sums
 
 __all__ = ["backward_triton", "forward_triton"]
 
-_PROGRAMS = 528  # of the backward pass: four on each multiprocessor of an H100 or H200, and the same sums on any chip
+_PROGRAMS = 264  # of the backward pass: two on each multiprocessor of an H100 or H200, and the same sums on any chip
 
 
 @triton.jit
@@ -52,13 +53,15 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     grad_total, grad_normed, total, mean, rstd, weight, scale, added, made, grad_x, grad_branch, partial, T, C,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Every so many blocks of ROWS rows a program, and their share of the gradients of weight and bias."""
+    """Every so many blocks of ROWS rows a program, and their share of the gradients of weight and bias; and, of three
+    SUMS, of those of the branch."""
     c = tl.arange(0, BLOCK)
     w = tl.load(weight + c, c < C, other=0.0)[None, :]
     grad_w = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_b = tl.zeros((ROWS, BLOCK), tl.float32)
+    of_branch = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(tl.program_id(0) * ROWS, T, tl.num_programs(0) * ROWS):
         rows = first + tl.arange(0, ROWS)
         at = rows[:, None].to(tl.int64) * C + c[None, :]
@@ -82,16 +85,24 @@ def _backward_kernel(
             row, at_row, mask_row = _row_of(added, rows, c, T, C)
             if scale is not None:
                 d *= tl.load(scale + row, (rows < T) & (row >= 0), other=0.0)[:, None]
+            elif added is not None:
+                d = tl.where(mask_row, d, 0.0)
             tl.store(grad_branch + at_row, d.to(grad_branch.dtype.element_ty), mask_row)
-    sums = partial + tl.program_id(0) * 2 * C + c
+        if SUMS == 3:
+            of_branch += d
+    sums = partial + tl.program_id(0) * SUMS * C + c
     tl.store(sums, tl.sum(grad_w, axis=0), c < C)
     tl.store(sums + C, tl.sum(grad_b, axis=0), c < C)
+    if SUMS == 3:
+        tl.store(sums + 2 * C, tl.sum(of_branch, axis=0), c < C)
 
 
 def _tile(channels: int) -> dict[str, int]:
-    """16 elements a thread: rows short of 2048 channels share a program."""
+    """16 elements a thread: rows short of 2048 channels share a program. Without fused multiply-adds all lanes that
+    share a row's sum hold the same."""
     block = triton.next_power_of_2(channels)
-    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": max(4, block // 512)}
+    warps = max(4, block // 512)
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": warps, "enable_fp_fusion": False}
 
 
 def _places(rows, tokens):
@@ -114,20 +125,20 @@ def forward_triton(x, branch, weight, bias, scale, rows, normed_rows, eps):
 
 
 def backward_triton(
-    grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias
+    grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias, branch_sums
 ):
     grad_x, grad_branch = empty_gradients(grad_normed, total, scale, rows)
     tokens, channels = total.shape
     tile = _tile(channels)
+    tile["num_warps"] *= 2  # 8 elements a thread: each takes part in three sums that stay in registers
     programs = min(_PROGRAMS, triton.cdiv(tokens, tile["ROWS"]))
-    partial = weight.new_empty(programs, 2, channels)
+    into = (grad_weight, grad_bias) if branch_sums is None else (grad_weight, grad_bias, branch_sums)
+    partial = weight.new_empty(programs, len(into), channels)
     if tokens:
         _backward_kernel[(programs,)](
             grad_total, grad_normed, total, mean, rstd, weight, scale, _places(rows, tokens),
             _places(normed_rows, tokens), grad_x, grad_branch if grad_branch.numel() else None, partial,
-            tokens, channels, **tile,
+            tokens, channels, SUMS=len(into), **tile,
         )  # fmt: skip
-    sums = partial.sum(0)
-    grad_weight += sums[0]
-    grad_bias += sums[1]
+        add_partial_sums(partial, *into)
     return grad_x, grad_branch

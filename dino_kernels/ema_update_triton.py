@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_kernels._native import DTYPES
-from dino_kernels._triton import blend, blend_arguments, owner
+from dino_kernels._triton import blend, blend_arguments
 
 __all__ = ["update_triton"]
 
@@ -16,16 +16,15 @@ _BLOCK = 4096  # elements a program
 
 
 @triton.jit
-def _ema_kernel(table, tensors, momentum, rest, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a block of one tensor. Rows of table [5, tensors], int64: the tensor's first program, its
-    size, the addresses of target and source, the source's dtype (numbers of DTYPES)."""
-    program = tl.program_id(0)
-    low = owner(table, tensors, program, STEPS)
-    offset = (program - tl.load(table + low)) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < tl.load(table + tensors + low)
-    target = tl.load(table + 2 * tensors + low).to(tl.pointer_type(tl.float32))
-    source = tl.load(table + 3 * tensors + low)
-    dtype = tl.load(table + 4 * tensors + low)
+def _ema_kernel(blocks, momentum, rest, BLOCK: tl.constexpr):
+    """One program a block of one tensor. A row of blocks [programs, 4], int64: the block's addresses in target and
+    source, its size, the source's dtype (numbers of DTYPES)."""
+    row = blocks + 4 * tl.program_id(0)
+    target = tl.load(row).to(tl.pointer_type(tl.float32))
+    source = tl.load(row + 1)
+    offset = tl.arange(0, BLOCK)
+    mask = offset < tl.load(row + 2).to(tl.int32)
+    dtype = tl.load(row + 3)
     if dtype == 0:
         s = tl.load(source.to(tl.pointer_type(tl.float32)) + offset, mask)
     elif dtype == 1:
@@ -38,23 +37,21 @@ def _ema_kernel(table, tensors, momentum, rest, STEPS: tl.constexpr, BLOCK: tl.c
 
 
 @cache
-def _table(rows: tuple[tuple[int, int, int, int], ...], device: torch.device) -> tuple[Tensor, int]:
-    """The kernel's table and its number of programs. Kept, since a training run asks for the same every step:
-    no upload, and a captured CUDA graph finds it where it was."""
-    first, columns = 0, []
-    for size, target, source, dtype in rows:
-        columns.append((first, size, target, source, dtype))
-        first += triton.cdiv(size, _BLOCK)
-    return torch.tensor(columns, dtype=torch.int64, device="cpu").T.contiguous().to(device), first
+def _table(rows: tuple[tuple[int, int, int, torch.dtype], ...], device: torch.device) -> Tensor:
+    """The kernel's table. Kept, since a training run asks for the same every step: no upload, and a captured CUDA graph
+    finds it where it was."""
+    blocks = [
+        (target + 4 * start, source + dtype.itemsize * start, min(_BLOCK, size - start), DTYPES[dtype])
+        for size, target, source, dtype in rows
+        for start in range(0, size, _BLOCK)
+    ]
+    return torch.tensor(blocks, dtype=torch.int64, device="cpu").to(device)
 
 
 def update_triton(targets, sources, momentum):
     rows = tuple(
-        (t.numel(), t.data_ptr(), s.data_ptr(), DTYPES[s.dtype])
-        for t, s in zip(targets, sources, strict=True)
-        if t.numel()
+        (t.numel(), t.data_ptr(), s.data_ptr(), s.dtype) for t, s in zip(targets, sources, strict=True) if t.numel()
     )
     if rows:
-        table, programs = _table(rows, targets[0].device)
-        steps = len(rows).bit_length()
-        _ema_kernel[(programs,)](table, len(rows), *blend_arguments(momentum), STEPS=steps, BLOCK=_BLOCK, num_warps=8)
+        blocks = _table(rows, targets[0].device)
+        _ema_kernel[(len(blocks),)](blocks, *blend_arguments(momentum), BLOCK=_BLOCK, num_warps=8)

@@ -29,7 +29,8 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     Args:
         x: [T, C], float32, float16 or bfloat16; contiguous.
         weight1, weight2: [H, C] and [C, H], of the dtype of x; contiguous.
-        bias1, bias2: [H] and [C], float32, contiguous.
+        bias1: [H], float32, contiguous.
+        bias2: [C], float32 or the dtype of x, contiguous.
 
     Returns:
         [T, C], of the dtype of x. Gradients of all five, of their dtypes.
@@ -52,8 +53,8 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
             "x, weight1 and weight2 must be of one dtype of float32, float16 and bfloat16, "
             f"got {x.dtype}, {weight1.dtype} and {weight2.dtype}"
         )
-    if bias1.dtype != torch.float32 or bias2.dtype != torch.float32:
-        raise ValueError(f"bias1 and bias2 must be float32, got {bias1.dtype} and {bias2.dtype}")
+    if bias1.dtype != torch.float32 or bias2.dtype not in (torch.float32, x.dtype):
+        raise ValueError(f"bias1 must be float32, bias2 float32 or {x.dtype}, got {bias1.dtype} and {bias2.dtype}")
     operands = {"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
     for name, value in operands.items():
         if not value.is_contiguous() or value.device != x.device:
@@ -102,15 +103,23 @@ def _mlp_backward_(
     grad_weight1: Tensor,
     grad_bias1: Tensor,
     grad_weight2: Tensor,
-    grad_bias2: Tensor,
+    grad_bias2: Tensor | None,
 ) -> Tensor:
-    """The gradient of x; those of weights and biases, float32 and contiguous, are added to."""
+    """The gradient of x; those of weights and biases, float32 and contiguous, are added to; None where bias2's is not
+    wanted."""
     return _backward_cpu(grad, x, hidden, weight1, bias1, weight2, grad_weight1, grad_bias1, grad_weight2, grad_bias2)
 
 
 @_mlp_backward_.register_kernel("cuda")
-def _(*args):
-    return _backward_(*args)
+def _(grad, x, hidden, weight1, bias1, weight2, grad_weight1, grad_bias1, grad_weight2, grad_bias2):
+    from dino_kernels.bias_gelu_triton import backward_triton
+
+    grad_active = linear(grad, weight2, transposed=True)
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        grad_hidden, _, active = backward_triton(grad_active, hidden, bias1, True, grad_bias1)
+    add_product_(grad_weight2, grad, active, grad_bias2)
+    add_product_(grad_weight1, grad_hidden, x)
+    return linear(grad_hidden, weight1, transposed=True)
 
 
 @_mlp_backward_.register_fake
@@ -123,7 +132,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], weight1, bias1, weight2)
-    ctx.bias2_shape = bias2.shape
+    ctx.bias2_shape, ctx.bias2_dtype = bias2.shape, bias2.dtype
 
 
 def _backward(ctx, grad, _):
@@ -131,7 +140,7 @@ def _backward(ctx, grad, _):
     shapes = (weight1.shape, bias1.shape, weight2.shape, ctx.bias2_shape)
     grads = [torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in shapes]
     grad_x = torch.ops.dino_kernels.mlp_backward_(grad.contiguous(), x, hidden, weight1, bias1, weight2, *grads)
-    return grad_x, grads[0].to(x.dtype), grads[1], grads[2].to(x.dtype), grads[3], None
+    return grad_x, grads[0].to(x.dtype), grads[1], grads[2].to(x.dtype), grads[3].to(ctx.bias2_dtype), None
 
 
 _mlp.register_autograd(_backward, setup_context=_setup)
@@ -165,7 +174,8 @@ def _forward_cpu(x, weight1, bias1, weight2, bias2, keep):
         return _forward(x, weight1, bias1, weight2, bias2, keep)
     kept = keep and products != TILES
     out, hidden = torch.empty_like(x), x.new_empty(len(x) if kept else 0, len(weight1))
-    addresses = [address(t) for t in (x, weight1, weight2, bias1, bias2, out, hidden if kept else None)]
+    wide = bias2.float()
+    addresses = [address(t) for t in (x, weight1, weight2, bias1, wide, out, hidden if kept else None)]
     _C.mlp(addresses, *x.shape, len(weight1), DTYPES[x.dtype], products, torch.get_num_threads())
     return out, hidden
 
@@ -175,6 +185,8 @@ def _backward_cpu(grad, x, hidden, weight1, bias1, weight2, *grads):
         return _backward_(grad, x, hidden, weight1, bias1, weight2, *grads)
     grad_x = torch.empty_like(x)
     kept = hidden if len(hidden) else None
+    if grads[3] is None:
+        grads = *grads[:3], bias1.new_zeros(x.shape[1])
     addresses = [address(t) for t in (grad, x, kept, weight1, weight2, bias1, grad_x, *grads)]
     _C.mlp_backward(addresses, *x.shape, len(weight1), DTYPES[x.dtype], products, torch.get_num_threads())
     return grad_x

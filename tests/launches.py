@@ -49,11 +49,14 @@ class Launches(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if not (func.is_view or name in FREE):
-            self.count(f"aten::{name}", 1 + (name in TWO))
         if func is torch.ops.aten.baddbmm.dtype_out:  # torch takes out_dtype for beta without a device
-            return (kwargs or {})["out"]
-        return func(*args, **(kwargs or {}))
+            result = (kwargs or {})["out"]
+        else:
+            result = func(*args, **(kwargs or {}))
+        on_host = isinstance(result, torch.Tensor) and result.device.type == "cpu"
+        if not (on_host or func.is_view or name in FREE):
+            self.count(f"aten::{name}", 1 + (name in TWO))
+        return result
 
 
 def _asker() -> str:

@@ -52,6 +52,35 @@ def test_rows_of_a_weight_normed_layer(device, dtype, frozen):
         assert_as_accurate(out, exact.to(dtype), exact, floor=1e-3 if dtype == torch.bfloat16 else 3e-7)
 
 
+@pytest.mark.parametrize("frozen", [(), (1,), (1, 2)])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_fill_whole_blocks(device, monkeypatch, frozen, grad_dtype):
+    """K = 256 rows of 32 channels in segments of their sizes: on a GPU the update writes the rows too."""
+    launched = []
+    forward = adamw_ema_triton.forward_triton
+    monkeypatch.setattr(adamw_ema_triton, "forward_triton", lambda *args: launched.append(1) or forward(*args))
+    for first in (64, 0):  # also without a segment before them
+        x = state(device, [*[first][: first > 0], 256, 8192], frozen=frozen, grad_dtype=grad_dtype)
+        plain = clone(x)
+        rows = tuple(torch.full((256, 32), 7.0, device=device) for _ in range(2))
+        adamw_ema_step_(**x, **HYPER, rows=rows, cleared=len(x["offsets"]) - 2)
+        adamw_ema_step_(**plain, **HYPER, cleared=len(x["offsets"]) - 2)
+        for name in ("student", "exp_avg", "exp_avg_sq", "teacher", "grad", "steps", "nonfinite"):
+            torch.testing.assert_close(x[name], plain[name], rtol=1e-6, atol=1e-7)
+        assert torch.equal(x["student_16"][: first + 256], plain["student_16"][: first + 256])
+        for out, net in zip(rows, ("student", "teacher"), strict=True):
+            v, g = x[net][first + 256 :].double().view(256, 32), x[net][first : first + 256].double().view(-1, 1)
+            torch.testing.assert_close(out.double(), g * v / v.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-6)
+        before = clone(x) | {"rows": [row.clone() for row in rows]}
+        x["grad"][-1] = float("nan")
+        adamw_ema_step_(**x, **HYPER, rows=rows)
+        assert x["nonfinite"] == (len(x["offsets"]) - 2 not in frozen)
+        if x["nonfinite"]:
+            assert all(torch.equal(a, b) for a, b in zip(rows, before["rows"], strict=True))
+            assert torch.equal(x["student"], before["student"]) and torch.equal(x["steps"], before["steps"])
+    assert not launched
+
+
 def test_rows_stay_where_a_step_is_refused(device):
     x = state(device, [8, 16, 64])
     rows = tuple(torch.empty(16, 4, device=device) for _ in range(2))

@@ -2,11 +2,18 @@ import pytest
 import torch
 from checks import DTYPES, assert_as_accurate, use_backend
 
-from dino_kernels import add_layer_norm, add_layer_norm_reference
+from dino_kernels import add_layer_norm, add_layer_norm_reference, without_autograd
 
 # 16 bit: Triton's interpreter cuts bfloat16 off where everything else rounds.
 FLOORS = {d: 1e-6 if d == torch.float32 else torch.finfo(d).eps for d in DTYPES}
 NAMES = ("total", "normed", "x", "branch", "weight", "bias")
+
+ROWS = {
+    "some": lambda tokens: range(1, tokens, 3),
+    "others": lambda tokens: [i for i in range(tokens) if i % 5 < 3],
+    "one": lambda tokens: [tokens // 2],
+    "none": lambda tokens: [],
+}
 
 
 @pytest.fixture(params=["cpu", "triton"])
@@ -54,6 +61,28 @@ def test_against_float64(device, x_dtype, branch_dtype, tokens, channels, scaled
         assert_as_accurate(ours, theirs, truth, floor=max(FLOORS[ours.dtype], FLOORS[x_dtype]))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("chosen", ["some", None])
+def test_sums_of_the_branchs_gradient_are_added_and_change_nothing_else(device, dtypes, scaled, chosen):
+    x, branch, weight, bias, scale = inputs(300, 37, dtypes, device)
+    rows = None if chosen is None else numbers(ROWS[chosen](300), device)
+    branch, scale = (t[: 300 if rows is None else len(rows)] for t in (branch, scale))
+    drop_path = scale if scaled else None, rows, None
+    total, normed, mean, rstd = without_autograd("add_layer_norm")(x, branch, weight, bias, *drop_path, 1e-6)
+    results = []
+    for sums in (None, torch.full((37,), 2.0, device=device)):
+        into = [torch.ones(37, device=device) for _ in range(2)]
+        arguments = total, normed, total, mean, rstd, weight, *drop_path, *into, sums
+        results.append([*without_autograd("add_layer_norm_backward_")(*arguments), *into])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    grad_x, grad_branch, *_ = results[0]
+    summed = grad_branch if grad_branch.ndim == 2 else grad_x
+    # The branch's gradient is rounded after it is summed.
+    tolerance = {} if dtypes[1] == torch.float32 else {"rtol": 2e-2, "atol": 0.5}
+    torch.testing.assert_close(sums - 2, summed.float().sum(0), **({"rtol": 1e-5, "atol": 1e-4} | tolerance))
+
+
 def test_rows_have_the_bias_as_mean_and_the_weight_as_deviation(device):
     x, branch, *_ = inputs(20, 199, device=device, offset=50.0)
     weight, bias = (torch.full((199,), value, device=device) for value in (1.7, -0.3))
@@ -77,14 +106,6 @@ def test_dropped_rows_keep_x_and_give_the_branch_no_gradient(device):
     total, _, _, grad_branch, *_ = run(add_layer_norm, x, branch, weight, bias, scale)
     assert torch.equal(total[dropped], x[dropped]) and not grad_branch[dropped].any()
     assert not torch.equal(total[~dropped], x[~dropped]) and grad_branch[~dropped].all()
-
-
-ROWS = {
-    "some": lambda tokens: range(1, tokens, 3),
-    "others": lambda tokens: [i for i in range(tokens) if i % 5 < 3],
-    "one": lambda tokens: [tokens // 2],
-    "none": lambda tokens: [],
-}
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)])
@@ -218,7 +239,8 @@ def test_opcheck_and_compile(device, scaled, skipping):
     total, normed, mean, rstd = torch.ops.dino_kernels.add_layer_norm(*(t.detach() for t in x), *drop_path, 1e-6)
     for grad_total in (total, None):
         args = (grad_total, normed, total, mean, rstd, x[2].detach(), *drop_path, *torch.ones(2, 9, device=device))
-        torch.library.opcheck(torch.ops.dino_kernels.add_layer_norm_backward_.default, args)
+        for sums in (None, torch.ones(9, device=device)):
+            torch.library.opcheck(torch.ops.dino_kernels.add_layer_norm_backward_.default, (*args, sums))
 
     def doubled(x, branch, weight, bias, **options):
         total, normed = add_layer_norm(2 * x, 2 * branch, weight, bias, **options)

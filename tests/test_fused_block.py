@@ -3,6 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from dino_train import block, device
 from dino_train.arena import Arena
 from dino_train.block import Branch, Packing
 from dino_train.model import build_model
@@ -32,10 +33,10 @@ def results(dtype: torch.dtype, skipping: bool, used: tuple[bool, bool]) -> dict
     rows = branches[0].rows
     x = torch.randn(235, 192, requires_grad=True)
     normed = torch.randn(235 if rows is None else len(rows), 192).to(dtype).requires_grad_()
-    block, after = student.backbone.blocks[3], student.backbone.blocks[4].norm1
-    outputs = block(x, normed, after, packing, branches)
+    third, after = student.backbone.blocks[3], student.backbone.blocks[4].norm1
+    outputs = third(x, normed, after, packing, branches)
     with torch.no_grad():
-        for a, b in zip(outputs, block(x, normed, after, packing, branches), strict=True):
+        for a, b in zip(outputs, third(x, normed, after, packing, branches), strict=True):
             assert torch.equal(a, b)
     grads = [torch.randn_like(y) for y in outputs]
     chosen = [i for i in range(2) if used[i]]
@@ -59,3 +60,19 @@ def test_it_is_bitwise_the_ops_one_by_one(monkeypatch, products, dtype, skipping
         assert (whole[name] is None) == (expected is None), name
         assert expected is None or torch.equal(whole[name], expected), name
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skipping", [False, True])
+def test_the_operands_of_a_gpu_give_the_same(monkeypatch, dtype, skipping):
+    """There the biases' gradients are sums of the norms' passes, and the last bias is taken as rounded."""
+    monkeypatch.setattr(FusedBlock, "fits", lambda *_: False)
+    expected = results(dtype, skipping, (True, True))
+    sums = []
+    norm_gradients = block._norm_gradients
+    monkeypatch.setattr(block, "_norm_gradients", lambda *args: sums.append(args[-1]) or norm_gradients(*args))
+    monkeypatch.setitem(device._GPUS, "cpu", lambda _: object())
+    for name, ours in results(dtype, skipping, (True, True)).items():
+        tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+        torch.testing.assert_close(ours, expected[name], **tolerance)
+    assert len(sums) == 2 and all(len(x) == 192 for x in sums)

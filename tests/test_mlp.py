@@ -1,6 +1,6 @@
 import pytest
 import torch
-from checks import DTYPES, assert_as_accurate
+from checks import DTYPES, assert_as_accurate, cuda_function
 from test_linear import products  # noqa: F401
 
 from dino_kernels import mlp, mlp_reference, without_autograd
@@ -52,6 +52,36 @@ def test_a_backward_adds_and_needs_no_output_kept():
         torch.testing.assert_close(more - 1, grad, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, channels, hidden", [(37, 32, 128), (300, 33, 40), (1, 64, 96)])
+def test_on_cuda_against_float64(monkeypatch, dtype, tokens, channels, hidden):
+    x = inputs(tokens, channels, hidden, dtype)
+    kept = torch.nn.functional.linear(x[0], x[1])
+    exact, eager = run(mlp_reference, *(t.double() for t in x)), run(mlp_reference, *x)
+    grad = torch.randn(x[0].shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    run_cuda, _ = cuda_function(monkeypatch, "mlp_backward_")
+    into = [torch.ones(t.shape) for t in x[1:]]
+    ours = [run_cuda(grad, x[0], kept, *x[1:4], *into), *(t - 1 for t in into)]
+    floor = 5e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for mine, theirs, truth in zip(ours, eager[1:], exact[1:], strict=True):
+        assert_as_accurate(mine, theirs, truth, floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_last_bias_of_the_dtype_of_x_and_without_its_gradient(dtype):
+    x, weight1, bias1, weight2, bias2 = inputs(150, 64, 96, dtype)
+    bias2 = bias2.to(dtype)
+    narrow, wide = run(mlp, x, weight1, bias1, weight2, bias2), run(mlp, x, weight1, bias1, weight2, bias2.float())
+    assert narrow[-1].dtype == dtype and torch.equal(narrow[-1], wide[-1].to(dtype))
+    assert all(torch.equal(a, b) for a, b in zip(narrow[:-1], wide[:-1], strict=True))
+    _, hidden = without_autograd("mlp")(x, weight1, bias1, weight2, bias2, True)
+    results = []
+    for last in (torch.zeros(64), None):
+        grads = [torch.zeros(t.shape) for t in (weight1, bias1, weight2)]
+        results.append([without_autograd("mlp_backward_")(x, x, hidden, weight1, bias1, weight2, *grads, last), *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_gelu_lies_between():
     """With identities around it, and with a bias that opens or shuts it."""
     x = inputs(70, 32, 32)[0]
@@ -80,7 +110,10 @@ def test_no_tokens_opcheck_and_compile():
         ({"weight2": torch.zeros(4, 5)}, r"shapes \[4\], \[5, 4\] and \[5\], got \[4\], \[4, 5\] and \[5\]"),
         ({"bias1": torch.zeros(5)}, r"got \[5\], \[5, 4\] and \[5\]"),
         ({"x": torch.zeros(9, 5).half()}, "of one dtype.*float16, torch.float32 and torch.float32"),
-        ({"bias2": torch.zeros(5).half()}, "bias1 and bias2 must be float32, got torch.float32 and torch.float16"),
+        (
+            {"bias2": torch.zeros(5).half()},
+            "bias1 must be float32, bias2 float32 or torch.float32, got torch.float32 and torch.float16",
+        ),
         ({"x": torch.zeros(5, 9).T}, r"x must be contiguous .*got strides \[1, 9\]"),
         ({"bias1": torch.ones(1).expand(4)}, r"bias1 must be contiguous .*got strides \[0\]"),
         ({"bias2": torch.zeros(5, device="meta")}, "bias2 must be .* on cpu as x, got .* on meta"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dino_kernels import FusedBlock, add_layer_norm, add_layer_norm_reference, attention, without_autograd
+from dino_train.device import gpu_of
 from dino_train.layers import Linear, Mlp
 
 
@@ -216,7 +217,7 @@ def _heads(normed: Tensor, attn: Any, packing: Packing) -> tuple[Tensor, ...]:
 def _heads_backward(grad: Tensor, normed: Tensor, attn: Any, packing: Packing, *kept: Tensor) -> Tensor:
     qkv, heads, lse = kept
     arguments = grad.view_as(heads), qkv, heads, lse, packing.cu_seqlens, packing.flat, qkv.shape[3] ** -0.5
-    return _linear_gradients(_attention_backward(*arguments).flatten(1), normed, attn.qkv)
+    return _linear_gradients(_attention_backward(*arguments).flatten(1), normed, attn.qkv, attn.qkv.bias.grad)
 
 
 def _class_heads(normed: Tensor, attn: Any, packing: Packing) -> tuple[Tensor, ...]:
@@ -244,7 +245,7 @@ def _class_heads_backward(grad: Tensor, normed: Tensor, attn: Any, packing: Pack
     w_k, w_v = weight[dim:].view(2, attn.num_heads, -1, dim)
     into_k, into_v = weight.grad[dim:].view(2, *w_k.shape)
     x, grad = normed.to(weight.dtype), grad.to(weight.dtype)
-    bias.grad[2 * dim :] += grad.sum(0)
+    bias.grad[2 * dim :].add_(grad.sum(0))
     of_heads = _by_head(grad, w_k)
     into_v.baddbmm_(of_heads.mT, means.transpose(0, 1))
     of_means = torch.bmm(of_heads, w_v).transpose(0, 1)
@@ -261,7 +262,7 @@ def _class_heads_backward(grad: Tensor, normed: Tensor, attn: Any, packing: Pack
     into_k.baddbmm_(_by_head(q, w_k).mT, of_queries)
     of_q = torch.bmm(of_queries, w_k.mT).transpose(0, 1).flatten(1) * w_k.shape[1] ** -0.5
     weight.grad[:dim].addmm_(of_q.t(), x.index_select(0, first))
-    bias.grad[:dim] += of_q.sum(0)
+    bias.grad[:dim].add_(of_q.sum(0))
     return grad_x.index_add_(0, first, of_q @ weight[:dim]).to(normed.dtype)
 
 
@@ -287,7 +288,8 @@ def _chain(
     heads = heads.to(normed.dtype)
     branch = _linear(heads, *attn.proj.copies, False)
     middle, middle_normed, mean, rstd = _norm(x, branch, norm.weight, norm.bias, scale, rows, mlp_rows, norm.eps)
-    branch, hidden = _mlp(middle_normed, fc1.copies[0], fc1.bias, fc2.copies[0], fc2.bias, keep)
+    bias2 = fc2.copies[1] if gpu_of(x.device) else fc2.bias
+    branch, hidden = _mlp(middle_normed, fc1.copies[0], fc1.bias, fc2.copies[0], bias2, keep)
     out, out_normed, out_mean, out_rstd = _norm(
         middle, branch, next_norm.weight, next_norm.bias, mlp_scale, mlp_rows, next_rows, next_norm.eps
     )
@@ -317,14 +319,18 @@ class _Chain(torch.autograd.Function):
         normed, out, heads, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd, *attended = ctx.saved_tensors
         attention_branch, mlp_branch, next_branch = ctx.branches
         grad, grad_normed = _dense(grad, grad_normed, ctx.normed_like)
+        # The gradient of the bias that a branch ends with comes out of the norm's pass, or of the linear layer's.
+        biases = attn.proj.bias.grad, fc2.bias.grad
+        in_norm, in_linear = (biases, (None, None)) if gpu_of(out.device) else ((None, None), biases)
         stats = out, out_mean, out_rstd
-        grad, grad_branch = _norm_gradients(grad, grad_normed, stats, next_norm, mlp_branch, next_branch)
-        grads = [parameter.grad for layer in (fc1, fc2) for parameter in (layer.weight, layer.bias)]
+        grad, grad_branch = _norm_gradients(grad, grad_normed, stats, next_norm, mlp_branch, next_branch, in_norm[1])
+        grads = fc1.weight.grad, fc1.bias.grad, fc2.weight.grad, in_linear[1]
         weights = fc1.copies[0], fc1.bias, fc2.copies[0]
         grad_normed = _mlp_backward_(grad_branch, middle_normed, hidden, *weights, *grads)
         stats = middle, mean, rstd
-        grad, grad_branch = _norm_gradients(grad, grad_normed, stats, block.norm2, attention_branch, mlp_branch)
-        grad_heads = _linear_gradients(grad_branch, heads, attn.proj)
+        branches = attention_branch, mlp_branch
+        grad, grad_branch = _norm_gradients(grad, grad_normed, stats, block.norm2, *branches, in_norm[0])
+        grad_heads = _linear_gradients(grad_branch, heads, attn.proj, in_linear[0])
         attend_backward = _class_heads_backward if ctx.class_only else _heads_backward
         grad_normed = attend_backward(grad_heads, normed, attn, attention_branch.packing, *attended)
         return grad, grad_normed, *[None] * 16
@@ -337,16 +343,17 @@ def _norm_gradients(
     norm: Any,
     added: Branch,
     read: Branch,
+    branch_sums: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the residual stream and of the branch that was added to it; `read` read the norm."""
-    arguments = *stats, norm.weight, added.scale, added.rows, read.rows, norm.weight.grad, norm.bias.grad
+    arguments = *stats, norm.weight, added.scale, added.rows, read.rows, norm.weight.grad, norm.bias.grad, branch_sums
     grad, grad_branch = _norm_backward_(grad, grad_normed, *arguments)
     return grad, grad_branch if grad_branch.ndim == 2 else grad
 
 
-def _linear_gradients(grad: Tensor, x: Tensor, layer: Any) -> Tensor:
+def _linear_gradients(grad: Tensor, x: Tensor, layer: Any, grad_bias: Tensor | None) -> Tensor:
     """The gradient of x."""
-    _add_product_(layer.weight.grad, grad, x, layer.bias.grad)
+    _add_product_(layer.weight.grad, grad, x, grad_bias)
     return _linear(grad, layer.copies[0], None, True)
 
 
