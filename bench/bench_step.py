@@ -11,7 +11,6 @@ once need not fit in its memory, and ours has no phases there: it is one CUDA gr
 """
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -26,10 +25,9 @@ from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import torch
-from gpu import output_of
+from gpu_run import output_of
 from step_peers import FIRST_STEP, PEERS, PHASES, SIZES, STEPS_PER_EPOCH, ReferenceRepo, Setting, start_weights
 
 BATCHES = 4  # different ones, used in turn
@@ -42,15 +40,11 @@ MOST_OTHERS = 0.1
 # --- the process of a provider -----------------------------------------------------------------------
 
 
-def ours(setting: Setting, weights: dict[str, torch.Tensor], precision: str):
-    """A Learner with everything but the setting at its default."""
-    if importlib.util.find_spec("tyro") is None:  # which only reads a command line
-        sys.modules |= dict.fromkeys(("tyro", "tyro.constructors"), MagicMock())
+def learner(setting: Setting, precision: str, **changes: Any):
+    """A Learner with everything but the setting and the changes at its default."""
     from dino_train.config import PretrainConfig
     from dino_train.learner import Learner
-    from dino_train.process import tune, use_huge_pages
 
-    tune()
     config = PretrainConfig(
         arch=setting.arch,
         patch_size=setting.patch,
@@ -63,20 +57,29 @@ def ours(setting: Setting, weights: dict[str, torch.Tensor], precision: str):
         global_crops_size=setting.global_size,
         local_crops_number=setting.local_crops,
         local_crops_size=setting.local_size,
-        device=setting.device,
+        **changes,
     )
-    learner = Learner(config, STEPS_PER_EPOCH, torch.device(setting.device))
-    learner.load_state_dict({**learner.state_dict(), "student": weights, "teacher": weights})
+    return Learner(config, STEPS_PER_EPOCH, torch.device(setting.device))
+
+
+def ours(setting: Setting, weights: dict[str, torch.Tensor], precision: str, **changes: Any):
+    from dino_train.process import tune, use_huge_pages
+
+    tune()
+    made = learner(setting, precision, **changes)
+    made.load_state_dict({**made.state_dict(), "student": weights, "teacher": weights})
     use_huge_pages()
-    return learner
+    return made
 
 
-def build(name: str, setting: Setting, options: argparse.Namespace):
+def build(name: str, setting: Setting, precision: str, reference_repo: Path | None = None):
     weights = start_weights(setting)
+    if name == "ours_plain":  # op by op on a GPU, too
+        return ours(setting, weights, precision, cuda_graph=False)
     if name.startswith("ours"):
-        return ours(setting, weights, "float32" if name == "ours_float32" else options.precision)
-    if name == "reference_repo":
-        return ReferenceRepo(options.reference_repo, setting, weights)
+        return ours(setting, weights, "float32" if name == "ours_float32" else precision)
+    if reference_repo and name == "reference_repo":
+        return ReferenceRepo(reference_repo, setting, weights)
     return PEERS[name](setting, weights)
 
 
@@ -98,16 +101,16 @@ def serve(connection: Connection, name: str, setting: Setting, options: argparse
     synchronize = torch.cuda.synchronize if cuda else int
     if options.threads:
         torch.set_num_threads(options.threads)
-    learner = build(name, setting, options)
+    trained = build(name, setting, options.precision, options.reference_repo)
     batches = [setting.crops(seed) for seed in range(BATCHES)]
 
     def take(step: int, phases: bool) -> dict[str, Any]:
         crops = [crop.to(setting.device) for crop in batches[step % BATCHES]]
         synchronize()
         timer = PhaseTimer(synchronize)
-        learner.phase_hook = timer if phases else None
+        trained.phase_hook = timer if phases else None
         started, own, all_of_us = time.perf_counter(), time.process_time(), busy_cpu_s()
-        result = learner.step(step, crops)
+        result = trained.step(step, crops)
         synchronize()
         ms = 1e3 * (time.perf_counter() - started)
         others = 1e3 * (busy_cpu_s() - all_of_us - (time.process_time() - own))
@@ -271,7 +274,9 @@ def parse() -> argparse.Namespace:
     if options.warmup is None:  # ours captures its graph in the fourth, and a float16 scaler needs some to settle
         options.warmup = 6 if options.device == "cuda" else 2
     known = ["ours", *PEERS]
-    if options.device == "cpu" and options.precision != "float32":
+    if options.device == "cuda":
+        known.insert(1, "ours_plain")
+    elif options.precision != "float32":
         known.insert(1, "ours_float32")
     if options.reference_repo:
         known.append("reference_repo")

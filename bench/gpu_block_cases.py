@@ -6,7 +6,7 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from gpu_report import OURS
-from gpu_setting import Case, Provider, Sizes, compiled, differentiated, generator, random
+from gpu_setting import Case, Provider, Random, Sizes, compiled, differentiated
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -40,10 +40,10 @@ def attention(device: str, sizes: Sizes, groups: tuple[tuple[int, int], ...], ba
     Peers get and give queries, keys and values as tensors of their own, each in its best layout: they are spared the
     slices and the joining of gradients that a packed projection would cost them.
     """
-    g, heads, channels = generator(device), sizes.heads, sizes.width // sizes.heads
+    g, heads, channels = Random(device), sizes.heads, sizes.width // sizes.heads
     tokens = sum(count * length for count, length in groups)
-    packed = random(g, tokens, 3, heads, channels).to(torch.bfloat16)
-    grad_out = random(g, tokens, heads, channels).to(torch.bfloat16)
+    packed = g.normal(tokens, 3, heads, channels).to(torch.bfloat16)
+    grad_out = g.normal(tokens, heads, channels).to(torch.bfloat16)
     lengths = [length for count, length in groups for _ in range(count)]
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
@@ -99,17 +99,17 @@ def attention(device: str, sizes: Sizes, groups: tuple[tuple[int, int], ...], ba
 # --- fusions of a transformer block ------------------------------------------------------------------
 
 
-def stream(device: str, sizes: Sizes) -> tuple[torch.Generator, Tensor, Tensor]:
+def stream(device: str, sizes: Sizes) -> tuple[Random, Tensor, Tensor]:
     """A float32 residual stream of all tokens of a step, as autocast keeps it, and a bfloat16 branch."""
-    g = generator(device)
+    g = Random(device)
     tokens = sizes.images * (2 * sizes.tokens[0] + (sizes.views - 2) * sizes.tokens[1])
-    return g, random(g, tokens, sizes.width), random(g, tokens, sizes.width).to(torch.bfloat16)
+    return g, g.normal(tokens, sizes.width), g.normal(tokens, sizes.width).to(torch.bfloat16)
 
 
 def add_layer_norm(device: str, sizes: Sizes) -> Case:
     g, x, branch = stream(device, sizes)
-    inputs = x, branch, 1 + random(g, sizes.width) / 10, random(g, sizes.width)
-    grads = random(g, *x.shape), random(g, *x.shape).to(branch.dtype)
+    inputs = x, branch, 1 + g.normal(sizes.width) / 10, g.normal(sizes.width)
+    grads = g.normal(*x.shape), g.normal(*x.shape).to(branch.dtype)
 
     def plain(norm, x, branch, weight, bias):
         total = x + branch
@@ -143,8 +143,8 @@ def add_layer_norm(device: str, sizes: Sizes) -> Case:
 
 def bias_gelu(device: str, sizes: Sizes) -> Case:
     g, stream_x, _ = stream(device, sizes)
-    x, grad = (random(g, len(stream_x), 4 * sizes.width).to(torch.bfloat16) for _ in range(2))
-    bias = random(g, 4 * sizes.width).to(torch.bfloat16)
+    x, grad = (g.normal(len(stream_x), 4 * sizes.width).to(torch.bfloat16) for _ in range(2))
+    bias = g.normal(4 * sizes.width).to(torch.bfloat16)
     biased = x + bias
 
     def reference(x, bias):
@@ -173,8 +173,8 @@ def bias_gelu(device: str, sizes: Sizes) -> Case:
 
 def drop_path_add(device: str, sizes: Sizes) -> Case:
     g, x, branch = stream(device, sizes)
-    scale = (torch.rand(len(x), generator=g, device=device) < 0.9) / 0.9
-    grad = random(g, *x.shape)
+    scale = (g.uniform(len(x)) < 0.9) / 0.9
+    grad = g.normal(*x.shape)
 
     def reference(x, branch, scale=scale[:, None]):
         return [x + scale * branch]
@@ -196,6 +196,64 @@ def drop_path_add(device: str, sizes: Sizes) -> Case:
             "addcmul": lambda: differentiated(addcmul, [x, branch], [grad]),
         },
         exact=lambda: differentiated(reference, [x.double(), branch.double()], [grad.double()]),
+    )
+
+
+def linear(device: str, sizes: Sizes) -> Case:
+    """The projection to queries, keys and values, with its gradients."""
+    g, x, _ = stream(device, sizes)
+    x = x.to(torch.bfloat16)
+    weight, bias = (g.normal(*shape).to(x.dtype) for shape in ((3 * sizes.width, sizes.width), (3 * sizes.width,)))
+    inputs, grad = (x, weight / sizes.width**0.5, bias), g.normal(len(x), 3 * sizes.width).to(x.dtype)
+    into, into_bias = torch.zeros(weight.shape, device=device), torch.zeros(bias.shape, device=device)
+
+    def ours():
+        """As a block calls it: weights' gradients in float32, added into a buffer."""
+        out = dino_kernels.linear(*inputs)
+        grad_x = dino_kernels.linear(grad, inputs[1], transposed=True)
+        into.zero_(), into_bias.zero_()
+        dino_kernels.add_product_(into, grad, x, into_bias)
+        return out, grad_x, into, into_bias
+
+    def plain(inputs, grad):
+        return differentiated(lambda *xs: [F.linear(*xs)], inputs, [grad])
+
+    return Case(
+        op="linear, forward + backward",
+        shape=f"{list(x.shape)} x {list(weight.shape)}",
+        dtype="bfloat16",
+        bytes=2 * (3 * x.numel() + 2 * grad.numel()),
+        flops=6 * x.numel() * len(weight),
+        results=("out", "grad x", "grad weight", "grad bias"),
+        providers={OURS: ours, "reference": lambda: plain(inputs, grad)},
+        exact=lambda: plain([x.double() for x in inputs], grad.double()),
+    )
+
+
+def mlp(device: str, sizes: Sizes) -> Case:
+    g, x, grad = stream(device, sizes)
+    x, hidden = x.to(torch.bfloat16), 4 * sizes.width
+    weights = [
+        (g.normal(*shape) / shape[1] ** 0.5).to(x.dtype) for shape in ((hidden, sizes.width), (sizes.width, hidden))
+    ]
+    inputs = x, weights[0], g.normal(hidden), weights[1], g.normal(sizes.width)
+
+    def call(op, inputs=inputs, grad=grad):
+        return differentiated(lambda *xs: [op(*xs)], inputs, [grad])
+
+    return Case(
+        op="mlp, forward + backward",
+        shape=f"{list(x.shape)}, {hidden} hidden",
+        dtype="bfloat16",
+        bytes=2 * (4 * x.numel() + 4 * len(x) * hidden),
+        flops=12 * x.numel() * hidden,
+        results=("out", "grad x", "grad W1", "grad b1", "grad W2", "grad b2"),
+        providers={
+            OURS: partial(call, dino_kernels.mlp),
+            "reference": partial(call, dino_kernels.mlp_reference),
+            "compiled reference": partial(call, compiled(dino_kernels.mlp_reference)),
+        },
+        exact=lambda: call(dino_kernels.mlp_reference, [x.double() for x in inputs], grad.double()),
     )
 
 

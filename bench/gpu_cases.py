@@ -7,16 +7,16 @@ in gpu_block_cases.py.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from bench_dino_loss import einsum_form
 from dino_train.optim import clip_gradients
-from gpu_block_cases import add_layer_norm, attention_cases, bias_gelu, drop_path_add
+from gpu_block_cases import add_layer_norm, attention_cases, bias_gelu, drop_path_add, linear, mlp
 from gpu_report import OURS
-from gpu_setting import CROPS, Case, Provider, Sizes, compiled, generator, name_of, random
+from gpu_setting import CROPS, Case, Provider, Random, Sizes, compiled, name_of
 from torch import Tensor
 
 import dino_kernels
@@ -26,11 +26,11 @@ import dino_kernels
 
 def dino_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
     """Logits to loss, batch center and the logits' gradient."""
-    g, outputs = generator(device), sizes.outputs
+    g, outputs = Random(device), sizes.outputs
     rows, teachers = sizes.views * sizes.images, 2 * sizes.images
     # As large as cosines of a 256-wide bottleneck, which a weight-normed last layer gives.
-    student, teacher = ((random(g, n, outputs) / 16).to(dtype) for n in (rows, teachers))
-    center = random(g, outputs) / 100
+    student, teacher = ((g.normal(n, outputs) / 16).to(dtype) for n in (rows, teachers))
+    center = g.normal(outputs) / 100
     spare = student.clone()  # overwritten by its gradient
 
     def run(op, student=student, teacher=teacher, center=center):
@@ -65,12 +65,12 @@ def dino_head_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
     A "span" starts from the float32 direction and length of the last layer, as the reference does: weight norm of
     both nets, casts, products, loss, and the backward pass to direction and length.
     """
-    g, outputs, channels = generator(device), sizes.outputs, sizes.bottleneck
+    g, outputs, channels = Random(device), sizes.outputs, sizes.bottleneck
     rows, teachers = sizes.views * sizes.images, 2 * sizes.images
-    zs = [F.normalize(random(g, n, channels), dim=-1).to(dtype) for n in (rows, teachers)]
-    directions = [random(g, outputs, channels) for _ in range(2)]
+    zs = [F.normalize(g.normal(n, channels), dim=-1).to(dtype) for n in (rows, teachers)]
+    directions = [g.normal(outputs, channels) for _ in range(2)]
     lengths = [torch.ones(outputs, 1, device=device) for _ in range(2)]
-    center = random(g, outputs) / 100
+    center = g.normal(outputs) / 100
 
     def weights(directions, lengths):
         return [torch._weight_norm(v, length, 0).to(dtype) for v, length in zip(directions, lengths, strict=True)]
@@ -115,6 +115,36 @@ def dino_head_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
     )
 
 
+def last_layer(device: str, sizes: Sizes) -> Case:
+    """The last layer's gradient from that of the logits, through weight norm, and its normalized rows."""
+    g, rows = Random(device), sizes.views * sizes.images
+    v, x = g.normal(sizes.outputs, sizes.bottleneck), g.normal(rows, sizes.bottleneck).to(torch.bfloat16)
+    grad = g.normal(rows, sizes.outputs).to(torch.bfloat16)
+    length, out = torch.ones(len(v), 1, device=device), torch.empty_like(v, dtype=torch.bfloat16)
+    grad_v = torch.zeros_like(v)
+
+    def ours():
+        dino_kernels.weight_norm_(out, v, length)
+        dino_kernels.weight_norm_product_backward_(grad_v, None, grad, x, v, length, fresh=True)
+        return out, grad_v
+
+    def plain(v, length, grad, x):
+        leaf = v.detach().requires_grad_()
+        weight = torch._weight_norm(leaf, length, 0)
+        return weight.detach().to(x.dtype), *torch.autograd.grad(weight, leaf, (grad.t() @ x).to(v.dtype))
+
+    return Case(
+        op="weight norm, last layer's gradient",
+        shape=f"logits [{rows}, {sizes.outputs}], W [{sizes.outputs}, {sizes.bottleneck}]",
+        dtype="bfloat16",
+        bytes=(rows * sizes.outputs + rows * sizes.bottleneck) * 2 + v.numel() * (4 + 2 + 4),
+        flops=2 * rows * v.numel(),
+        results=("rows", "grad v"),
+        providers={OURS: ours, "reference": lambda: plain(v, length, grad, x)},
+        exact=lambda: plain(v.double(), length.double(), grad.double(), x.double()),
+    )
+
+
 # --- updates -----------------------------------------------------------------------------------------
 
 
@@ -128,8 +158,8 @@ def parameter_shapes(sizes: Sizes) -> list[tuple[int, ...]]:
 
 
 def ema_update(device: str, sizes: Sizes) -> Case:
-    g, shapes = generator(device), parameter_shapes(sizes)
-    targets, sources = ([random(g, *shape) for shape in shapes] for _ in range(2))
+    g, shapes = Random(device), parameter_shapes(sizes)
+    targets, sources = ([g.normal(*shape) for shape in shapes] for _ in range(2))
     momentum = 0.996
     on_device = torch.tensor(momentum, dtype=torch.float64, device=device)
 
@@ -166,12 +196,12 @@ def ema_update(device: str, sizes: Sizes) -> Case:
 
 def adamw_ema(device: str, sizes: Sizes) -> Case:
     """The phase after the backward pass: clip a tensor, AdamW, the teacher, bfloat16 copies of both nets."""
-    g, shapes = generator(device), parameter_shapes(sizes)
+    g, shapes = Random(device), parameter_shapes(sizes)
     counts = [torch.Size(shape).numel() for shape in shapes]
     padded = [(count + 15) // 16 * 16 for count in counts]  # as an arena aligns its segments
     offsets = [sum(padded[:i]) for i in range(len(padded) + 1)]
-    begins = [random(g, *shape) / 16 for shape in shapes], [random(g, *shape) / 16 for shape in shapes]
-    grads = [random(g, *shape) / 100 for shape in shapes]
+    begins = [g.normal(*shape) / 16 for shape in shapes], [g.normal(*shape) / 16 for shape in shapes]
+    grads = [g.normal(*shape) / 100 for shape in shapes]
     hyper = {"lr": 5e-4, "weight_decay": 0.04, "momentum": 0.996, "clip_norm": 3.0}
 
     def flat(tensors: Sequence[Tensor], dtype=torch.float32) -> Tensor:
@@ -205,15 +235,20 @@ def adamw_ema(device: str, sizes: Sizes) -> Case:
 
     def separate(best: bool) -> Provider:
         """torch's fused and for-each calls, or the loops of the reference."""
-        parameters = [x.clone().requires_grad_() for x in begins[0]]
-        teachers, weights = [x.clone() for x in begins[1]], [p.detach() for p in parameters]
-        copies = [torch.zeros_like(x, dtype=torch.bfloat16) for x in (*weights, *teachers)]
-        decayed = [p for p in parameters if p.ndim > 1]
-        groups = [{"params": decayed, "weight_decay": 0.04}, {"params": [p for p in parameters if p.ndim < 2]}]
-        kind = {"fused": True} if best else {"foreach": False}
-        optimizer = torch.optim.AdamW(groups, lr=hyper["lr"], weight_decay=0.0, **kind)
+
+        @cache
+        def state():
+            parameters = [x.clone().requires_grad_() for x in begins[0]]
+            teachers, weights = [x.clone() for x in begins[1]], [p.detach() for p in parameters]
+            copies = [torch.zeros_like(x, dtype=torch.bfloat16) for x in (*weights, *teachers)]
+            decayed = [p for p in parameters if p.ndim > 1]
+            groups = [{"params": decayed, "weight_decay": 0.04}, {"params": [p for p in parameters if p.ndim < 2]}]
+            kind = {"fused": True} if best else {"foreach": False}
+            optimizer = torch.optim.AdamW(groups, lr=hyper["lr"], weight_decay=0.0, **kind)
+            return parameters, teachers, weights, copies, optimizer
 
         def run():
+            parameters, teachers, weights, copies, optimizer = state()
             for p, grad in zip(parameters, grads, strict=True):
                 p.grad = grad  # clipping rewrites it, and does nothing more once it is short enough
             if best:
@@ -245,7 +280,7 @@ def adamw_ema(device: str, sizes: Sizes) -> Case:
 
 
 def reference_phase(grads, optimizer, teachers, weights, copies, hyper) -> None:
-    """utils.py:132-141 (a question to the host for every tensor) and main_dino.py:340-350."""
+    """utils.py:132-141 (a device-to-host sync for every tensor) and main_dino.py:340-350."""
     for grad in grads:
         coefficient = hyper["clip_norm"] / (grad.norm(2).item() + 1e-6)
         if coefficient < 1:
@@ -264,9 +299,9 @@ def multicrop(device: str, sizes: Sizes) -> Case:
     """All crops of four batches of decoded images, at the reference setting 256, from the device's memory and from the
     host's; the reference makes them on the CPU, with torch's number of threads, and uploads them."""
     n, height, width = 4 * sizes.images, 375, 500
-    smooth = F.interpolate(random(generator(device), n, 3, 15, 20), (height, width), mode="bilinear")
+    smooth = F.interpolate(Random(device).normal(n, 3, 15, 20), (height, width), mode="bilinear")
     pixels = (128 + 100 * smooth).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).flatten()
-    host = torch.empty_like(pixels, device="cpu", pin_memory=device == "cuda").copy_(pixels)
+    host = cache(lambda: torch.empty_like(pixels, device="cpu", pin_memory=device == "cuda").copy_(pixels))
     places = np.array([[3 * height * width * i, height, width] for i in range(n)])
     crops = np.stack([dino_kernels.draw_crops(0, 0, i, CROPS, (height, width)) for i in range(n)])
 
@@ -279,24 +314,23 @@ def multicrop(device: str, sizes: Sizes) -> Case:
         op="multicrop",
         shape=f"{n} images {width} x {height}, {len(CROPS)} crops",
         dtype="bfloat16",
-        bytes=len(host) + sum(2 * n * 3 * kind.size**2 for kind in CROPS),
+        bytes=len(pixels) + sum(2 * n * 3 * kind.size**2 for kind in CROPS),
         flops=0,
         results=("crops",),
         providers={
             OURS: lambda: (cropped(pixels),),
-            f"{OURS}, with upload": lambda: (cropped(host.to(device, non_blocking=True)),),
-            "reference": lambda: ([x.to(device) for x in cropped(host)],),
+            f"{OURS}, with upload": lambda: (cropped(host().to(device, non_blocking=True)),),
+            "reference": lambda: ([x.to(device) for x in cropped(host())],),
         },
-        exact=lambda: ([x.to(device, torch.float64) for x in cropped(host, torch.float32)],),
+        exact=lambda: ([x.to(device, torch.float64) for x in cropped(host(), torch.float32)],),
     )
 
 
 # --- all of them -------------------------------------------------------------------------------------
 
 
-def all_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
-    """Name to a function of the device, in the order of importance: what the time budget cuts off is the end."""
-    base = sizes.base()
+def first_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
+    """Name to a function of the device: every op in bfloat16 at ViT-S, in the order of importance."""
     return {
         "dino_loss bfloat16": partial(dino_loss, sizes=sizes, dtype=torch.bfloat16),
         "ema_update ViT-S": partial(ema_update, sizes=sizes),
@@ -307,7 +341,17 @@ def all_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
         "bias_gelu": partial(bias_gelu, sizes=sizes),
         "drop_path_add": partial(drop_path_add, sizes=sizes),
         "multicrop": partial(multicrop, sizes=sizes),
+        "linear": partial(linear, sizes=sizes),
+        "mlp": partial(mlp, sizes=sizes),
+        "last layer": partial(last_layer, sizes=sizes),
         **attention_cases(sizes, "6 heads", ["785"]),
+    }
+
+
+def late_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
+    """float16, and ViT-B."""
+    base = sizes.base()
+    return {
         "dino_loss float16": partial(dino_loss, sizes=sizes, dtype=torch.float16),
         **attention_cases(base, "12 heads", ["197", "37", "packed"]),
         "ema_update ViT-B": partial(ema_update, sizes=base),

@@ -1,23 +1,37 @@
-"""From measured rows to floors, verdicts on the targets, a table and a plot: pure functions, no torch.
+"""What gpu.py measured as results.json, tables and a plot: pure functions, no torch.
 
-`results`, as gpu.py collects it and results.json holds it:
+`results`, as gpu.py collects it and results.json holds it; tasks send parts of it:
     header    date, device ("cuda" or "cpu"), name of the GPU, versions, commit, toy (whether sizes are toy ones)
     build     how the build ended
-    tests     a dict a test file: file, passed, failed, skipped, seconds, problems
+    items     name -> {"seconds", "problems": name of a task -> what went wrong}
+    compiled  name -> {"kernels", "seconds"}
+    checks    name of a case -> {"errors" of ours and "eager": of the plain form, against float64; "bitwise"}
+    steps     net -> provider -> its row
+    profile   {"rows": a dict a kernel, "launches" and "us" of a step}
+    training  "start" and "resume" -> images a second, wait for data
     ceilings  copy_bytes_per_s, bf16_flops_per_s, measured in the same run
-    cases     name -> {"rows": a dict a provider, "problem": why there are none}
-    steps     the same of the whole training steps
+    cases     name -> a dict a provider
+    variants  the same, of ours with other launches
+    counters  a dict a kernel
+    tests     file -> name of a test -> {"outcome", "problem"}
 """
 
 import json
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-OURS = "dino_kernels"
-Rows = dict[str, dict]  # provider -> row of one case
+from gpu_targets import COMPILED, OURS, PLAIN, target_parts, verdict
+
+__all__ = ["COMPILED", "OURS", "PLAIN"]
+
+
+def empty(header: dict[str, Any]) -> dict[str, Any]:
+    results: dict[str, Any] = {"header": header, "build": "skipped: on a GPU only", "ceilings": None, "counters": []}
+    dicts = ("items", "compiled", "checks", "steps", "profile", "training", "cases", "variants", "tests")
+    return results | {name: {} for name in dicts}
 
 
 def floor_ms(bytes_moved: float, flops: float, ceilings: dict) -> float:
@@ -25,238 +39,69 @@ def floor_ms(bytes_moved: float, flops: float, ceilings: dict) -> float:
     return 1e3 * max(bytes_moved / ceilings["copy_bytes_per_s"], flops / ceilings["bf16_flops_per_s"])
 
 
-def finish_rows(rows: list[dict], ceilings: dict) -> list[dict]:
-    """Adds median, floor and percent of the floor, and marks providers whose values are not those of the op.
+def wrong_values(errors: dict[str, float], eager: dict[str, float]) -> list[str]:
+    """Results whose error passes four times that of the eager form in the same dtype (16-bit probabilities inside an
+    attention kernel cost about one) and one part in 10^5."""
+    return [f"{name} off by {e:.1e}" for name, e in errors.items() if not e <= 4 * eager.get(name, e) + 1e-5]
 
-    Values are wrong where an error against float64 passes four times that of the eager form in the same dtype
-    (16-bit probabilities inside an attention kernel cost about one) and one part in 10^5.
-    """
+
+def finish_rows(rows: list[dict], ceilings: dict | None) -> list[dict]:
+    """Adds median, floor and percent of the floor, and marks providers whose values are not those of the op."""
     eager = next((row["errors"] for row in rows if row["provider"] == "reference"), {})
     for row in rows:
-        row["floor_ms"] = floor_ms(row["bytes"], row["flops"], ceilings)
         times = row.pop("times", [])
+        row["floor_ms"] = floor_ms(row["bytes"], row["flops"], ceilings) if ceilings else None
         row["rounds"] = len(times)
         row["ms"] = statistics.median(times) if times else None
-        row["percent_of_floor"] = 100 * row["floor_ms"] / row["ms"] if times else None
-        wrong = [name for name, error in row["errors"].items() if not error <= 4 * eager.get(name, error) + 1e-5]
-        if wrong:
-            row["note"] = "wrong values: " + ", ".join(f"{name} off by {row['errors'][name]:.1e}" for name in wrong)
+        row["percent_of_floor"] = 100 * row["floor_ms"] / row["ms"] if times and ceilings else None
+        if wrong := wrong_values(row["errors"], eager):
+            row["note"] = f"wrong values: {', '.join(wrong)}"
+        elif wrong := wrong_values(row.get("from_default", {}), eager):
+            row["note"] = f"wrong values, unlike the default: {', '.join(wrong)}"
     return rows
 
 
-def mark_wrong_losses(rows: list[dict]) -> None:
-    """Marks steps whose losses are not the reference's, in the median over the same batches.
+def mark_steps(rows: dict[str, dict], device: str) -> None:
+    """Marks steps whose losses are not the reference's, in the median over the same batches, and a graph whose losses
+    are not those of plain calls, one by one, or that was not captured.
 
-    Five percent is forgiven: drop path differs, and a gradient scaler may skip some of the reference's first steps.
+    Five percent is forgiven between nets: drop path differs, and a gradient scaler may skip some of the reference's
+    first steps.
     """
-    medians = {row["provider"]: statistics.median(row["losses"]) for row in rows if row["losses"]}
-    for row in rows:
-        if row["provider"] in medians:
-            loss = medians[row["provider"]]
-            if not math.isclose(loss, medians.get("reference", loss), rel_tol=0.05):
-                row["note"] = f"wrong values: a loss of {loss:.4g}, not {medians.get('reference', loss):.4g}"
+    if OURS in rows and device == "cuda" and not rows[OURS]["captured"]:
+        rows[OURS]["note"] = "not captured as a graph: these are plain calls, see the log"
+    medians = {provider: statistics.median(row["losses"]) for provider, row in rows.items()}
+    for provider, loss in medians.items():
+        expected = medians.get("reference", loss)
+        if not math.isclose(loss, expected, rel_tol=0.05):
+            rows[provider]["note"] = f"wrong values: a loss of {loss:.4g}, not {expected:.4g}"
+    if OURS in rows and PLAIN in rows:
+        pairs = list(zip(rows[OURS]["losses"], rows[PLAIN]["losses"], strict=True))
+        off = max(abs(a - b) / abs(b) if a == a and b == b else math.inf for a, b in pairs)
+        rows[OURS]["from_plain"] = off
+        if off > 1e-4:
+            rows[OURS]["note"] = f"wrong values: losses {off:.1e} off those of plain calls"
 
 
-# --- targets -----------------------------------------------------------------------------------------
+def finish(results: dict[str, Any], record: dict[str, Any]) -> None:
+    """What is computed of a record once it is in the results."""
+    for kind in ("cases", "variants"):
+        for name in record.get(kind, {}):
+            finish_rows(results[kind][name], results["ceilings"])
+    for net in record.get("steps", {}):
+        mark_steps(results["steps"][net], results["header"]["device"])
 
 
-class Missing(Exception):
-    """Why a number is not there."""
+def failed(results: dict[str, Any]) -> bool:
+    """Whether something of ours went wrong, or was not reached."""
+    outcomes = [test["outcome"] for file in results["tests"].values() for test in file.values()]
+    checks = any(check_note(check) for check in results["checks"].values())
+    return checks or "failed" in outcomes or any(item["problems"] for item in results["items"].values())
 
 
-class Failed(Missing):
-    """Ours ran into an error or computed something else."""
-
-
-def _ms(rows: Rows, provider: str) -> float:
-    """The time of one of ours."""
-    if provider not in rows:
-        raise Missing(f"no row of {provider}")
-    if note := rows[provider]["note"]:
-        raise (Missing if note.startswith("skipped") else Failed)(note)
-    return rows[provider]["ms"]
-
-
-def time(provider: str = OURS) -> Callable[[Rows], float]:
-    return lambda rows: _ms(rows, provider)
-
-
-def speedup(*prefixes: str, ours: str = OURS) -> Callable[[Rows], float]:
-    """Over the fastest peer whose name starts with one of the prefixes."""
-
-    def value(rows: Rows) -> float:
-        mine = _ms(rows, ours)
-        peers = [row["ms"] for name, row in rows.items() if name.startswith(prefixes) and not row["note"]]
-        if not peers:
-            raise Missing("no peer ran")
-        return min(peers) / mine
-
-    return value
-
-
-def floors(rows: Rows) -> float:
-    """Time as a multiple of the floor."""
-    return _ms(rows, OURS) / rows[OURS]["floor_ms"]
-
-
-def share_of_bandwidth(rows: Rows) -> float:
-    return 100 / floors(rows)
-
-
-def rate(count: int) -> Callable[[Rows], float]:
-    """Things a second, where a call takes so many."""
-    return lambda rows: 1e3 * count / _ms(rows, OURS)
-
-
-def workspace(provider: str) -> Callable[[Rows], float]:
-    """Megabytes (10^6) needed beside inputs and results."""
-
-    def value(rows: Rows) -> float:
-        _ms(rows, provider)
-        return (rows[provider]["peak_mib"] - rows[provider]["kept_mib"]) * 2**20 / 1e6
-
-    return value
-
-
-def share_of_peak(peer: str) -> Callable[[Rows], float]:
-    """Peak memory over the peer's."""
-
-    def value(rows: Rows) -> float:
-        _ms(rows, OURS)
-        if peer not in rows or rows[peer]["note"]:
-            raise Missing("no peer ran")
-        return rows[OURS]["peak_mib"] / rows[peer]["peak_mib"]
-
-    return value
-
-
-def waits(rows: Rows) -> float:
-    """1 if the call made the host wait for the device."""
-    _ms(rows, OURS)
-    return float(rows[OURS]["waits"])
-
-
-def repeats(rows: Rows) -> float:
-    """1 if a repeated call was bitwise equal."""
-    _ms(rows, OURS)
-    return float(rows[OURS]["bitwise"])
-
-
-def excess_error(rows: Rows) -> float:
-    """Largest error of a result over eager's in the same dtype (float32's rounding, 1e-7, forgiven)."""
-    _ms(rows, OURS)
-    eager, mine = rows["reference"]["errors"], rows[OURS]["errors"]
-    if not eager:
-        raise Missing("the reference did not run")
-    return max(max(0.0, mine[name] - 1e-7) / max(eager[name], 1e-12) for name in mine)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One number that a target demands of one case."""
-
-    target: str
-    case: str
-    demand: str  # with {} for the limit
-    limit: float
-    value: Callable[[Rows], float]
-    at_most: bool = False
-    h200: bool = False  # an absolute time, written for an H200
-
-
-def _attention_parts() -> list[Part]:
-    parts = []
-    peers = ("SDPA", "varlen_attn")
-    for heads in ("6 heads", "12 heads"):
-        for tokens in ("197", "37", "packed"):
-            gains = (1.8, 1.5) if tokens == "packed" else (1.4, 1.5)
-            for target, way, gain, multiple in zip(
-                ("A1", "A2"), ("forward", "backward"), gains, (1.5, 1.6), strict=True
-            ):
-                case = f"attention {tokens} {heads} {way}"
-                parts.append(Part(target, case, "<= {}x the floor", multiple, floors, at_most=True))
-                parts.append(Part(target, case, ">= {}x the best of SDPA and varlen_attn", gain, speedup(*peers)))
-            parts.append(Part("A2", case, "bitwise repeatable: {}", 1, repeats))
-    for way in ("forward", "backward"):
-        parts.append(Part("A3", f"attention 785 6 heads {way}", ">= {}x the best SDPA backend", 0.95, speedup(*peers)))
-    return parts
-
-
-def target_parts(cases: list[str]) -> list[Part]:
-    """Section 6 of the design, a line a number, and the rate of the crops (C1); Q is asked of every case."""
-    parts = []
-    for case in ("dino_loss bfloat16", "dino_loss float16"):
-        parts += [
-            Part("L1", case, "<= {} ms", 0.060, time(), at_most=True, h200=True),
-            Part("L1", case, ">= {}x the reference form", 20, speedup("reference")),
-            Part("L1", case, ">= {}x the einsum form", 7, speedup("einsum")),
-            Part("L1", case, ">= {}x torch.compile of the reference", 3, speedup("compiled reference")),
-            Part("L1", case, ">= {}x torch.compile of the einsum form", 3, speedup("compiled einsum")),
-        ]
-    case, stored = "dino_head_loss bfloat16", f"{OURS}, stored logits"
-    parts += [
-        Part("L2", case, "stored logits: <= {} ms", 0.150, time(stored), at_most=True, h200=True),
-        Part("L2", case, "stored logits: workspace <= {} MB", 105, workspace(stored), at_most=True),
-        Part("L2", case, "no logits: <= {} ms", 0.200, time(), at_most=True, h200=True),
-        Part("L2", case, "no logits: workspace <= {} MB", 4, workspace(OURS), at_most=True),
-        Part("L2", case, "stored logits: >= {}x the reference span", 10, speedup("reference span", ours=stored)),
-        Part(
-            "L2",
-            case,
-            "stored logits, weight norm on both sides: >= {}x the reference span",
-            10,
-            speedup("reference span", ours=f"{stored}, span"),
-        ),
-    ]
-    for case in ("ema_update ViT-S", "ema_update ViT-B"):
-        parts += [
-            Part("E1", case, ">= {} % of the copy bandwidth", 85, share_of_bandwidth),
-            Part("E1", case, ">= {}x the reference", 2, speedup("reference")),
-            Part("E1", case, ">= {}x _foreach_lerp_ (parity)", 0.95, speedup("_foreach_lerp_")),
-        ]
-    for case, limit in (("adamw_ema ViT-S", 0.52), ("adamw_ema ViT-B", 1.3)):
-        parts += [
-            Part("E2", case, "<= {} ms", limit, time(), at_most=True, h200=True),
-            Part("E2", case, "waits of the host: {}", 0, waits, at_most=True),
-            Part("E2", case, ">= {}x the reference", 3, speedup("reference")),
-            Part("E2", case, ">= {}x the best of torch's fused calls", 1.15, speedup("torch fused")),
-        ]
-    parts += _attention_parts()
-    for case, limit, gain, stock in (("step ViT-S/16", 20, 3, 1.5), ("step ViT-B/16", 60, 2, 1.3)):
-        parts += [
-            Part("S1", case, "<= {} ms", limit, time(), at_most=True, h200=True),
-            Part("S1", case, ">= {}x the reference", gain, speedup("reference")),
-            Part("S1", case, ">= {}x the best of stock PyTorch", stock, speedup("stock")),
-            Part("S1", case, "peak memory <= {}x the reference's", 0.5, share_of_peak("reference"), at_most=True),
-        ]
-    parts.append(Part("C1", "multicrop", ">= {} images/s", 10_000, rate(256)))
-    for case in cases:
-        # A hundredth for chance: where rounding to 16 bits is all of the error, ours and eager's are the same.
-        parts.append(Part("Q", case, "error <= {}x eager's against float64", 1.01, excess_error, at_most=True))
-        parts.append(Part("Q", case, "bitwise repeatable: {}", 1, repeats))
-    return parts
-
-
-def verdict(part: Part, results: dict) -> tuple[str, str]:
-    """(measured, "met", "not met", "not measured ..." or "not judged ...") of one part."""
-    header = results["header"]
-    if header["device"] != "cuda":
-        return "-", "not measured on a GPU"
-    if header["toy"]:
-        return "-", "not measured: toy sizes"
-    case = {**results["cases"], **results["steps"]}.get(part.case)
-    if case is None or not case["rows"]:
-        return "-", f"not measured: {case['problem'] if case else 'not reached'}"
-    try:
-        value = part.value({row["provider"]: row for row in case["rows"]})
-    except Failed as reason:
-        return "-", f"not met: {reason}"
-    except Missing as reason:
-        return "-", f"not measured: {reason}"
-    if part.h200 and "H200" not in header["gpu"]:
-        return f"{value:.3g}", "not judged: written for H200"
-    met = value <= part.limit if part.at_most else value >= part.limit
-    return f"{value:.3g}", "met" if met else "not met"
+def check_note(check: dict) -> str:
+    notes = wrong_values(check["errors"], check["eager"]) + ["not repeatable"] * (not check["bitwise"])
+    return f"wrong values: {', '.join(notes)}" if notes else ""
 
 
 # --- what is written ---------------------------------------------------------------------------------
@@ -274,27 +119,81 @@ def _number(value: float | None, digits: str = ".4g") -> str:
     return "-" if value is None else f"{value:{digits}}"
 
 
-def header_lines(results: dict) -> list[str]:
+def title(results: dict) -> str:
     header = results["header"]
-    title = f"Kernels on {header['gpu']}"
     if header["device"] != "cuda" or header["toy"]:
-        title = f"NOT A GPU RESULT: a trial run, device {header['device']}{', toy sizes' * header['toy']}"
-    lines = [f"# {title}", "", *(f"* {key}: {value}" for key, value in header.items())]
+        return f"NOT A GPU RESULT: a rehearsal, device {header['device']}{', toy sizes' * header['toy']}"
+    return f"Kernels on {header['gpu']}"
+
+
+def header_lines(results: dict) -> list[str]:
+    lines = [f"# {title(results)}", "", *(f"* {key}: {value}" for key, value in results["header"].items())]
     if results["ceilings"]:
         copy, product = (results["ceilings"][key] / 1e12 for key in ("copy_bytes_per_s", "bf16_flops_per_s"))
         lines.append(f"* ceilings: copy {copy:.3g} TB/s (read + written), bfloat16 product {product:.4g} TFLOP/s")
-    return [*lines, f"* build: {results['build']}", ""]
+    kernels = sum(row["kernels"] for row in results["compiled"].values())
+    lines += [
+        f"* build: {results['build']}",
+        f"* compiled ahead: {kernels} kernels of {len(results['compiled'])} tasks",
+    ]
+    lines += ["", "## What was done", "", *_table("item", "seconds", "what went wrong")]
+    for name, item in results["items"].items():
+        wrong = "; ".join(f"{task}: {problem}" for task, problem in item["problems"].items())
+        lines.append(_line(name, f"{item['seconds']:.0f}", wrong))
+    return [*lines, ""]
 
 
-def test_lines(tests: list[dict]) -> list[str]:
-    if not tests:
+def check_lines(checks: dict) -> list[str]:
+    lines = ["## Values at the reference size", "", *_table("case", "error", "eager's", "bitwise repeatable", "note")]
+    for name, check in checks.items():
+        errors = (_number(max(check[key].values()), ".1e") for key in ("errors", "eager"))
+        lines.append(_line(name, *errors, check["bitwise"], check_note(check)))
+    return [*lines, ""]
+
+
+STEP_METHOD = """\
+One whole training step: 64 images, 2 + 8 crops already on the device, K = 65536. Ours in bfloat16, op by op ("plain
+calls") and as one CUDA graph; reference: facebookresearch/dino's step, in float16 under autocast with a gradient
+scaler as it ships; stock: bfloat16 autocast, SDPA, torch.compile of each block, fused AdamW. Each in a process of its
+own. First 12 steps, after 5 of which the last layer thaws, whose losses are compared: those of the graph with those of
+plain calls, and medians with the reference's. Then the timed ones: ms from the call until the device is done, median;
+peak: the most allocated from the second step on."""
+
+
+def step_lines(steps: dict) -> list[str]:
+    columns = ("net", "provider", "images/s", "ms", "fastest", "slowest", "peak MiB", "loss", "from plain", "note")
+    lines = ["## Whole steps", "", STEP_METHOD, "", *_table(*columns)]
+    for net, rows in steps.items():
+        for provider, row in rows.items():
+            times = row["all_step_ms"]
+            cells = [row["ms"], min(times, default=None), max(times, default=None), row["peak_mib"]]
+            numbers = [_number(x) for x in (row["images_per_s"], *cells, statistics.median(row["losses"]))]
+            note = row["note"] or ("a CUDA graph" if row["captured"] else "")
+            lines.append(_line(net, provider, *numbers, _number(row.get("from_plain"), ".1e"), note))
+    return [*lines, ""]
+
+
+def profile_lines(profile: dict) -> list[str]:
+    if not profile:
         return []
-    lines = ["## Tests", "", *_table("file", "passed", "failed", "skipped", "seconds", "problems")]
-    for test in tests:
-        problems = "; ".join(test["problems"])
-        lines.append(
-            _line(test["file"], test["passed"], test["failed"], test["skipped"], f"{test['seconds']:.0f}", problems)
-        )
+    total = f"{profile['launches']:.0f} launches and {profile['us'] / 1e3:.2f} ms of kernels a step, of ViT-S."
+    lines = ["## Where a step's time goes", "", total, "", *_table("kernel", "count", "us", "share, %")]
+    for row in profile["rows"][:60]:  # results.json has all
+        share = 100 * row["us"] / profile["us"]
+        lines.append(_line(row["kernel"][:100], f"{row['count']:.0f}", f"{row['us']:.1f}", f"{share:.1f}"))
+    return [*lines, ""]
+
+
+def training_lines(training: dict) -> list[str]:
+    if not training:
+        return []
+    columns = ("part", "to step", "loss", "images/s", "fastest", "data wait", "evaluations", "seconds")
+    lines = ["## A real run", "", "`pretrain` on JPEGs, stopped by SIGTERM within an epoch and resumed.", ""]
+    lines += _table(*columns)
+    for part, row in training.items():
+        numbers = [_number(row[key]) for key in ("loss", "images_per_s", "fastest_images_per_s", "data_wait")]
+        evaluations = "; ".join(str(evaluation) for evaluation in row["evaluations"])
+        lines.append(_line(part, row["steps"], *numbers, evaluations, _number(row["seconds"], ".1f")))
     return [*lines, ""]
 
 
@@ -306,13 +205,11 @@ Peak and kept: MiB allocated above the inputs during the call and by its results
 of |x - exact| / |exact| (L2 norms), exact in float64."""
 
 
-def case_lines(cases: dict) -> list[str]:
+def case_lines(title: str, cases: dict, *method: str) -> list[str]:
     columns = ("op", "shape", "dtype", "provider", "ms", "host ms", "MB", "GFLOP", "floor ms", "% of floor")
-    lines = ["## Measurements", "", METHOD, "", *_table(*columns, "peak MiB", "kept MiB", "error", "note")]
-    for name, case in cases.items():
-        if not case["rows"]:
-            lines.append(_line(name, *["-"] * 12, case["problem"]))
-        for row in case["rows"]:
+    lines = [f"## {title}", "", *method, *_table(*columns, "peak MiB", "kept MiB", "error", "note")]
+    for rows in cases.values():
+        for row in rows:
             error = max(row["errors"].values(), default=None)
             cells = [row["op"], row["shape"], row["dtype"], row["provider"], _number(row["ms"])]
             cells += [_number(row["host_ms"], ".3g"), _number(row["bytes"] / 1e6), _number(row["flops"] / 1e9)]
@@ -322,24 +219,22 @@ def case_lines(cases: dict) -> list[str]:
     return [*lines, ""]
 
 
-STEP_METHOD = """\
-One whole training step: 64 images, 2 + 8 crops already on the device, K = 65536. Ours in bfloat16, as one CUDA graph;
-reference: facebookresearch/dino's step, in float16 under autocast with a gradient scaler as it ships; stock: bfloat16
-autocast, SDPA, torch.compile, fused AdamW. Each in a process of its own, one after the other; ms from the call until
-the device is done, median of the timed steps, all of which results.json has; peak: the most allocated from the second
-step on."""
+def counter_lines(counters: list[dict]) -> list[str]:
+    if not counters:
+        return []
+    lines = ["## Hardware counters", "", "Of one call of each case, by Nsight Compute.", "", *_table(*counters[0])]
+    return [*lines, *(_line(*(_number(x) if x is None or isinstance(x, float) else x for x in row.values()))
+                      for row in counters), ""]  # fmt: skip
 
 
-def step_lines(steps: dict) -> list[str]:
-    columns = ("net", "provider", "images/s", "ms", "fastest", "slowest", "peak MiB", "loss", "note")
-    lines = ["## Whole steps", "", STEP_METHOD, "", *_table(*columns)]
-    for name, step in steps.items():
-        for row in step["rows"]:
-            times, losses = row["all_step_ms"], row["losses"]
-            cells = [row["ms"], min(times, default=None), max(times, default=None), row["peak_mib"]]
-            loss = statistics.median(losses) if losses else None
-            numbers = [_number(x) for x in (row["images_per_s"], *cells, loss)]
-            lines.append(_line(name, row["provider"], *numbers, row["note"]))
+def test_lines(tests: dict) -> list[str]:
+    if not tests:
+        return []
+    lines = ["## Tests", "", *_table("file", "passed", "failed", "skipped", "problems")]
+    for file, outcomes in tests.items():
+        counts = Counter(test["outcome"] for test in outcomes.values())
+        problems = "; ".join(f"{name}: {test['problem']}" for name, test in outcomes.items() if test["problem"])
+        lines.append(_line(file, *(counts[key] for key in ("passed", "failed", "skipped")), problems))
     return [*lines, ""]
 
 
@@ -350,41 +245,54 @@ def target_lines(results: dict) -> list[str]:
     return [*lines, ""]
 
 
+def text(results: dict) -> str:
+    lines = header_lines(results) + target_lines(results) + check_lines(results["checks"])
+    lines += step_lines(results["steps"]) + profile_lines(results["profile"]) + training_lines(results["training"])
+    lines += case_lines("Measurements", results["cases"], METHOD, "")
+    lines += case_lines("Other launches of ours", results["variants"])
+    return "\n".join(lines + counter_lines(results["counters"]) + test_lines(results["tests"]))
+
+
 def write(folder: Path, results: dict) -> None:
     """results.json and results.md, each replaced whole: a kill leaves the old or the new one."""
-    lines = header_lines(results) + test_lines(results["tests"]) + step_lines(results["steps"])
-    lines += case_lines(results["cases"]) + target_lines(results)
-    for name, text in (("results.json", json.dumps(results, indent=1)), ("results.md", "\n".join(lines))):
-        (folder / "half-written").write_text(text)
-        (folder / "half-written").replace(folder / name)
+    for name, content in (("results.json", json.dumps(results, indent=1)), ("results.md", text(results))):
+        (folder / ".half-written").write_text(content)
+        (folder / ".half-written").replace(folder / name)
 
 
-def plot(path: Path, results: dict) -> str:
-    """Each provider of each case as a multiple of its floor; returns a sentence on what came of it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        return f"no plot: {error}"
-    cases = {name: rows for name, case in results["cases"].items() if (rows := [r for r in case["rows"] if r["ms"]])}
-    figure = Figure(figsize=(10, 1.5 + 0.35 * len(cases)), layout="constrained")
-    axes = figure.subplots()
-    providers = dict.fromkeys(row["provider"] for rows in cases.values() for row in rows)
-    for i, provider in enumerate(providers):
-        points = [
-            (row["ms"] / row["floor_ms"], name)
-            for name, rows in cases.items()
-            for row in rows
-            if row["provider"] == provider
-        ]
-        style = {"marker": "osv^<>P"[i // 10 % 7], "color": f"C{i % 10}", "s": 35}  # a marker for every ten colors
-        if provider == OURS:
-            style = {"marker": "D", "color": "black", "s": 70}
-        axes.scatter(*zip(*points, strict=True), label=provider, **style)
-    axes.axvline(1, color="gray", linewidth=1)
-    axes.set_xscale("log")
-    axes.invert_yaxis()
-    axes.set_xlabel("time as a multiple of the floor (1 = the card's own limit)")
-    axes.set_title(header_lines(results)[0].strip("# "))
-    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
-    figure.savefig(path, dpi=130)
-    return f"plot: {path}"
+def plot(folder: Path, results: dict) -> None:
+    """results.png: each provider of each case as a multiple of its floor, on a logarithmic axis; ours in black."""
+    from PIL import Image, ImageDraw
+
+    points = {
+        name: {row["provider"]: row["ms"] / row["floor_ms"] for row in rows if row["ms"] and row["floor_ms"]}
+        for name, rows in results["cases"].items()
+    }
+    names = list(dict.fromkeys(provider for row in points.values() for provider in row))
+    left, width, line = 300, 700, 18
+    bottom = 50 + line * len(points)
+    image = Image.new("RGB", (left + width + 40, bottom + 40 + line * len(names)), "white")
+    draw = ImageDraw.Draw(image)
+    decades = max([1, *(math.ceil(math.log10(max(x, 1))) for row in points.values() for x in row.values())])
+    colors = {name: f"hsl({137 * i % 360}, 80%, 45%)" for i, name in enumerate(names)} | {OURS: "black"}
+
+    def mark(x: float, y: float, name: str) -> None:
+        size = 5 if name == OURS else 3
+        draw.ellipse((x - size, y - size, x + size, y + size), fill=colors[name])
+
+    draw.text((10, 8), f"{title(results)}: time as a multiple of the floor (1 = the card's own limit)", fill="black")
+    for decade in range(decades + 1):
+        x = left + width * decade / decades
+        draw.line((x, 30, x, bottom), fill="lightgray")
+        draw.text((x - 8, bottom + 4), f"{10**decade}", fill="black")
+    for i, (case, row) in enumerate(points.items()):
+        y = 40 + line * i
+        draw.text((10, y - 6), case, fill="black")
+        for name, multiple in sorted(row.items(), key=lambda entry: entry[0] == OURS):
+            mark(left + width * math.log10(max(multiple, 1)) / decades, y, name)
+    for i, name in enumerate(names):
+        y = bottom + 34 + line * i
+        mark(left, y, name)
+        draw.text((left + 14, y - 6), name, fill="black")
+    image.save(folder / ".half-written", "PNG")
+    (folder / ".half-written").replace(folder / "results.png")

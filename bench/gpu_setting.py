@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -61,16 +62,27 @@ class Case:
 
 
 def compiled(function: Callable) -> Callable:
-    """torch.compile of a peer; without a GPU traced only, since compiling for a CPU would take minutes."""
-    return torch.compile(function, backend="inductor" if torch.cuda.is_available() else "aot_eager")
+    """torch.compile of a peer, once it is called; without a GPU traced only: compiling for a CPU would take minutes."""
+    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
+    made = cache(lambda: torch.compile(function, backend=backend))  # loads the compiler
+    return lambda *arguments: made()(*arguments)
 
 
-def generator(device: str) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)
+class Random:
+    """Random numbers on a device; on the meta device tensors without any."""
 
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
 
-def random(g: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=g, device=g.device)
+    def normal(self, *shape: int) -> Tensor:
+        return self._empty(shape).normal_(generator=self.generator) if self.generator else self._empty(shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return self._empty(shape).uniform_(generator=self.generator) if self.generator else self._empty(shape)
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, device=self.device)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -1,80 +1,93 @@
-"""The whole training steps that gpu.py measures: bench_step.py, in a run of its own for each net and provider.
+"""Whole training steps of ours and of the peers, and where the time of one of ours goes."""
 
-So none holds memory while another is measured, and one that fails, or compiles for too long, costs only its own row.
-"""
-
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
+import statistics
 import time
-from pathlib import Path
+from typing import Any
 
-import gpu_report
-from gpu_report import OURS
+import bench_step
+import torch
+from gpu_report import OURS, PLAIN
+from gpu_run import Send
+from step_peers import FROZEN_EPOCHS, STEPS_PER_EPOCH, Setting
 
-BENCH = Path(__file__).with_name("bench_step.py")
-NETS = {"step ViT-S/16": "vit_small", "step ViT-B/16": "vit_base"}
-# In the order of importance, which is also that of the time until their first step: stock is compiled by then.
-PROVIDERS = {OURS: "ours", "reference": "reference", "stock": "stock"}
-PROVIDER_SECONDS = 100  # at most, for one of them at one net
-LEAST_SECONDS = 20  # with less left it is not begun
-TOY = ["--arch", "vit_nano", "--batch", "2", "--local-crops", "2", "--out-dim", "256", "--steps", "2", "--warmup", "1"]
-
-
-def measure_steps(folder: Path, results: dict, deadline: float, env: dict[str, str]) -> None:
-    """Adds to results["steps"], and to the folder, the rows that are not there yet."""
-    header = results["header"]
-    for provider, name in PROVIDERS.items():
-        for case, arch in NETS.items():
-            rows = results["steps"].setdefault(case, {"rows": [], "problem": ""})["rows"]
-            before = [row for row in rows if row["provider"] == provider]
-            if before and not before[0]["note"].startswith("skipped"):
-                continue
-            sizes = TOY if header["toy"] else ["--arch", arch, "--batch", "64", "--steps", "20"]
-            options = [*sizes, "--device", header["device"], "--providers", name]
-            row = {"provider": provider, "ms": None, "images_per_s": None, "peak_mib": None}
-            row |= {"all_step_ms": [], "losses": [], "note": ""}
-            row |= measure_step(options, name, folder, min(PROVIDER_SECONDS, deadline - time.time()), env)
-            rows[:] = [row for row in rows if row not in before] + [row]
-            gpu_report.mark_wrong_losses(rows)
-            gpu_report.write(folder, results)
-            left = max(0, deadline - time.time())
-            print(f"{left:4.0f} s left, measured: {case} {provider} {row['note']}", flush=True)
+NETS = {"ViT-S/16": "vit_small", "ViT-B/16": "vit_base"}
+PROVIDERS = {PLAIN: "ours_plain", OURS: "ours", "reference": "reference", "stock": "stock"}
+LOSSES, THAW, TIMED = 12, 5, 20  # steps compared, after how many the last layer thaws, and steps timed after these
+FIRST_STEP = STEPS_PER_EPOCH * FROZEN_EPOCHS - THAW
+TOY = {
+    "arch": "vit_nano", "batch": 2, "local_crops": 2, "out_dim": 256, "hidden": 64, "patch": 8, "global_size": 32,
+    "local_size": 16,
+}  # fmt: skip
 
 
-def measure_step(options: list[str], name: str, folder: Path, seconds: float, env: dict[str, str]) -> dict:
-    """What bench_step.py measured of one provider, or a note why it did not."""
-    if seconds < LEAST_SECONDS:
-        return {"note": "skipped: the time was spent"}
-    output, note = folder / "step.json", ""
-    process = subprocess.Popen(
-        [sys.executable, str(BENCH), *options, "--json", str(output)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its own group: nobody else's process
-        said, _ = process.communicate()
-        note = f"skipped: no result after {seconds:.0f} s, see steps.log"
-    with (folder / "steps.log").open("a") as log:
-        log.write(f"--- {' '.join(options)}\n{said}\n")
-    if process.returncode:
-        return {"note": note or f"not available: {reason(said)}"}
-    row = json.loads(output.read_text())["providers"][name]
-    output.unlink()
-    return {"ms": row["step_ms"], **{key: row[key] for key in ("images_per_s", "peak_mib", "all_step_ms", "losses")}}
+def setting(net: str, device: str, toy: bool) -> Setting:
+    return Setting(device=device, **TOY) if toy else Setting(NETS[net], 64, device)  # type: ignore[arg-type]
 
 
-def reason(said: str) -> str:
-    """The last error in what a process said."""
-    lines = said.strip().splitlines() or ["no message"]
-    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-    return (errors or lines)[-1][:200]
+def first_steps(name: str, setting: Setting, count: int = LOSSES) -> tuple[Any, list[list[torch.Tensor]], list[float]]:
+    """A provider that has taken its first steps, the batches that it takes in turn, and the losses."""
+    learner = bench_step.build(name, setting, "bfloat16")
+    batches = [[crop.to(setting.device) for crop in setting.crops(seed)] for seed in range(bench_step.BATCHES)]
+    losses = []
+    for step in range(count):
+        result = learner.step(FIRST_STEP + step, batches[step % len(batches)])
+        losses.append(float(getattr(result, "loss", result)))
+        if step == 0 and setting.device == "cuda":  # compilers and convolutions have tried what they try
+            torch.cuda.reset_peak_memory_stats()
+    return learner, batches, losses
+
+
+def measure_step(send: Send, net: str, provider: str, device: str, toy: bool) -> None:
+    cuda = device == "cuda"
+    synchronize = torch.cuda.synchronize if cuda else int
+    chosen = setting(net, device, toy)
+    learner, batches, losses = first_steps(PROVIDERS[provider], chosen)
+    captured = getattr(getattr(learner, "update", None), "graph", None) is not None
+    row = {"losses": losses, "captured": captured, "ms": None, "all_step_ms": [], "images_per_s": None, "note": ""}
+    times = []
+    for step in range(LOSSES, LOSSES + (2 if toy else TIMED)):
+        crops = batches[step % len(batches)]
+        synchronize()
+        started = time.perf_counter()
+        learner.step(FIRST_STEP + step, crops)
+        synchronize()
+        times.append(1e3 * (time.perf_counter() - started))
+    row |= {"ms": statistics.median(times), "all_step_ms": times}
+    row["images_per_s"] = 1e3 * chosen.batch / row["ms"]
+    # Since the second step: a replayed graph allocates nothing, so timed steps would hide what it holds.
+    row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else bench_step.peak_resident_mib()
+    send({"steps": {net: {provider: row}}})
+
+
+def profile(send: Send, device: str, toy: bool) -> None:
+    """Kernels of two plain steps: how often each runs, for how long and its share of all."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    cuda, steps = device == "cuda", 2
+    learner, batches, _ = first_steps("ours_plain", setting("ViT-S/16", device, toy), THAW + 2)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiler:
+        for step in range(THAW + 2, THAW + 2 + steps):
+            learner.step(FIRST_STEP + step, batches[step % len(batches)])
+        if cuda:
+            torch.cuda.synchronize()
+    kind = DeviceType.CUDA if cuda else DeviceType.CPU
+    rows = [
+        {"kernel": event.key, "count": event.count / steps, "us": us / steps}
+        for event in profiler.key_averages()
+        if event.device_type == kind and (us := event.self_device_time_total if cuda else event.self_cpu_time_total)
+    ]
+    if not rows:
+        raise RuntimeError("the profiler saw no kernel: CUPTI is missing, or not permitted")
+    rows.sort(key=lambda row: -row["us"])
+    send({"profile": {"rows": rows, "launches": sum(row["count"] for row in rows), "us": sum(r["us"] for r in rows)}})
+
+
+def step_on_meta(net: str, toy: bool) -> None:
+    """All that a step of ours launches, on meta tensors."""
+    chosen = setting(net, "meta", toy)
+    torch.nn.init.trunc_normal_ = lambda tensor, **_: tensor  # looks at values
+    learner = bench_step.learner(chosen, "bfloat16")
+    crops = [torch.empty_like(crop, device="meta") for crop in chosen.crops(0)]
+    for step in (FIRST_STEP, FIRST_STEP + THAW):  # the last layer frozen, and trained
+        learner.step(step, crops)

@@ -7,14 +7,17 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCKER = """\
 import sys
 
-class Blocker:
-    names = {names}
+class Blind:
+    def __init__(self, finder):
+        self.finder = finder
 
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
 
-sys.meta_path.insert(0, Blocker())
+    def find_spec(self, name, *rest):
+        return None if name.partition(".")[0] in {names} else self.finder.find_spec(name, *rest)
+
+sys.meta_path[:] = map(Blind, sys.meta_path)
 """
 ABSENT = (
     *("tyro", "tqdm", "matplotlib", "simplejpeg", "safetensors", "webdataset", "tensorboard"),

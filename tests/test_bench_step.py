@@ -9,7 +9,7 @@ import bench_step
 import pytest
 import torch
 from bench_step import ours
-from step_peers import FIRST_STEP, PEERS, PHASES, Reference, Setting, start_weights
+from step_peers import FIRST_STEP, PEERS, PHASES, Net, Reference, Setting, compile_blocks, start_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ["--arch", "vit_nano", "--batch", "2", "--local-crops", "2", "--out-dim", "256", "--threads", "2"]
@@ -78,6 +78,29 @@ def test_the_reference_in_float16_scales_its_loss_and_skips_what_overflows():
     half.step(FIRST_STEP + 3, setting.crops(3))
     assert all(torch.equal(a, b) for a, b in zip(before, half.student.parameters(), strict=True))
     assert half.scaler.get_scale() < 2.0**100
+
+
+def test_stock_compiles_a_block_once_for_all_and_not_each():
+    """Blocks differ by their rates of drop path, which are tensors, and by whether there is any."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    setting = Setting("vit_tiny", 2, "cpu", **SMALL, drop_path=0.1)
+    student, teacher = Net(setting, 0.1), Net(setting)
+    crops, plain = setting.crops(0), Net(setting, 0.1)
+    plain.load_state_dict(student.state_dict())
+    compile_blocks(student, teacher, backend="aot_eager")
+    outputs = []
+    for net in (student, plain):
+        torch.manual_seed(0)
+        outputs.append(net(crops))
+        outputs[-1].sum().backward()
+    with torch.no_grad():
+        teacher(crops[:2])
+    assert torch.allclose(*outputs, atol=1e-5)
+    # Two sizes of the student's crops, with drop path and without; the teacher's global ones, without gradients.
+    assert counters["stats"]["unique_graphs"] == 5
+    assert not counters["graph_break"]
 
 
 def test_on_a_gpu_no_provider_holds_memory_while_another_is_measured(monkeypatch):

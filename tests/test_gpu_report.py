@@ -1,27 +1,19 @@
-"""bench/gpu.py without a GPU: its arithmetic, its verdicts, its cases at toy sizes, and what it survives."""
+"""bench/gpu.py's arithmetic and verdicts, and what it writes."""
 
 import json
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import gpu
 import gpu_cases
 import gpu_report
-import gpu_steps
+import gpu_targets
 import pytest
-import torch
 from dino_train.model import build_model
-from gpu_report import OURS
-from gpu_setting import TOY, Case, Sizes
+from gpu_report import COMPILED, OURS, PLAIN
+from gpu_setting import TOY, Sizes
+from PIL import Image
 
 CEILINGS = {"copy_bytes_per_s": 4.3e12, "bf16_flops_per_s": 790e12}  # of an H200
 HEADER = {"device": "cuda", "gpu": "NVIDIA H200", "toy": False}
-GPU_ONLY = ("SDPA cudnn", "SDPA efficient", "varlen_attn", "add + Liger layer norm")
-CASES = gpu_cases.all_cases(TOY)
 
 
 def row(provider=OURS, ms=1.0, note="", error=1e-3, **values):
@@ -31,22 +23,15 @@ def row(provider=OURS, ms=1.0, note="", error=1e-3, **values):
     return {**fixed, "provider": provider, "times": times, "note": note, **values}
 
 
-def step_row(provider, ms=10.0, peak_mib=100.0, losses=(11.0, 10.0), note=""):
-    row = {"provider": provider, "ms": ms, "images_per_s": 64e3 / ms, "peak_mib": peak_mib}
-    return {**row, "all_step_ms": [ms - 1, ms, ms + 5], "losses": list(losses), "note": note}
-
-
-def results_of(*rows, case="case", **header):
-    cases = {case: {"rows": gpu_report.finish_rows(list(rows), CEILINGS), "problem": ""}}
-    results = {"header": {**HEADER, **header}, "build": "done", "tests": [], "ceilings": CEILINGS}
-    return {**results, "cases": cases, "steps": {}}
+def results_of(*rows, case="case", ceilings=CEILINGS, **header):
+    results = gpu_report.empty({**HEADER, **header}) | {"ceilings": ceilings}
+    gpu.merge(results, {"cases": {case: list(rows)}})
+    gpu_report.finish(results, {"cases": {case: None}})
+    return results
 
 
 def judge(part, *rows, **header):
-    return gpu_report.verdict(part, results_of(*rows, **header))
-
-
-# --- arithmetic and verdicts -------------------------------------------------------------------------
+    return gpu_targets.verdict(part, results_of(*rows, **header))
 
 
 def test_floors_are_those_of_the_design():
@@ -60,6 +45,8 @@ def test_floors_are_those_of_the_design():
 
 @pytest.mark.parametrize("arch, sizes", [("vit_small", Sizes()), ("vit_base", Sizes().base())])
 def test_the_updates_are_those_of_the_trainers_nets(arch, sizes):
+    import torch
+
     settings = {"patch_size": 16, "out_dim": 65536, "img_size": 224, "drop_path_rate": 0.0}
     with torch.device("meta"):
         net = build_model(arch, **settings, use_bn_in_head=False, norm_last_layer=True)
@@ -74,10 +61,13 @@ def test_the_updates_are_those_of_the_trainers_nets(arch, sizes):
         ("dino_head_loss bfloat16", ((8 + 8 + 4) * 16 + 3 * 200 * 16) * 2 + 8 * 200, 6 * 12 * 200 * 16),
         ("attention packed 6 heads forward", 4 * 2 * 32 * (4 * 9 + 4 * 5), 4 * 32 * (4 * 9**2 + 4 * 5**2)),
         ("attention packed 6 heads backward", 8 * 2 * 32 * (4 * 9 + 4 * 5), 10 * 32 * (4 * 9**2 + 4 * 5**2)),
+        ("mlp", 2 * (4 * 56 * 32 + 4 * 56 * 128), 12 * 56 * 32 * 128),
+        ("linear", 2 * (3 * 56 * 32 + 2 * 56 * 96), 6 * 56 * 32 * 96),
+        ("last layer", 2 * 8 * (200 + 16) + 10 * 200 * 16, 2 * 8 * 200 * 16),
     ],
 )
 def test_bytes_and_flops_of_cases(name, moved, flops):
-    case = CASES[name]("cpu")
+    case = gpu_cases.first_cases(TOY)[name]("meta")
     assert (case.bytes, case.flops) == (moved, flops)
 
 
@@ -87,30 +77,32 @@ def test_rows_get_median_floor_and_percent():
     assert done["floor_ms"] == pytest.approx(1.0) and done["percent_of_floor"] == pytest.approx(50)
     (by_flops,) = gpu_report.finish_rows([row(flops=790e9 * 3)], CEILINGS)
     assert by_flops["floor_ms"] == pytest.approx(3.0)
+    (unknown,) = gpu_report.finish_rows([row(ms=2.0)], None)
+    assert unknown["ms"] == 2.0 and unknown["floor_ms"] is unknown["percent_of_floor"] is None
 
 
-P = gpu_report.Part
+P = gpu_targets.Part
 
 
 @pytest.mark.parametrize(
     "part, expected",
     [
-        (P("", "case", "", 1.0, gpu_report.time(), at_most=True), ("1", "met")),
-        (P("", "case", "", 0.9, gpu_report.time(), at_most=True), ("1", "not met")),
-        (P("", "case", "", 3, gpu_report.speedup("reference")), ("4", "met")),
-        (P("", "case", "", 2.1, gpu_report.speedup("SDPA")), ("2", "not met")),
-        (P("", "case", "", 2, gpu_report.speedup("nobody")), ("-", "not measured: no peer ran")),
-        (P("", "case", "", 2, gpu_report.speedup("absent")), ("-", "not measured: no peer ran")),
-        (P("", "case", "", 1.5, gpu_report.floors, at_most=True), ("1", "met")),
-        (P("", "case", "", 85, gpu_report.share_of_bandwidth), ("100", "met")),
-        (P("", "case", "", 62, gpu_report.workspace(OURS), at_most=True), ("62.9", "not met")),
-        (P("", "case", "", 0, gpu_report.waits, at_most=True), ("0", "met")),
-        (P("", "case", "", 1, gpu_report.repeats), ("1", "met")),
-        (P("", "case", "", 10_000, gpu_report.rate(256)), ("2.56e+05", "met")),
-        (P("", "case", "", 1, gpu_report.excess_error, at_most=True), ("0.5", "met")),
-        (P("", "other", "", 1, gpu_report.floors), ("-", "not measured: not reached")),
-        (P("", "case", "", 0.5, gpu_report.share_of_peak("reference"), at_most=True), ("1", "not met")),
-        (P("", "case", "", 0.5, gpu_report.share_of_peak("absent"), at_most=True), ("-", "not measured: no peer ran")),
+        (P("", "case", "", 1.0, gpu_targets.time(), at_most=True), ("1", "met")),
+        (P("", "case", "", 0.9, gpu_targets.time(), at_most=True), ("1", "not met")),
+        (P("", "case", "", 3, gpu_targets.speedup("reference")), ("4", "met")),
+        (P("", "case", "", 2.1, gpu_targets.speedup("SDPA")), ("2", "not met")),
+        (P("", "case", "", 2, gpu_targets.speedup("nobody")), ("-", "not measured: no peer ran")),
+        (P("", "case", "", 2, gpu_targets.speedup("absent")), ("-", "not measured: no peer ran")),
+        (P("", "case", "", 1.5, gpu_targets.floors, at_most=True), ("1", "met")),
+        (P("", "case", "", 85, gpu_targets.share_of_bandwidth), ("100", "met")),
+        (P("", "case", "", 62, gpu_targets.workspace(OURS), at_most=True), ("62.9", "not met")),
+        (P("", "case", "", 0, gpu_targets.waits, at_most=True), ("0", "met")),
+        (P("", "case", "", 1, gpu_targets.repeats), ("1", "met")),
+        (P("", "case", "", 10_000, gpu_targets.rate(256)), ("2.56e+05", "met")),
+        (P("", "case", "", 1, gpu_targets.excess_error, at_most=True), ("0.5", "met")),
+        (P("", "other", "", 1, gpu_targets.floors), ("-", "not measured: not reached")),
+        (P("", "case", "", 0.5, gpu_targets.share_of_peak("reference"), at_most=True), ("1", "not met")),
+        (P("", "case", "", 0.5, gpu_targets.share_of_peak("absent"), at_most=True), ("-", "not measured: no peer ran")),
     ],
 )
 def test_verdicts(part, expected):
@@ -119,17 +111,39 @@ def test_verdicts(part, expected):
     assert judge(part, row(), *peers, absent) == expected
 
 
+def test_no_floor_is_judged_without_ceilings():
+    part = P("", "case", "", 1.5, gpu_targets.floors, at_most=True)
+    assert judge(part, row(), ceilings=None) == ("-", "not measured: no ceilings")
+
+
+@pytest.mark.parametrize(
+    "problem, expected",
+    [
+        ("skipped: the time was spent", "not measured: skipped: the time was spent"),
+        ("no result within 60 s, see the log", "not measured: no result within 60 s, see the log"),
+        ("died of SIGABRT, see the log", "not met: died of SIGABRT, see the log"),
+        ("OutOfMemoryError: CUDA out of memory", "not met: OutOfMemoryError: CUDA out of memory"),
+    ],
+)
+def test_a_task_that_failed_meets_nothing_and_one_without_time_is_not_judged(problem, expected):
+    for case, task in (("lost", "lost"), ("step ViT-S/16", f"ViT-S/16, {OURS}")):
+        results = results_of(row())
+        results["items"]["3"] = {"seconds": 1, "problems": {task: problem}}
+        part = P("", case, "", 1, gpu_targets.time(), at_most=True)
+        assert gpu_targets.verdict(part, results) == ("-", expected)
+        assert gpu_report.failed(results)
+
+
 def test_absolute_times_are_judged_on_an_h200_only():
-    part = P("", "case", "", 2, gpu_report.time(), at_most=True, h200=True)
+    part = P("", "case", "", 2, gpu_targets.time(), at_most=True, h200=True)
     assert judge(part, row()) == ("1", "met")
     assert judge(part, row(), gpu="NVIDIA H100 80GB HBM3") == ("1", "not judged: written for H200")
 
 
 @pytest.mark.parametrize("header, text", [({"device": "cpu"}, "on a GPU"), ({"toy": True}, "toy sizes")])
-def test_a_trial_run_is_never_taken_for_a_result(header, text):
+def test_a_rehearsal_is_never_taken_for_a_result(header, text):
     results = results_of(row(), row("reference", 50.0), case="dino_loss bfloat16", **header)
-    lines = gpu_report.header_lines(results)
-    assert lines[0].startswith("# NOT A GPU RESULT")
+    assert gpu_report.text(results).startswith("# NOT A GPU RESULT")
     targets = "\n".join(gpu_report.target_lines(results))
     assert text in targets and "| met |" not in targets and "| not met |" not in targets
 
@@ -138,267 +152,66 @@ def test_wrong_values_win_nothing():
     wrong = row(ms=0.1, error=0.2)
     results = results_of(wrong, row("reference", 4.0))
     assert wrong["note"] == "wrong values: out off by 2.0e-01"
-    part = P("", "case", "", 3, gpu_report.speedup("reference"))
-    assert gpu_report.verdict(part, results) == ("-", f"not met: {wrong['note']}")
+    part = P("", "case", "", 3, gpu_targets.speedup("reference"))
+    assert gpu_targets.verdict(part, results) == ("-", f"not met: {wrong['note']}")
     peer = row("reference", 4.0), row("SDPA flash", 0.1, error=float("nan"))
-    part = P("", "case", "", 3, gpu_report.speedup("SDPA"))
+    part = P("", "case", "", 3, gpu_targets.speedup("SDPA"))
     assert judge(part, row(), *peer) == ("-", "not measured: no peer ran")
 
 
-def test_tables_and_plot(tmp_path, monkeypatch):
+def test_another_launch_that_computes_something_else_is_marked():
+    rows = [row(), row("reference", error=1e-3), row("twice", from_default={"out": 2e-3})]
+    rows.append(row("half", from_default={"out": 5e-3}))
+    notes = [r["note"] for r in gpu_report.finish_rows(rows, CEILINGS)]
+    assert notes == ["", "", "", "wrong values, unlike the default: out off by 5.0e-03"]
+
+
+def test_compiled_peers_are_judged_beside_ours_of_their_own_run():
+    part = next(p for p in gpu_targets.target_parts([]) if p.case == f"dino_loss bfloat16{COMPILED}")
+    results = results_of(row(ms=1.0), row("compiled reference", 4.0), case=part.case)
+    assert gpu_targets.verdict(part, results) == ("4", "met")
+    assert not [p for p in gpu_targets.target_parts(list(results["cases"])) if p.target == "Q"]
+
+
+def test_what_is_written(tmp_path):
     results = results_of(row(), row("reference", None, "not available: a | b\nc", errors={}))
-    results["cases"]["lost"] = {"rows": [], "problem": "skipped: the time was spent"}
-    results["tests"] = [
-        {"file": "test_x.py", "passed": 3, "failed": 1, "skipped": 0, "seconds": 2.0, "problems": ["test_a: no"]}
-    ]
+    record = {
+        "tests": {"test_x.py": {"test_a": {"outcome": "failed", "problem": "no"}}},
+        "checks": {"op": {"errors": {"out": 1e-3}, "eager": {"out": 1e-4}, "bitwise": False}},
+        "items": {"2 values": {"seconds": 3.0, "problems": {"mlp": "died of SIGSEGV"}}},
+        "profile": {"rows": [{"kernel": "k", "count": 2.0, "us": 30.0}], "launches": 2.0, "us": 30.0},
+        "training": {"start": {"steps": 60, "loss": 9.0, "images_per_s": 2000.0, "fastest_images_per_s": 2100.0}},
+        "counters": [{"kernel": "_student_kernel", "launches": 1, "us": 50.0, "MB read": None}],
+        "compiled": {"mlp": {"kernels": 3, "seconds": 1.0}},
+        "steps": {"ViT-S/16": {PLAIN: step_row(20.0)}},
+    }
+    record["training"]["start"] |= {"data_wait": 0.01, "evaluations": [{"step": 24, "knn10": 50.0}], "seconds": 9.0}
+    gpu.merge(results, record)
+    gpu_report.finish(results, record)
     gpu_report.write(tmp_path, results)
+    gpu_report.plot(tmp_path, results)
     text = (tmp_path / "results.md").read_text()
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert "copy 4.3 TB/s" in text and "| test_x.py | 3 | 1 | 0 | 2 | test_a: no |" in text
-    assert "not available: a \\| b c |" in text and "skipped: the time was spent |" in text
-    assert "| 1 | 0.1 | 4300 | 0 | 1 | 100 | 100.0 | 40.0 | 1.0e-03 |" in text
-    assert gpu_report.plot(tmp_path / "plot.png", results).startswith("plot: ")
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert gpu_report.plot(tmp_path / "none.png", results).startswith("no plot: ")
+    for line in (
+        "copy 4.3 TB/s",
+        "| test_x.py | 0 | 1 | 0 | test_a: no |",
+        "not available: a \\| b c |",
+        "| 1 | 0.1 | 4300 | 0 | 1 | 100 | 100.0 | 40.0 | 1.0e-03 |",
+        "| op | 1.0e-03 | 1.0e-04 | False | wrong values: out off by 1.0e-03, not repeatable |",
+        "| 2 values | 3 | mlp: died of SIGSEGV |",
+        "2 launches and 0.03 ms of kernels a step",
+        "| k | 2 | 30.0 | 100.0 |",
+        "| start | 60 | 9 | 2000 | 2100 | 0.01 | {'step': 24, 'knn10': 50.0} | 9.0 |",
+        "| _student_kernel | 1 | 50 | - |",
+        "compiled ahead: 3 kernels of 1 tasks",
+        f"| ViT-S/16 | {PLAIN} | 3200 | 20 | 19 | 25 | 100 | 10.5 | - |  |",
+    ):
+        assert line in text, line
+    assert {file.name for file in tmp_path.iterdir()} == {"results.json", "results.md", "results.png"}
+    with Image.open(tmp_path / "results.png") as image:
+        assert image.width > 900 and (0, 0, 0) in {color for _, color in image.getcolors(1 << 16)}  # ours is black
 
 
-# --- cases at toy sizes ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_all_providers_compute_the_same(name, monkeypatch):
-    monkeypatch.setattr(gpu, "MOST_ROUNDS", 1)
-    rows = gpu_report.finish_rows(gpu.measure(CASES[name], "cpu", gpu.HostTimer()), CEILINGS)
-    assert rows[0]["provider"] == OURS and rows[0]["bitwise"]
-    assert any(row["provider"] == "reference" for row in rows)
-    for row in rows:
-        if row["provider"] in GPU_ONLY:
-            assert row["note"].startswith("not available: ")
-        else:
-            assert not row["note"] and row["ms"] > 0, row
-            assert max(row["errors"].values()) < 0.05, row  # against float64, in 16 bits
-
-
-def test_a_provider_with_other_values_or_an_error_is_noted():
-    def fails():
-        raise ImportError("no such\nthing")
-
-    x = torch.ones(3)
-    providers = {OURS: lambda: (x,), "reference": lambda: ([x[:1], x[1:]],), "off": lambda: (1.01 * x,), "bad": fails}
-    case = Case("op", "[3]", "float32", 24, 0, ("out",), providers, exact=lambda: (x.double(),))
-    rows = gpu_report.finish_rows(gpu.measure(lambda device: case, "cpu", gpu.HostTimer()), CEILINGS)
-    notes = {row["provider"]: row["note"] for row in rows}
-    assert notes[OURS] == notes["reference"] == ""
-    assert notes["off"].startswith("wrong values: out off by 1.0e-02")
-    assert notes["bad"] == "not available: ImportError: no such"
-
-
-def test_every_target_names_a_case_and_providers_that_exist(monkeypatch):
-    monkeypatch.setattr(gpu, "MOST_ROUNDS", 1)
-    monkeypatch.setattr(gpu.HostTimer, "memory", lambda self, call: {"peak_mib": 2.0, "kept_mib": 1.0})
-    monkeypatch.setattr(gpu.HostTimer, "waits", lambda self, call: False)
-    results = results_of()
-    parts = gpu_report.target_parts(list(CASES))
-    rows = [step_row(provider) for provider in gpu_steps.PROVIDERS]
-    results["steps"] = {case: {"rows": rows, "problem": ""} for case in gpu_steps.NETS}
-    for name in {part.case for part in parts} - set(gpu_steps.NETS):
-        rows = gpu.measure(CASES[name], "cpu", gpu.HostTimer())
-        results["cases"][name] = {"rows": gpu_report.finish_rows(rows, CEILINGS), "problem": ""}
-    for part in parts:
-        assert gpu_report.verdict(part, results)[1] in ("met", "not met"), part
-
-
-# --- the timer of a GPU, on one that only keeps a diary ------------------------------------------------
-
-
-class FakeCuda:
-    """As much of torch.cuda as the timer uses. Memory in use follows a list; each "event" takes 3 ms."""
-
-    def __init__(self):
-        self.diary, self.memory, self.mode = [], [], "default"
-
-    def get_device_properties(self, device):
-        return SimpleNamespace(L2_cache_size=50 << 20)
-
-    def current_device(self):
-        return 0
-
-    def Event(self, enable_timing):  # noqa: N802
-        note = self.diary.append
-        return SimpleNamespace(
-            record=lambda: note("event"), synchronize=lambda: note("wait"), elapsed_time=lambda end: 3.0
-        )
-
-    def synchronize(self):
-        self.diary.append("wait")
-
-    def _sleep(self, cycles):
-        self.diary.append(("sleep", cycles))
-
-    def reset_peak_memory_stats(self):
-        self.diary.append("reset")
-
-    def memory_allocated(self):
-        return self.memory.pop(0)
-
-    def max_memory_allocated(self):
-        return 10 << 20
-
-    def set_sync_debug_mode(self, mode):
-        self.mode = mode
-
-
-def test_the_timer_of_a_gpu():
-    cuda = FakeCuda()
-    assert all(hasattr(torch.cuda, name) for name in vars(FakeCuda) if not name.startswith("__"))
-    timer = gpu.DeviceTimer(cuda, "cpu")
-    assert timer.buffer.nbytes > 4 * (50 << 20)
-    assert timer.milliseconds(lambda: cuda.diary.append("call"), host_ms=2.0) == 3.0
-    assert cuda.diary == [("sleep", 6_400_000), "event", "call", "event", "wait"]
-    cuda.memory = [1 << 20, 3 << 20]
-    assert timer.memory(lambda: cuda.diary.append("again")) == {"peak_mib": 9.0, "kept_mib": 2.0}
-    assert cuda.diary[-4:] == ["wait", "reset", "again", "wait"]
-
-    def waits():
-        assert cuda.mode == "error"
-        raise RuntimeError("called a synchronizing CUDA operation")
-
-    assert timer.waits(waits) is True and timer.waits(lambda: None) is False and cuda.mode == "default"
-    with pytest.raises(ZeroDivisionError):
-        timer.waits(lambda: 1 / 0)
-    assert cuda.mode == "default"
-
-
-def test_a_run_on_a_gpu_builds_and_tests_first(tmp_path, monkeypatch):
-    test = {"file": "test_x.py", "passed": 3, "failed": 1, "skipped": 0, "seconds": 2.0, "problems": ["test_a: no"]}
-    asked = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "build", lambda folder: "done, 5 s")
-    monkeypatch.setattr(gpu, "run_tests", lambda files, folder, seconds: [test])
-    monkeypatch.setattr(gpu, "run_cases", lambda folder, arguments, deadline: asked.append((arguments, deadline)))
-    steps = []
-    monkeypatch.setattr(gpu_steps, "measure_steps", lambda *arguments: steps.append(arguments[2] - time.time()))
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path)])
-    assert gpu.main() == 1  # a test failed
-    ((arguments, deadline),) = asked
-    assert arguments == ["--device", "cuda"] and 0 < deadline - time.time() <= gpu.TOTAL_SECONDS < 9 * 60
-    assert steps[0] <= gpu.STEP_SECONDS < steps[1] <= gpu.TOTAL_SECONDS  # once more with what the cases left
-    text = (tmp_path / "results.md").read_text()
-    assert "* build: done, 5 s" in text and "test_a: no" in text and "not measured: not reached" in text
-    monkeypatch.setattr(gpu, "build", lambda folder: "failed, see build.log")
-    assert gpu.main() == 1 and len(asked) == 1
-    assert "failed, see build.log" in (tmp_path / "results.md").read_text()
-
-
-# --- what a run survives -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path):
-    results = {"header": {**HEADER, "device": "cpu"}, "build": "", "tests": [], "ceilings": None}
-    results |= {"cases": {}, "steps": {}}
-    gpu_report.write(tmp_path, results)
-    return tmp_path
-
-
-def cases_in(folder):
-    return json.loads((folder / "results.json").read_text())["cases"]
-
-
-def test_a_failing_case_and_a_spent_budget_cost_only_themselves(folder, monkeypatch):
-    def broken(device):
-        raise RuntimeError("out of luck")
-
-    cases = {"broken": broken, "good": CASES["ema_update ViT-S"], "late": CASES["ema_update ViT-S"]}
-    monkeypatch.setattr(gpu_cases, "all_cases", lambda sizes: {name: cases[name] for name in ("broken", "good")})
-    gpu.work(folder, "cpu", toy=True, deadline=time.time() + 100)
-    monkeypatch.setattr(gpu_cases, "all_cases", lambda sizes: cases)
-    gpu.work(folder, "cpu", toy=True, deadline=time.time() + 1)  # goes on where the other ended
-    found = cases_in(folder)
-    assert found["broken"]["problem"] == "failed: RuntimeError: out of luck"
-    assert len(found["good"]["rows"]) == 3
-    assert found["late"] == {"rows": [], "problem": "skipped: the time was spent"}
-
-
-def test_a_process_that_dies_is_followed_by_another(folder, monkeypatch):
-    commands = []
-
-    def dies_in_the_first_case(command, **options):
-        commands.append(command)
-        results = json.loads((folder / "results.json").read_text())
-        results["cases"][f"case {len(commands)}"] = {"rows": [], "problem": "the process died"}
-        if len(commands) == 2:
-            results["complete"] = True
-        gpu_report.write(folder, results)
-
-    monkeypatch.setattr(subprocess, "run", dies_in_the_first_case)
-    gpu.run_cases(folder, ["--device", "cpu"], time.time() + 60)
-    assert len(commands) == 2 and list(cases_in(folder)) == ["case 1", "case 2"]
-    monkeypatch.setattr(subprocess, "run", lambda command, **options: commands.append(command))
-    results = json.loads((folder / "results.json").read_text())
-    del results["complete"]
-    gpu_report.write(folder, results)
-    gpu.run_cases(folder, [], time.time() + 60)  # one that never gets to a case is not tried forever
-    assert len(commands) == 3
-
-
-def test_the_time_limit_reaches_into_a_call():
-    with pytest.raises(TimeoutError, match="not ready after 0 s"), gpu.time_limit(0.05):
-        time.sleep(10)
-    with gpu.time_limit(0.05):
-        pass
-    time.sleep(0.1)  # nothing is left ticking
-
-
-def test_test_files_that_fail_or_hang_are_counted(tmp_path):
-    files = {
-        "test_mixed.py": "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2, 'wrong sum'\n"
-        "@pytest.mark.skip\ndef test_later(): pass\n@pytest.mark.parametrize('device', ['cpu'])\n"
-        "def test_elsewhere(device): assert False\n",
-        "test_hangs.py": "import time\ndef test_hang(): time.sleep(100)\n",
-        "test_broken.py": "import no_such_module\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    started = time.time()
-    mixed, hangs, broken = gpu.run_tests([tmp_path / name for name in files], tmp_path, seconds=8)
-    assert time.time() - started < 30
-    assert (mixed["passed"], mixed["failed"], mixed["skipped"]) == (1, 1, 1)
-    assert mixed["problems"][0].startswith("test_bad: AssertionError: wrong sum")
-    assert hangs["failed"] == 1 and "see test_hangs.log" in hangs["problems"][0]
-    assert broken["failed"] == 1 and broken["passed"] == 0
-    assert "test_hang" in (tmp_path / "test_hangs.log").read_text()
-
-
-def test_the_tests_of_all_ops_are_found():
-    names = {file.name for file in gpu.test_files()}
-    assert {"test_dino_loss.py", "test_attention.py", "test_ema_update.py", "test_gpu.py"} <= names
-    assert "test_train.py" not in names
-
-
-def test_a_whole_trial_run_without_the_trainers_libraries(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nsys.modules.update(dict.fromkeys(('tyro', 'tqdm', 'safetensors')))\n"
-    )
-    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, Path(gpu.__file__), "--toy", "--device", "cpu", "--output", tmp_path / "new"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads((tmp_path / "new/results.json").read_text())
-    assert results["header"]["device"] == "cpu" and list(results["cases"]) == list(CASES)
-    assert all(case["rows"] for case in results["cases"].values())
-    for case in gpu_steps.NETS:
-        rows = results["steps"][case]["rows"]
-        assert [row["provider"] for row in rows] == list(gpu_steps.PROVIDERS)
-        assert not any(row["note"] for row in rows) and min(row["ms"] for row in rows) > 0, rows
-    text = (tmp_path / "new/results.md").read_text()
-    assert text.startswith("# NOT A GPU RESULT") and "not measured on a GPU" in text and "| met |" not in text
-    assert (tmp_path / "new/results.png").is_file()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path):
-    done = subprocess.run([sys.executable, gpu.__file__, "--output", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 1 and "no CUDA device here. A trial run without one: --toy --device cpu" in done.stderr
+def step_row(ms=10.0, peak_mib=100.0, losses=(11.0, 10.0), note="", captured=False):
+    row = {"ms": ms, "images_per_s": 64e3 / ms, "peak_mib": peak_mib, "captured": captured}
+    return {**row, "all_step_ms": [ms - 1, ms, ms + 5], "losses": list(losses), "note": note}

@@ -1,0 +1,139 @@
+"""Tasks in processes of their own, each with a time limit: what a task sends is kept, however the task ends.
+
+The processes are forked from a server that has loaded torch, which saves each of them seconds. None of it holds a GPU.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+LEAST_SECONDS = 3  # with less left a task is not begun
+CONTEXT = multiprocessing.get_context("forkserver")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Send = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Task:
+    """`run`(send, *arguments), the name of a module and its function, for at most `seconds`."""
+
+    name: str
+    run: str
+    arguments: tuple[Any, ...] = ()
+    seconds: float = 60
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def output_of(*command: str) -> str:
+    """What a command prints, or "unknown"."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _end_with_the_run() -> None:
+    """A run that is killed leaves no task behind, nor what that has started."""
+    run = multiprocessing.parent_process()
+    assert run is not None
+    run.join()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _child(connection: Connection, log: Path, task: Task) -> None:
+    os.setsid()  # its own group, so that all it starts can be ended with it
+    Thread(target=_end_with_the_run, daemon=True).start()
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    print(f"--- {task.name}", flush=True)
+    try:
+        module, function = task.run.split(".")
+        getattr(importlib.import_module(module), function)(connection.send, *task.arguments)
+    except BaseException as error:
+        traceback.print_exc()
+        connection.send(one_line(error))
+
+
+class _Running:
+    def __init__(self, task: Task, log: Path, deadline: float) -> None:
+        self.task, self.problem, self.open = task, "", True
+        self.connection, theirs = CONTEXT.Pipe(duplex=False)
+        self.process = CONTEXT.Process(target=_child, args=(theirs, log, task))
+        self.process.start()
+        theirs.close()
+        self.started = time.time()
+        self.until = min(deadline, self.started + task.seconds)
+
+    def receive(self, take: Callable[[dict[str, Any]], None]) -> None:
+        """All that has been sent: records, or in one line why the task failed."""
+        try:
+            while self.open and self.connection.poll():
+                message = self.connection.recv()
+                if isinstance(message, str):
+                    self.problem = message
+                else:
+                    take(message)
+        except (EOFError, OSError):
+            self.open = False
+
+    def ended(self) -> bool:
+        """Whether it has ended, or its time has and it was killed."""
+        late = time.time() >= self.until
+        if not late and self.process.is_alive():
+            return False
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join(5)
+        code = self.process.exitcode
+        if late:
+            self.problem = self.problem or f"no result within {time.time() - self.started:.0f} s, see the log"
+        elif code:
+            name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            name += " (perhaps the host's memory ran out)" * (name == "SIGKILL")
+            self.problem = self.problem or f"died of {name}, see the log"
+        return True
+
+
+def run_tasks(
+    tasks: Sequence[Task], *, at_once: int, deadline: float, log: Path, take: Callable[[dict[str, Any]], None]
+) -> dict[str, str]:
+    """Runs them in order; `take` gets each record as it comes. Returns what went wrong: name of the task, reason."""
+    waiting, running, problems = deque(tasks), list[_Running](), dict[str, str]()
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            task = waiting.popleft()
+            if deadline - time.time() < LEAST_SECONDS:
+                problems[task.name] = "skipped: the time was spent"
+            else:
+                running.append(_Running(task, log, deadline))
+        if not running:
+            continue
+        timeout = max(0.0, min(one.until for one in running) - time.time())
+        wait([x for one in running for x in (one.process.sentinel, *[one.connection] * one.open)], timeout)
+        for one in list(running):
+            over = one.ended()
+            one.receive(take)
+            if over:
+                running.remove(one)
+                one.connection.close()
+                if one.problem:
+                    problems[one.task.name] = one.problem
+    return problems

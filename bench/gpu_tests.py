@@ -1,0 +1,59 @@
+"""The part of the tests that a card is asked last: one shape of each test of a kernel, and what needs a card."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_files(toy: bool) -> list[Path]:
+    """Of every op, of all of them in a CUDA graph, of the trainer's step and of its loader."""
+    names = [op.stem for op in sorted(ROOT.glob("dino_kernels/[a-z]*.py"))] + ["gpu", "step", "loaders"]
+    files = [file for name in names if (file := ROOT / "tests" / f"test_{name}.py").is_file()]
+    return [ROOT / "tests/test_drop_path_add.py", ROOT / "tests/test_gpu.py"] if toy else files
+
+
+class Subset:
+    """A pytest plugin: marks and keeps the subset, and sends each outcome as it comes."""
+
+    def __init__(self, send, file: str) -> None:
+        self.send, self.file = send, file
+
+    def pytest_collection_modifyitems(self, config, items) -> None:
+        kept, paths = [], set()
+        for item in items:
+            path = getattr(item, "originalname", item.name)
+            on_card = "triton" in item.name or any(mark.name in ("gpu", "skipif") for mark in item.iter_markers())
+            if "gpu" in item.keywords or (on_card and path not in paths):
+                item.add_marker("gpu_subset")
+                paths.add(path)
+                kept.append(item)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.record(report)
+
+    def pytest_collectreport(self, report) -> None:
+        if report.failed:
+            self.record(report)
+
+    def record(self, report) -> None:
+        problem = report.longreprtext.strip().splitlines()[-1][:200] if report.failed else ""
+        name = report.nodeid.partition("::")[2] or "collection"
+        self.send({"tests": {self.file: {name: {"outcome": report.outcome, "problem": problem}}}})
+
+
+def run(send, file: str) -> None:
+    import pytest
+
+    # The project's pytest options name plugins that need not be installed.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    options = ["-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", "--tb", "short", "-q"]
+    options += ["-W", "ignore::pytest.PytestUnknownMarkWarning", file]
+    sys.path.insert(0, str(ROOT / "tests"))
+    code = pytest.main(options, plugins=[Subset(send, Path(file).name)])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise RuntimeError(f"pytest ended with {pytest.ExitCode(code).name}, see the log")

@@ -1,0 +1,48 @@
+"""bench/gpu.py with tasks that fail in the midst of the others, as a program; other tests use these tasks too."""
+
+import os
+import resource
+import signal
+import sys
+import time
+
+import gpu
+
+
+def crash(send) -> None:
+    send({"checks": {"before the crash": {"errors": {"x": 0.0}, "eager": {"x": 0.0}, "bitwise": True}}})
+    os.abort()
+
+
+def hang(send) -> None:
+    print(f"hangs: {os.getpid()}", flush=True)
+    if not os.fork():  # a compiler's worker, say, which holds the pipe open
+        time.sleep(1000)
+    time.sleep(1000)
+
+
+def exhaust(send) -> None:
+    import torch
+
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+    torch.empty(1 << 36, dtype=torch.uint8)
+
+
+def killed_by_the_host(send) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tasks(seconds: float = 60) -> list[gpu.Task]:
+    names = ("crash", "hang", "exhaust", "killed_by_the_host")
+    return [gpu.Task(name, f"gpu_failures.{name}", (), 4 if name == "hang" else seconds) for name in names]
+
+
+if __name__ == "__main__":
+    if "only-hang" in sys.argv:
+        sys.argv.remove("only-hang")
+        hangs = gpu.Task("hang", "gpu_failures.hang", (), 600)
+        gpu.ITEMS[1:] = [gpu.Item("hangs", 600, lambda options: [hangs])]
+        gpu.ITEMS[0] = gpu.Item("ceilings", 600, lambda o: [gpu.Task("ceilings", "gpu_measure.ceilings", o.where)])
+    else:
+        gpu.ITEMS.insert(4, gpu.Item("fails", 20, lambda options: tasks(), len(tasks())))
+    sys.exit(gpu.main())

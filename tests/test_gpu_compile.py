@@ -1,0 +1,93 @@
+"""What gpu.py compiles ahead is what it will launch: on meta tensors, for a chip that is not there."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import gpu_compile
+import gpu_measure
+import pytest
+from bare import environment
+
+# In a process of their own: in that of the tests the interpreter stands in for the compiler.
+LAUNCHES = """\
+import json, sys
+from collections import Counter
+from types import SimpleNamespace
+from triton.runtime.jit import JITFunction
+import gpu_compile, gpu_measure
+
+launched = {}
+JITFunction.run = lambda self, *args, grid, warmup, **options: SimpleNamespace(hash=len(launched))
+def done(function, kernel):
+    launched.setdefault(name, Counter())[function.__name__] += 1
+
+with gpu_compile.launches_compiled(90, done):
+    for name in [*gpu_measure.cases(False), "step ViT-S/16", "step ViT-B/16"]:
+        gpu_compile.call_on_meta(name, False)
+print(json.dumps(launched))
+"""
+
+SAME = """\
+import gpu_compile, gpu_measure
+from dino_kernels import _triton
+from gpu_report import OURS
+
+_triton.argument = lambda setting: setting  # as of tensors on a device
+for name in ("bias_gelu", "ema_update ViT-S", "dino_loss bfloat16"):
+    kernels = {"meta": set(), "cpu": set()}
+    for device, hashes in kernels.items():
+        with gpu_compile.launches_compiled(90, lambda function, kernel: hashes.add(kernel.hash)):
+            gpu_measure.cases(True)[name](device).providers[OURS]()
+    assert kernels["meta"] and kernels["meta"] == kernels["cpu"], (name, kernels)
+"""
+
+
+def python(code, folder):
+    env = environment(folder) | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_case_and_step_of_the_reference_setting_is_compiled(tmp_path):
+    launched = json.loads(python(LAUNCHES, tmp_path))
+    without = {"linear"}  # products of the library
+    assert set(launched) == {*gpu_measure.cases(False), "step ViT-S/16", "step ViT-B/16"} - without
+    step = launched["step ViT-S/16"]
+    assert sum(step.values()) > 2 * 100 and launched["mlp"].keys() == {"_forward_kernel", "_backward_kernel"}
+    assert {"_teacher_kernel", "_student_kernel", "_update_kernel", "_short_backward_kernel"} <= set(step)
+
+
+def test_it_is_what_real_tensors_would_launch(tmp_path):
+    """The specializations are the same; here of tensors on the CPU, which no kernel touches."""
+    python(SAME, tmp_path)
+
+
+def test_old_tritons_launchers_are_made_too(monkeypatch):
+    from triton.backends.nvidia import driver
+
+    made = []
+    kernel = SimpleNamespace(src="source", metadata="metadata")
+    monkeypatch.setattr(driver, "CudaLauncher", lambda *given: made.append(given))
+    monkeypatch.delattr(driver, "make_launcher", raising=False)
+    gpu_compile.build_launcher(kernel)
+    assert made == []
+    monkeypatch.setattr(driver, "make_launcher", None, raising=False)
+    gpu_compile.build_launcher(kernel)
+    assert made == [("source", "metadata")]
+
+
+def test_peers_with_a_compiler_are_known_before_anything_is_made():
+    assert {"dino_loss bfloat16", "mlp", "dino_loss float16"} < set(gpu_compile.peers_to_compile(False))
+
+
+@pytest.mark.parametrize("name", ["mlp"])
+def test_peers_are_called_once(name, monkeypatch):
+    called = []
+    case = SimpleNamespace(providers={"reference": None, "compiled reference": lambda: called.append(1)})
+    monkeypatch.setattr(gpu_measure, "cases", lambda toy: {name: lambda device: case})
+    sent = []
+    gpu_compile.peers(sent.append, name, "cpu", True)
+    assert called == [1] and sent[0]["compiled"]["peers of mlp"]["kernels"] == 1

@@ -1,0 +1,207 @@
+"""bench/gpu.py as a whole without a GPU, on a machine without optional libraries, with tasks that fail; and killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu
+import gpu_failures
+import gpu_measure
+import gpu_report
+import gpu_targets
+import pytest
+import torch
+from bare import ROOT, environment
+from gpu_report import COMPILED, OURS, PLAIN
+
+FILES = {"results.json", "results.md", "results.png", "log.txt"}
+GPU_ONLY = ("SDPA cudnn", "SDPA efficient", "varlen_attn", "add + Liger layer norm")
+FAILURES = {
+    "crash": "died of SIGABRT, see the log",
+    "hang": "no result within 4 s, see the log",
+    "exhaust": "RuntimeError: [enforce fail at alloc_cpu.cpp",
+    "killed_by_the_host": "died of SIGKILL (perhaps the host's memory ran out), see the log",
+}
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    program = str(ROOT / "tests/gpu_failures.py")
+    return [sys.executable, program, "--toy", "--device", "cpu", "--output", str(folder / "new"), *options]
+
+
+def environ(folder: Path) -> dict[str, str]:
+    return environment(folder) | {"TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_INTERPRET": "0"}
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """(results.json, results.md, what was printed) of a whole rehearsal."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    done = subprocess.run(command(folder), capture_output=True, text=True, env=environ(folder))
+    assert done.returncode == 1, done.stderr[-3000:]  # since tasks fail
+    assert {file.name for file in (folder / "new").iterdir()} == FILES
+    results = json.loads((folder / "new/results.json").read_text())
+    assert (folder / "new/results.md").read_text() == gpu_report.text(results)
+    print(done.stdout)
+    return results
+
+
+def test_what_fails_is_noted_and_all_else_is_done(rehearsal):
+    problems = {name: item["problems"] for name, item in rehearsal["items"].items() if item["problems"]}
+    for task, expected in FAILURES.items():
+        assert problems["fails"][task].startswith(expected), problems["fails"][task]
+    assert "before the crash" in rehearsal["checks"]
+    ncu = problems.pop("7 hardware counters", {})
+    assert set(problems) == {"fails"}, problems
+    assert ncu in ({}, {"counters": "RuntimeError: Nsight Compute (ncu) is not on this machine: no hardware counters"})
+    names = [item.name for item in gpu.ITEMS]
+    assert list(rehearsal["items"]) == [*names[:4], "fails", *names[4:]]
+
+
+def test_every_case_is_checked_and_measured(rehearsal):
+    cases = gpu_measure.cases(toy=True)
+    assert set(rehearsal["checks"]) == {*gpu_measure.first(True), "before the crash"}
+    assert not any(map(gpu_report.check_note, rehearsal["checks"].values()))
+    with_compiler = {name for name in rehearsal["cases"] if name.endswith(COMPILED)}
+    assert {name.removesuffix(COMPILED) for name in with_compiler} == {"dino_loss bfloat16", "dino_head_loss bfloat16"}
+    assert set(rehearsal["cases"]) - with_compiler == set(cases)
+    for rows in [*rehearsal["cases"].values(), *rehearsal["variants"].values()]:
+        assert rows[0]["provider"] == OURS and "reference" in [row["provider"] for row in rows]
+        for row in rows:
+            if row["provider"] in GPU_ONLY:
+                assert row["note"].startswith("not available: ")
+            else:
+                assert not row["note"] and row["ms"] > 0, row
+                assert max(row["errors"].values()) < 0.05, row  # against float64, in 16 bits
+    assert all(rows[0]["bitwise"] for rows in rehearsal["cases"].values())
+    (variants,) = rehearsal["variants"].values()
+    assert [row["provider"] for row in variants] == [OURS, "reference", *gpu_measure.CHANGES]
+
+
+def test_whole_steps_and_their_profile(rehearsal):
+    steps = rehearsal["steps"]
+    assert set(steps["ViT-S/16"]) == {PLAIN, OURS, "reference", "stock"} and OURS in steps["ViT-B/16"]
+    for row in [*steps["ViT-S/16"].values(), *steps["ViT-B/16"].values()]:
+        assert len(row["losses"]) == 12 and row["ms"] > 0 and not row["note"]
+    assert steps["ViT-S/16"][OURS]["from_plain"] == 0  # no graph on a CPU
+    assert any(row["kernel"] == "dino_kernels::adamw_ema_step_" for row in rehearsal["profile"]["rows"])
+
+
+def test_the_trainer_is_stopped_and_resumed(rehearsal):
+    start, resume = rehearsal["training"]["start"], rehearsal["training"]["resume"]
+    assert 14 <= start["steps"] < 20 and resume["steps"] == 30
+    assert min(start["images_per_s"], resume["images_per_s"]) > 0
+    assert [e["step"] for e in start["evaluations"] + resume["evaluations"]] == [0, 10, 20, 30]
+    assert "knn10" in start["evaluations"][0]
+
+
+def test_kernels_are_compiled_ahead_and_tests_are_run_on_the_card_last(rehearsal):
+    assert rehearsal["compiled"]["ema_update ViT-S"]["kernels"] >= 1
+    assert {"stock, ViT-S/16", "peers of dino_loss bfloat16"} < set(rehearsal["compiled"])
+    outcomes = {file: {t["outcome"] for t in tests.values()} for file, tests in rehearsal["tests"].items()}
+    assert outcomes == {"test_drop_path_add.py": {"passed"}, "test_gpu.py": {"skipped"}}
+
+
+def test_every_target_names_a_case_and_providers_that_exist(rehearsal):
+    results = json.loads(json.dumps(rehearsal))  # as if it were of a card
+    results["header"] |= {"device": "cuda", "toy": False, "gpu": "NVIDIA H200"}
+    results["steps"]["ViT-B/16"] = {**results["steps"]["ViT-S/16"], **results["steps"]["ViT-B/16"]}
+    first, second = (f"dino_loss {dtype}{COMPILED}" for dtype in ("bfloat16", "float16"))
+    results["cases"][second] = results["cases"][first]
+    for rows in results["cases"].values():
+        for row in rows:
+            row |= {"peak_mib": 2.0, "kept_mib": 1.0, "waits": False}
+    for part in gpu_targets.target_parts(list(results["cases"])):
+        assert gpu_targets.verdict(part, results)[1] in ("met", "not met"), part
+
+
+def test_items_take_nine_minutes_at_most():
+    assert sum(item.seconds for item in gpu.ITEMS) + 15 <= 9 * 60
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_keeps_its_results_and_leaves_no_process(tmp_path, signum):
+    run = subprocess.Popen(command(tmp_path, "only-hang"), stdout=subprocess.DEVNULL, env=environ(tmp_path))
+    log = tmp_path / "new/log.txt"
+    waited(lambda: log.exists() and "hangs: " in log.read_text())
+    run.send_signal(signum)
+    run.wait()
+    child = int(log.read_text().partition("hangs: ")[2].split()[0])
+    waited(lambda: not is_running(child))
+    results = json.loads((tmp_path / "new/results.json").read_text())
+    assert results["ceilings"]["copy_bytes_per_s"] > 0 and list(results["items"]) == ["ceilings"]
+    assert {file.name for file in (tmp_path / "new").iterdir()} <= FILES | {".half-written"}
+
+
+def waited(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_tasks_without_time_are_skipped_and_a_hang_ends_with_what_it_started(tmp_path):
+    log, records = tmp_path / "log", []
+    tasks = [
+        gpu.Task("a", "gpu_failures.hang"),
+        gpu.Task("b", "gpu_failures.crash"),
+        gpu.Task("c", "gpu_failures.none"),
+    ]
+    deadline = time.time() + 5
+    problems = gpu.run_tasks(tasks, at_once=1, deadline=deadline, log=log, take=records.append)
+    assert time.time() < deadline + 10
+    assert problems.keys() == {"a", "b", "c"} and records == []
+    assert problems["a"].startswith("no result within 5 s") and problems["b"] == "skipped: the time was spent"
+    group = int(log.read_text().partition("hangs: ")[2].split()[0])
+    waited(lambda: not any(group_of(pid) == group for pid in os.listdir("/proc") if pid.isdigit()))
+    problems = gpu.run_tasks(tasks[2:], at_once=1, deadline=time.time() + 60, log=log, take=records.append)
+    assert problems == {"c": "AttributeError: module 'gpu_failures' has no attribute 'none'"}
+
+
+def group_of(pid: str) -> int:
+    try:
+        state, _, group = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
+        return 0 if state == "Z" else int(group)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def test_a_failed_build_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "describe", lambda device, toy: {"device": device, "gpu": "x", "toy": toy})
+    monkeypatch.setattr(gpu, "build", lambda log: "failed, see log.txt, 5 s")
+    monkeypatch.setattr(gpu, "run", lambda *_: pytest.fail("nothing can run"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path)])
+    assert gpu.main() == 1
+    assert "* build: failed, see log.txt, 5 s" in (tmp_path / "results.md").read_text()
+
+
+def test_a_build_says_how_it_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    for source, expected in (("print('built')", "done, "), ("raise SystemExit(3)", "failed, see log.txt, ")):
+        (tmp_path / "setup.py").write_text(source)
+        assert gpu.build(tmp_path / "log").startswith(expected)
+    (tmp_path / "setup.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(gpu, "BUILD_SECONDS", 1)
+    assert gpu.build(tmp_path / "log") == "failed: not done after 1 s, see log.txt"
+    assert "built" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = subprocess.run([sys.executable, gpu.__file__, "--output", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1 and "no CUDA device here. A rehearsal without one: --toy --device cpu" in done.stderr
+
+
+def test_failures_are_named_as_they_are_run():
+    assert {task.name for task in gpu_failures.tasks()} == set(FAILURES)
