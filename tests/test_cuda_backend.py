@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_emulated import emulated, needs_nvcc, use_cuda
+from test_adamw_ema import state
 from test_dino_loss import inputs
 from test_ema_update import lists
 
@@ -118,12 +119,22 @@ def dino_loss_arguments():
     return *inputs(2, 4, 300), torch.tensor(0.1), torch.tensor(0.04)
 
 
+def adamw_ema_arguments():
+    x = state("cpu", [64, 37, 37 * 40])
+    flat = [x[name] for name in ("student", "grad", "exp_avg", "exp_avg_sq", "teacher", "student_16", "teacher_16")]
+    rows = [torch.zeros(37, 40) for _ in range(2)]
+    segments = [x[name] for name in ("offsets", "steps", "decayed", "frozen", "nonfinite")]
+    scalars = [torch.tensor(value, dtype=torch.float64) for value in (0.01, 0.1, 0.9)]
+    return *flat, *rows, *segments, *scalars, 3.0, 0.9, 0.999, 1e-8, 2
+
+
 @needs_nvcc
 @pytest.mark.ptx
 @pytest.mark.parametrize(
     "module, op, arguments",
     [
         ("ema_update", "ema_update_", ema_update_arguments),
+        ("adamw_ema", "adamw_ema_step_", adamw_ema_arguments),
         ("dino_loss", "dino_loss", dino_loss_arguments),
         ("dino_loss", "dino_loss_", dino_loss_arguments),
         ("dino_loss", "dino_loss_scale_", lambda: (torch.arange(12.0).view(3, 4), torch.tensor(2.0))),

@@ -19,7 +19,7 @@ inline void check(cudaError_t error) {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, Stream stream,
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, Stream stream,
             const Arguments&... arguments) {
     const void* function = reinterpret_cast<const void*>(kernel);
     if (shared > 48 << 10) {  // more must be asked for
@@ -27,7 +27,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
     }
     void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
     static_assert((std::is_same_v<Parameters, Arguments> && ...));
-    check(cudaLaunchKernel(function, dim3(unsigned(blocks)), dim3(threads), addresses, shared, cudaStream_t(stream)));
+    check(cudaLaunchKernel(function, grid, dim3(threads), addresses, shared, cudaStream_t(stream)));
 }
 
 __device__ inline double read(const Scalar& scalar) {
@@ -64,6 +64,17 @@ __device__ inline float4 load4(const __nv_bfloat16* x) {
     uint2 bits = *reinterpret_cast<const uint2*>(x);
     return {__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xffff0000u), __uint_as_float(bits.y << 16),
             __uint_as_float(bits.y & 0xffff0000u)};
+}
+
+// Stores four values, rounded, to an address that is a multiple of their size.
+__device__ inline void store4(float* to, float4 x) { *reinterpret_cast<float4*>(to) = x; }
+__device__ inline void store4(__half* to, float4 x) {
+    __half2 pairs[] = {__floats2half2_rn(x.x, x.y), __floats2half2_rn(x.z, x.w)};
+    *reinterpret_cast<uint2*>(to) = {reinterpret_cast<uint32_t&>(pairs[0]), reinterpret_cast<uint32_t&>(pairs[1])};
+}
+__device__ inline void store4(__nv_bfloat16* to, float4 x) {
+    __nv_bfloat162 pairs[] = {__floats2bfloat162_rn(x.x, x.y), __floats2bfloat162_rn(x.z, x.w)};
+    *reinterpret_cast<uint2*>(to) = {reinterpret_cast<uint32_t&>(pairs[0]), reinterpret_cast<uint32_t&>(pairs[1])};
 }
 
 // 2^x; what is below 2^-126 becomes zero.
@@ -143,6 +154,14 @@ __device__ inline float warp_max(float x) {
 #pragma unroll
     for (int distance = 16; distance; distance /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, distance));
     return x;
+}
+
+// Over a block, in the first warp; shared: for each warp. The caller synchronizes before it is used again.
+__device__ inline float block_sum(float x, float* shared) {
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    return threadIdx.x < 32 ? warp_sum(threadIdx.x < blockDim.x / 32 ? shared[threadIdx.x] : 0.0f) : 0.0f;
 }
 
 // Starts a copy of 16 bytes into shared memory; groups of copies end in the order in which they were committed.

@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __shared__ bool last;
     constexpr int kN = kWidth<T>;
     int64_t rows = a.views * a.batch, padded = (a.outputs + 7) / 8 * 8;
-    int outputs = int(a.outputs), lane = threadIdx.x % 32;
+    int outputs = int(a.outputs);
     float scale = 1.0f / float(read(a.student_temp)), log2_scale = scale * kLog2E, factor = scale * norm;
     Ring<T> ring(a, memory, vectors, rows);
     bool resident = ring.passes == 1;
@@ -305,14 +305,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             slot = next(slot);
             ring.copy_next();
         }
-        dot = warp_sum(dot);
-        if (lane == 0) dots[threadIdx.x / 32] = dot;
-        __syncthreads();
-        if (threadIdx.x < 32) {
-            dot = warp_sum(dots[lane]) / kTargetScale<T>;
-            float lse = (mine.shift + log2f(mine.sum)) * kLn2;
-            if (lane == 0) a.losses[row] = (pairs * lse - dot * scale) * norm;
-        }
+        dot = block_sum(dot, dots) / kTargetScale<T>;
+        float lse = (mine.shift + log2f(mine.sum)) * kLn2;
+        if (threadIdx.x == 0) a.losses[row] = (pairs * lse - dot * scale) * norm;
     }
     wait_for_copies<0>();
     // The count tells which block is the last; that one adds the losses up, in the order of the rows.
@@ -325,13 +320,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (last) {
         float sum = 0.0f;
         for (int64_t row = threadIdx.x; row < rows; row += kThreads) sum += __ldcg(a.losses + row);
-        sum = warp_sum(sum);
-        if (lane == 0) dots[threadIdx.x / 32] = sum;
-        __syncthreads();
-        if (threadIdx.x < 32) {
-            sum = warp_sum(dots[lane]);
-            if (lane == 0) *a.loss = sum;
-        }
+        sum = block_sum(sum, dots);
+        if (threadIdx.x == 0) *a.loss = sum;
     }
 #endif
 }

@@ -54,4 +54,25 @@ struct DinoLossScaleArgs {
 };
 void launch_dino_loss_scale(const DinoLossScaleArgs& args, Stream stream);
 
+struct AdamwEmaArgs {
+    float* student;  // flat, as all up to the copies
+    void* grad;      // of the first `cleared` segments it becomes zero
+    float *exp_avg, *exp_avg_sq, *teacher;
+    void *student_16, *teacher_16;  // or null
+    // Or null: the rows [rows, channels] of a weight-normed layer, whose v is the last segment and g the one before;
+    // they take the place of the last segment's copies.
+    void *student_rows, *teacher_rows;
+    int64_t* steps;                // [segments]
+    const bool *decayed, *frozen;  // [segments]
+    int* nonfinite;
+    // Scratch: [offsets[segments] / 4096 + segments]; [segments, 4]
+    float *partials, *factors;
+    DType grad_dtype, student_16_dtype, teacher_16_dtype, rows_dtype;
+    const int64_t* offsets;  // [segments + 1], the host's
+    int64_t segments, cleared, rows, channels;
+    Scalar lr, weight_decay, momentum;
+    double clip_norm, beta1, beta2, eps;  // clip_norm 0: none
+};
+void launch_adamw_ema_step(const AdamwEmaArgs& args, Stream stream);
+
 }  // namespace dino::cuda
