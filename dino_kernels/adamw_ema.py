@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dino_kernels._cuda import gpu_function
 from dino_kernels._native import _C, DTYPES, address, setting
 from dino_kernels._ops import custom_op
 from dino_kernels.ema_update import momentum_tensor
@@ -277,10 +278,8 @@ def _step_(
 
 @_step_.register_kernel("cuda")
 def _(student, *others):
-    from dino_kernels.adamw_ema_triton import step_triton
-
-    with torch.cuda.device(student.device):  # Triton launches on the current device
-        step_triton(student, *others)
+    with torch.cuda.device(student.device):  # kernels are launched on the current device
+        gpu_function("adamw_ema", "step", student.device)(student, *others)
 
 
 # --- CPU ---------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ Dimensions: V views an image (2 global first, then local), B images, K outputs; 
 import torch
 from torch import Tensor
 
+from dino_kernels._cuda import gpu_function
 from dino_kernels._native import _C, DTYPES, reused_empty, setting
 from dino_kernels._ops import custom_op
 
@@ -143,11 +144,8 @@ def _loss(
 
 @_loss.register_kernel("cuda")
 def _(student, teacher, center, student_temp, teacher_temp):
-    from dino_kernels.dino_loss_triton import forward_triton
-
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    with torch.cuda.device(student.device):  # Triton launches on the current device
-        return *forward_triton(student, teacher, center, student_temp, teacher_temp, grad), grad
+    return *_forward_gpu(student, teacher, center, student_temp, teacher_temp, grad), grad
 
 
 @_loss.register_fake
@@ -165,10 +163,7 @@ def _loss_(
 
 @_loss_.register_kernel("cuda")
 def _(student, teacher, center, student_temp, teacher_temp):
-    from dino_kernels.dino_loss_triton import forward_triton
-
-    with torch.cuda.device(student.device):
-        return forward_triton(student, teacher, center, student_temp, teacher_temp, student)
+    return _forward_gpu(student, teacher, center, student_temp, teacher_temp, student)
 
 
 @_loss_.register_fake
@@ -184,10 +179,8 @@ def _scale_(grad: Tensor, upstream: Tensor) -> None:
 
 @_scale_.register_kernel("cuda")
 def _(grad, upstream):
-    from dino_kernels.dino_loss_triton import scale_triton
-
     with torch.cuda.device(grad.device):
-        scale_triton(grad, upstream)
+        gpu_function("dino_loss", "scale", grad.device)(grad, upstream)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -220,6 +213,11 @@ class _InPlace(torch.autograd.Function):
         return loss, batch_center
 
     backward = staticmethod(_backward)
+
+
+def _forward_gpu(student, *others):
+    with torch.cuda.device(student.device):  # kernels are launched on the current device
+        return gpu_function("dino_loss", "forward", student.device)(student, *others)
 
 
 # --- CPU ---------------------------------------------------------------------------------------------

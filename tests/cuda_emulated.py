@@ -25,7 +25,9 @@ from dino_kernels import _cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAM = 0x5EED0  # any address: a launch elsewhere than on the current stream is an error
-ARCHS = ("80", "90a")
+# Fixture parameters: one architecture in every run and both in `make prove`, or all in that.
+QUICK = [pytest.param("80", marks=pytest.mark.prove), "90a"]
+PROVE = [pytest.param(arch, marks=pytest.mark.prove) for arch in ("80", "90a")]
 # (compute capability, shared memory a block may ask for), as cudaDevAttrComputeCapabilityMajor and -Minor, ...Optin
 CHIPS = {"80": (8, 0, 163 << 10), "90a": (9, 0, 227 << 10)}
 MULTIPROCESSORS = 3  # few, so that a block takes several rows

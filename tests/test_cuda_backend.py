@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_emulated import emulated, needs_nvcc, use_cuda
+from test_adamw_ema import state
+from test_dino_loss import inputs
 from test_ema_update import lists
 
 import dino_kernels
@@ -108,20 +110,47 @@ def test_this_build_has_the_kernels():
             _cuda.kernels().ema_update([16], [16], [4], [0], (0, False, 0.5), 0)
 
 
+def ema_update_arguments():
+    targets, sources = lists()
+    return targets, sources, torch.tensor(0.9, dtype=torch.float64)
+
+
+def dino_loss_arguments():
+    return *inputs(2, 4, 300), torch.tensor(0.1), torch.tensor(0.04)
+
+
+def adamw_ema_arguments():
+    x = state("cpu", [64, 37, 37 * 40])
+    flat = [x[name] for name in ("student", "grad", "exp_avg", "exp_avg_sq", "teacher", "student_16", "teacher_16")]
+    rows = [torch.zeros(37, 40) for _ in range(2)]
+    segments = [x[name] for name in ("offsets", "steps", "decayed", "frozen", "nonfinite")]
+    scalars = [torch.tensor(value, dtype=torch.float64) for value in (0.01, 0.1, 0.9)]
+    return *flat, *rows, *segments, *scalars, 3.0, 0.9, 0.999, 1e-8, 2
+
+
 @needs_nvcc
 @pytest.mark.ptx
-def test_registered_ops_make_the_choice(monkeypatch):
-    """Their GPU functions, called on CPU tensors: on the emulator."""
-    use_cuda(monkeypatch, "ema_update", [], "90a")
+@pytest.mark.parametrize(
+    "module, op, arguments",
+    [
+        ("ema_update", "ema_update_", ema_update_arguments),
+        ("adamw_ema", "adamw_ema_step_", adamw_ema_arguments),
+        ("dino_loss", "dino_loss", dino_loss_arguments),
+        ("dino_loss", "dino_loss_", dino_loss_arguments),
+        ("dino_loss", "dino_loss_scale_", lambda: (torch.arange(12.0).view(3, 4), torch.tensor(2.0))),
+    ],
+)
+def test_registered_ops_make_the_choice(monkeypatch, module, op, arguments):
+    """The functions that are registered for GPUs, called on CPU tensors: on the emulator, against the CPU's."""
+    ours, theirs = arguments(), arguments()
+    expected = _OPS[op].cpu(*theirs)
+    use_cuda(monkeypatch, module, [], "90a")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     dino_kernels.set_backend("cuda")
-    kernels = emulated("90a")
-    targets, sources = lists()
-    expected, _ = lists()
-    del kernels.launches[:]
-    _OPS["ema_update_"].kernels["cuda"](targets, sources, torch.tensor(0.9, dtype=torch.float64))
-    assert [name for name in kernels.launches if "ema_kernel" in name]
-    dino_kernels.ema_update_(expected, sources, 0.9)
-    for ours, theirs in zip(targets, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    launches = emulated("90a").launches
+    del launches[:]
+    result = _OPS[op].kernels["cuda"](*ours)
+    assert launches
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-7)

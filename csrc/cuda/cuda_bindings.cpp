@@ -3,7 +3,8 @@
 
 #include <pybind11/stl.h>
 
-#include <utility>
+#include <array>
+#include <tuple>
 #include <vector>
 
 #include "launch.h"
@@ -46,9 +47,66 @@ void ema_update(const std::vector<uintptr_t>& targets, const std::vector<uintptr
         pointer<void>(stream));
 }
 
+// data: student to arrived of DinoLossArgs, sizes: views to grad_stride, dtypes: of student and teacher, in its order
+void dino_loss(const std::array<uintptr_t, 10>& data, const std::array<int64_t, 6>& sizes,
+               const std::array<int, 2>& dtypes, const Given& student_temp, const Given& teacher_temp,
+               uintptr_t stream) {
+    dino::cuda::launch_dino_loss({pointer<const void>(data[0]),
+                                  pointer<const void>(data[1]),
+                                  pointer<const float>(data[2]),
+                                  pointer<void>(data[3]),
+                                  pointer<float>(data[4]),
+                                  pointer<float>(data[5]),
+                                  pointer<float>(data[6]),
+                                  pointer<void>(data[7]),
+                                  pointer<float>(data[8]),
+                                  pointer<int>(data[9]),
+                                  sizes[0],
+                                  sizes[1],
+                                  sizes[2],
+                                  sizes[3],
+                                  sizes[4],
+                                  sizes[5],
+                                  dino::DType(dtypes[0]),
+                                  dino::DType(dtypes[1]),
+                                  scalar(student_temp),
+                                  scalar(teacher_temp)},
+                                 pointer<void>(stream));
+}
+
+void dino_loss_scale(uintptr_t grad, int64_t rows, int64_t outputs, int64_t stride, int dtype, const Given& upstream,
+                     uintptr_t stream) {
+    dino::cuda::launch_dino_loss_scale(
+        {pointer<void>(grad), rows, outputs, stride, dino::DType(dtype), scalar(upstream)}, pointer<void>(stream));
+}
+
+// data: student to factors of AdamwEmaArgs, in its order; dtypes: of grad, student_16, teacher_16, rows; sizes:
+// cleared, rows, channels; hyper: clip_norm to eps
+void adamw_ema_step(const std::array<uintptr_t, 15>& data, const std::array<int, 4>& dtypes,
+                    const std::vector<int64_t>& offsets, const std::array<int64_t, 3>& sizes,
+                    const std::array<Given, 3>& scalars, const std::array<double, 4>& hyper, uintptr_t stream) {
+    dino::cuda::AdamwEmaArgs a{};
+    a.student = pointer<float>(data[0]), a.grad = pointer<void>(data[1]), a.exp_avg = pointer<float>(data[2]);
+    a.exp_avg_sq = pointer<float>(data[3]), a.teacher = pointer<float>(data[4]);
+    a.student_16 = pointer<void>(data[5]), a.teacher_16 = pointer<void>(data[6]);
+    a.student_rows = pointer<void>(data[7]), a.teacher_rows = pointer<void>(data[8]);
+    a.steps = pointer<int64_t>(data[9]), a.decayed = pointer<bool>(data[10]), a.frozen = pointer<bool>(data[11]);
+    a.nonfinite = pointer<int>(data[12]), a.partials = pointer<float>(data[13]), a.factors = pointer<float>(data[14]);
+    a.grad_dtype = dino::DType(dtypes[0]), a.student_16_dtype = dino::DType(dtypes[1]);
+    a.teacher_16_dtype = dino::DType(dtypes[2]), a.rows_dtype = dino::DType(dtypes[3]);
+    a.offsets = offsets.data(), a.segments = int64_t(offsets.size()) - 1;
+    a.cleared = sizes[0], a.rows = sizes[1], a.channels = sizes[2];
+    a.lr = scalar(scalars[0]), a.weight_decay = scalar(scalars[1]), a.momentum = scalar(scalars[2]);
+    a.clip_norm = hyper[0], a.beta1 = hyper[1], a.beta2 = hyper[2], a.eps = hyper[3];
+    dino::cuda::launch_adamw_ema_step(a, pointer<void>(stream));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
     m.doc() = "Launchers of the CUDA C++ kernels of dino_kernels.";
+    m.def("adamw_ema_step", &adamw_ema_step);
+    m.def("dino_loss", &dino_loss);
+    m.def("dino_loss_scale", &dino_loss_scale);
     m.def("ema_update", &ema_update);
 }

@@ -57,10 +57,15 @@ __global__ void __launch_bounds__(kThreads) ema_kernel(const __grid_constant__ T
     const Pair& pair = table.pairs[i];
     int64_t begin = int64_t(blockIdx.x - pair.first) * kBlock;
     float2 m = blend(table.momentum);
-    with_type(pair.source_dtype, [&](auto* type) {
-        auto* source = static_cast<const std::remove_reference_t<decltype(*type)>*>(pair.source);
-        update(pair.target + begin, source + begin, pair.size - begin, m);
-    });
+    float* target = pair.target + begin;
+    int64_t size = pair.size - begin;
+    if (pair.source_dtype == DType::f32) {
+        update(target, static_cast<const float*>(pair.source) + begin, size, m);
+    } else if (pair.source_dtype == DType::f16) {
+        update(target, static_cast<const __half*>(pair.source) + begin, size, m);
+    } else {
+        update(target, static_cast<const __nv_bfloat16*>(pair.source) + begin, size, m);
+    }
 }
 
 }  // namespace

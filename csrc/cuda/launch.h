@@ -27,4 +27,52 @@ struct EmaArgs {  // the arrays are the host's, and may go after the call
 };
 void launch_ema_update(const EmaArgs& args, Stream stream);
 
+struct DinoLossArgs {
+    const void* student;  // [V*B, K], row stride student_stride elements
+    const void* teacher;  // [2*B, K]
+    const float* center;  // [K]
+    void* grad;           // [V*B, K], dtype of the student; may be the student itself
+    float* batch_center;  // [K]
+    float* loss;          // 0-d
+    // Scratch: [2*B, 2, ceil(K / 256)]; [3, B, ceil(K / 8) * 8], float32 for a float32 student, else float16; [V*B];
+    // 0-d
+    float* partials;
+    void* targets;
+    float* losses;
+    int* arrived;
+    int64_t views, batch, outputs, student_stride, teacher_stride, grad_stride;
+    DType student_dtype, teacher_dtype;
+    Scalar student_temp, teacher_temp;
+};
+void launch_dino_loss(const DinoLossArgs& args, Stream stream);
+
+struct DinoLossScaleArgs {
+    void* grad;  // [rows, outputs]
+    int64_t rows, outputs, stride;
+    DType dtype;
+    Scalar upstream;
+};
+void launch_dino_loss_scale(const DinoLossScaleArgs& args, Stream stream);
+
+struct AdamwEmaArgs {
+    float* student;  // flat, as all up to the copies
+    void* grad;      // of the first `cleared` segments it becomes zero
+    float *exp_avg, *exp_avg_sq, *teacher;
+    void *student_16, *teacher_16;  // or null
+    // Or null: the rows [rows, channels] of a weight-normed layer, whose v is the last segment and g the one before;
+    // they take the place of the last segment's copies.
+    void *student_rows, *teacher_rows;
+    int64_t* steps;                // [segments]
+    const bool *decayed, *frozen;  // [segments]
+    int* nonfinite;
+    // Scratch: [offsets[segments] / 4096 + segments]; [segments, 4]
+    float *partials, *factors;
+    DType grad_dtype, student_16_dtype, teacher_16_dtype, rows_dtype;
+    const int64_t* offsets;  // [segments + 1], the host's
+    int64_t segments, cleared, rows, channels;
+    Scalar lr, weight_decay, momentum;
+    double clip_norm, beta1, beta2, eps;  // clip_norm 0: none
+};
+void launch_adamw_ema_step(const AdamwEmaArgs& args, Stream stream);
+
 }  // namespace dino::cuda
