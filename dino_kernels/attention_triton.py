@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from dino_kernels._triton import operand, shared_memory
+from dino_kernels._triton import LOG2_E, operand, shared_memory
 
 __all__ = ["backward_triton", "forward_triton"]
 
+_LN_2 = tl.constexpr(0.6931471805599453)
 _SHORT = 320  # tokens up to which one program owns a (sequence, head): what it reads stays in a cache
 
 
@@ -57,17 +58,22 @@ def _store(x, rows, end, d, stride, D, values):
 
 
 # Below, q points to the queries of a head, k at + stride_3, v at + 2 stride_3; out, grad_out and the three parts of
-# grad likewise to a head; lse and delta to a head's row.
+# grad likewise to a head; lse and delta to a head's row. The exponential of the hardware is exp2: the scale takes the
+# factor log2(e), and one fma makes an exponent of a logit. lse is a natural logarithm.
 
 
 @triton.jit
 def _forward_block(
     q, out, lse, begin, end, first, scale, stride_t, stride_3, H, D,
+    NEGATIVE: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     rows = first + tl.arange(0, BLOCK)
     queries = _load(q, rows, end, d, stride_t, D, WIDEN)
+    if NEGATIVE:  # by a factor > 0, the largest product is the largest logit
+        queries = -queries
+    factor = tl.maximum(tl.abs(scale) * LOG2_E, 1e-37)  # of a scale of 0, too: 0 * -inf would be NaN
     high = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
@@ -75,16 +81,16 @@ def _forward_block(
         columns = start + tl.arange(0, STEP)
         keys = _load(q + stride_3, columns, end, d, stride_t, D, WIDEN)
         values = _load(q + 2 * stride_3, columns, end, d, stride_t, D, WIDEN)
-        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         s = tl.where((columns < end)[None, :], s, float("-inf"))
-        higher = tl.maximum(high, tl.max(s, axis=1))
-        p = tl.exp(s - higher[:, None])
-        shrink = tl.exp(high - higher)
+        higher = tl.maximum(high, tl.max(s, axis=1) * factor)
+        p = tl.exp2(tl.fma(s, factor, -higher[:, None]))
+        shrink = tl.exp2(high - higher)
         total = total * shrink + tl.sum(p, axis=1)
         acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
         high = higher
     _store(out, rows, end, d, H * D, D, acc / total[:, None])
-    tl.store(lse + rows, high + tl.log(total), rows < end)
+    tl.store(lse + rows, (high + tl.log2(total)) * _LN_2, rows < end)
 
 
 @triton.jit
@@ -99,14 +105,14 @@ def _query_block(
     do = _load(grad_out, rows, end, d, H * D, D, WIDEN)
     row_delta = tl.sum(do.to(tl.float32) * _load(out, rows, end, d, H * D, D, True), axis=1)
     tl.store(delta + rows, row_delta, rows < end)
-    row_lse = tl.load(lse + rows, rows < end, other=0.0)
+    row_lse = tl.load(lse + rows, rows < end, other=0.0) * LOG2_E
     acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for start in range(begin, end, STEP):
         columns = start + tl.arange(0, STEP)
         keys = _load(q + stride_3, columns, end, d, stride_t, D, WIDEN)
         values = _load(q + 2 * stride_3, columns, end, d, stride_t, D, WIDEN)
-        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        p = tl.where((columns < end)[None, :], tl.exp(s - row_lse[:, None]), 0.0)
+        s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        p = tl.where((columns < end)[None, :], tl.exp2(tl.fma(s, scale * LOG2_E, -row_lse[:, None])), 0.0)
         ds = p * (tl.dot(do, tl.trans(values), input_precision=PRECISION) - row_delta[:, None])
         acc += tl.dot(ds.to(keys.dtype), keys, input_precision=PRECISION)
     _store(grad, rows, end, d, 3 * H * D, D, acc * scale)
@@ -128,10 +134,11 @@ def _key_block(
         columns = start + tl.arange(0, STEP)
         queries = _load(q, columns, end, d, stride_t, D, WIDEN)
         do = _load(grad_out, columns, end, d, H * D, D, WIDEN)
-        query_lse = tl.load(lse + columns, columns < end, other=0.0)
+        query_lse = tl.load(lse + columns, columns < end, other=0.0) * LOG2_E
         query_delta = tl.load(delta + columns, columns < end, other=0.0)
-        s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale  # [keys, queries]
-        p = tl.where((columns < end)[None, :], tl.exp(s - query_lse[None, :]), 0.0)
+        # [keys, queries]; a query past the end counts as 1, times a gradient and a delta of 0
+        s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+        p = tl.exp2(tl.fma(s, scale * LOG2_E, -query_lse[None, :]))
         grad_v += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
         ds = p * (tl.dot(values, tl.trans(do), input_precision=PRECISION) - query_delta[None, :])
         grad_k += tl.dot(ds.to(queries.dtype), queries, input_precision=PRECISION)
@@ -152,9 +159,9 @@ def _single_block(
     values = _load(q + 2 * stride_3, rows, end, d, stride_t, D, WIDEN)
     do = _load(grad_out, rows, end, d, H * D, D, WIDEN)
     row_delta = tl.sum(do.to(tl.float32) * _load(out, rows, end, d, H * D, D, True), axis=1)
-    row_lse = tl.load(lse + rows, rows < end, other=0.0)
-    s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-    p = tl.where((rows < end)[:, None] & (rows < end)[None, :], tl.exp(s - row_lse[:, None]), 0.0)
+    row_lse = tl.load(lse + rows, rows < end, other=0.0) * LOG2_E
+    s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    p = tl.where((rows < end)[None, :], tl.exp2(tl.fma(s, scale * LOG2_E, -row_lse[:, None])), 0.0)
     grad_v = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
     _store(grad + 2 * H * D, rows, end, d, 3 * H * D, D, grad_v)
     ds = (p * (tl.dot(do, tl.trans(values), input_precision=PRECISION) - row_delta[:, None])).to(queries.dtype)
@@ -166,7 +173,7 @@ def _single_block(
 @triton.jit
 def _forward_kernel(
     qkv, out, lse, cu_seqlens, sequences, first_token, length, tokens, scale, stride_t, stride_3, stride_h, H, D,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
+    NEGATIVE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
@@ -174,7 +181,7 @@ def _forward_kernel(
     if first < end:
         _forward_block(
             qkv + head * stride_h, out + head * D, lse + head.to(tl.int64) * tokens, begin, end, first,
-            scale, stride_t, stride_3, H, D, BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
+            scale, stride_t, stride_3, H, D, NEGATIVE, BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
         )  # fmt: skip
 
 
@@ -215,6 +222,7 @@ def _key_kernel(
 @triton.jit
 def _short_forward_kernel(
     qkv, out, lse, first_token, length, tokens, scale, stride_t, stride_3, stride_h, H, D,
+    NEGATIVE: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % H
@@ -222,7 +230,7 @@ def _short_forward_kernel(
     for first in range(begin, begin + length, BLOCK):
         _forward_block(
             qkv + head * stride_h, out + head * D, lse + head.to(tl.int64) * tokens, begin, begin + length, first,
-            scale, stride_t, stride_3, H, D, BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
+            scale, stride_t, stride_3, H, D, NEGATIVE, BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
         )  # fmt: skip
 
 
@@ -260,7 +268,7 @@ def _short_backward_kernel(
             )  # fmt: skip
 
 
-def _tiles(length: int, channels: int, dtype: torch.dtype) -> dict:
+def _tiles(length: int, channels: int, dtype: torch.dtype, backward: bool = False) -> dict:
     """Own rows (BLOCK) and rows of the other side a step (STEP) of a program, its warps and pipeline stages.
 
     Chosen from the compiler's reports so that nothing spills on any chip, and BLOCK >= 64 on Hopper, whose matrix
@@ -277,6 +285,9 @@ def _tiles(length: int, channels: int, dtype: torch.dtype) -> dict:
     else:
         block = 64 if roomy or not short or length <= 64 else 32
         step = 64 if roomy and not short else 32
+    # Gradients of a short sequence: four programs at a time hide more than a pipeline, whose registers they need.
+    unpipelined = backward and short and not wide and (roomy or (narrow and block_d > 64))
+    few_warps = narrow or unpipelined
     fits = 16 if length <= 16 else 32 if length <= 32 else 64
     return {
         "BLOCK": min(block, fits),
@@ -284,8 +295,8 @@ def _tiles(length: int, channels: int, dtype: torch.dtype) -> dict:
         "BLOCK_D": block_d,
         "PRECISION": "ieee" if wide else "tf32",
         "WIDEN": triton.knobs.runtime.interpret,
-        "num_warps": 8 if wide or block_d > 128 or (block_d > 64 and (not narrow or length <= 64)) else 4,
-        "num_stages": 3 if block_d <= 64 and roomy else 2,
+        "num_warps": 8 if wide or block_d > 128 or (block_d > 64 and (length <= 64 or not few_warps)) else 4,
+        "num_stages": 1 if unpipelined else 3 if block_d <= 64 and roomy and not wide else 2,
     }
 
 
@@ -310,7 +321,7 @@ def forward_triton(qkv, cu_seqlens, groups, scale):
     out, lse = qkv.new_empty(tokens, heads, channels), qkv.new_empty(heads, tokens, dtype=torch.float32)
     common = (tokens, scale, *qkv.stride()[:3], heads, channels)
     for first, count, length in _batches(len(cu_seqlens) - 1, groups) if tokens else ():
-        tiles = _tiles(length or tokens, channels, qkv.dtype)
+        tiles = {"NEGATIVE": scale < 0, **_tiles(length or tokens, channels, qkv.dtype)}
         if 0 < length <= _SHORT:
             _short_forward_kernel[(count * heads,)](qkv, out, lse, first, length, *common, **tiles)
         else:
@@ -326,7 +337,7 @@ def backward_triton(grad_out, qkv, out, lse, cu_seqlens, groups, scale):
     grad, delta = qkv.new_empty(qkv.shape), torch.empty_like(lse)
     common = (tokens, scale, *qkv.stride()[:3], heads, channels)
     for first, count, length in _batches(len(cu_seqlens) - 1, groups) if tokens else ():
-        tiles = _tiles(length or tokens, channels, qkv.dtype)
+        tiles = _tiles(length or tokens, channels, qkv.dtype, backward=True)
         if 0 < length <= _SHORT:
             single = length <= tiles["BLOCK"]
             _short_backward_kernel[(count * heads,)](

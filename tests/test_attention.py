@@ -48,13 +48,18 @@ def test_the_lengths_of_the_reference_setting(device):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=2e-6)
 
 
-def test_scale_and_large_logits(device):
+@pytest.mark.parametrize("scale", [0.0, 0.3, 40.0, -0.3, -40.0, 1e-40])
+def test_scale_and_large_logits(device, scale):
+    """Of either sign and none; the second time, where all logits are below what exp2 has a number for, or above."""
     qkv, bounds = inputs([50, 70], device=device)
-    for scale in (0.0, 0.3, 40.0):
-        eager = run(attention_reference, qkv, bounds, scale=scale)
-        exact = run(attention_reference, qkv.double(), bounds, scale=scale)
-        for ours, theirs, truth in zip(run(attention, qkv, bounds, scale=scale), eager, exact, strict=True):
-            assert_as_accurate(ours, theirs, truth, floor=1e-5)
+    for shift in (0.0, 0.5):
+        x = qkv + shift * torch.tensor([1.0, -1.0, 0.0], device=device).view(3, 1, 1)
+        eager = run(attention_reference, x, bounds, scale=scale)
+        exact = run(attention_reference, x.double(), bounds, scale=scale)
+        for groups in (None, [(1, 50), (1, 70)]):
+            ours = run(attention, x, bounds, scale=scale, groups=groups)
+            for mine, theirs, truth in zip(ours, eager, exact, strict=True):
+                assert_as_accurate(mine, theirs, truth, floor=1e-5)
 
 
 def test_probabilities_sum_to_one_and_order_of_keys_is_irrelevant(device):
@@ -86,11 +91,12 @@ def test_repeats_bitwise_and_reads_strided_input(device):
     assert all(torch.equal(a, b) for a, b in zip(first, sliced, strict=True))
 
 
-def test_lse_is_the_natural_logarithm_on_every_backend(device):
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+def test_lse_is_the_natural_logarithm_on_every_backend(device, scale):
     qkv, bounds = inputs([33, 80], device=device)
-    _, lse = torch.ops.dino_kernels.attention(qkv, bounds, [], 0.3)
+    _, lse = torch.ops.dino_kernels.attention(qkv, bounds, [], scale)
     sequences = qkv.double().split([33, 80])
-    exact = [(0.3 * torch.einsum("ihd,jhd->hij", x[:, 0], x[:, 1])).logsumexp(dim=-1) for x in sequences]
+    exact = [(scale * torch.einsum("ihd,jhd->hij", x[:, 0], x[:, 1])).logsumexp(dim=-1) for x in sequences]
     torch.testing.assert_close(lse.double(), torch.cat(exact, dim=1), rtol=1e-6, atol=1e-6)
 
 
