@@ -3,6 +3,7 @@
 Run by test_ptx_compiled.py in a process of its own, since Triton keeps what it compiled for one target.
 """
 
+import math
 import re
 
 import numpy as np
@@ -180,9 +181,16 @@ def test_ema_update(momentum):
 
 
 @pytest.mark.parametrize("dtype", [FULL, BRAIN])
-@pytest.mark.parametrize("sizes", [[64, 1, 507, 37, 5000, 48, 1536], [4096, 16, 8192 + 32, 48, 1536]])
-def test_adamw_ema(dtype, sizes):
-    """The last two segments are lengths and directions of a weight-normed layer of 37 rows."""
+@pytest.mark.parametrize(
+    "sizes, shape",
+    [
+        ([64, 1, 507, 37, 5000, 48, 1536], (37, 40)),
+        ([4096, 16, 8192 + 32, 48, 1536], (37, 40)),
+        ([507, 32, 4096], (32, 128)),
+    ],
+)
+def test_adamw_ema(dtype, sizes, shape):
+    """The last two segments are lengths and directions of a weight-normed layer, padded or whole blocks."""
     offsets = np.cumsum([0, *sizes]).tolist()
     count, names = len(sizes), ("student", "grad", "exp_avg", "exp_avg_sq", "teacher")
     state = {name: randn(offsets[-1]) for name in names}
@@ -195,7 +203,7 @@ def test_adamw_ema(dtype, sizes):
     }  # fmt: skip
     exact = {name: value.double() for name, value in state.items()}
     copies = {f"{net}_16": torch.zeros(offsets[-1], dtype=BRAIN) for net in ("student", "teacher")}
-    rows = tuple(torch.empty(37, 40, dtype=BRAIN) for _ in range(2))
+    rows = tuple(torch.empty(shape, dtype=BRAIN) for _ in range(2))
     D.adamw_ema_step_reference_(**exact, **{**numbers, "steps": numbers["steps"].clone()})
     D.adamw_ema_step_(**state, **numbers, **copies, rows=rows)
     assert_close(
@@ -204,7 +212,7 @@ def test_adamw_ema(dtype, sizes):
     assert torch.equal(numbers["steps"], torch.arange(count) + (torch.arange(count) != 1)) and not numbers["nonfinite"]
     assert torch.equal(copies["student_16"][: offsets[-3]], state["student"][: offsets[-3]].bfloat16())
     for out, net in zip(rows, ("student", "teacher"), strict=True):
-        g, v = exact[net][offsets[-3] :][:37, None], exact[net][offsets[-2] :][: 37 * 40].view(37, 40)
+        g, v = exact[net][offsets[-3] :][: shape[0], None], exact[net][offsets[-2] :][: math.prod(shape)].view(shape)
         assert_close([out], [g * v / v.norm(dim=1, keepdim=True)], BRAIN)
 
 
