@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import triton
 from checks import DTYPES, use_backend
 
 from dino_kernels import CROP, CropKind, draw_crops, multicrop, multicrop_packed
@@ -159,7 +160,7 @@ def test_hue_of_many_colors(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_normalized_outputs(images, crops, dtype, device):
-    if dtype != torch.bfloat16 or device == "cuda":
+    if dtype != torch.bfloat16 or not triton.knobs.runtime.interpret:
         return assert_same(images[:3], crops[:3], device, dtype)
     floats, out = batch(crops[:3], torch.float32), batch(crops[:3], dtype)
     multicrop(images[:3], crops[:3], floats)

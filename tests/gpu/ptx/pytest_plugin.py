@@ -6,10 +6,17 @@ A test fails on an error or a warning of the emulator, but for those of ALLOWED.
 import re
 from collections import Counter
 
+import triton
+
 from . import launch
 from .triton_driver import install
 
-ALLOWED: list[tuple[str, str]] = []  # (kernel, pattern of a warning's text): the reason stands beside each
+# (kernel, finding) of what does not fail a test, as patterns; the reason stands above each.
+ALLOWED = []
+if triton.__version__.startswith("3.6."):
+    # A fault of this compiler, mended in the releases of 3.7 (triton-lang/triton#10537): a kernel cannot ask for the
+    # fence. The ISA demands one; that the results are right without is for a card to show.
+    ALLOWED.append((".*", "wgmma reads what a cp.async wrote without a fence.proxy.async"))
 
 
 def pytest_addoption(parser):
@@ -25,7 +32,7 @@ def pytest_load_initial_conftests(early_config):
     launch.options.seed, launch.options.noise = given.ptx_seed, given.ptx_noise
     launch.options.fails_on = ("error", "warning")
     launch.options.allowed = lambda report: any(
-        report.kernel == kernel and re.search(pattern, str(report)) for kernel, pattern in ALLOWED
+        re.fullmatch(kernel, report.kernel) and re.search(finding, report.what) for kernel, finding in ALLOWED
     )
     install(given.ptx_arch)
 

@@ -155,10 +155,14 @@ void gather(Warp& w, const Inst& I, u64 descriptor, bool mn_major, int type, u32
             if (cell.write && w.launch->races) {  // ISA 9.7.15.4: generic writes are seen only after a proxy fence
                 const u32 v = warp_of(cell.write), when = clock_of(cell.write);
                 const Clocks &mine = w.fenced, &his = w.cta->warps[v].fenced;
-                if (!(mine.size() && mine[v] >= when) && !(his.size() && his[v] >= when))
-                    w.launch->report(ERROR, "wgmma reads what was written without a fence.proxy.async since", I.line,
-                                     &w, 0,
-                                     "written by line " + std::to_string(w.launch->program->code[cell.write_pc].line));
+                if (!(mine.size() && mine[v] >= when) && !(his.size() && his[v] >= when)) {
+                    const Inst& writer = w.launch->program->code[cell.write_pc];
+                    const bool copy = writer.fn == handlers()[handler_names()["cp.async"]];
+                    w.launch->report(ERROR,
+                                     std::string("wgmma reads what ") + (copy ? "a cp.async" : "a store") +
+                                         " wrote without a fence.proxy.async since",
+                                     I.line, &w, 0, "written by line " + std::to_string(writer.line));
+                }
             }
         }
         w.matrix_open.push_back({at, 16});
