@@ -24,9 +24,9 @@ def set_backend(backend: str | None) -> None:
 
     Args:
         backend: "triton", or "cuda" for the ahead-of-time compiled CUDA C++ kernels of ema_update_, adamw_ema_step_,
-            dino_loss, and of attention where every sequence is in `groups` and has at most 256 tokens, D is 64, and
-            qkv float16 or bfloat16 whose rows begin at multiples of 16 bytes; everything else stays Triton's. None:
-            what was measured to be faster on the chip (dino_kernels/cuda_defaults.py), Triton where nothing was.
+            dino_loss, and of attention over float16 or bfloat16 with D = 64, `groups` of at most 256 tokens and rows
+            that begin at multiples of 16 bytes; everything else stays Triton's. None: what was measured to be faster
+            on the chip (dino_kernels/cuda_defaults.py), Triton where nothing was.
 
     Raises:
         ValueError: another name.

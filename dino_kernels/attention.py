@@ -13,8 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dino_kernels._cuda import gpu_function
 from dino_kernels._native import _C, DTYPES
 from dino_kernels._ops import custom_op
+from dino_kernels.attention_cuda import fits_cuda
 
 __all__ = ["attention", "attention_reference"]
 
@@ -102,10 +104,9 @@ def _attention(qkv: Tensor, cu_seqlens: Tensor, groups: list[int], scale: float)
 
 @_attention.register_kernel("cuda")
 def _(qkv, cu_seqlens, groups, scale):
-    from dino_kernels.attention_triton import forward_triton
-
-    with torch.cuda.device(qkv.device):  # Triton launches on the current device
-        return forward_triton(qkv, cu_seqlens, groups, scale)
+    fits = fits_cuda(qkv, groups, scale)
+    with torch.cuda.device(qkv.device):  # kernels are launched on the current device
+        return gpu_function("attention", "forward", qkv.device, fits=fits)(qkv, cu_seqlens, groups, scale)
 
 
 @_attention.register_fake
@@ -122,10 +123,9 @@ def _attention_backward(
 
 @_attention_backward.register_kernel("cuda")
 def _(grad_out, qkv, out, lse, cu_seqlens, groups, scale):
-    from dino_kernels.attention_triton import backward_triton
-
+    backward = gpu_function("attention", "backward", qkv.device, fits=fits_cuda(qkv, groups, scale, grad_out))
     with torch.cuda.device(qkv.device):
-        return backward_triton(grad_out, qkv, out, lse, cu_seqlens, groups, scale)
+        return backward(grad_out, qkv, out, lse, cu_seqlens, groups, scale)
 
 
 @_attention_backward.register_fake

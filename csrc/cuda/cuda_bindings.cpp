@@ -101,11 +101,34 @@ void adamw_ema_step(const std::array<uintptr_t, 15>& data, const std::array<int,
     dino::cuda::launch_adamw_ema_step(a, pointer<void>(stream));
 }
 
+// data: qkv, out, lse, and for the backward pass grad_out, grad; sizes: tokens to stride_h of AttentionArgs
+void attention_short(const std::vector<uintptr_t>& data, const std::array<int64_t, 5>& sizes, int dtype, double scale,
+                     const std::vector<int64_t>& groups, uintptr_t stream) {
+    bool backward = data.size() > 3;
+    dino::cuda::AttentionArgs a{pointer<const void>(data[0]),
+                                pointer<void>(data[1]),
+                                pointer<float>(data[2]),
+                                backward ? pointer<const void>(data[3]) : nullptr,
+                                backward ? pointer<void>(data[4]) : nullptr,
+                                sizes[0],
+                                sizes[1],
+                                sizes[2],
+                                sizes[3],
+                                sizes[4],
+                                dino::DType(dtype),
+                                float(scale),
+                                groups.data(),
+                                int64_t(groups.size()) / 2};
+    auto launch = backward ? dino::cuda::launch_attention_short_backward : dino::cuda::launch_attention_short;
+    launch(a, pointer<void>(stream));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
     m.doc() = "Launchers of the CUDA C++ kernels of dino_kernels.";
     m.def("adamw_ema_step", &adamw_ema_step);
+    m.def("attention_short", &attention_short);
     m.def("dino_loss", &dino_loss);
     m.def("dino_loss_scale", &dino_loss_scale);
     m.def("ema_update", &ema_update);

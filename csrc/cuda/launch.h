@@ -75,4 +75,20 @@ struct AdamwEmaArgs {
 };
 void launch_adamw_ema_step(const AdamwEmaArgs& args, Stream stream);
 
+struct AttentionArgs {     // D = 64; every address and stride a multiple of 16 bytes
+    const void* qkv;       // [T, 3, H, D], strides in elements
+    void* out;             // [T, H, D]; the rest is contiguous, too
+    float* lse;            // [H, T]
+    const void* grad_out;  // like out; for the backward pass
+    void* grad;            // [T, 3, H, D]
+    int64_t tokens, heads, stride_t, stride_3, stride_h;
+    DType dtype;  // f16 or bf16
+    float scale;  // > 0
+    // (sequences, tokens of each, at most 256) in packed order, the host's
+    const int64_t* groups;
+    int64_t group_count;
+};
+void launch_attention_short(const AttentionArgs& args, Stream stream);
+void launch_attention_short_backward(const AttentionArgs& args, Stream stream);
+
 }  // namespace dino::cuda
