@@ -17,6 +17,7 @@ from dino_kernels._triton import LOG2_E, LOWEST, argument, scalar, warp_size
 __all__ = ["forward_triton", "scale_triton"]
 
 _LIFT = tl.constexpr(16384.0)  # keeps float16 targets down to 2^-28 normal, and their greatest, 2, below 65504
+_SCALE_PROGRAMS = 528
 
 
 @triton.jit
@@ -141,13 +142,16 @@ def _student_kernel(
 
 
 @triton.jit
-def _scale_kernel(grad, upstream, columns, stride, BLOCK: tl.constexpr):
+def _scale_kernel(grad, upstream, rows, columns, stride, BLOCK: tl.constexpr):
+    """grad *= upstream by a few programs, which for the usual upstream of one end at once."""
     factor = tl.load(upstream)
     if factor != 1.0:
-        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        at = grad + tl.program_id(0).to(tl.int64) * stride + k
-        g = tl.load(at, k < columns, other=0.0).to(tl.float32)
-        tl.store(at, (g * factor).to(grad.dtype.element_ty), k < columns)
+        across = tl.cdiv(columns, BLOCK)
+        for block in range(tl.program_id(0), rows * across, tl.num_programs(0)):
+            k = block % across * BLOCK + tl.arange(0, BLOCK)
+            at = grad + (block // across).to(tl.int64) * stride + k
+            g = tl.load(at, k < columns, other=0.0).to(tl.float32)
+            tl.store(at, (g * factor).to(grad.dtype.element_ty), k < columns)
 
 
 def forward_triton(student, teacher, center, student_temp, teacher_temp, grad):
@@ -184,5 +188,5 @@ def forward_triton(student, teacher, center, student_temp, teacher_temp, grad):
 
 def scale_triton(grad, upstream):
     rows, columns = grad.shape
-    grid = (rows, triton.cdiv(columns, 4096))
-    _scale_kernel[grid](grad, upstream, columns, grad.stride(0), BLOCK=4096)
+    programs = min(rows * triton.cdiv(columns, 4096), _SCALE_PROGRAMS)
+    _scale_kernel[(programs,)](grad, upstream, rows, columns, grad.stride(0), BLOCK=4096)

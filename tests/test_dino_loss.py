@@ -49,6 +49,15 @@ def test_upstream_gradient_scales_the_stored_one(device, dtype):
     torch.testing.assert_close(scaled.float(), once.float() * -1.7, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
+def test_scaling_of_more_blocks_than_programs(device):
+    wide = torch.randn(270, 5100, generator=torch.Generator().manual_seed(0)).to(device)
+    expected = wide.clone()
+    expected[:, :5000] *= -1.7
+    for factor, truth in ((1.0, wide.clone()), (-1.7, expected)):
+        torch.ops.dino_kernels.dino_loss_scale_(wide[:, :5000], torch.tensor(factor, device=device))
+        assert torch.equal(wide, truth)
+
+
 @pytest.mark.parametrize("outputs", [128, 262144])
 def test_fewest_and_most_outputs(device, outputs):
     x = inputs(1, 3, outputs, device=device)
