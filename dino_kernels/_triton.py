@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LOG2_E", "LOWEST", "argument", "blend", "blend_arguments", "operand", "scalar", "shared_memory"]
+__all__ = [
+    "LOG2_E",
+    "LOWEST",
+    "argument",
+    "blend",
+    "blend_arguments",
+    "operand",
+    "scalar",
+    "shared_memory",
+    "warp_size",
+]
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # the exponential of the hardware is exp2
@@ -55,6 +65,11 @@ def operand(x, WIDEN: tl.constexpr):
 # KiB of shared memory that one program may use, by compute capability (CUDA C++ Programming Guide, table of
 # technical specifications) or AMD architecture; an unknown chip is taken for the smallest.
 _KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99, "gfx950": 160}
+
+
+def warp_size() -> int:
+    """Threads of a warp: 32 on NVIDIA, 64 on AMD's data-center chips."""
+    return 32 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().warp_size
 
 
 def shared_memory() -> int:
