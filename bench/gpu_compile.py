@@ -26,8 +26,10 @@ class _CudaKernels(TorchDispatchMode):
         if func.namespace == "dino_kernels":
             with self:  # ours call each other
                 return func._op_dk(torch._C.DispatchKey.CUDA, *args, **(kwargs or {}))
-        if func is torch.ops.aten.mm.dtype:  # CUDA only
+        if func is torch.ops.aten.mm.dtype:  # as the next one on CUDA only
             return args[0].new_empty(len(args[0]), args[1].shape[1], dtype=args[2])
+        if func is torch.ops.aten.baddbmm.dtype_out:
+            return (kwargs or {})["out"]
         return func(*args, **(kwargs or {}))
 
 
@@ -36,6 +38,7 @@ def launches_compiled(arch: int, done: Callable[[object, object], None]):
     """Calls on meta tensors launch nothing: `done(function, kernel)` gets each compiled one. For a whole process."""
     import resources
     import triton
+    from dino_train import device
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
@@ -44,6 +47,8 @@ def launches_compiled(arch: int, done: Callable[[object, object], None]):
     triton.runtime.driver.set_active(resources.Driver(GPUTarget("cuda", arch, 32)))
     torch.cuda.device = lambda device: nullcontext()  # type: ignore[assignment, misc]
     torch.autocast = lambda *_, **__: nullcontext()  # type: ignore[assignment, misc]  does not know meta tensors
+    dino_kernels.set_backend("triton")  # CUDA C++ is compiled by now
+    device._GPUS["meta"] = lambda meta: object()  # type: ignore[assignment, return-value]
     dino_kernels.multicrop_packed = multicrop_triton.packed_triton  # whose checks want pixels in memory
     run = JITFunction.run
     JITFunction.run = lambda self, *args, **options: done(self, run(self, *args, **{**options, "warmup": True}))
@@ -73,8 +78,8 @@ def call_on_meta(name: str, toy: bool) -> None:
     for provider, call in case.providers.items():
         if provider.startswith(OURS) and "upload" not in provider and "span" not in provider:
             call()
-    for change in gpu_measure.CHANGES.values():
-        gpu_measure.launched(change, case.providers[OURS])
+    for variant in gpu_measure.LAUNCHES.values():
+        gpu_measure.called(variant, case.providers[OURS])
 
 
 def ours(send: Send, name: str, arch: int, toy: bool) -> None:

@@ -5,7 +5,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,12 @@ from gpu_run import Send, one_line
 from gpu_setting import TOY, Case, Provider, Result, Sizes
 from torch import Tensor
 
+import dino_kernels
+
 PROVIDER_SECONDS = 40  # at most, until a provider is compiled
 TIMING_SECONDS = 1.5  # for the rounds of one case
 
-Change = Callable[[dict[str, Any]], dict[str, Any]]  # of a Triton launch's keyword arguments
+Variant = Callable[[], AbstractContextManager[None]]  # in which a call of ours is launched otherwise
 
 
 def cases(toy: bool) -> dict[str, Callable[[str], Case]]:
@@ -203,19 +205,19 @@ def measure(
     device: str,
     timer,
     wanted: Callable[[str], bool] = lambda provider: True,
-    changes: Mapping[str, Change] | None = None,
+    variants: Mapping[str, Variant] | None = None,
 ) -> list[dict]:
     """The rows of a case's wanted providers, also of those that do not work.
 
-    With changes: of ours launched so, in place of all others, each compared with ours as it is.
+    With variants: of ours in each of them, in place of all others, compared with ours as it is.
     """
     case, rows = build_case(device), []
     exact, default = case.exact(), None
     providers = {name: call for name, call in case.providers.items() if wanted(name)}
-    if changes:
+    if variants:
         default = [joined(x).clone() for x in build_case(device).providers[OURS]()]
         providers = {OURS: providers[OURS], "reference": providers["reference"]} | {
-            name: partial(launched, change, build_case(device).providers[OURS]) for name, change in changes.items()
+            name: partial(called, variant, build_case(device).providers[OURS]) for name, variant in variants.items()
         }
     for provider, call in providers.items():
         row = {key: getattr(case, key) for key in ("op", "shape", "dtype", "bytes", "flops")} | {"provider": provider}
@@ -223,8 +225,8 @@ def measure(
         rows.append({**row, "times": [], "note": ""})
         try:
             with time_limit(PROVIDER_SECONDS):
-                rows[-1] |= prepare(case, call, exact, default if changes and provider in changes else None, timer)
-            if provider == OURS and not changes:
+                rows[-1] |= prepare(case, call, exact, default if variants and provider in variants else None, timer)
+            if provider == OURS and not variants:
                 rows[-1] |= {"waits": timer.waits(call), "bitwise": repeats(build_case, device)}
         except Exception as error:
             rows[-1]["note"] = f"not available: {one_line(error)}"
@@ -254,34 +256,51 @@ def measure_case(send: Send, name: str, device: str, toy: bool, compiled: bool) 
 # --- other launches of ours --------------------------------------------------------------------------
 
 
-def warps(factor: float) -> Change:
-    return lambda options: {**options, "num_warps": min(32, max(1, int(factor * options.get("num_warps", 4))))}
-
-
-def stages(count: int) -> Change:
-    return lambda options: {**options, "num_stages": count}
-
-
-CHANGES: dict[str, Change] = {
-    f"{OURS}, half the warps": warps(0.5),
-    f"{OURS}, twice the warps": warps(2),
-    f"{OURS}, 2 stages": stages(2),
-    f"{OURS}, 4 stages": stages(4),
-}
-
-
-def launched(change: Change, call: Provider) -> Any:
-    """The result of a call whose Triton launches have other options."""
+@contextmanager
+def launches(change: Callable[[dict[str, Any]], dict[str, Any]]):
+    """Triton launches have the options, keyword arguments, that `change` makes of theirs."""
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
     JITFunction.run = lambda self, *args, **options: run(self, *args, **change(options))
     try:
-        return call()
+        yield
     finally:
         JITFunction.run = run
 
 
+@contextmanager
+def backend(name: str):
+    dino_kernels.set_backend(name)
+    try:
+        yield
+    finally:
+        dino_kernels.set_backend(None)
+
+
+def warps(factor: float, options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "num_warps": min(32, max(1, int(factor * options.get("num_warps", 4))))}
+
+
+def stages(count: int, options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "num_stages": count}
+
+
+LAUNCHES: dict[str, Variant] = {
+    f"{OURS}, half the warps": partial(launches, partial(warps, 0.5)),
+    f"{OURS}, twice the warps": partial(launches, partial(warps, 2)),
+    f"{OURS}, 2 stages": partial(launches, partial(stages, 2)),
+    f"{OURS}, 4 stages": partial(launches, partial(stages, 4)),
+}
+IN_CUDA = ("dino_loss", "ema_update", "adamw_ema", "attention 197", "attention 37", "attention packed")
+
+
+def called(variant: Variant, call: Provider) -> Any:
+    with variant():
+        return call()
+
+
 def measure_variants(send: Send, name: str, device: str, toy: bool) -> None:
-    rows = measure(cases(toy)[name], device, timer_of(device), changes=CHANGES)
+    variants = LAUNCHES | ({f"{OURS}, CUDA C++": partial(backend, "cuda")} if name.startswith(IN_CUDA) else {})
+    rows = measure(cases(toy)[name], device, timer_of(device), variants=variants)
     send({"variants": {name: rows}})

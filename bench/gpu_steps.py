@@ -42,7 +42,7 @@ def measure_step(send: Send, net: str, provider: str, device: str, toy: bool) ->
     synchronize = torch.cuda.synchronize if cuda else int
     chosen = setting(net, device, toy)
     learner, batches, losses = first_steps(PROVIDERS[provider], chosen)
-    captured = getattr(getattr(learner, "update", None), "graph", None) is not None
+    captured = getattr(getattr(learner, "update", None), "replay", None) is not None
     row = {"losses": losses, "captured": captured, "ms": None, "all_step_ms": [], "images_per_s": None, "note": ""}
     times = []
     for step in range(LOSSES, LOSSES + (2 if toy else TIMED)):
@@ -87,7 +87,7 @@ def step_on_meta(net: str, toy: bool) -> None:
     """All that a step of ours launches, on meta tensors."""
     chosen = setting(net, "meta", toy)
     torch.nn.init.trunc_normal_ = lambda tensor, **_: tensor  # looks at values
-    learner = bench_step.learner(chosen, "bfloat16")
+    learner = bench_step.learner(chosen, "bfloat16", cuda_graph=False)
     crops = [torch.empty_like(crop, device="meta") for crop in chosen.crops(0)]
     for step in (FIRST_STEP, FIRST_STEP + THAW):  # the last layer frozen, and trained
         learner.step(step, crops)

@@ -1,12 +1,17 @@
-"""bench/gpu.py with tasks that fail in the midst of the others, as a program; other tests use these tasks too."""
+"""bench/gpu.py on a double of the GPU, with tasks that fail in the midst of the others: a program, and those tasks."""
 
+import importlib
 import os
 import resource
 import signal
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import gpu
+
+sys.path.append(str(Path(__file__).with_name("gpu")))  # where the double of a GPU is
 
 
 def crash(send) -> None:
@@ -32,6 +37,23 @@ def killed_by_the_host(send) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def on_double(send, function: str, *arguments) -> None:
+    """A task whose trainer takes the CPU for a GPU."""
+    from double import Double
+
+    module, name = function.split(".")
+    with Double().installed():
+        getattr(importlib.import_module(module), name)(send, *arguments)
+
+
+def doubled(item: gpu.Item) -> gpu.Item:
+    def tasks(options: gpu.Options) -> list[gpu.Task]:
+        given = item.tasks(options)
+        return [replace(task, run="gpu_failures.on_double", arguments=(task.run, *task.arguments)) for task in given]
+
+    return replace(item, tasks=tasks)
+
+
 def tasks(seconds: float = 60) -> list[gpu.Task]:
     names = ("crash", "hang", "exhaust", "killed_by_the_host")
     return [gpu.Task(name, f"gpu_failures.{name}", (), 4 if name == "hang" else seconds) for name in names]
@@ -44,5 +66,6 @@ if __name__ == "__main__":
         gpu.ITEMS[1:] = [gpu.Item("hangs", 600, lambda options: [hangs])]
         gpu.ITEMS[0] = gpu.Item("ceilings", 600, lambda o: [gpu.Task("ceilings", "gpu_measure.ceilings", o.where)])
     else:
+        gpu.ITEMS[:] = [doubled(item) if item.name[0] in "35" else item for item in gpu.ITEMS]
         gpu.ITEMS.insert(4, gpu.Item("fails", 20, lambda options: tasks(), len(tasks())))
     sys.exit(gpu.main())

@@ -53,10 +53,9 @@ def python(code, folder):
 
 def test_every_case_and_step_of_the_reference_setting_is_compiled(tmp_path):
     launched = json.loads(python(LAUNCHES, tmp_path))
-    without = {"linear"}  # products of the library
-    assert set(launched) == {*gpu_measure.cases(False), "step ViT-S/16", "step ViT-B/16"} - without
+    assert set(launched) == {*gpu_measure.cases(False), "step ViT-S/16", "step ViT-B/16"}
     step = launched["step ViT-S/16"]
-    assert sum(step.values()) > 2 * 100 and launched["mlp"].keys() == {"_forward_kernel", "_backward_kernel"}
+    assert sum(step.values()) > 2 * 100 and {"_forward_kernel", "_backward_kernel"} <= launched["mlp"].keys()
     assert {"_teacher_kernel", "_student_kernel", "_update_kernel", "_short_backward_kernel"} <= set(step)
 
 

@@ -84,7 +84,7 @@ def test_another_launch_has_other_options_and_is_compared_with_the_default(monke
 
     rows = gpu_measure.measure(
         lambda _: case({OURS: ours, "reference": lambda: (X,)}), "cpu", gpu_measure.HostTimer(),
-        changes=gpu_measure.CHANGES,
+        variants=gpu_measure.LAUNCHES,
     )  # fmt: skip
     options = {(o.get("num_warps"), o.get("num_stages")) for o in launches}
     assert options == {(8, None), (None, None), (4, None), (2, None), (16, None), (8, 2), (None, 2), (8, 4), (None, 4)}
