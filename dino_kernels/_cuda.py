@@ -54,7 +54,7 @@ def gpu_function(op: str, name: str, device: torch.device, *, fits: bool = True)
 
 
 def _takes_cuda(op: str, device: torch.device) -> bool:
-    if _backend == "triton":
+    if _backend == "triton" or (_backend is None and all(op != other for other, _ in CUDA_BY_DEFAULT)):
         return False
     capability = torch.cuda.get_device_capability(device)
     runs = any(_runs_on(arch, capability) for arch in compiled_archs())
