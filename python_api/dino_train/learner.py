@@ -194,19 +194,22 @@ class Learner:
         layer took here."""
         count = self.config.accumulate
         parts = list(zip(*(crop.chunk(count) for crop in crops), strict=True))
-        told, rows = torch.zeros(self.config.out_dim + 1, device=self.device), []
+        told, rows = None, []
         for i, part in enumerate(parts):
             loss, batch_center, teacher_z = self._forward(list(part), teacher_temp)
             rows.append(teacher_z)
-            told += torch.cat([batch_center, loss.detach().view(1)]) / count
+            share = torch.cat([batch_center, loss.detach().view(1)])
+            share = share if count == 1 else share / count
+            told = share if told is None else told + share
             if i == count - 1:  # the center crosses the ranks beside the backward, and the gradient as it comes
                 mean = parallel.mean(told)
                 self.gradient_sum.start()
-            share = count * parallel.size()
-            (loss if share == 1 else loss / share).backward()
+            losses = count * parallel.size()
+            (loss if losses == 1 else loss / losses).backward()
         self.gradient_sum.wait()
         mean.wait()
         self._phase("backward")
+        assert told is not None
         return told[-1], told[:-1], torch.cat(rows)
 
     def _forward(self, crops: list[Tensor], teacher_temp: Tensor) -> tuple[Tensor, Tensor, Tensor]:

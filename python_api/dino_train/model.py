@@ -179,8 +179,10 @@ class VisionTransformer(nn.Module):
         x = _Sequences.apply(self.patch_embed(crops), groups, *(tables[shape] for shape, _ in runs))
         # Bounds are counted on the device from shapes known on the host: no copy, no synchronization.
         first = [0, *accumulate(count * length for count, length in groups)]
-        bounds = [torch.arange(first[i], first[i + 1], n, device=x.device) for i, (_, n) in enumerate(groups)]
-        return x, Packing(F.pad(torch.cat(bounds), (0, 1), value=len(x)).int(), groups)
+        first[-1] += 1  # the end is a bound, too
+        options = {"dtype": torch.int32, "device": x.device}
+        bounds = [torch.arange(first[i], first[i + 1], n, **options) for i, (_, n) in enumerate(groups)]
+        return x, Packing(bounds[0] if len(bounds) == 1 else torch.cat(bounds), groups)
 
     def _table(self, h: int, w: int) -> Tensor:
         """Class token and positions of an image of h x w pixels [1 + patches, C], to which its patches are added."""
@@ -206,14 +208,18 @@ class VisionTransformer(nn.Module):
         A sequence's branch is multiplied by a random 0 or 1 / keep. On the CPU those of zero are left out; elsewhere
         shapes must not depend on random numbers, which would wait for the device and fit no graph.
         """
-        depth, device, lengths = len(self.blocks), packing.cu_seqlens.device, packing.cu_seqlens.diff()
+        depth, device, sequences = len(self.blocks), packing.cu_seqlens.device, len(packing.cu_seqlens) - 1
         keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=device).view(-1, 1, 1)
-        kept = torch.rand(depth, 2, len(lengths), device=device) < keep
+        kept = torch.rand(depth, 2, sequences, device=device) < keep
         if gpu_of(device) is None:
             factors = (1 / keep).expand(-1, 2, 1).flatten().numpy()
             branches = Branch.of_kept(packing, kept.flatten(0, 1).numpy(), factors)
         else:
-            scale = (kept / keep).repeat_interleave(lengths, dim=2, output_size=packing.tokens)
+            scale = keep.new_empty(depth, 2, packing.tokens)
+            of_sequences = kept.unsqueeze(3).split([count for count, _ in packing.groups], 2)
+            of_tokens = scale.split([count * length for count, length in packing.groups], 2)
+            for chosen, to, group in zip(of_sequences, of_tokens, packing.groups, strict=True):
+                torch.div(chosen.expand(depth, 2, *group), keep.unsqueeze(3), out=to.unflatten(2, group))
             branches = [Branch(packing, row) for row in scale.flatten(0, 1)]
         branches.append(Branch(packing))
         return [(branches[i], branches[i + 1], branches[i + 2]) for i in range(0, 2 * depth, 2)]

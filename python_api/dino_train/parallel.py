@@ -86,7 +86,8 @@ def broadcast(tensors: Sequence[Tensor]) -> None:
 
 def mean(values: Tensor) -> "Pending":
     """Starts the mean over the ranks, in place."""
-    values /= size()
+    if size() > 1:
+        values /= size()
     return Pending([values])
 
 
