@@ -219,10 +219,11 @@ def test_settings_as_tensors_and_without_copies(device):
 
 
 def test_a_segment_of_more_blocks_than_are_summed_at_once(device, monkeypatch):
-    monkeypatch.setattr(adamw_ema_triton, "_BLOCK", 16)
+    block = 256  # at least an element a thread: of several that share one, a thread might read what another wrote
+    monkeypatch.setattr(adamw_ema_triton, "_BLOCK", block)
     adamw_ema_triton._table.cache_clear()
-    ours = state(device, [3, 16 * 1030 + 5, 2])
-    ours["grad"][16 * 1030 :] *= 100  # what the last blocks hold decides how much is clipped
+    ours = state(device, [3, block * 1030 + 5, 2])
+    ours["grad"][block * 1030 :] *= 1000  # what the last blocks hold decides how much is clipped
     eager = clone(ours)
     adamw_ema_step_(**ours, **HYPER)
     adamw_ema_step_reference_(**eager, **HYPER)

@@ -142,6 +142,11 @@ def test_wrong_ones(run, name, seed):
 def test_a_race_of_lanes_is_a_warning(run):
     found = run("lanes_without_sync", (1,), (32,), np.zeros(32, np.int32))
     assert found and all(r.severity == "warning" and "lanes of a warp" in r.what for r in found)
+    options.fails_on = ("error", "warning")
+    with pytest.raises(KernelError, match="lanes of a warp"):
+        run("lanes_without_sync", (1,), (32,), np.zeros(32, np.int32))
+    options.allowed = lambda report: "lanes of a warp" in report.what
+    assert run("lanes_without_sync", (1,), (32,), np.zeros(32, np.int32))
 
 
 def test_memory_that_is_not_registered(run):
