@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,9 +68,6 @@ class Span:
 class Usage:
     program: Program
     launches: int = 0
-    ctas: int = 0
-    threads: int = 0
-    seconds: float = 0.0  # of this machine's CPU
 
 
 options = Options()
@@ -122,7 +118,6 @@ def launch(
     sizes, threads = three(grid), three(block)
     buffer = np.frombuffer(params or b"\0", np.uint8)
     at = lambda a: ctypes.c_void_p(a.ctypes.data)  # noqa: E731
-    begin = time.process_time()
     text = (
         library()
         .ptx_launch(
@@ -141,10 +136,7 @@ def launch(
         .decode()
     )
     used = usage.setdefault(id(program), Usage(program))
-    used.seconds += time.process_time() - begin
     used.launches += 1
-    used.ctas += int(sizes.prod())
-    used.threads = int(threads.prod())
     found = []
     statements = {s.line: s.text for s in kernel.statements}
     for row in text.splitlines():
@@ -192,92 +184,32 @@ class Module:
         return launch(program, grid, block, bytes(params), memory, shared)
 
 
-# ---- counts, for performance models
+# ---- counts, to compare designs
 
-MUFU = {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh"}
+SPECIAL = re.compile(r"(ex2|lg2|rcp|rsqrt|sqrt|sin|cos|tanh|div)\.(approx|full)")
+GLOBAL = re.compile(r"(ld|st|atom|red)\.(volatile\.)?global|cp\.async\.c[ag]")
 
 
-def classify(opcode: str) -> str:
+def counted(program: Program) -> Counter:
+    """Instructions of warps; of threads special functions, the exponentials among them, and bytes of global memory;
+    multiplications and additions of matrix instructions."""
+    total: Counter = Counter()
+    for statement, warps, lanes in zip(program.instructions, *(n.tolist() for n in program.counts()), strict=True):
+        opcode = statement.opcode
+        total["warps"] += warps
+        total["special"] += lanes * bool(SPECIAL.match(opcode))
+        total["exponentials"] += lanes * opcode.startswith("ex2")
+        if GLOBAL.match(opcode):
+            total["bytes"] += lanes * _bytes(opcode, statement.operands)
+        if shape := re.match(r"(?:wgmma\.mma_async|mma)\..*\bm(\d+)n(\d+)k(\d+)", opcode):
+            m, n, k = map(int, shape.groups())
+            total["products"] += 2 * min(m, 16) * n * k * warps  # a warp has 16 of the 64 rows of its warpgroup
+    return total
+
+
+def _bytes(opcode: str, operands: list[str]) -> int:
     base, *mods = opcode.split(".")
-    kind = mods[-1] if mods else ""
-    if base in ("ld", "st", "ldu"):
-        space = next(
-            (m.split("::")[0] for m in mods if m.split("::")[0] in ("global", "shared", "local", "param", "const")),
-            "generic",
-        )
-        return f"{'ld' if base == 'ldu' else base}.{space}"
     if base == "cp":
-        return "cp.async" if mods[1] in ("ca", "cg") else "async control"
-    if base == "wgmma":
-        return "wgmma" if mods[0] == "mma_async" else "async control"
-    if base in ("mma", "ldmatrix", "stmatrix", "atom", "red", "shfl", "vote", "match", "redux", "cvt"):
-        return base
-    if base in ("bar", "barrier"):
-        return "barrier"
-    if base in ("fence", "membar"):
-        return "fence"
-    if base in MUFU and "approx" in mods or base == "div" and ("full" in mods or "approx" in mods):
-        return "mufu"
-    if base == "div" or base in ("rcp", "sqrt") or base == "rem":
-        return "div, sqrt"
-    if base in ("bra", "brx", "ret", "exit"):
-        return "branch"
-    if base == "mov":
-        return "mov"
-    if kind == "f64":
-        return "f64"
-    if kind in ("f32",) and base in ("fma", "mad"):
-        return "fma"
-    if kind in ("f32",):
-        return "f32"
-    if kind in ("f16", "bf16", "f16x2", "bf16x2"):
-        return "f16"
-    return "integer"
-
-
-def bytes_of(opcode: str, operands: list[str]) -> int:
-    base, *mods = opcode.split(".")
-    if base == "cp" and len(operands) > 2:
         return int(operands[2], 0)
-    if base in ("ldmatrix", "stmatrix"):
-        return 4 * int(mods[3][1:])
-    if base in ("ld", "st", "ldu", "atom", "red"):
-        vector = next((int(m[1:]) for m in mods if re.fullmatch(r"v\d", m)), 1)
-        return SIZES.get(mods[-1], 0) * vector
-    return 0
-
-
-def counts(program: Program) -> tuple[Counter, Counter]:
-    """By class: executions by a warp; bytes accessed by threads."""
-    warps, lanes = program.counts()
-    executed, accessed = Counter(), Counter()
-    for statement, n, m in zip(program.instructions, warps.tolist(), lanes.tolist(), strict=True):
-        kind = classify(statement.opcode)
-        executed[kind] += n
-        if size := bytes_of(statement.opcode, statement.operands):
-            accessed[kind] += size * m
-    return executed, accessed
-
-
-def table() -> str:
-    """What each kernel executed, a row a class."""
-    total: dict[str, tuple[Counter, Counter, list[int]]] = defaultdict(lambda: (Counter(), Counter(), [0, 0, 0.0]))
-    for used in usage.values():
-        executed, accessed = counts(used.program)
-        row = total[used.program.kernel.name]
-        row[0].update(executed)
-        row[1].update(accessed)
-        row[2][0] += used.launches
-        row[2][1] += used.ctas
-        row[2][2] += used.seconds
-    lines = [
-        "| kernel | launches | CTAs | seconds here | class | warp instructions | bytes |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, (executed, accessed, (launches, ctas, seconds)) in sorted(total.items()):
-        for kind, n in executed.most_common():
-            if n:
-                lines.append(
-                    f"| {name} | {launches} | {ctas} | {seconds:.2f} | {kind} | {n} | {accessed[kind] or ''} |"
-                )
-    return "\n".join(lines) + "\n"
+    vector = next((int(m[1:]) for m in mods if re.fullmatch(r"v\d", m)), 1)
+    return SIZES[mods[-1]] * vector
