@@ -84,10 +84,10 @@ class Emulated:
         self.archs, self._double = [arch], importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self._double)
         self._error: Exception | None = None
-        self._programs = {}
+        self.programs = {}
         for path in folder.glob("*.ptx"):
             module = launch.Module(path.read_text())
-            self._programs.update({name: (module, name) for name in module.kernels})
+            self.programs.update({name: (module, name) for name in module.kernels})
         self._launcher = _LAUNCHER(self._launch)
         self._double.set_launcher(ctypes.cast(self._launcher, ctypes.c_void_p).value)
         self.launches: list[str] = []
@@ -117,7 +117,7 @@ class Emulated:
         """An exception does not pass through C: it is raised when the launcher has returned."""
         try:
             assert stream == STREAM, f"launched on stream {stream}, the current one is {STREAM}"
-            module, entry = self._programs[name.decode()]
+            module, entry = self.programs[name.decode()]
             program = module.program(entry)
             parameters = bytearray(program.kernel.param_size)
             for i, (offset, size) in enumerate(program.kernel.params.values()):
