@@ -147,9 +147,7 @@ def emulated(arch: str) -> Emulated:
     return Emulated(arch)
 
 
-def use_cuda(
-    monkeypatch: pytest.MonkeyPatch, op: str, implementations: list[str], arch: str, *, addresses: bool = False
-) -> str:
+def use_cuda(monkeypatch: pytest.MonkeyPatch, op: str, arch: str, *, addresses: bool = False) -> str:
     """Makes the op of module dino_kernels.<op> run its CUDA C++ kernels on CPU tensors; returns their device.
 
     addresses: settings are passed as tensors of the device and not by value.
@@ -162,8 +160,9 @@ def use_cuda(
     for target, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(target, name, _poisoned(getattr(target, name)))
     module, launchers = (importlib.import_module(f"dino_kernels.{name}") for name in (op, f"{op}_cuda"))
-    for name in implementations:
-        monkeypatch.setattr(module, f"_{name}_cpu", getattr(launchers, f"{name}_cuda"))
+    for name, function in vars(launchers).items():
+        if name.endswith("_cuda") and hasattr(module, cpu := f"_{name.removesuffix('_cuda')}_cpu"):
+            monkeypatch.setattr(module, cpu, function)
     return "cpu"
 
 

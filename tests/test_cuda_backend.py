@@ -156,7 +156,7 @@ def test_registered_ops_make_the_choice(monkeypatch, module, op, arguments):
     """The functions that are registered for GPUs, called on CPU tensors: on the emulator, against the CPU's."""
     ours, theirs = arguments(), arguments()
     expected = _OPS[op].cpu(*theirs)
-    use_cuda(monkeypatch, module, [], "90a")
+    use_cuda(monkeypatch, module, "90a")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     dino_kernels.set_backend("cuda")

@@ -78,8 +78,7 @@ def run(op: str) -> None:
 
 def use(monkeypatch, file: str) -> str:
     op = "attention" if file == "attention_short" else file
-    functions = {"dino_loss": ["forward", "scale"], "attention": ["forward", "backward"], "ema_update": ["update"]}
-    use_cuda(monkeypatch, op, functions.get(op, ["step"]), "90a")
+    use_cuda(monkeypatch, op, "90a")
     return op
 
 
