@@ -1,6 +1,7 @@
-"""What the Triton kernels execute at the reference setting, counted by the PTX emulator: nothing is timed.
+"""What the GPU kernels execute at the reference setting, counted by the PTX emulator: nothing is timed.
 
     python bench/ptx_counts.py [--archs 80 90] [--ops attention_197 ...] [--before table.md] [--output table.md]
+    python bench/ptx_counts.py --backend cuda ...       the CUDA C++ kernels, of the ops that have them
 
 Each op runs at the tile shapes of the reference setting (64 images, 2 crops of 224 and 8 of 96 pixels, K = 65536) with
 fewer sequences, rows or columns; computed times are scaled up from there. Instructions are those of PTX that a thread
@@ -23,7 +24,8 @@ from gpu_setting import CROPS
 
 import dino_kernels
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests/gpu"))
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+sys.path += [str(TESTS), str(TESTS / "gpu")]
 IMAGES, OUTPUTS, PARAMETERS = 64, 65536, 44e6  # the parameters are those of ViT-S with its head
 # Of an H200: what it does a second, by kind. 132 SMs at 1.98 GHz issue 4 instructions of a warp and make 16
 # exponentials (or other special functions) a cycle; dense bf16 products and bytes are measured values.
@@ -31,13 +33,13 @@ SECOND = {"issue": 4 * 132 * 1.98e9, "special": 16 * 132 * 1.98e9, "matrix": 790
 COPY = 4.3e12  # bytes a second
 # Microseconds that a measurement on an H200 should find
 TARGETS = {"attention_197": 85, "attention_37": 63, "dino_loss": 60, "dino_head_loss": 200, "adamw_ema": 520}
-HEADER = """# Instructions, exponentials and bytes of the Triton kernels, counted
+HEADER = """# Instructions, exponentials and bytes of the {kernels} kernels, counted
 
-Made by `python bench/ptx_counts.py`, which executes the compiled kernels on a CPU: no GPU was used, nothing was timed.
-Launches are those of a call, forward and backward; instructions (of PTX), exponentials and bytes of global memory (hits
-of caches included) are an element's. Computed us: the reference setting on an H200, to compare designs only. Of a
-kernel the largest of the issue of instructions, of special functions (exponentials, reciprocals, ...) and of matrix
-products; of an op their sum, or the floor: the bytes that must be moved, at 4.3 TB/s.
+Made by `python bench/ptx_counts.py --backend {backend}`: it executes the compiled kernels on a CPU, no GPU was used and
+nothing timed. Launches are those of a call, forward and backward; instructions (of PTX), exponentials and bytes of
+global memory (hits of caches included) are an element's. Computed us: the reference setting on an H200, to compare
+designs only. Of a kernel the largest of the issue of instructions, of special functions (exponentials, reciprocals, ...)
+and of matrix products; of an op their sum, or the floor: the bytes that must be moved, at 4.3 TB/s.
 """
 
 
@@ -161,18 +163,28 @@ OPS = {
     },
 }  # fmt: skip
 
+CUDA_OPS = ["attention_197", "attention_37", "dino_loss", "ema_update", "adamw_ema"]
 
-def count(job: tuple[str, int]) -> list[dict]:
+
+def count(job: tuple[str, int, str]) -> list[dict]:
     """A row a kernel, and one of all of an op; in a process of its own, since Triton keeps what it compiled."""
-    from ptx import launch, triton_driver
+    from ptx import launch
 
-    name, arch = job
+    name, arch, backend = job
     torch.manual_seed(0)
-    triton_driver.install(arch)
-    launch.options.races = False
-    from ptx.dino_ops import use_triton
+    if backend == "triton":
+        from ptx import triton_driver
 
-    use_triton()
+        triton_driver.install(arch)
+        from ptx.dino_ops import use_triton
+
+        use_triton()
+    else:
+        import pytest
+        from cuda_emulated import use_cuda
+
+        use_cuda(pytest.MonkeyPatch(), re.sub(r"_\d+$", "", name), {80: "80", 90: "90a"}[arch])
+    launch.options.races = False
     call = OPS[name]()
     call.run()
     totals: dict[str, Counter] = defaultdict(Counter)
@@ -200,7 +212,7 @@ def row(
         "chip": f"sm_{arch}",
         "op": op,
         "element": call.element,
-        "kernel": kernel.strip("_"),
+        "kernel": re.sub(r".*\d([a-z_]+_kernel).*", r"\1", kernel).strip("_"),  # of a mangled name the function's
         "launches": str(total["launches"]),
         **{key: f"{value:.3g}" for key, value in per_element.items()},
         "computed us": f"{time * 1e6:.3g}" if arch == 90 else "-",
@@ -238,14 +250,19 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", type=int, choices=(80, 90), default=[80, 90])
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
+    parser.add_argument("--ops", nargs="+", choices=OPS, help="all by default")
     parser.add_argument("--before", type=Path, help="an earlier table, which is set beside this one")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    jobs = [(op, arch) for arch in options.archs for op in options.ops]
+    with_kernels = CUDA_OPS if options.backend == "cuda" else list(OPS)
+    jobs = [(op, arch, options.backend) for arch in options.archs for op in options.ops or with_kernels]
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         rows = [row for part in pool.map(count, jobs, chunksize=1) for row in part]
-    text = f"{HEADER}Compiled with Triton {triton.__version__}.\n\n"
+    kernels, compiler = {"triton": ("Triton", f"Triton {triton.__version__}"), "cuda": ("CUDA C++", "nvcc")}[
+        options.backend
+    ]
+    text = f"{HEADER.format(kernels=kernels, backend=options.backend)}Compiled with {compiler}.\n\n"
     if options.before:
         text += f"## Before and after\n\n{table(beside(read(options.before.read_text()), rows))}\n## Each kernel\n\n"
     text += table(rows)

@@ -46,10 +46,10 @@ def compiled_archs() -> list[str]:
     return list(kernels().archs) if hasattr(_C, "cuda") else []
 
 
-def gpu_function(op: str, name: str, device: torch.device, *, fits: bool = True) -> Callable:
+def gpu_function(op: str, name: str, device: torch.device, fits: Callable[[], bool] = lambda: True) -> Callable:
     """<name>_triton of dino_kernels/<op>_triton.py, or <name>_cuda of dino_kernels/<op>_cuda.py where that is chosen
     and the arguments fit it. They are imported here: a process on the CPU is spared Triton."""
-    backend = "cuda" if fits and _takes_cuda(op, device) else "triton"
+    backend = "cuda" if _takes_cuda(op, device) and fits() else "triton"
     return getattr(importlib.import_module(f"dino_kernels.{op}_{backend}"), f"{name}_{backend}")
 
 

@@ -104,9 +104,9 @@ def _attention(qkv: Tensor, cu_seqlens: Tensor, groups: list[int], scale: float)
 
 @_attention.register_kernel("cuda")
 def _(qkv, cu_seqlens, groups, scale):
-    fits = fits_cuda(qkv, groups, scale)
+    forward = gpu_function("attention", "forward", qkv.device, lambda: fits_cuda(qkv, groups, scale))
     with torch.cuda.device(qkv.device):  # kernels are launched on the current device
-        return gpu_function("attention", "forward", qkv.device, fits=fits)(qkv, cu_seqlens, groups, scale)
+        return forward(qkv, cu_seqlens, groups, scale)
 
 
 @_attention.register_fake
@@ -123,7 +123,7 @@ def _attention_backward(
 
 @_attention_backward.register_kernel("cuda")
 def _(grad_out, qkv, out, lse, cu_seqlens, groups, scale):
-    backward = gpu_function("attention", "backward", qkv.device, fits=fits_cuda(qkv, groups, scale, grad_out))
+    backward = gpu_function("attention", "backward", qkv.device, lambda: fits_cuda(qkv, groups, scale, grad_out))
     with torch.cuda.device(qkv.device):
         return backward(grad_out, qkv, out, lse, cu_seqlens, groups, scale)
 

@@ -84,10 +84,10 @@ class Emulated:
         self.archs, self._double = [arch], importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self._double)
         self._error: Exception | None = None
-        self._programs = {}
+        self.programs = {}
         for path in folder.glob("*.ptx"):
             module = launch.Module(path.read_text())
-            self._programs.update({name: (module, name) for name in module.kernels})
+            self.programs.update({name: (module, name) for name in module.kernels})
         self._launcher = _LAUNCHER(self._launch)
         self._double.set_launcher(ctypes.cast(self._launcher, ctypes.c_void_p).value)
         self.launches: list[str] = []
@@ -117,7 +117,7 @@ class Emulated:
         """An exception does not pass through C: it is raised when the launcher has returned."""
         try:
             assert stream == STREAM, f"launched on stream {stream}, the current one is {STREAM}"
-            module, entry = self._programs[name.decode()]
+            module, entry = self.programs[name.decode()]
             program = module.program(entry)
             parameters = bytearray(program.kernel.param_size)
             for i, (offset, size) in enumerate(program.kernel.params.values()):
@@ -147,9 +147,7 @@ def emulated(arch: str) -> Emulated:
     return Emulated(arch)
 
 
-def use_cuda(
-    monkeypatch: pytest.MonkeyPatch, op: str, implementations: list[str], arch: str, *, addresses: bool = False
-) -> str:
+def use_cuda(monkeypatch: pytest.MonkeyPatch, op: str, arch: str, *, addresses: bool = False) -> str:
     """Makes the op of module dino_kernels.<op> run its CUDA C++ kernels on CPU tensors; returns their device.
 
     addresses: settings are passed as tensors of the device and not by value.
@@ -162,8 +160,9 @@ def use_cuda(
     for target, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(target, name, _poisoned(getattr(target, name)))
     module, launchers = (importlib.import_module(f"dino_kernels.{name}") for name in (op, f"{op}_cuda"))
-    for name in implementations:
-        monkeypatch.setattr(module, f"_{name}_cpu", getattr(launchers, f"{name}_cuda"))
+    for name, function in vars(launchers).items():
+        if name.endswith("_cuda") and hasattr(module, cpu := f"_{name.removesuffix('_cuda')}_cpu"):
+            monkeypatch.setattr(module, cpu, function)
     return "cpu"
 
 

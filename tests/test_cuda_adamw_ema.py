@@ -27,12 +27,12 @@ pytestmark = [needs_nvcc, pytest.mark.ptx]
 
 @pytest.fixture(params=PROVE)
 def device(request, monkeypatch):
-    return use_cuda(monkeypatch, "adamw_ema", ["step"], request.param, addresses=request.param == "90a")
+    return use_cuda(monkeypatch, "adamw_ema", request.param, addresses=request.param == "90a")
 
 
 @pytest.fixture(params=QUICK)
 def quick(request, monkeypatch):
-    use_cuda(monkeypatch, "adamw_ema", ["step"], request.param, addresses=request.param == "90a")
+    use_cuda(monkeypatch, "adamw_ema", request.param, addresses=request.param == "90a")
 
 
 def compare(ours, exact):
@@ -68,7 +68,7 @@ def test_more_segments_than_a_launch_takes(quick):
 
 
 def test_any_order_of_execution_gives_the_same_in_four_launches(monkeypatch):
-    use_cuda(monkeypatch, "adamw_ema", ["step"], "90a")
+    use_cuda(monkeypatch, "adamw_ema", "90a")
     launches, results = emulated("90a").launches, []
     for launch.options.seed in range(3):
         x = state("cpu", [64, 48, 9000])

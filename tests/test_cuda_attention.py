@@ -15,7 +15,7 @@ pytestmark = [needs_nvcc, pytest.mark.ptx]
 
 
 def use(monkeypatch, arch):
-    use_cuda(monkeypatch, "attention", ["forward", "backward"], arch)
+    use_cuda(monkeypatch, "attention", arch)
 
 
 @pytest.fixture(params=QUICK)

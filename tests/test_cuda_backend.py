@@ -37,15 +37,15 @@ def build_for(monkeypatch, archs, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
 
-def backend_of(op="ema_update", **kwargs):
-    return _cuda.gpu_function(op, "update", GPU, **kwargs).__name__.removeprefix("update_")
+def backend_of(*fits):
+    return _cuda.gpu_function("ema_update", "update", GPU, *fits).__name__.removeprefix("update_")
 
 
 def test_triton_unless_a_committed_measurement_says_otherwise(monkeypatch):
     build_for(monkeypatch, ["80", "90a", "100"], (9, 0))
     assert backend_of() == "triton"
     monkeypatch.setitem(CUDA_BY_DEFAULT, ("ema_update", (9, 0)), "bench/results/any.json")
-    assert backend_of() == "cuda" and backend_of(fits=False) == "triton"
+    assert backend_of() == "cuda" and backend_of(lambda: False) == "triton"
     dino_kernels.set_backend("triton")
     assert backend_of() == "triton"
     dino_kernels.set_backend(None)
@@ -156,7 +156,7 @@ def test_registered_ops_make_the_choice(monkeypatch, module, op, arguments):
     """The functions that are registered for GPUs, called on CPU tensors: on the emulator, against the CPU's."""
     ours, theirs = arguments(), arguments()
     expected = _OPS[op].cpu(*theirs)
-    use_cuda(monkeypatch, module, [], "90a")
+    use_cuda(monkeypatch, module, "90a")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     dino_kernels.set_backend("cuda")

@@ -28,12 +28,12 @@ pytestmark = [needs_nvcc, pytest.mark.ptx]
 
 @pytest.fixture(params=PROVE)
 def device(request, monkeypatch):
-    return use_cuda(monkeypatch, "dino_loss", ["forward", "scale"], request.param, addresses=request.param == "90a")
+    return use_cuda(monkeypatch, "dino_loss", request.param, addresses=request.param == "90a")
 
 
 @pytest.fixture(params=QUICK)
 def quick(request, monkeypatch):
-    use_cuda(monkeypatch, "dino_loss", ["forward", "scale"], request.param, addresses=request.param == "90a")
+    use_cuda(monkeypatch, "dino_loss", request.param, addresses=request.param == "90a")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_dtypes_of_both_nets(quick, teacher_dtype, dtype):
 
 
 def test_any_order_of_execution_gives_the_same_in_four_launches(monkeypatch):
-    use_cuda(monkeypatch, "dino_loss", ["forward", "scale"], "90a")
+    use_cuda(monkeypatch, "dino_loss", "90a")
     x, launches, results = inputs(2, 4, 3000, torch.bfloat16), emulated("90a").launches, []
     for launch.options.seed in range(3):
         del launches[:]

@@ -19,11 +19,11 @@ pytestmark = [needs_nvcc, pytest.mark.ptx]
 
 @pytest.fixture(params=QUICK)
 def device(request, monkeypatch):
-    return use_cuda(monkeypatch, "ema_update", ["update"], request.param, addresses=request.param == "90a")
+    return use_cuda(monkeypatch, "ema_update", request.param, addresses=request.param == "90a")
 
 
 def test_a_long_list_takes_few_launches_and_any_order_of_execution_gives_the_same(monkeypatch):
-    use_cuda(monkeypatch, "ema_update", ["update"], "90a")
+    use_cuda(monkeypatch, "ema_update", "90a")
     launches, results = emulated("90a").launches, []
     for launch.options.seed in range(3):
         del launches[:]
