@@ -34,6 +34,7 @@ from dino_kernels import (
     draw_crops,
     drop_path_add_triton,
     ema_update_triton,
+    mlp_triton,
     multicrop_triton,
     weight_norm_triton,
 )
@@ -131,6 +132,13 @@ def bias_gelu() -> None:
             bias_gelu_triton.backward_triton(bias_gelu_triton.forward_triton(x, bias), x, bias, again)
 
 
+def mlp() -> None:
+    for channels in (384, 768):
+        x, weight = meta(TOKENS, channels), meta(4 * channels, channels)
+        for keep in (False, True):
+            mlp_triton.hidden_triton(x, weight, meta(4 * channels, dtype=torch.float32), keep)
+
+
 def column_sums() -> None:
     for channels in (1152, 2304):
         column_sums_triton.add_column_sums(meta(TOKENS, channels), meta(channels, dtype=torch.float32))
@@ -169,6 +177,7 @@ OPS = (
     add_layer_norm,
     bias_gelu,
     column_sums,
+    mlp,
     drop_path_add,
     weight_norm,
     multicrop,

@@ -5,7 +5,7 @@
 The backward makes gelu's output once more, in the pass that makes its gradient. Dimensions: T tokens, C channels, H
 hidden channels. With the products of `linear` a block of tokens goes through both layers in the second-level cache, and
 with matrix tiles the backward makes `hidden` once more too; elsewhere it is the products, `bias_gelu` and
-`add_product_`.
+`add_product_`, of which on a GPU the first product of 16-bit tensors writes gelu's output too.
 """
 
 import torch
@@ -82,8 +82,14 @@ def _mlp(
 
 
 @_mlp.register_kernel("cuda")
-def _(*args):
-    return _forward(*args)
+def _(x, weight1, bias1, weight2, bias2, keep):
+    if x.dtype == torch.float32:  # whose products Triton makes without tensor cores
+        return _forward(x, weight1, bias1, weight2, bias2, keep)
+    from dino_kernels.mlp_triton import hidden_triton
+
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        hidden, active = hidden_triton(x, weight1, bias1, keep)
+    return linear(active, weight2, bias2.to(x.dtype)), hidden
 
 
 @_mlp.register_fake
@@ -115,7 +121,7 @@ def _(grad, x, hidden, weight1, bias1, weight2, grad_weight1, grad_bias1, grad_w
     from dino_kernels.bias_gelu_triton import backward_triton
 
     grad_active = linear(grad, weight2, transposed=True)
-    with torch.cuda.device(x.device):  # Triton launches on the current device
+    with torch.cuda.device(x.device):
         grad_hidden, _, active = backward_triton(grad_active, hidden, bias1, True, grad_bias1)
     add_product_(grad_weight2, grad, active, grad_bias2)
     add_product_(grad_weight1, grad_hidden, x)

@@ -53,17 +53,19 @@ def test_a_backward_adds_and_needs_no_output_kept():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens, channels, hidden", [(37, 32, 128), (300, 33, 40), (1, 64, 96)])
+@pytest.mark.parametrize("tokens, channels, hidden", [(37, 32, 128), (300, 33, 40), (1, 64, 96), (130, 96, 136)])
 def test_on_cuda_against_float64(monkeypatch, dtype, tokens, channels, hidden):
     x = inputs(tokens, channels, hidden, dtype)
-    kept = torch.nn.functional.linear(x[0], x[1])
     exact, eager = run(mlp_reference, *(t.double() for t in x)), run(mlp_reference, *x)
     grad = torch.randn(x[0].shape, generator=torch.Generator().manual_seed(7)).to(dtype)
-    run_cuda, _ = cuda_function(monkeypatch, "mlp_backward_")
+    forward, _ = cuda_function(monkeypatch, "mlp")
+    backward_, _ = cuda_function(monkeypatch, "mlp_backward_")
+    out, kept = forward(*x, True)
+    assert torch.equal(out, forward(*x, False)[0])
     into = [torch.ones(t.shape) for t in x[1:]]
-    ours = [run_cuda(grad, x[0], kept, *x[1:4], *into), *(t - 1 for t in into)]
+    ours = [out, backward_(grad, x[0], kept, *x[1:4], *into), *(t - 1 for t in into)]
     floor = 5e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
-    for mine, theirs, truth in zip(ours, eager[1:], exact[1:], strict=True):
+    for mine, theirs, truth in zip(ours, eager, exact, strict=True):
         assert_as_accurate(mine, theirs, truth, floor)
 
 
