@@ -5,10 +5,13 @@ No torch header is used, so one build serves every torch version and nvcc needs 
 
 import importlib.util
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -39,12 +42,40 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-def ninja_command() -> list[str]:
+def ninja_command() -> list[str] | None:
     if importlib.util.find_spec("ninja"):
         return [sys.executable, "-m", "ninja"]
-    if shutil.which("ninja"):
-        return ["ninja"]
-    sys.exit("dino-kernels: ninja is not installed. Run: pip install ninja")
+    return ["ninja"] if shutil.which("ninja") else None
+
+
+def run_without_ninja(text: str, folder: Path) -> None:
+    """All commands of such a file, each build's inputs made before it: what ninja does where nothing is built yet."""
+    variables: dict[str, str] = {}
+    rules: dict[str, str] = {}
+    builds = []
+    for line in text.splitlines():
+        key, _, value = line.strip().partition(" = ")
+        words = [re.sub(r"\$(.)", r"\1", word) for word in re.split(r"(?<!\$) ", line)]
+        if words[0] == "rule":
+            rule = words[1]
+        elif words[0] == "build":
+            builds.append((words[2], words[1].removesuffix(":"), words[3:]))
+        elif key == "command":
+            rules[rule] = value
+        elif not line.startswith(" "):
+            variables[f"${key}"] = value
+
+    def run(build: tuple[str, str, list[str]]) -> None:
+        rule, out, inputs = build
+        values = {**variables, "$out": shlex.quote(out), "$in": shlex.join(inputs)}
+        command = re.sub(r"\$\w+", lambda match: values[match[0]], rules[rule])
+        print(command, flush=True)
+        subprocess.run(command, shell=True, cwd=folder, check=True)
+
+    *objects, link = builds
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        list(threads.map(run, objects))
+    run(link)
 
 
 class NinjaBuild(build_ext):
@@ -53,8 +84,13 @@ class NinjaBuild(build_ext):
         build = Path(self.build_temp).absolute()
         build.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_file(ext.sources, output))
-        subprocess.run([*ninja_command(), "-C", str(build)], check=True)
+        text = ninja_file(ext.sources, output)
+        (build / "build.ninja").write_text(text)
+        if ninja := ninja_command():
+            subprocess.run([*ninja, "-C", str(build)], check=True)
+        else:
+            print("dino-kernels: ninja not found, compiling everything anew", flush=True)
+            run_without_ninja(text, build)
 
 
 def known_archs(nvcc: str | None) -> list[str]:

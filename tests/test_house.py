@@ -141,7 +141,7 @@ class TestBuild:
         hide.mkdir()
         (hide / "sitecustomize.py").write_text(
             "import importlib.util as u\nfind = u.find_spec\n"
-            "u.find_spec = lambda name, *a: None if name == 'pybind11' else find(name, *a)\n"
+            "u.find_spec = lambda name, *a: None if name in ('pybind11', 'ninja') else find(name, *a)\n"
         )
         tools = tree / "tools"
         tools.mkdir()
@@ -150,6 +150,7 @@ class TestBuild:
         source = (tree / "setup.py").read_text()
         (tree / "setup.py").write_text(source.replace('"/usr/local/cuda"', '"/nowhere"'))
         output = self.build(tree, PATH=str(tools), CUDA_HOME="", PYTHONPATH=str(hide))
+        assert output.count("ninja not found, compiling everything anew") == 1
         assert output.count("nvcc not found, building the CPU kernels only") == 1
         assert "torch/include" in output
         assert "dino_loss" in self.call(tree, "dir(c)")
