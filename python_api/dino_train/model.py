@@ -186,8 +186,14 @@ class VisionTransformer(nn.Module):
 
     def _table(self, h: int, w: int) -> Tensor:
         """Class token and positions of an image of h x w pixels [1 + patches, C], to which its patches are added."""
-        positions = self._positions(h, w)[0]
-        return torch.cat((self.cls_token[0] + positions[:1], positions[1:]))
+        of_class, positions = self._split(self._positions(h, w))
+        return torch.cat((self.cls_token + of_class, positions), dim=1).squeeze(0)
+
+    @staticmethod
+    def _split(positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the class token and of the patches; not two slices, whose gradients would each be padded with zeros."""
+        of_class, rest = positions.split([1, positions.shape[1] - 1], dim=1)
+        return of_class, rest
 
     def _positions(self, h: int, w: int) -> Tensor:
         """Position embedding [1, 1 + patches, C] for images of h x w pixels (`vision_transformer.py:174`)."""
@@ -196,11 +202,12 @@ class VisionTransformer(nn.Module):
         if rows * cols == cells and h == w:
             return self.pos_embed
         side = math.isqrt(cells)
-        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        of_class, grid = self._split(self.pos_embed)
+        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
         # The 0.1 keeps rows and cols from being rounded down; it also shifts the sampled points a little,
         # which published weights were trained with.
         grid = F.interpolate(grid, scale_factor=((rows + 0.1) / side, (cols + 0.1) / side), mode="bicubic")
-        return torch.cat((self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)), dim=1)
+        return torch.cat((of_class, grid.flatten(2).transpose(1, 2)), dim=1)
 
     def _drop_path(self, packing: Packing) -> list[tuple[Branch, Branch, Branch]]:
         """For each block what is left of its attention, its MLP and the next block's attention.
