@@ -39,8 +39,8 @@ HEADER = """# Instructions, exponentials and bytes of the {kernels} kernels, cou
 Made by `python bench/ptx_counts.py --backend {backend}`: it executes the compiled kernels on a CPU, no GPU was used and
 nothing timed. Launches are those of a call, forward and backward; instructions (of PTX), exponentials and bytes of
 global memory (hits of caches included) are an element's. Computed us: the reference setting on an H200, to compare
-designs only. Of a kernel the largest of the issue of instructions, of special functions (exponentials, reciprocals, ...)
-and of matrix products; of an op their sum, or the floor: the bytes that must be moved, at 4.3 TB/s.
+designs only. Of a kernel the largest of the issue of instructions, of special functions (exponentials and others) and
+of matrix products; of an op their sum, or the floor: the bytes that must be moved, at 4.3 TB/s.
 """
 
 
