@@ -39,8 +39,8 @@ HEADER = """# Instructions, exponentials and bytes of the {kernels} kernels, cou
 Made by `python bench/ptx_counts.py --backend {backend}`: it executes the compiled kernels on a CPU, no GPU was used and
 nothing timed. Launches are those of a call, forward and backward; instructions (of PTX), exponentials and bytes of
 global memory (hits of caches included) are an element's. Computed us: the reference setting on an H200, to compare
-designs only. Of a kernel the largest of the issue of instructions, of special functions (exponentials, reciprocals,
-...) and of matrix products; of an op their sum, or the floor: the bytes that must be moved, at 4.3 TB/s.
+designs only. Of a kernel the largest of the issue of instructions, of special functions (exponentials and others) and
+of matrix products; of an op their sum, or the floor: the bytes that must be moved, at 4.3 TB/s.
 """
 
 
@@ -190,12 +190,28 @@ def count(job: tuple[str, int, str]) -> list[dict]:
     call.run()
     totals: dict[str, Counter] = defaultdict(Counter)
     for used in launch.usage.values():
-        totals[used.program.kernel.name].update({"launches": used.launches, **launch.counted(used.program)})
+        totals[used.program.kernel.name].update({"launches": used.launches, **counted(used.program)})
     rows = [row(name, arch, kernel, total, call, *busy(total, call)) for kernel, total in totals.items()]
     moved = call.floor * call.elements * call.scale / COPY
     computing = sum(busy(total, call)[0] for total in totals.values())
     slowest = (moved, "bytes") if moved > computing else (computing, "its kernels")
     return [*rows, row(name, arch, "all", sum(totals.values(), Counter()), call, *slowest, moved)]
+
+
+def counted(program) -> Counter:
+    from ptx.launch import bytes_of, classify
+
+    total: Counter = Counter()
+    for statement, warps, lanes in zip(program.instructions, *(n.tolist() for n in program.counts()), strict=True):
+        opcode, kind = statement.opcode, classify(statement.opcode)
+        total.update({"warps": warps, "instructions": 32 * warps, "special": lanes * (kind == "mufu")})
+        total["exponentials"] += lanes * opcode.startswith("ex2")
+        if kind in ("ld.global", "st.global", "cp.async", "atom", "red"):
+            total["bytes"] += lanes * bytes_of(opcode, statement.operands)
+        if kind in ("wgmma", "mma"):
+            m, n, k = map(int, re.search(r"\.m(\d+)n(\d+)k(\d+)", opcode).groups())
+            total["products"] += 2 * min(m, 16) * n * k * warps  # a warp has 16 of the 64 rows of its warpgroup
+    return total
 
 
 def busy(total: Counter, call: Call) -> tuple[float, str]:
@@ -207,8 +223,7 @@ def busy(total: Counter, call: Call) -> tuple[float, str]:
 def row(
     op: str, arch: int, kernel: str, total: Counter, call: Call, time: float, bound: str, floor: float | None = None
 ) -> dict:
-    per_element = {"instructions": 32 * total["warps"], "exponentials": total["exponentials"], "bytes": total["bytes"]}
-    per_element = {key: value / call.elements for key, value in per_element.items()}
+    per_element = {key: total[key] / call.elements for key in ("instructions", "exponentials", "bytes")}
     return {
         "chip": f"sm_{arch}",
         "op": op,

@@ -160,58 +160,71 @@ __global__ void __launch_bounds__(kTargetThreads) target_kernel(DinoLossArgs a, 
 }
 
 #ifdef __CUDA_ARCH__
-// The rows of a block, copied ahead of their use. Position: row, pass over it, piece of it; a piece fills a slot.
+// The rows of a block, copied ahead of their use: pieces of a vector a thread, each of which fills a slot. A row that
+// does not fit is copied for each of two passes; the second begins at the end, which is still in a cache.
 template <class T>
 class Ring {
+    static constexpr int kColumns = kThreads * kWidth<T>;  // of a piece
     const DinoLossArgs& a_;
-    uint4* memory_;
+    char* memory_;
     bool vectors_;
-    int64_t row_, rows_;
-    int piece_ = 0, pass_ = 0, slot_ = 0;  // of the next copy
+    int row_, rows_, left_, column_, step_, slot_ = 0;  // of the next copy; left: pieces of its pass
+    const T* from_;
+
+    __device__ void begin_pass(bool second) {
+        const T* row = static_cast<const T*>(a_.student) + (rows_ - 1 - row_) * a_.student_stride;
+        left_ = pieces, step_ = second ? -kColumns : kColumns;
+        column_ = first_column(second), from_ = row + column_;
+    }
 
    public:
-    const int pieces, passes;  // a row's pieces; how often they are copied
+    const int pieces;  // a row's
+    const bool resident;
 
-    __device__ Ring(const DinoLossArgs& a, uint4* memory, bool vectors, int64_t rows)
+    __device__ Ring(const DinoLossArgs& a, uint4* memory, bool vectors, int rows)
         : a_(a),
-          memory_(memory + threadIdx.x),
+          memory_(reinterpret_cast<char*>(memory + threadIdx.x)),
           vectors_(vectors),
           row_(blockIdx.x),
           rows_(rows),
-          pieces(int((a.outputs * sizeof(T) + kSlotBytes - 1) / kSlotBytes)),
-          passes(pieces <= kSlots ? 1 : 2) {
+          pieces((int(a.outputs) + kColumns - 1) / kColumns),
+          resident(pieces <= kSlots) {
+        begin_pass(false);
         for (int i = 0; i < kSlots; ++i) copy_next();
     }
 
-    // The first column of this thread in a piece.
-    __device__ int column(int piece) const { return (piece * kThreads + int(threadIdx.x)) * kWidth<T>; }
+    // This thread's first column in a pass, and the way to the next.
+    __device__ int first_column(bool second) const {
+        return (second ? (pieces - 1) * kColumns : 0) + int(threadIdx.x) * kWidth<T>;
+    }
+    __device__ int step(bool second) const { return second ? -kColumns : kColumns; }
+
+    __device__ static int next(int slot) { return slot + kSlotBytes == kSlots * kSlotBytes ? 0 : slot + kSlotBytes; }
 
     __device__ void copy_next() {
         if (row_ < rows_) {
-            // The second pass begins at the end, which is still in a cache.
-            int k = column(pass_ ? pieces - 1 - piece_ : piece_), count = min(int(a_.outputs) - k, kWidth<T>);
-            const T* from = static_cast<const T*>(a_.student) + (rows_ - 1 - row_) * a_.student_stride + k;
-            uint4* to = memory_ + slot_ * kThreads;
-            if (vectors_ && count == kWidth<T>) {
-                copy_async(to, from);
+            T* to = reinterpret_cast<T*>(memory_ + slot_);
+            int count = int(a_.outputs) - column_;
+            if (vectors_ && count >= kWidth<T>) {
+                copy_async(to, from_);
             } else {
-                for (int j = 0; j < kWidth<T>; ++j) {
-                    reinterpret_cast<T*>(to)[j] = j < count ? from[j] : narrow<T>(-INFINITY);
-                }
+                for (int j = 0; j < kWidth<T>; ++j) to[j] = j < count ? from_[j] : narrow<T>(-INFINITY);
             }
-            slot_ = slot_ + 1 == kSlots ? 0 : slot_ + 1;
-            if (++piece_ == pieces) {
-                piece_ = 0;
-                if (++pass_ == passes) pass_ = 0, row_ += gridDim.x;
+            slot_ = next(slot_);
+            column_ += step_, from_ += step_;
+            if (--left_ == 0) {
+                bool second = !resident && step_ > 0;
+                if (!second) row_ += gridDim.x;
+                begin_pass(second);
             }
         }
         commit_copies();  // an empty group at the end: the number of later groups is always the same
     }
 
-    // Of the slot whose copy is kSlots - 1 groups old.
+    // Of a slot whose copy is kSlots - 1 groups old.
     __device__ uint4 take(int slot) {
         wait_for_copies<kSlots - 1>();
-        return memory_[slot * kThreads];
+        return *reinterpret_cast<const uint4*>(memory_ + slot);
     }
 };
 #endif
@@ -239,21 +252,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     __shared__ float dots[kThreads / 32];
     __shared__ bool last;
     constexpr int kN = kWidth<T>;
-    int64_t rows = a.views * a.batch, padded = (a.outputs + 7) / 8 * 8;
-    int outputs = int(a.outputs);
+    int rows = int(a.views * a.batch), batch = int(a.batch), outputs = int(a.outputs);
+    int64_t padded = (a.outputs + 7) / 8 * 8;
     float scale = 1.0f / float(read(a.student_temp)), log2_scale = scale * kLog2E, factor = scale * norm;
     Ring<T> ring(a, memory, vectors, rows);
-    bool resident = ring.passes == 1;
     int slot = 0;  // of the row's first piece, and then of the next
-    auto next = [&](int i) { return i + 1 == kSlots ? 0 : i + 1; };
-    for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
-        int64_t row = rows - 1 - i, view = row / a.batch, image = row % a.batch;
+    for (int i = blockIdx.x; i < rows; i += gridDim.x) {
+        int row = rows - 1 - i, view = row / batch, image = row % batch;
         float pairs = view < 2 ? 1.0f : 2.0f;
         Statistics mine{kLowest, 0.0f};
-        int ahead = slot;
-        for (int piece = 0; piece < ring.pieces; ++piece) {
+        int ahead = slot, k = ring.first_column(false);
+#pragma unroll 1
+        for (int left = ring.pieces; left; --left, k += ring.step(false)) {
             uint4 bits = ring.take(ahead);
-            if (ring.column(piece) < outputs) {
+            ahead = ring.next(ahead);
+            if (k < outputs) {
                 float x[kN], shift = fmaxf(mine.shift, largest<T>(bits) * log2_scale);
                 widen<T>(bits, x);
                 mine.sum *= exp2_approximate(mine.shift - shift);
@@ -261,48 +274,48 @@ __global__ void __launch_bounds__(kThreads, 1)
                 for (int j = 0; j < kN; ++j) mine.sum += exp2_approximate(fmaf(x[j], log2_scale, -shift));
                 mine.shift = shift;
             }
-            ahead = next(ahead);
-            if (resident) {
+            if (ring.resident) {
                 commit_copies();
             } else {
                 ring.copy_next();
             }
         }
-        if (!resident) slot = ahead;
+        if (!ring.resident) slot = ahead;
         mine = block_statistics(mine, warps);
         float weight = pairs / mine.sum * factor, target_weight = factor / kTargetScale<T>, dot = 0.0f;
-        auto* targets = static_cast<const Target<T>*>(a.targets) + (min(view, int64_t(2)) * a.batch + image) * padded;
-        T* grad = static_cast<T*>(a.grad) + row * a.grad_stride;
-        auto target = [&](int k) { return k < outputs ? __ldg(reinterpret_cast<const uint4*>(targets + k)) : uint4{}; };
-        auto column = [&](int piece) { return ring.column(resident ? piece : ring.pieces - 1 - piece); };
-        uint4 q_bits = target(column(0));
-        for (int piece = 0; piece < ring.pieces; ++piece) {
-            int k = column(piece), count = outputs - k;
+        k = ring.first_column(!ring.resident);
+        int step = ring.step(!ring.resident);
+        auto* target = static_cast<const Target<T>*>(a.targets) + (int64_t(min(view, 2)) * batch + image) * padded + k;
+        T* grad = static_cast<T*>(a.grad) + row * a.grad_stride + k;
+        auto load_target = [&] { return k < outputs ? __ldg(reinterpret_cast<const uint4*>(target)) : uint4{}; };
+        uint4 q_bits = load_target();
+#pragma unroll 1
+        for (int left = ring.pieces; left; --left) {
+            int count = outputs - k;
             float x[kN], q[kN], g[kN];
             widen<Target<T>>(q_bits, q);
-            if (piece + 1 < ring.pieces) q_bits = target(column(piece + 1));
+            k += step, target += step;
+            if (left > 1) q_bits = load_target();
             uint4 bits = ring.take(slot);
-            if (count > 0) {
-                widen<T>(bits, x);
-                if (count < kN) {
-#pragma unroll
-                    for (int j = 0; j < kN; ++j) x[j] = j < count ? x[j] : 0.0f;  // infinite, against targets of zero
-                }
+            slot = ring.next(slot);
+            widen<T>(bits, x);
+            if (count >= kN && grad_vectors) {
 #pragma unroll
                 for (int j = 0; j < kN; ++j) {
                     dot = fmaf(q[j], x[j], dot);
                     g[j] = fmaf(exp2_approximate(fmaf(x[j], log2_scale, -mine.shift)), weight, -q[j] * target_weight);
                 }
-                if (grad_vectors && count >= kN) {
-                    __stcs(reinterpret_cast<uint4*>(grad + k), narrow<T>(g));  // not read again here
-                } else {
+                __stcs(reinterpret_cast<uint4*>(grad), narrow<T>(g));  // not read again here
+            } else {
 #pragma unroll
-                    for (int j = 0; j < kN; ++j) {
-                        if (j < count) grad[k + j] = narrow<T>(g[j]);
-                    }
+                for (int j = 0; j < kN; ++j) {
+                    if (j >= count) continue;
+                    dot = fmaf(q[j], x[j], dot);
+                    grad[j] = narrow<T>(
+                        fmaf(exp2_approximate(fmaf(x[j], log2_scale, -mine.shift)), weight, -q[j] * target_weight));
                 }
             }
-            slot = next(slot);
+            grad += step;
             ring.copy_next();
         }
         dot = block_sum(dot, dots) / kTargetScale<T>;
@@ -319,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     if (last) {
         float sum = 0.0f;
-        for (int64_t row = threadIdx.x; row < rows; row += kThreads) sum += __ldcg(a.losses + row);
+        for (int row = threadIdx.x; row < rows; row += kThreads) sum += __ldcg(a.losses + row);
         sum = block_sum(sum, dots);
         if (threadIdx.x == 0) *a.loss = sum;
     }
