@@ -261,7 +261,8 @@ def forward_triton(
         block = 128 if wgmma else 64
         _weight_kernel[(triton.cdiv(outputs, block),)](
             student_z, teacher_z, weight_student, weight_teacher, center, *temps, tops, weighted, grad_weight,
-            students, teachers, outputs, norm, ROWS=32, BLOCK=block, **common, num_warps=8, num_stages=2,
+            students, teachers, outputs, norm, ROWS=32, BLOCK=block, **common,
+            num_warps=8, num_stages=2 if shared_memory() > 64 << 10 else 1,  # or AMD would spill
         )  # fmt: skip
     batch_center = torch.empty_like(center)
     _center_kernel[(min(triton.cdiv(outputs, 64), 264),)](
