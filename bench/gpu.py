@@ -21,16 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-# As environment, since the processes that tasks are forked from read it.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [*map(str, (ROOT / "bench", ROOT, ROOT / "python_api")), os.environ.get("PYTHONPATH", "")]
-)
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT), str(ROOT / "python_api")]
-
-import gpu_report  # noqa: E402
-from gpu_report import COMPILED, OURS, PLAIN  # noqa: E402
-from gpu_run import CONTEXT, Task, output_of, run_tasks  # noqa: E402
+import gpu_report
+from gpu_report import COMPILED, OURS, PLAIN
+from gpu_run import ROOT, Task, output_of, prepare, run_tasks
 
 BUILD_SECONDS = 75
 
@@ -241,9 +234,10 @@ def main() -> int:
     gpu_report.write(folder, results)
     if results["build"].startswith("failed"):
         return 1
-    # On a CPU the tests need triton as an interpreter, and the compilation does not.
-    compilers = ["triton", "torch._dynamo"] if given.device == "cuda" else []
-    CONTEXT.set_forkserver_preload(["torch", "numpy", "gpu_measure", *compilers])
+    paths = [str(ROOT / part) for part in ("bench", "", "python_api")]  # of this tree's packages
+    sys.path[:0] = paths
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    prepare(given.device, log)
     scratch = tempfile.mkdtemp()
     try:
         arch = int(header["compute capability"].replace(".", ""))

@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 LEAST_SECONDS = 3  # with less left a task is not begun
-CONTEXT = multiprocessing.get_context("forkserver")
+_context: BaseContext = multiprocessing.get_context("forkserver")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,11 +73,28 @@ def _child(connection: Connection, log: Path, task: Task) -> None:
         connection.send(one_line(error))
 
 
+def probe(send: Send, device: str) -> None:
+    import torch
+
+    assert torch.ones(2, device=device).sum().item() == 2
+
+
+def prepare(device: str, log: Path) -> None:
+    """Starts the server; where the device does not work in what it forks, processes will start from nothing."""
+    global _context
+    # On a CPU the tests need triton as an interpreter, and the compilation does not.
+    compilers = ["triton", "torch._dynamo"] if device == "cuda" else []
+    multiprocessing.set_forkserver_preload(["torch", "numpy", "gpu_measure", *compilers])
+    task = Task("probe", "gpu_run.probe", (device,))
+    if run_tasks([task], at_once=1, deadline=time.time() + 60, log=log, take=lambda record: None):
+        _context = multiprocessing.get_context("spawn")
+
+
 class _Running:
     def __init__(self, task: Task, log: Path, deadline: float) -> None:
         self.task, self.problem, self.open = task, "", True
-        self.connection, theirs = CONTEXT.Pipe(duplex=False)
-        self.process = CONTEXT.Process(target=_child, args=(theirs, log, task))
+        self.connection, theirs = _context.Pipe(duplex=False)
+        self.process = _context.Process(target=_child, args=(theirs, log, task))
         self.process.start()
         theirs.close()
         self.started = time.time()

@@ -1,4 +1,4 @@
-"""The part of the tests that a card is asked last: one shape of each test of a kernel, and what needs a card."""
+"""The part of the tests that a card is asked last: tests of kernels at one shape a dtype, and what needs a card."""
 
 import os
 import sys
@@ -23,8 +23,10 @@ class Subset:
     def pytest_collection_modifyitems(self, config, items) -> None:
         kept, paths = [], set()
         for item in items:
-            path = getattr(item, "originalname", item.name)
-            on_card = "triton" in item.name or any(mark.name in ("gpu", "skipif") for mark in item.iter_markers())
+            values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+            dtype = next((value for value in values if str(value).startswith("torch.")), None)
+            path = item.nodeid.partition("[")[0], dtype
+            on_card = "triton" in item.nodeid or any(mark.name == "skipif" for mark in item.iter_markers())
             if "gpu" in item.keywords or (on_card and path not in paths):
                 item.add_marker("gpu_subset")
                 paths.add(path)
@@ -41,7 +43,9 @@ class Subset:
             self.record(report)
 
     def record(self, report) -> None:
-        problem = report.longreprtext.strip().splitlines()[-1][:200] if report.failed else ""
+        crash = getattr(report.longrepr, "reprcrash", None)
+        lines = crash.message.splitlines() if crash else report.longreprtext.strip().splitlines()[::-1]
+        problem = lines[0][:200] if report.failed else ""
         name = report.nodeid.partition("::")[2] or "collection"
         self.send({"tests": {self.file: {name: {"outcome": report.outcome, "problem": problem}}}})
 

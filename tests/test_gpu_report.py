@@ -134,6 +134,12 @@ def test_a_task_that_failed_meets_nothing_and_one_without_time_is_not_judged(pro
         assert gpu_report.failed(results)
 
 
+def test_counters_that_cannot_be_read_fail_no_run():
+    results = results_of(row())
+    results["items"]["7"] = {"seconds": 0, "problems": {"counters": "RuntimeError: no ncu"}}
+    assert not gpu_report.failed(results)
+
+
 def test_absolute_times_are_judged_on_an_h200_only():
     part = P("", "case", "", 2, gpu_targets.time(), at_most=True, h200=True)
     assert judge(part, row()) == ("1", "met")

@@ -12,6 +12,7 @@ import gpu
 import gpu_failures
 import gpu_measure
 import gpu_report
+import gpu_run
 import gpu_targets
 import pytest
 import torch
@@ -179,6 +180,18 @@ def group_of(pid: str) -> int:
         return 0 if state == "Z" else int(group)
     except (FileNotFoundError, ProcessLookupError):
         return 0
+
+
+@pytest.mark.parametrize("device, method", [("cpu", "forkserver"), ("nowhere", "spawn")])
+def test_where_the_device_fails_in_forked_processes_they_start_from_nothing(tmp_path, monkeypatch, device, method):
+    monkeypatch.setattr(gpu_run, "_context", gpu_run._context)
+    gpu_run.prepare(device, tmp_path / "log")
+    assert gpu_run._context.get_start_method() == method
+    records, task = [], gpu.Task("ceilings", "gpu_measure.ceilings", ("cpu", True))
+    log = tmp_path / "log"
+    assert not gpu.run_tasks([task], at_once=1, deadline=time.time() + 60, log=log, take=records.append)
+    assert records[0]["ceilings"]["copy_bytes_per_s"] > 0
+    assert ("Expected one of cpu" in log.read_text()) is (method == "spawn")
 
 
 def test_a_failed_build_ends_the_run(tmp_path, monkeypatch):
