@@ -10,6 +10,7 @@ that threads load from and store to global memory, hits of caches included.
 """
 
 import argparse
+import importlib
 import multiprocessing
 import re
 import sys
@@ -108,6 +109,16 @@ def bias_gelu() -> Call:
     )
 
 
+def mlp() -> Call:
+    """The forward's first product with gelu: of a token's hidden channel both are written, and 384 channels read."""
+    tokens = IMAGES // 32 * (2 * 197 + 8 * 37)
+    x, weight = randn(tokens, 384), randn(1536, 384)
+    hidden = importlib.import_module("dino_kernels.mlp_triton").hidden_triton
+    return Call(
+        "hidden channel of a token", tokens * 1536, 32, 4.5, partial(hidden, x, weight, torch.zeros(1536), True)
+    )
+
+
 def drop_path_add() -> Call:
     tokens = IMAGES // 8 * (2 * 197 + 8 * 37)
     x, branch = randn(tokens, 384, dtype=torch.float32), randn(tokens, 384)
@@ -158,8 +169,8 @@ OPS = {
     **{
         op.__name__: op
         for op in (
-            dino_loss, dino_head_loss, add_layer_norm, bias_gelu, drop_path_add, weight_norm, ema_update, adamw_ema,
-            multicrop,
+            dino_loss, dino_head_loss, add_layer_norm, bias_gelu, mlp, drop_path_add, weight_norm, ema_update,
+            adamw_ema, multicrop,
         )
     },
 }  # fmt: skip

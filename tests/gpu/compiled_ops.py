@@ -14,6 +14,7 @@ from ptx.dino_ops import FOLDER, use_triton
 
 import dino_kernels as D
 from dino_kernels.column_sums_triton import add_column_sums
+from dino_kernels.mlp_triton import hidden_triton
 from dino_kernels.multicrop import JITTER
 
 FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -166,6 +167,18 @@ def test_column_sums(dtype, tokens, channels):
     exact = into.double() + x.double().sum(0)
     add_column_sums(x, into)
     assert_close([into], [exact], FULL)
+
+
+@pytest.mark.parametrize(
+    "dtype, tokens, channels, hidden",
+    [(BRAIN, 130, 192, 136), (HALF, 37, 40, 256), pytest.param(BRAIN, 257, 384, 512, marks=pytest.mark.prove)],
+)
+def test_mlp(dtype, tokens, channels, hidden):
+    x, weight, bias = randn(tokens, channels, dtype=dtype), randn(hidden, channels, dtype=dtype), randn(hidden)
+    product, active = hidden_triton(x, weight, bias, True)
+    exact = x.double() @ weight.double().t()
+    assert_close([product, active], [exact, torch.nn.functional.gelu(exact + bias.double())], dtype)
+    assert torch.equal(hidden_triton(x, weight, bias, False)[1], active)
 
 
 @pytest.mark.parametrize("momentum", [0.9, torch.tensor(0.9, dtype=torch.float64)])
