@@ -78,7 +78,7 @@ def call_on_meta(name: str, toy: bool) -> None:
     for provider, call in case.providers.items():
         if provider.startswith(OURS) and "upload" not in provider and "span" not in provider:
             call()
-    for variant in gpu_measure.LAUNCHES.values():
+    for variant in gpu_measure.launches_of(name).values():
         gpu_measure.called(variant, case.providers[OURS])
 
 

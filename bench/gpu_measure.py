@@ -286,13 +286,27 @@ def stages(count: int, options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "num_stages": count}
 
 
+def lanes(factor: float, options: dict[str, Any]) -> dict[str, Any]:
+    """Of the loss's pass over the student's logits: columns at a time, and with them warps."""
+    wider = {"LANES": int(factor * options["LANES"])} if "LANES" in options else {}
+    return warps(factor, options) | wider if wider else options
+
+
 LAUNCHES: dict[str, Variant] = {
     f"{OURS}, half the warps": partial(launches, partial(warps, 0.5)),
     f"{OURS}, twice the warps": partial(launches, partial(warps, 2)),
     f"{OURS}, 2 stages": partial(launches, partial(stages, 2)),
     f"{OURS}, 4 stages": partial(launches, partial(stages, 4)),
 }
+OF_THE_LOSS: dict[str, Variant] = {
+    f"{OURS}, half as wide": partial(launches, partial(lanes, 0.5)),
+    f"{OURS}, twice as wide": partial(launches, partial(lanes, 2)),
+}
 IN_CUDA = ("dino_loss", "ema_update", "adamw_ema", "attention 197", "attention 37", "attention packed")
+
+
+def launches_of(name: str) -> dict[str, Variant]:
+    return LAUNCHES | (OF_THE_LOSS if name.startswith("dino_loss") else {})
 
 
 def called(variant: Variant, call: Provider) -> Any:
@@ -301,6 +315,8 @@ def called(variant: Variant, call: Provider) -> Any:
 
 
 def measure_variants(send: Send, name: str, device: str, toy: bool) -> None:
-    variants = LAUNCHES | ({f"{OURS}, CUDA C++": partial(backend, "cuda")} if name.startswith(IN_CUDA) else {})
+    variants = launches_of(name)
+    if name.startswith(IN_CUDA):
+        variants[f"{OURS}, CUDA C++"] = partial(backend, "cuda")
     rows = measure(cases(toy)[name], device, timer_of(device), variants=variants)
     send({"variants": {name: rows}})

@@ -170,3 +170,9 @@ def test_the_time_limit_reaches_into_a_call():
     with gpu_measure.time_limit(0.05):
         pass
     time.sleep(0.1)  # nothing is left ticking
+
+
+def test_a_wider_loss_takes_more_warps_and_leaves_kernels_without_lanes():
+    assert gpu_measure.lanes(2, {"LANES": 4096, "num_warps": 16}) == {"LANES": 8192, "num_warps": 32}
+    assert gpu_measure.lanes(0.5, {"BLOCK": 64, "num_warps": 16}) == {"BLOCK": 64, "num_warps": 16}
+    assert len(gpu_measure.launches_of("dino_loss float16")) == len(gpu_measure.launches_of("mlp")) + 2

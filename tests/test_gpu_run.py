@@ -83,7 +83,7 @@ def test_every_case_is_checked_and_measured(rehearsal):
                 assert max(row["errors"].values()) < 0.05, row  # against float64, in 16 bits
     assert all(rows[0]["bitwise"] for rows in rehearsal["cases"].values())
     (variants,) = rehearsal["variants"].values()
-    assert [row["provider"] for row in variants] == [OURS, "reference", *gpu_measure.LAUNCHES, CUDA_CPP]
+    assert [row["provider"] for row in variants] == [OURS, "reference", *gpu_measure.launches_of("dino_loss"), CUDA_CPP]
 
 
 def test_whole_steps_and_their_profile(rehearsal):
@@ -192,6 +192,26 @@ def test_where_the_device_fails_in_forked_processes_they_start_from_nothing(tmp_
     assert not gpu.run_tasks([task], at_once=1, deadline=time.time() + 60, log=log, take=records.append)
     assert records[0]["ceilings"]["copy_bytes_per_s"] > 0
     assert ("Expected one of cpu" in log.read_text()) is (method == "spawn")
+
+
+def test_on_a_gpu_it_builds_first_and_knows_the_chip(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    said = {"nvidia-smi": "580.1\n580.1", "git": "abc", sys.executable: "9 0 NVIDIA H200"}
+    monkeypatch.setattr(gpu, "output_of", lambda *command: said[command[0]])
+    done = []
+    monkeypatch.setattr(gpu, "build", lambda log: done.append("build") or "done, 5 s")
+    monkeypatch.setattr(gpu, "prepare", lambda device, log: done.append(device))
+    monkeypatch.setattr(gpu, "run", lambda options, results, started: done.append((options.where, options.arch)))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path)])
+    assert gpu.main() == 0
+    assert done == ["build", "cuda", (("cuda", False), 90)]
+    paths = [str(ROOT / part) for part in ("bench", "", "python_api")]
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [*paths, "mine"]
+    text = (tmp_path / "results.md").read_text()
+    assert text.startswith("# Kernels on NVIDIA H200\n")
+    assert "* driver: 580.1\n" in text and "* build: done, 5 s" in text and "* commit: abc" in text
 
 
 def test_a_failed_build_ends_the_run(tmp_path, monkeypatch):
