@@ -545,3 +545,12 @@ def test_undefined_registers_are_found_where_they_matter():
     with pytest.raises(KernelError, match="undefined guard"):
         apply("mov.u32 %y, 1; @%p mov.u32 %y, 2;", "u32", ("u32", np.zeros(32)))
     apply("setp.lt.u32 %p, %t, 99; @%p mov.u32 %r1, 1; selp.u32 %y, %r1, %r2, %p;", "u32", ("u32", np.zeros(32)))
+
+
+def test_an_undefined_half_is_found_where_it_is_taken_out_again():
+    half = "u16", np.arange(32)
+    for out in ("mov.b32 {%y, _}, %r1;", "cvt.u16.u32 %y, %r1;"):
+        same(apply(f"mov.b32 %r1, {{%x0, %h1}}; {out}", "u16", half), half[1])
+    for out in ("mov.b32 {_, %y}, %r1;", "add.u32 %r2, %r1, 1; cvt.u16.u32 %y, %r2;"):
+        with pytest.raises(KernelError, match="stores an undefined value"):
+            apply(f"mov.b32 %r1, {{%x0, %h1}}; {out}", "u16", half)

@@ -416,12 +416,12 @@ class Program:
             names = self._group(to)
             part = size // len(names)
             parts = [self._destination(name, f"b{8 * part}") for name in names]
-            return self._emit("unpack", parts, [self._source(source, kind)], i0=part)
+            return self._emit("unpack", parts, [self._source(source, kind)], OWN_DEF, i0=part)
         if source.startswith("{"):
             names = self._group(source)
             part = size // len(names)
             parts = [self._source(name, f"b{8 * part}") for name in names]
-            return self._emit("pack", [self._destination(to, kind)], parts, i0=part)
+            return self._emit("pack", [self._destination(to, kind)], parts, OWN_DEF, i0=part)
         name = "mov.pred" if kind == "pred" else f"mov.b{8 * size}"
         destination, value = self._destination(to, kind), self._source(source, kind, any_width=source in SPECIAL)
         if source in SPECIAL and size != 4:
@@ -480,6 +480,8 @@ class Program:
         value = self._source(operands[1], source, any_width=True)
         if destination[3] < SIZES[to] or value[3] < SIZES[source]:
             self._fail("register narrower than its type")
+        if (to, source) == ("u16", "u32") and destination[3] == 2 and not imm["i7"]:  # the lower half of a packed one
+            return self._emit("unpack", [destination, self._destination("_", "b16")], [value], OWN_DEF, i0=2)
         imm["i3"], imm["i4"] = destination[3], value[3]
         plain = not imm["i7"] and not imm.get("i1") and not imm.get("i5") and imm.get("i0", 0) == 0
         plain &= destination[3] == SIZES[to] and value[3] == SIZES[source]

@@ -833,22 +833,34 @@ void others() {
         u32& d = w.defined[I.op[0].id];
         d = (d & ~w.exec) | (w.exec & w.defined[I.op[3].id]);
     });
-    Register("pack", [](Warp& w, const Inst& I) {  // imm[0]: bytes of a part
+    // A part may be undefined, as long as nobody takes it out again: compilers pad so. imm[0]: bytes of a part
+    Register("pack", [](Warp& w, const Inst& I) {
         const u32 part = I.imm[0], n = I.operands - 1;
         u8* d = lanes<u8>(w, I.op[0]);
+        auto& parts = w.parts[I.op[0].id];
+        u32 all = w.exec;
         for (u32 k = 0; k < n; k++) {
             const u8* s = lanes<u8>(w, I.op[1 + k]);
             for_lanes(w.exec, [&](int i) { memcpy(d + i * part * n + k * part, s + i * part, part); });
+            const u32 defined = w.defined[I.op[1 + k].id];
+            parts[k] = (parts[k] & ~w.exec) | (defined & w.exec), all &= defined;
         }
+        u32& whole = w.defined[I.op[0].id];
+        whole = (whole & ~w.exec) | all;
     });
     Register("unpack", [](Warp& w, const Inst& I) {
         const u32 part = I.imm[0], n = I.destinations;
         const Operand from = I.op[n];
         u8 copy[LANES * 16];
         memcpy(copy, lanes<u8>(w, from), LANES * part * n);  // the source may be among the results
+        const u32 whole = w.defined[from.id];
+        const auto packed = w.parts.find(from.id);
         for (u32 k = 0; k < n; k++) {
             u8* d = lanes<u8>(w, I.op[k]);
             for_lanes(w.exec, [&](int i) { memcpy(d + i * part, copy + (i * n + k) * part, part); });
+            const u32 defined = whole | (packed == w.parts.end() ? 0 : packed->second[k]);
+            u32& known = w.defined[I.op[k].id];
+            known = (known & ~w.exec) | (defined & w.exec);
         }
     });
     Register("prmt.b32", [](Warp& w, const Inst& I) {  // ISA 9.7.8.7; imm[0]: mode, 0 the general one

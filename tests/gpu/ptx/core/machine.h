@@ -139,6 +139,7 @@ struct Warp {
     u8* local;
     u32 carry = 0;         // the condition code register, a bit a lane
     bool tainted = false;  // the last read raced with a write: its value counts as undefined
+    std::unordered_map<u32, std::array<u32, 16>> parts;      // by register that was packed: defined lanes of each part
     std::unordered_map<u32, std::array<u64, LANES>> loaded;  // by load: where it read last
 };
 
