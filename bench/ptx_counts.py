@@ -201,28 +201,12 @@ def count(job: tuple[str, int, str]) -> list[dict]:
     call.run()
     totals: dict[str, Counter] = defaultdict(Counter)
     for used in launch.usage.values():
-        totals[used.program.kernel.name].update({"launches": used.launches, **counted(used.program)})
+        totals[used.program.kernel.name].update({"launches": used.launches, **launch.counted(used.program)})
     rows = [row(name, arch, kernel, total, call, *busy(total, call)) for kernel, total in totals.items()]
     moved = call.floor * call.elements * call.scale / COPY
     computing = sum(busy(total, call)[0] for total in totals.values())
     slowest = (moved, "bytes") if moved > computing else (computing, "its kernels")
     return [*rows, row(name, arch, "all", sum(totals.values(), Counter()), call, *slowest, moved)]
-
-
-def counted(program) -> Counter:
-    from ptx.launch import bytes_of, classify
-
-    total: Counter = Counter()
-    for statement, warps, lanes in zip(program.instructions, *(n.tolist() for n in program.counts()), strict=True):
-        opcode, kind = statement.opcode, classify(statement.opcode)
-        total.update({"warps": warps, "instructions": 32 * warps, "special": lanes * (kind == "mufu")})
-        total["exponentials"] += lanes * opcode.startswith("ex2")
-        if kind in ("ld.global", "st.global", "cp.async", "atom", "red"):
-            total["bytes"] += lanes * bytes_of(opcode, statement.operands)
-        if kind in ("wgmma", "mma"):
-            m, n, k = map(int, re.search(r"\.m(\d+)n(\d+)k(\d+)", opcode).groups())
-            total["products"] += 2 * min(m, 16) * n * k * warps  # a warp has 16 of the 64 rows of its warpgroup
-    return total
 
 
 def busy(total: Counter, call: Call) -> tuple[float, str]:
@@ -234,7 +218,8 @@ def busy(total: Counter, call: Call) -> tuple[float, str]:
 def row(
     op: str, arch: int, kernel: str, total: Counter, call: Call, time: float, bound: str, floor: float | None = None
 ) -> dict:
-    per_element = {key: total[key] / call.elements for key in ("instructions", "exponentials", "bytes")}
+    per_element = {"instructions": 32 * total["warps"], "exponentials": total["exponentials"], "bytes": total["bytes"]}
+    per_element = {key: value / call.elements for key, value in per_element.items()}
     return {
         "chip": f"sm_{arch}",
         "op": op,

@@ -153,23 +153,14 @@ class TestBuild:
         assert output.count("ninja not found, compiling everything anew") == 1
         assert output.count("nvcc not found, building the CPU kernels only") == 1
         assert "torch/include" in output
-        assert "dino_loss" in self.call(tree, "dir(c)")
+        assert "dino_loss" in self.call(tree, "dir(c)") and self.call(tree, "hasattr(c, 'cuda')") == "False"
 
     @pytest.mark.skipif(
         not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()), reason="nvcc is not installed"
     )
     def test_cuda_sources_are_compiled_where_nvcc_is(self, tree):
-        (tree / "csrc/answer.cu").write_text(
-            "__global__ void kernel(int* x) { *x = 42; }\n"
-            "int answer() { return cudaFuncSetCacheConfig(kernel, cudaFuncCachePreferL1) == cudaSuccess ? 2 : 1; }\n"
-        )
-        bindings = (tree / "csrc/bindings.cpp").read_text()
-        bindings = bindings.replace(
-            "PYBIND11_MODULE(_C, m) {", 'int answer();\nPYBIND11_MODULE(_C, m) {\n m.def("answer", &answer);'
-        )
-        (tree / "csrc/bindings.cpp").write_text(bindings)
         self.build(tree)
-        assert self.call(tree, "c.answer()") in ("1", "2")  # linked, importable and callable with or without a driver
+        assert {"80", "90a"} <= set(ast.literal_eval(self.call(tree, "c.cuda.archs")))  # imported without a driver
 
     @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the versions are those of x86-64")
     def test_kernels_have_a_version_for_old_and_for_new_processors(self):
