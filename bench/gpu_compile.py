@@ -10,13 +10,11 @@ from contextlib import contextmanager, nullcontext
 
 import gpu_measure
 import torch
-from gpu_report import OURS
 from gpu_run import Send
+from gpu_targets import OURS, STEP
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dino_kernels
-
-STEP = "step "  # before the name of a net: a whole training step of ours
 
 
 class _CudaKernels(TorchDispatchMode):
@@ -68,7 +66,7 @@ def build_launcher(kernel) -> None:
 
 
 def call_on_meta(name: str, toy: bool) -> None:
-    """A case, with the launches of its variants, or a step's forward, backward and update."""
+    """A case, with the launches of its variants; or, with STEP before the name of a net, a whole step."""
     if name.startswith(STEP):
         import gpu_steps
 
