@@ -37,3 +37,14 @@ def test_compiled_kernels_compute_the_right_numbers_without_findings(runs, arch)
     log.seek(0)
     text = log.read()
     assert code == 0, text[-5000:]
+
+
+def test_make_prove_runs_every_test_of_a_triton_kernel_on_both_chips():
+    from prove import jobs, run
+
+    arguments = [" ".join(job[0]) for job in jobs("folder")]
+    for path in HERE.parent.glob("test_*.py"):
+        if "use_backend(" in path.read_text():
+            for arch in (80, 90):
+                assert any(f"--ptx-arch {arch} " in line and line.endswith(path.name) for line in arguments), path
+    assert run((["--version"], "")) and not run((["no/such/test.py"], ""))
