@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_emulated import emulated, needs_nvcc, use_cuda
+from cuda_emulated import NVCC, emulated, needs_nvcc, use_cuda
 from test_adamw_ema import state
 from test_attention import inputs as attention_inputs
 from test_dino_loss import inputs
@@ -109,6 +109,26 @@ def test_this_build_has_the_kernels():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA: "):  # without a driver it fails as it is called, and not before
             _cuda.kernels().ema_update([16], [16], [4], [0], (0, False, 0.5), 0)
+
+
+@needs_nvcc
+@pytest.mark.prove
+@pytest.mark.parametrize("arch", ["80", "90a", "100"])
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_no_kernel_spills_registers(tmp_path, source, arch):
+    command = [
+        NVCC,
+        "-cubin",
+        "-O3",
+        "-std=c++17",
+        f"-arch=sm_{arch}",
+        "--resource-usage",
+        "-o",
+        str(tmp_path / "cubin"),
+    ]
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=True)
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert spills and set(spills) == {("0", "0", "0")} and "warning" not in done.stderr
 
 
 def ema_update_arguments():
