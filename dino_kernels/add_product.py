@@ -81,7 +81,8 @@ def _(into, grad, x, into_bias):
     if x.dtype == torch.float32:
         into.addmm_(grad.t(), x)
     else:  # of cuBLAS's products that add to float32, torch has the batched one only
-        torch.baddbmm(into[None], grad.t()[None], x[None], out_dtype=torch.float32, out=into[None])
+        sums = into[None]
+        torch.baddbmm(sums, grad.t()[None], x[None], out_dtype=torch.float32, out=sums)
 
 
 # --- CPU ---------------------------------------------------------------------------------------------
