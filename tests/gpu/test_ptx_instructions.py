@@ -366,6 +366,15 @@ def test_halves_round_once():
     same(y, exact.ravel())
 
 
+@pytest.mark.parametrize("kind", ["u16", "s16"])
+def test_pairs_of_integers(kind):
+    a, b = (RNG.integers(0, 2**32, 64, dtype=np.uint32) for _ in range(2))
+    halves = a.view(TYPES[kind]), b.view(TYPES[kind])
+    for op, f in (("add", np.add), ("min", np.minimum), ("max", np.maximum)):
+        y = apply(f"{op}.{kind}x2 %y, %x0, %x1;", "u32", ("u32", a), ("u32", b))
+        same(y, f(*halves).view(np.uint32))
+
+
 def test_pack_unpack_and_vectors():
     a, b = ints("u32"), ints("u32")
     same(apply("mov.b64 %y, {%x0, %x1};", "u64", ("u32", a), ("u32", b)), b.astype(np.uint64) << np.uint64(32) | a)

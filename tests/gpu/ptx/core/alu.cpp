@@ -813,6 +813,12 @@ void convert_pair(Warp& w, const Inst& I) {  // ISA 9.7.9.22: the first source g
     });
 }
 
+template <class T, class F>
+void halves_of(Warp& w, const Inst& I, F f) {
+    map2<u32, u32, u32>(w, I,
+                        [&](u32 a, u32 b) { return u32(u16(f(T(a >> 16), T(b >> 16)))) << 16 | u16(f(T(a), T(b))); });
+}
+
 void others() {
     Register("cvt.bf16x2.f32", convert_pair<bf16>);
     Register("cvt.f16x2.f32", convert_pair<f16>);
@@ -923,6 +929,17 @@ void others() {
             return c;
         });
     });
+    // Pairs of 16-bit integers (sm_90): each half on its own
+    Register("add.u16x2", [](Warp& w, const Inst& I) { halves_of<u16>(w, I, [](u16 a, u16 b) { return a + b; }); });
+    Register("add.s16x2", [](Warp& w, const Inst& I) { halves_of<u16>(w, I, [](u16 a, u16 b) { return a + b; }); });
+    Register("min.u16x2",
+             [](Warp& w, const Inst& I) { halves_of<u16>(w, I, [](u16 a, u16 b) { return std::min(a, b); }); });
+    Register("max.u16x2",
+             [](Warp& w, const Inst& I) { halves_of<u16>(w, I, [](u16 a, u16 b) { return std::max(a, b); }); });
+    Register("min.s16x2",
+             [](Warp& w, const Inst& I) { halves_of<i16>(w, I, [](i16 a, i16 b) { return std::min(a, b); }); });
+    Register("max.s16x2",
+             [](Warp& w, const Inst& I) { halves_of<i16>(w, I, [](i16 a, i16 b) { return std::max(a, b); }); });
     Register("dp4a.u32", [](Warp& w, const Inst& I) {
         map3<u32, u32, u32, u32>(w, I, [](u32 a, u32 b, u32 c) {
             for (int i = 0; i < 4; i++) c += (a >> 8 * i & 255) * (b >> 8 * i & 255);
