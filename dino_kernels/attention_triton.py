@@ -103,7 +103,8 @@ def _query_block(
     rows = first + tl.arange(0, BLOCK)
     queries = _load(q, rows, end, d, stride_t, D, WIDEN)
     do = _load(grad_out, rows, end, d, H * D, D, WIDEN)
-    row_delta = tl.sum(do.to(tl.float32) * _load(out, rows, end, d, H * D, D, True), axis=1)
+    # By fma, a product is not fused into the sum, which so is the same in all lanes that hold it.
+    row_delta = tl.sum(tl.fma(do.to(tl.float32), _load(out, rows, end, d, H * D, D, True), 0.0), axis=1)
     tl.store(delta + rows, row_delta, rows < end)
     row_lse = tl.load(lse + rows, rows < end, other=0.0) * LOG2_E
     acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
@@ -158,7 +159,7 @@ def _single_block(
     keys = _load(q + stride_3, rows, end, d, stride_t, D, WIDEN)
     values = _load(q + 2 * stride_3, rows, end, d, stride_t, D, WIDEN)
     do = _load(grad_out, rows, end, d, H * D, D, WIDEN)
-    row_delta = tl.sum(do.to(tl.float32) * _load(out, rows, end, d, H * D, D, True), axis=1)
+    row_delta = tl.sum(tl.fma(do.to(tl.float32), _load(out, rows, end, d, H * D, D, True), 0.0), axis=1)
     row_lse = tl.load(lse + rows, rows < end, other=0.0) * LOG2_E
     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     p = tl.where((rows < end)[None, :], tl.exp2(tl.fma(s, scale * LOG2_E, -row_lse[:, None])), 0.0)
