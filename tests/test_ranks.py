@@ -15,6 +15,7 @@ import pytest
 import torch
 from dino_train import checkpoint, parallel
 from dino_train.config import PretrainConfig
+from dino_train.device import gpu_of
 from dino_train.train import Run, pretrain
 from test_step import torchrun
 from test_train import assert_same, final_weights, make_images
@@ -182,25 +183,13 @@ def test_with_another_number_of_ranks_the_run_goes_on_with_a_warning(straight, t
     assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 25
 
 
-def test_gpus_ask_each_other_only_where_they_are_read_anyway(monkeypatch):
-    monkeypatch.setattr(parallel, "size", lambda: 2)
-    monkeypatch.setattr(parallel, "largest", lambda values, device: values)
-    config = SimpleNamespace(save_minutes=15.0, log_interval=4)
-    run = SimpleNamespace(config=config, steps_per_epoch=5, last_saved=time.monotonic(), stop_signal=15)
-    for device, expected in (("cuda", [4, 5, 8, 10]), ("cpu", list(range(1, 11)))):
-        run.device, heard = torch.device(device), []
-        for run.step in range(1, 11):
-            if Run._requests(run) == (15, False):
-                heard.append(run.step)
-        assert heard == expected
-
-
 def test_each_gpu_takes_its_own_random_state(monkeypatch):
     monkeypatch.setattr(parallel, "size", lambda: 2)
     monkeypatch.setattr(parallel, "rank", lambda: 1)
     taken = []
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: taken.append(state.tolist()))
-    run = SimpleNamespace(device=torch.device("cuda", 1))
+    device = torch.device("cuda", 1)
+    run = SimpleNamespace(device=device, gpu=gpu_of(device))
     before = torch.get_rng_state()
     own = torch.Generator().manual_seed(7).get_state()
     try:
