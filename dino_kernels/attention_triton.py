@@ -103,8 +103,11 @@ def _query_block(
     rows = first + tl.arange(0, BLOCK)
     queries = _load(q, rows, end, d, stride_t, D, WIDEN)
     do = _load(grad_out, rows, end, d, H * D, D, WIDEN)
-    # By fma, a product is not fused into the sum, which so is the same in all lanes that hold it.
-    row_delta = tl.sum(tl.fma(do.to(tl.float32), _load(out, rows, end, d, H * D, D, True), 0.0), axis=1)
+    row_out = _load(out, rows, end, d, H * D, D, True)
+    if BLOCK_D > 64:  # the other form would spill on sm_100
+        row_delta = tl.sum(do.to(tl.float32) * row_out, axis=1)
+    else:  # by fma, a product is not fused into the sum, which so is the same in all lanes that hold it
+        row_delta = tl.sum(tl.fma(do.to(tl.float32), row_out, 0.0), axis=1)
     tl.store(delta + rows, row_delta, rows < end)
     row_lse = tl.load(lse + rows, rows < end, other=0.0) * LOG2_E
     acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
