@@ -32,7 +32,7 @@ from PIL import __version__ as pillow_version
 from pillow_crops import pillow_crop, pillow_levels, reference_loader
 
 from dino_kernels import CropKind, draw_crops, multicrop
-from dino_kernels.multicrop import JITTER
+from dino_kernels.ops.multicrop import JITTER
 
 STEPS = ("resize", "flip", *JITTER, "grayscale", "blur", "solarize")
 KINDS = PretrainConfig().crop_kinds

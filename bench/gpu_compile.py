@@ -40,7 +40,7 @@ def launches_compiled(arch: int, done: Callable[[object, object], None]):
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from dino_kernels import multicrop_triton
+    from dino_kernels.triton import multicrop as multicrop_triton
 
     triton.runtime.driver.set_active(resources.Driver(GPUTarget("cuda", arch, 32)))
     torch.cuda.device = lambda device: nullcontext()  # type: ignore[assignment, misc]

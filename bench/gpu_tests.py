@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_files(toy: bool) -> list[Path]:
     """Of every op, of all of them in a CUDA graph, of the trainer's step and of its loader."""
-    names = [op.stem for op in sorted(ROOT.glob("dino_kernels/[a-z]*.py"))] + ["gpu", "step", "loaders"]
-    files = [file for name in names if (file := ROOT / "tests" / f"test_{name}.py").is_file()]
+    names = [f"{op.stem}*" for op in ROOT.glob("dino_kernels/ops/[a-z]*.py")] + ["gpu", "step", "loaders"]
+    files = sorted({file for name in names for file in ROOT.glob(f"tests/test_{name}.py")})
     return [ROOT / "tests/test_drop_path_add.py", ROOT / "tests/test_gpu.py"] if toy else files
 
 

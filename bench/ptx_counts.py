@@ -113,7 +113,7 @@ def mlp() -> Call:
     """The forward's first product with gelu: of a token's hidden channel both are written, and 384 channels read."""
     tokens = IMAGES // 32 * (2 * 197 + 8 * 37)
     x, weight = randn(tokens, 384), randn(1536, 384)
-    hidden = importlib.import_module("dino_kernels.mlp_triton").hidden_triton
+    hidden = importlib.import_module("dino_kernels.triton.mlp").hidden_triton
     return Call(
         "hidden channel of a token", tokens * 1536, 32, 4.5, partial(hidden, x, weight, torch.zeros(1536), True)
     )

@@ -23,21 +23,19 @@ from gpu_setting import CROPS
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dino_kernels import (
-    adamw_ema_triton,
-    add_layer_norm_triton,
-    attention_triton,
-    bias_gelu_triton,
-    column_sums_triton,
-    dino_head_loss_triton,
-    dino_loss_triton,
-    draw_crops,
-    drop_path_add_triton,
-    ema_update_triton,
-    mlp_triton,
-    multicrop_triton,
-    weight_norm_triton,
-)
+from dino_kernels import draw_crops
+from dino_kernels.triton import adamw_ema as adamw_ema_triton
+from dino_kernels.triton import add_layer_norm as add_layer_norm_triton
+from dino_kernels.triton import attention as attention_triton
+from dino_kernels.triton import bias_gelu as bias_gelu_triton
+from dino_kernels.triton import column_sums as column_sums_triton
+from dino_kernels.triton import dino_head_loss as dino_head_loss_triton
+from dino_kernels.triton import dino_loss as dino_loss_triton
+from dino_kernels.triton import drop_path_add as drop_path_add_triton
+from dino_kernels.triton import ema_update as ema_update_triton
+from dino_kernels.triton import mlp as mlp_triton
+from dino_kernels.triton import multicrop as multicrop_triton
+from dino_kernels.triton import weight_norm as weight_norm_triton
 
 TARGETS = {  # (backend, architecture, threads a warp), bytes of shared memory a program may use
     "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),

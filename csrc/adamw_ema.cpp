@@ -1,6 +1,6 @@
 // Clip, AdamW, EMA and 16-bit copies over flat buffers: a pass for the norms of the gradient, a pass for the rest. It
 // waits for memory, so that to clear the gradient it has just read takes no time.
-// Formula in dino_kernels/adamw_ema.py.
+// Formula in dino_kernels/ops/adamw_ema.py.
 #include <algorithm>
 #include <cmath>
 #include <vector>

@@ -1,4 +1,4 @@
-// Residual sum and layer norm in one pass, and their gradients; formulas in dino_kernels/add_layer_norm.py.
+// Residual sum and layer norm in one pass, and their gradients; formulas in dino_kernels/ops/add_layer_norm.py.
 // A row stays in the first-level cache between the sweeps over it.
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-// Attention of packed sequences, forward and backward; formulas and notation in dino_kernels/attention.py.
+// Attention of packed sequences, forward and backward; formulas and notation in dino_kernels/ops/attention.py.
 //
 // A task is one head of one sequence. It gathers its queries, keys and values into scratch of its thread, takes the
 // queries (backward: the keys) a stripe of rows at a time, so that their scores stay in the first-level cache, and

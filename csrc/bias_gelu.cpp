@@ -1,4 +1,4 @@
-// gelu(x + bias) and its gradients; formula and the approximation of the tail in dino_kernels/bias_gelu.py.
+// gelu(x + bias) and its gradients; formula and the approximation of the tail in dino_kernels/ops/bias_gelu.py.
 #include <algorithm>
 
 #include "gelu.h"

@@ -1,5 +1,5 @@
 // Last layer and DINO loss together, blocked over the outputs: the logits of a block live in cache, all logits
-// nowhere. Formula and notation in dino_kernels/dino_head_loss.py.
+// nowhere. Formula and notation in dino_kernels/ops/dino_head_loss.py.
 //
 // Two passes: statistics of all rows, then gradients, for which a block's logits are computed once more. Blocks are
 // transposed, [outputs, rows], so that a vector holds one output of 16 rows and no sum runs across its lanes.

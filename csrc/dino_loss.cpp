@@ -1,4 +1,4 @@
-// The DINO loss, its gradient and the batch center; formula and notation in dino_kernels/dino_loss.py.
+// The DINO loss, its gradient and the batch center; formula and notation in dino_kernels/ops/dino_loss.py.
 // An image's rows are one task: its two teacher rows become probabilities in a scratch that
 // stays in cache while all views of the image are read once from memory and their gradients written once.
 #include <sys/mman.h>

@@ -1,4 +1,4 @@
-// A transformer block as one call of the kernels of its parts; formula in dino_kernels/fused_block.py.
+// A transformer block as one call of the kernels of its parts; formula in dino_kernels/ops/fused_block.py.
 #pragma once
 
 #include "kernels.h"

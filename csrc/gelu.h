@@ -1,4 +1,4 @@
-// gelu by the approximation of the normal distribution's tail in dino_kernels/bias_gelu.py.
+// gelu by the approximation of the normal distribution's tail in dino_kernels/ops/bias_gelu.py.
 #pragma once
 
 #include <cmath>

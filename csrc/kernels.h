@@ -269,7 +269,7 @@ struct AttentionArgs {
 void attention(const AttentionArgs& args);
 void attention_backward(const AttentionArgs& args);
 
-// Drawn parameters of a crop; dino_kernels/multicrop.py says what they are and has the same layout.
+// Drawn parameters of a crop; dino_kernels/ops/multicrop.py says what they are and has the same layout.
 struct Crop {
     enum : uint8_t { kBrightness, kContrast, kSaturation, kHue };
     int32_t left, top, right, bottom, size;

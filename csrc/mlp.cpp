@@ -1,4 +1,4 @@
-// The MLP of a transformer block, forward and backward; formulas in dino_kernels/mlp.py. A task takes a block of tokens
+// The MLP of a transformer block, forward and backward; formulas in dino_kernels/ops/mlp.py. A task takes a block of tokens
 // through both layers, so that what lies between them stays in the second-level cache. With tiles nothing of it is
 // kept: the backward pass makes the first product once more, which costs no more than reading it.
 #include "gelu.h"

@@ -1,4 +1,4 @@
-// Rows of norm g, and the gradients of both; formulas in dino_kernels/weight_norm.py.
+// Rows of norm g, and the gradients of both; formulas in dino_kernels/ops/weight_norm.py.
 #include "weight_norm.h"
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // Gradients of a weight-normed layer's v and g from those of its logits: the gradient of its rows w, as large as they
-// are, is made 32 rows at a time and never written. Formulas in dino_kernels/weight_norm.py.
+// are, is made 32 rows at a time and never written. Formulas in dino_kernels/ops/weight_norm.py.
 #include "operands.h"
 #include "stream.h"
 #include "weight_norm.h"

@@ -1,21 +1,21 @@
 """Fused kernels for DINO pretraining: native C++ on the CPU, Triton or CUDA C++ on the GPU."""
 
-from dino_kernels._cuda import set_backend
-from dino_kernels._ops import without_autograd
-from dino_kernels.adamw_ema import adamw_ema_step_, adamw_ema_step_reference_
-from dino_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
-from dino_kernels.add_product import add_product_, add_product_reference_
-from dino_kernels.attention import attention, attention_reference
-from dino_kernels.bias_gelu import bias_gelu, bias_gelu_reference
-from dino_kernels.dino_head_loss import dino_head_loss, dino_head_loss_reference
-from dino_kernels.dino_loss import dino_loss, dino_loss_reference
-from dino_kernels.drop_path_add import drop_path_add, drop_path_add_reference
-from dino_kernels.ema_update import ema_update_, ema_update_reference_
-from dino_kernels.fused_block import FusedBlock
-from dino_kernels.linear import linear, linear_reference
-from dino_kernels.mlp import mlp, mlp_reference
-from dino_kernels.multicrop import CROP, CropKind, draw_crops, multicrop, multicrop_packed
-from dino_kernels.weight_norm import (
+from dino_kernels._core.backends import set_backend
+from dino_kernels._core.registry import without_autograd
+from dino_kernels.ops.adamw_ema import adamw_ema_step_, adamw_ema_step_reference_
+from dino_kernels.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from dino_kernels.ops.add_product import add_product_, add_product_reference_
+from dino_kernels.ops.attention import attention, attention_reference
+from dino_kernels.ops.bias_gelu import bias_gelu, bias_gelu_reference
+from dino_kernels.ops.dino_head_loss import dino_head_loss, dino_head_loss_reference
+from dino_kernels.ops.dino_loss import dino_loss, dino_loss_reference
+from dino_kernels.ops.drop_path_add import drop_path_add, drop_path_add_reference
+from dino_kernels.ops.ema_update import ema_update_, ema_update_reference_
+from dino_kernels.ops.fused_block import FusedBlock
+from dino_kernels.ops.linear import linear, linear_reference
+from dino_kernels.ops.mlp import mlp, mlp_reference
+from dino_kernels.ops.multicrop import CROP, CropKind, draw_crops, multicrop, multicrop_packed
+from dino_kernels.ops.weight_norm import (
     weight_norm_,
     weight_norm_backward_,
     weight_norm_backward_reference_,

@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def use_backend(monkeypatch: pytest.MonkeyPatch, op: str, backend: str, implementations: list[str]) -> str:
-    """Makes the op of module dino_kernels.<op> run its "cpu" or its "triton" implementation; returns the device.
+    """Makes the op of module dino_kernels.ops.<op> run its "cpu" or its "triton" implementation; returns the device.
 
     Without a GPU the Triton kernels run in the interpreter, through the whole op, on CPU tensors.
     """
@@ -18,7 +18,7 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, op: str, backend: str, implemen
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"
-    module, kernels = (importlib.import_module(f"dino_kernels.{name}") for name in (op, f"{op}_triton"))
+    module, kernels = (importlib.import_module(f"dino_kernels.{room}.{op}") for room in ("ops", "triton"))
     for name in implementations:
         monkeypatch.setattr(module, f"_{name}_cpu", getattr(kernels, f"{name}_triton"))
     return "cpu"

@@ -21,7 +21,7 @@ import pytest
 import torch
 from ptx import launch
 
-from dino_kernels import _cuda
+from dino_kernels._core import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAM = 0x5EED0  # any address: a launch elsewhere than on the current stream is an error
@@ -148,20 +148,20 @@ def emulated(arch: str) -> Emulated:
 
 
 def use_cuda(monkeypatch: pytest.MonkeyPatch, op: str, arch: str, *, addresses: bool = False) -> str:
-    """Makes the op of module dino_kernels.<op> run its CUDA C++ kernels on CPU tensors; returns their device.
+    """Makes the op of module dino_kernels.ops.<op> run its CUDA C++ kernels on CPU tensors; returns their device.
 
     addresses: settings are passed as tensors of the device and not by value. On sm_80 approximate functions err as much
     as their description allows.
     """
     kernels = emulated(arch)
-    monkeypatch.setattr(_cuda, "kernels", lambda: kernels)
-    monkeypatch.setattr(_cuda, "stream", lambda: STREAM)
-    monkeypatch.setattr(_cuda, "on_host", lambda setting: not addresses)
+    monkeypatch.setattr(backends, "kernels", lambda: kernels)
+    monkeypatch.setattr(backends, "stream", lambda: STREAM)
+    monkeypatch.setattr(backends, "on_host", lambda setting: not addresses)
     options = launch.Options(fails_on=("error", "warning"), seed=int(arch[:2]), noise=arch == "80")
     monkeypatch.setattr(launch, "options", options)
     for target, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(target, name, _poisoned(getattr(target, name)))
-    module, launchers = (importlib.import_module(f"dino_kernels.{name}") for name in (op, f"{op}_cuda"))
+    module, launchers = (importlib.import_module(f"dino_kernels.{room}.{op}") for room in ("ops", "cuda"))
     for name, function in vars(launchers).items():
         if name.endswith("_cuda") and hasattr(module, cpu := f"_{name.removesuffix('_cuda')}_cpu"):
             monkeypatch.setattr(module, cpu, function)

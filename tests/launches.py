@@ -16,6 +16,7 @@ from unittest import mock
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
 
+import dino_train
 import torch
 from dino_train import device
 from dino_train.config import PretrainConfig
@@ -24,10 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+import dino_kernels
+
 # Neither a view nor a launch: they allocate, or tell what the host knows.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
 FREE |= {"_reshape_alias", "_unsafe_view", "is_same_size", "promote_types"}
 TWO = {"slice_backward", "select_backward", "index_add", "repeat_interleave"}
+
+
+PACKAGES = [Path(package.__file__).parent for package in (dino_kernels, dino_train)]
 
 
 class Launches(TorchDispatchMode):
@@ -62,9 +68,9 @@ class Launches(TorchDispatchMode):
 def _asker() -> str:
     frame = sys._getframe()
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.parent.name in ("dino_kernels", "dino_train"):
-            return f"{path.parent.name}/{path.name}:{frame.f_lineno}"
+        for package in PACKAGES:
+            if frame.f_code.co_filename.startswith(f"{package}/"):
+                return f"{frame.f_code.co_filename.removeprefix(f'{package.parent}/')}:{frame.f_lineno}"
         frame = frame.f_back
     return "-"
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from checks import DTYPES, assert_as_accurate, use_backend
 
-from dino_kernels import adamw_ema_step_, adamw_ema_step_reference_, adamw_ema_triton
+from dino_kernels import adamw_ema_step_, adamw_ema_step_reference_
+from dino_kernels.triton import adamw_ema as adamw_ema_triton
 
 SIZES = [64, 1, 507, 37, 5000, 199, 16]  # odd ones: segments begin anywhere
 HYPER = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9, "clip_norm": 3.0}

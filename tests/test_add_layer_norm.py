@@ -18,7 +18,7 @@ ROWS = {
 
 @pytest.fixture(params=["cpu", "triton"])
 def device(request, monkeypatch):
-    monkeypatch.setattr("dino_kernels.add_layer_norm_triton._PROGRAMS", 3)  # several rounds a program even for few rows
+    monkeypatch.setattr("dino_kernels.triton.add_layer_norm._PROGRAMS", 3)  # several rounds a program even for few rows
     return use_backend(monkeypatch, "add_layer_norm", request.param, ["forward", "backward"])
 
 

@@ -67,7 +67,7 @@ def test_a_buffer_on_no_border_and_opcheck():
     "tokens, outputs, width", [(507, 199, 64), (1100, 96, 64), (1, 1, 48), (37, 300, 16), (0, 5, 16)]
 )
 def test_on_cuda_sums_are_float32_and_added_in_place(monkeypatch, dtype, tokens, outputs, width):
-    monkeypatch.setattr("dino_kernels.column_sums_triton._PROGRAMS", 6)  # several rounds a program even for few rows
+    monkeypatch.setattr("dino_kernels.triton.column_sums._PROGRAMS", 6)  # several rounds a program even for few rows
     into, grad, x = inputs(tokens, outputs, width, dtype)
     bias = torch.ones(outputs)
     results = []

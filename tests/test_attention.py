@@ -165,7 +165,7 @@ class TestCPU:
     )
     def dtype(self, request, monkeypatch):
         dtype, products = request.param
-        monkeypatch.setattr(importlib.import_module("dino_kernels.attention"), "_BF16_PRODUCTS", products)
+        monkeypatch.setattr(importlib.import_module("dino_kernels.ops.attention"), "_BF16_PRODUCTS", products)
         return dtype
 
     @pytest.mark.parametrize("channels", [1, 37, 64, 96, 256])

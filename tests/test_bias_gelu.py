@@ -7,7 +7,7 @@ from dino_kernels import bias_gelu, bias_gelu_reference
 
 @pytest.fixture(params=["cpu", "triton"])
 def device(request, monkeypatch):
-    monkeypatch.setattr("dino_kernels.bias_gelu_triton._PROGRAMS", 6)  # several rounds a program even for few rows
+    monkeypatch.setattr("dino_kernels.triton.bias_gelu._PROGRAMS", 6)  # several rounds a program even for few rows
     return use_backend(monkeypatch, "bias_gelu", request.param, ["forward", "backward"])
 
 

@@ -8,7 +8,7 @@ from ptx import launch
 from test_attention import inputs, run
 
 from dino_kernels import attention, attention_reference
-from dino_kernels.attention_cuda import fits_cuda
+from dino_kernels.cuda.attention import fits_cuda
 
 HALVES = [torch.float16, torch.bfloat16]
 pytestmark = [needs_nvcc, pytest.mark.ptx]

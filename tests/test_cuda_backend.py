@@ -17,9 +17,9 @@ from test_dino_loss import inputs
 from test_ema_update import lists
 
 import dino_kernels
-from dino_kernels import _cuda
-from dino_kernels._ops import _OPS
-from dino_kernels.cuda_defaults import CUDA_BY_DEFAULT
+from dino_kernels._core import backends
+from dino_kernels._core.cuda_defaults import CUDA_BY_DEFAULT
+from dino_kernels._core.registry import _OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.device("cuda:0")
@@ -27,18 +27,18 @@ GPU = torch.device("cuda:0")
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    monkeypatch.setattr(_cuda, "_backend", None)
+    monkeypatch.setattr(backends, "_backend", None)
 
 
 def build_for(monkeypatch, archs, capability):
     """As if the kernels had been compiled for `archs`, on a GPU of that compute capability."""
     compiled = SimpleNamespace(cuda=SimpleNamespace(archs=archs)) if archs else SimpleNamespace()
-    monkeypatch.setattr(_cuda, "_C", compiled)
+    monkeypatch.setattr(backends, "_C", compiled)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
 
 def backend_of(*fits):
-    return _cuda.gpu_function("ema_update", "update", GPU, *fits).__name__.removeprefix("update_")
+    return backends.gpu_function("ema_update", "update", GPU, *fits).__name__.removeprefix("update_")
 
 
 def test_triton_unless_a_committed_measurement_says_otherwise(monkeypatch):
@@ -56,7 +56,7 @@ def test_triton_unless_a_committed_measurement_says_otherwise(monkeypatch):
 def test_every_default_names_its_measurement():
     tracked = subprocess.check_output(["git", "ls-files", "bench/results"], text=True, cwd=ROOT).split()
     for (op, capability), measurement in CUDA_BY_DEFAULT.items():
-        assert f"{op}_cuda.py" in os.listdir(ROOT / "dino_kernels") and len(capability) == 2
+        assert f"{op}.py" in os.listdir(ROOT / "dino_kernels/cuda") and len(capability) == 2
         assert measurement in tracked, f"{op} on {capability}: {measurement} is not committed"
 
 
@@ -94,7 +94,7 @@ def test_what_is_unknown_or_unavailable_is_an_error(monkeypatch):
 
 @pytest.mark.parametrize("value, error", [("triton", ""), ("", ""), ("cublas", "ValueError: backend .*DINO_KERNELS")])
 def test_the_environment_sets_it(value, error):
-    code = "import sys, dino_kernels; assert 'triton' not in sys.modules; print(dino_kernels._cuda._backend)"
+    code = "import sys, dino_kernels; assert 'triton' not in sys.modules; print(dino_kernels._core.backends._backend)"
     env = {**os.environ, "DINO_KERNELS_BACKEND": value}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     if error:
@@ -105,10 +105,10 @@ def test_the_environment_sets_it(value, error):
 
 @needs_nvcc
 def test_this_build_has_the_kernels():
-    assert {"80", "90a"} <= set(_cuda.compiled_archs())
+    assert {"80", "90a"} <= set(backends.compiled_archs())
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA: "):  # without a driver it fails as it is called, and not before
-            _cuda.kernels().ema_update([16], [16], [4], [0], (0, False, 0.5), 0)
+            backends.kernels().ema_update([16], [16], [4], [0], (0, False, 0.5), 0)
 
 
 @needs_nvcc

@@ -13,7 +13,7 @@ from cuda_emulated import NVCC, ROOT, emulated, needs_nvcc, use_cuda
 from ptx import launch
 
 import dino_kernels
-from dino_kernels import _cuda
+from dino_kernels._core import backends
 
 pytestmark = [needs_nvcc, pytest.mark.ptx]
 MUTANTS = {
@@ -107,6 +107,6 @@ def test_a_fault_is_noticed(monkeypatch, tmp_path, name):
 
 def test_a_launch_elsewhere_than_on_the_current_stream_is_noticed(monkeypatch):
     op = use(monkeypatch, "ema_update")
-    monkeypatch.setattr(_cuda, "stream", lambda: 0)
+    monkeypatch.setattr(backends, "stream", lambda: 0)
     with pytest.raises(AssertionError, match="launched on stream None"):
         run(op)

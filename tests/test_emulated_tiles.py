@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino_kernels._native import _C, DTYPES
-from dino_kernels.linear import TILES
+from dino_kernels._core.native import _C, DTYPES
+from dino_kernels.ops.linear import TILES
 
 ROOT = Path(__file__).parent.parent
 TESTS = ["linear", "mlp", "fused_block", "add_product", "weight_norm", "attention"]

@@ -10,7 +10,7 @@ from dino_train.model import build_model
 from test_linear import products  # noqa: F401
 
 from dino_kernels import FusedBlock
-from dino_kernels.linear import products_of
+from dino_kernels.ops.linear import products_of
 
 GROUPS = [(3, 50), (5, 17)]
 BOUNDS = torch.tensor([0, 50, 100, 150, 167, 184, 201, 218, 235], dtype=torch.int32)

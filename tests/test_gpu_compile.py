@@ -31,10 +31,10 @@ print(json.dumps(launched))
 
 SAME = """\
 import gpu_compile, gpu_measure
-from dino_kernels import _triton
+from dino_kernels.triton import common
 from gpu_report import OURS
 
-_triton.argument = lambda setting: setting  # as of tensors on a device
+common.argument = lambda setting: setting  # as of tensors on a device
 for name in ("bias_gelu", "ema_update ViT-S", "dino_loss bfloat16"):
     kernels = {"meta": set(), "cpu": set()}
     for device, hashes in kernels.items():

@@ -7,7 +7,7 @@ import triton
 from checks import DTYPES, use_backend
 
 from dino_kernels import CROP, CropKind, draw_crops, multicrop, multicrop_packed
-from dino_kernels.multicrop import JITTER
+from dino_kernels.ops.multicrop import JITTER
 
 # Global 1 and 2 and local crops of the reference, but for their sizes
 KINDS = [CropKind(40, (0.4, 1), 1.0, 0.0), CropKind(40, (0.4, 1), 0.1, 0.2), *[CropKind(18, (0.05, 0.4), 0.5, 0.0)] * 2]
@@ -55,7 +55,7 @@ def assert_same(images, crops, device, dtype=torch.uint8, gap=0):
 @pytest.fixture
 def device(monkeypatch):
     if not torch.cuda.is_available():  # the interpreter takes as long for few pixels as for many
-        monkeypatch.setattr("dino_kernels.multicrop_triton._BLOCK", 2048)
+        monkeypatch.setattr("dino_kernels.triton.multicrop._BLOCK", 2048)
     return use_backend(monkeypatch, "multicrop", "triton", ["packed"])
 
 
@@ -125,7 +125,7 @@ def test_blur_of_any_side(side, device):
 
 def test_the_boxes_of_any_blur():
     """Those of the CPU for many radii: one more of a row's weight would be seen on this edge."""
-    from dino_kernels.multicrop_triton import _boxes
+    from dino_kernels.triton.multicrop import _boxes
 
     radii = np.float32(np.linspace(0, 2.4, 4001))
     radius, whole, part = (x.astype(np.uint64) for x in _boxes(radii))

@@ -39,7 +39,7 @@ def read(table: Path) -> list[dict]:
 
 def kernels_in_source() -> set[str]:
     """Names of the kernels that some launch `_name_kernel[grid](...)` names."""
-    source = "".join(path.read_text() for path in (ROOT / "dino_kernels").glob("*.py"))
+    source = "".join(path.read_text() for path in (ROOT / "dino_kernels").rglob("*.py"))
     return {name.strip("_") for name in re.findall(r"\b(_\w*kernel)\[", source)}
 
 

@@ -1,4 +1,4 @@
-// Clip, AdamW, the teacher's average and 16-bit copies in one pass: dino_kernels/adamw_ema.py has the formulas.
+// Clip, AdamW, the teacher's average and 16-bit copies in one pass: dino_kernels/ops/adamw_ema.py has the formulas.
 //
 // 1. norm_kernel: the sum of squares of each block of 4096 gradients.
 // 2. segment_kernel: a block a segment adds those up, in order, and makes the factors of its update.

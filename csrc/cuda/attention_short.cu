@@ -1,4 +1,4 @@
-// Self-attention of sequences of at most 256 tokens, D = 64, forward and backward: dino_kernels/attention.py has the
+// Self-attention of sequences of at most 256 tokens, D = 64, forward and backward: dino_kernels/ops/attention.py has the
 // formulas. Tensor cores by mma.sync, so that one source serves every architecture from sm_80 on.
 //
 // A block of threads owns a (sequence, head) and keeps what it needs of it in shared memory, read once: rows of 128

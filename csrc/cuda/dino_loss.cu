@@ -1,4 +1,4 @@
-// The DINO loss with its gradient: dino_kernels/dino_loss.py has the formulas.
+// The DINO loss with its gradient: dino_kernels/ops/dino_loss.py has the formulas.
 //
 // 1. teacher_kernel: a block of 256 columns of all teacher rows: their mean, and each row's (maximum, sum) over them.
 // 2. target_kernel: the teacher's probabilities q1, q0, q0 + q1 of an image, what views 0, 1 and the others learn from,

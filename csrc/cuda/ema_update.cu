@@ -1,4 +1,4 @@
-// t = m t + (1 - m) s over a list of tensors: dino_kernels/ema_update.py has the definition.
+// t = m t + (1 - m) s over a list of tensors: dino_kernels/ops/ema_update.py has the definition.
 //
 // One block of threads for each 4096 elements of a tensor. The list travels in the kernel's parameters (32 bytes a
 // tensor, up to kMost a launch), so there is no table to upload, to keep, or to find again when a graph is replayed; a

@@ -85,7 +85,7 @@ def test_the_barrier_before_delta_is_read_suffices_but_is_not_the_only_one(broke
     """Without that of `_short_backward_kernel` nothing is found. On sm_90 each block of queries and each step over the
     keys has barriers of its own for shared memory, and some of them lie between delta's store and its load. On sm_80
     the lane that loads an element is the one that stored it. Nothing promises either, so the barrier stays."""
-    lines = (FOLDER / "attention_triton.py").read_text().splitlines()
+    lines = (FOLDER / "triton/attention.py").read_text().splitlines()
     (line,) = (number for number, text in enumerate(lines, 1) if "tl.debug_barrier()" in text)
 
     def without(ptx):

@@ -13,9 +13,9 @@ from ptx import launch
 from ptx.dino_ops import FOLDER, use_triton
 
 import dino_kernels as D
-from dino_kernels.column_sums_triton import add_column_sums
-from dino_kernels.mlp_triton import hidden_triton
-from dino_kernels.multicrop import JITTER
+from dino_kernels.ops.multicrop import JITTER
+from dino_kernels.triton.column_sums import add_column_sums
+from dino_kernels.triton.mlp import hidden_triton
 
 FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 ERROR = {FULL: 2e-5, HALF: 2e-3, BRAIN: 1.5e-2}  # of the largest exact value
@@ -248,6 +248,6 @@ def test_every_kernel_was_executed(request):
     """The last test: those above it launch every kernel that the ops have."""
     if request.config.option.keyword or len(request.session.items) < 20:
         pytest.skip("not all tests were run")
-    source = "".join(path.read_text() for path in FOLDER.glob("*.py"))
+    source = "".join(path.read_text() for path in FOLDER.rglob("*.py"))
     executed = {used.program.kernel.name for used in launch.usage.values()}
     assert set(re.findall(r"\b(_\w*kernel)\[", source)) <= executed

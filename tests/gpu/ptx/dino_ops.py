@@ -10,11 +10,10 @@ FOLDER = Path(dino_kernels.__file__).parent
 
 def use_triton(setattr=setattr) -> None:
     """Lets every op on CPU tensors run its Triton kernels, as tests/checks.py does for one."""
-    for path in sorted(FOLDER.glob("?*_triton.py")):
-        op = path.stem.removesuffix("_triton")
-        if not (FOLDER / f"{op}.py").exists():  # kernels that several ops share
+    for path in sorted((FOLDER / "triton").glob("*.py")):
+        if not (FOLDER / "ops" / path.name).exists() or path.stem == "__init__":  # kernels that several ops share
             continue
-        module = importlib.import_module(f"dino_kernels.{op}")
-        for name, function in vars(importlib.import_module(f"dino_kernels.{path.stem}")).items():
+        module, kernels = (importlib.import_module(f"dino_kernels.{room}.{path.stem}") for room in ("ops", "triton"))
+        for name, function in vars(kernels).items():
             if name.endswith("_triton") and hasattr(module, cpu := f"_{name.removesuffix('_triton')}_cpu"):
                 setattr(module, cpu, function)

@@ -1,0 +1,1 @@
+"""Launches of the CUDA C++ kernels of csrc/cuda."""

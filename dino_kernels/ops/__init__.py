@@ -1,0 +1,1 @@
+"""One file an op: formula, checks, plain reference, registration, CPU call."""

@@ -1,0 +1,306 @@
+"""Everything after the backward pass in one pass over memory: clip, AdamW, the teacher's EMA and 16-bit copies.
+
+All parameters lie in flat buffers of N elements; segment i, one parameter tensor, is [offsets[i], offsets[i+1]).
+Per segment that is not frozen, with its own step count n (from 1), and then for every segment:
+
+    g  = grad min(1, clip_norm / (|grad| + 1e-6))                        |grad| the segment's L2 norm
+    m1 = beta1 m1 + (1 - beta1) g        m2 = beta2 m2 + (1 - beta2) g^2
+    s  = s (1 - lr weight_decay) - lr / (1 - beta1^n) m1 / (sqrt(m2 / (1 - beta2^n)) + eps)
+    t  = momentum t + (1 - momentum) s
+    w_k = g_k v_k / |v_k|                                                of both nets' weight-normed last layer
+
+36 bytes a float32 parameter, and 4 for the norms; the reference's separate loops move about 125.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dino_kernels._core.backends import gpu_function
+from dino_kernels._core.native import _C, DTYPES, address, setting
+from dino_kernels._core.registry import custom_op
+from dino_kernels.ops.ema_update import momentum_tensor
+from dino_kernels.ops.weight_norm import weight_norm_reference_
+
+__all__ = ["adamw_ema_step_", "adamw_ema_step_reference_"]
+
+
+@torch.no_grad()
+def adamw_ema_step_(
+    student: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    teacher: Tensor,
+    *,
+    offsets: Sequence[int],
+    steps: Tensor,
+    decayed: Tensor,
+    frozen: Tensor,
+    nonfinite: Tensor,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    momentum: float | Tensor,
+    clip_norm: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    student_16: Tensor | None = None,
+    teacher_16: Tensor | None = None,
+    rows: tuple[Tensor, Tensor] | None = None,
+    cleared: int = 0,
+) -> None:
+    """One optimizer step of the student and one of the teacher, in place; on a GPU without a question to the host.
+
+    Formula in the module's docstring; main_dino.py:325-350, utils.py:132-141 and torch.optim.AdamW. Computed in
+    float32; a repeated call on the same values is bitwise equal. If the norm of a segment's gradient is infinite or
+    NaN, nothing is changed but `nonfinite`, and the gradient is cleared.
+
+    Args:
+        student, exp_avg, exp_avg_sq, teacher: float32 [N], contiguous: weights, both moments, the teacher's weights.
+        grad: [N], contiguous; float32, float16 or bfloat16. Zero where segments are padded.
+        offsets: S+1 bounds of the segments, rising from 0 to N, none empty; multiples of 16 give the widest
+            memory accesses.
+        steps: int64 [S], how often each segment was updated; incremented.
+        decayed: bool [S], where weight decay applies.
+        frozen: bool [S], segments without gradient (the reference's last layer at first, weights that are never
+            trained): `grad` is ignored there, and only teacher and copies are updated.
+        nonfinite: int32 0-d, set to 1 if the step was refused, else to 0.
+        lr, weight_decay: floats >= 0 or 0-d tensors on the device of the others.
+        momentum: of the teacher, in [0, 1], float or 0-d tensor (1 - momentum is formed in its precision).
+        clip_norm: largest L2 norm of a segment's gradient, > 0; None does not clip.
+        betas, eps: of AdamW.
+        student_16, teacher_16: [N] float16 or bfloat16, receive the rounded new weights.
+        rows: student's and teacher's rows w_k = g_k v_k / |v_k| of a weight-normed layer, written from the new weights;
+            its v are the last segment, K * D long, and its g the one before, K long (both may be padded). [K, D] each,
+            D <= 4096, of one dtype of float32, float16 and bfloat16, contiguous. They may lie where the last segment's
+            16-bit copies do, which are then not to be relied on.
+        cleared: of how many segments, from the first on, the gradient becomes zero; 0 to S, or to S - 1 with rows. In
+            the same pass over memory it costs next to nothing.
+
+    Raises:
+        ValueError: an argument that does not fit the above.
+    """
+    offsets = list(offsets)
+    _check(student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, offsets)
+    _check_segments(student, offsets, steps, decayed, frozen, nonfinite)
+    student_rows, teacher_rows = rows or (None, None)
+    if rows is not None:
+        _check_rows(student, offsets, *rows)
+    if not 0 <= cleared <= (most := len(offsets) - 1 - (rows is not None)):
+        raise ValueError(f"cleared must be from 0 to {most} segments, got {cleared}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be > 0 or None, got {clip_norm}")
+    if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps >= 0):
+        raise ValueError(f"betas must be in [0, 1) and eps >= 0, got {betas} and {eps}")
+    torch.ops.dino_kernels.adamw_ema_step_(
+        student,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        teacher,
+        student_16,
+        teacher_16,
+        student_rows,
+        teacher_rows,
+        offsets,
+        steps,
+        decayed,
+        frozen,
+        nonfinite,
+        _rate("lr", lr, student.device),
+        _rate("weight_decay", weight_decay, student.device),
+        momentum_tensor(momentum, student.device),
+        clip_norm or 0.0,
+        *betas,
+        eps,
+        cleared,
+    )
+
+
+@torch.no_grad()
+def adamw_ema_step_reference_(
+    student: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    teacher: Tensor,
+    *,
+    offsets: Sequence[int],
+    steps: Tensor,
+    decayed: Tensor,
+    frozen: Tensor,
+    nonfinite: Tensor,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    momentum: float | Tensor,
+    clip_norm: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    student_16: Tensor | None = None,
+    teacher_16: Tensor | None = None,
+    rows: tuple[Tensor, Tensor] | None = None,
+    cleared: int = 0,
+) -> None:
+    """`adamw_ema_step_` in plain PyTorch, a segment at a time."""
+    sizes = [end - begin for begin, end in zip(offsets, offsets[1:], strict=False)]
+    segments = list(zip(*(x.split(sizes) for x in (student, grad, exp_avg, exp_avg_sq, teacher)), strict=True))
+    norms = torch.stack([g.to(student.dtype).norm() for _, g, *_ in segments])
+    nonfinite.copy_((~(norms.isfinite() | frozen)).any())
+    if nonfinite:
+        grad[: offsets[cleared]].zero_()
+        return
+    for i, (s, g, m1, m2, t) in enumerate(segments):
+        if not frozen[i]:
+            steps[i] += 1
+            g = g.to(s.dtype)
+            if clip_norm is not None:
+                g = g * (clip_norm / (norms[i] + 1e-6)).clamp(max=1)
+            m1.mul_(betas[0]).add_((1 - betas[0]) * g)
+            m2.mul_(betas[1]).add_((1 - betas[1]) * g * g)
+            n = steps[i].item()
+            s.mul_(1 - lr * weight_decay * decayed[i])
+            s.sub_(lr / (1 - betas[0] ** n) * m1 / ((m2 / (1 - betas[1] ** n)).sqrt() + eps))
+        t.mul_(momentum).add_((1 - momentum) * s)
+    grad[: offsets[cleared]].zero_()
+    copied = offsets[-1] if rows is None else offsets[-2]
+    for copy, weights in ((student_16, student), (teacher_16, teacher)):
+        if copy is not None:
+            copy[:copied].copy_(weights[:copied])
+    for out, weights in zip(rows or (), (student, teacher), strict=False):
+        weight_norm_reference_(out, *last_layer(weights, offsets, out))
+
+
+def last_layer(weights: Tensor, offsets: Sequence[int], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """v [K, D] and g [K, 1] in flat weights, of a layer whose rows have the shape [K, D]."""
+    v, g = weights[offsets[-2] : offsets[-2] + rows.numel()], weights[offsets[-3] : offsets[-3] + len(rows)]
+    return v.view(rows.shape), g.view(-1, 1)
+
+
+def _check(student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, offsets) -> None:
+    halves = (torch.float16, torch.bfloat16)
+    allowed = {
+        "student": (student, (torch.float32,)),
+        "grad": (grad, tuple(DTYPES)),
+        "exp_avg": (exp_avg, (torch.float32,)),
+        "exp_avg_sq": (exp_avg_sq, (torch.float32,)),
+        "teacher": (teacher, (torch.float32,)),
+        "student_16": (student_16, halves),
+        "teacher_16": (teacher_16, halves),
+    }
+    for name, (x, dtypes) in allowed.items():
+        if x is not None and (x.shape != (student.numel(),) or not x.is_contiguous() or x.dtype not in dtypes):
+            raise ValueError(
+                f"{name} must be contiguous, of shape [{student.numel()}] and dtype "
+                f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, "
+                f"got shape {list(x.shape)}, strides {list(x.stride())}, {x.dtype}"
+            )
+        if x is not None and x.device != student.device:
+            raise ValueError(f"{name} must be on {student.device} as student, got {x.device}")
+    rising = all(begin < end for begin, end in zip(offsets, offsets[1:], strict=False))
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != student.numel() or not rising:
+        raise ValueError(
+            f"offsets must rise from 0 to the number of elements {student.numel()}, "
+            f"got {offsets[:4]}...{offsets[-1:]} ({len(offsets)} of them)"
+        )
+
+
+def _check_segments(student, offsets, steps, decayed, frozen, nonfinite) -> None:
+    shape = [len(offsets) - 1]
+    for name, x, dtype, wanted in (
+        ("steps", steps, torch.int64, shape),
+        ("decayed", decayed, torch.bool, shape),
+        ("frozen", frozen, torch.bool, shape),
+        ("nonfinite", nonfinite, torch.int32, []),
+    ):
+        if list(x.shape) != wanted or x.dtype != dtype or x.device != student.device or not x.is_contiguous():
+            raise ValueError(
+                f"{name} must have shape {wanted}, dtype {str(dtype).removeprefix('torch.')} and be contiguous on "
+                f"{student.device}, got {list(x.shape)}, {x.dtype} on {x.device}"
+            )
+
+
+def _check_rows(student, offsets, *both) -> None:
+    room = (offsets[-2] - offsets[-3], offsets[-1] - offsets[-2]) if len(offsets) > 2 else (0, 0)
+    for rows in both:
+        fits = rows.ndim == 2 and len(rows) <= room[0] and rows.numel() <= room[1] and 1 <= rows.shape[1] <= 4096
+        same = rows.shape == both[0].shape and rows.dtype == both[0].dtype and rows.device == student.device
+        if not fits or not same or rows.dtype not in DTYPES or not rows.is_contiguous():
+            raise ValueError(
+                "rows must be two contiguous tensors [K, D] of one dtype on the device of student, D <= 4096, K and "
+                f"K * D at most the lengths of the last two segments, {room[0]} and {room[1]}; "
+                f"got {[(list(x.shape), x.dtype, str(x.device)) for x in both]}"
+            )
+
+
+def _rate(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    return setting(name, value, device, ">= 0", lambda rate: rate >= 0)
+
+
+# --- registration ------------------------------------------------------------------------------------
+
+_WRITTEN = (
+    *("student", "grad", "exp_avg", "exp_avg_sq", "teacher"),
+    *("student_16", "teacher_16", "student_rows", "teacher_rows", "steps", "nonfinite"),
+)
+
+
+@custom_op("adamw_ema_step_", mutates_args=_WRITTEN)
+def _step_(
+    student: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    teacher: Tensor,
+    student_16: Tensor | None,
+    teacher_16: Tensor | None,
+    student_rows: Tensor | None,
+    teacher_rows: Tensor | None,
+    offsets: list[int],
+    steps: Tensor,
+    decayed: Tensor,
+    frozen: Tensor,
+    nonfinite: Tensor,
+    lr: Tensor,
+    weight_decay: Tensor,
+    momentum: Tensor,
+    clip_norm: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    cleared: int,
+) -> None:
+    _step_cpu(
+        student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets,
+        steps, decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps, cleared,
+    )  # fmt: skip
+
+
+@_step_.register_kernel("cuda")
+def _(student, *others):
+    with torch.cuda.device(student.device):  # kernels are launched on the current device
+        gpu_function("adamw_ema", "step", student.device)(student, *others)
+
+
+# --- CPU ---------------------------------------------------------------------------------------------
+
+
+def _step_cpu(
+    student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets, steps,
+    decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps, cleared,
+):  # fmt: skip
+    optional = (student_16, teacher_16, student_rows, teacher_rows)
+    dtypes = [0 if x is None else DTYPES[x.dtype] for x in (grad, *optional[:3])]
+    refused = _C.adamw_ema_step(
+        [address(x) for x in (student, grad, exp_avg, exp_avg_sq, teacher, *optional)],
+        dtypes,
+        offsets,
+        [x.data_ptr() for x in (steps, decayed, frozen)],
+        [float(x) for x in (lr, weight_decay, momentum, clip_norm, beta1, beta2, eps)],
+        [0, 0] if student_rows is None else list(student_rows.shape),
+        cleared,
+        torch.get_num_threads(),
+    )
+    nonfinite.fill_(refused)
+    if refused:
+        grad[: offsets[cleared]].zero_()

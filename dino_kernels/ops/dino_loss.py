@@ -1,0 +1,253 @@
+"""The DINO loss with its gradient in one pass.
+
+    q_u  = softmax((t_u - c) / teacher_temp)                                  u in {0, 1}
+    loss = 1 / (N B) * sum_b sum_v sum_{u != v} -<q_u, log_softmax(s_v / student_temp)>,    N = 2 V - 2
+    batch_center = mean over u, b of t_u                                      (raw rows, before centering)
+
+An image's pairs collapse: with n_v targets for view v (1 for the two global views, else 2) and qbar_v their sum,
+
+    loss     = 1 / (N B) * sum_{b,v} [n_v logsumexp(s_v / temp) - <qbar_v, s_v> / temp]
+    dL/ds_v  = (n_v softmax(s_v / temp) - qbar_v) / (temp N B)
+
+so the gradient is known as soon as a student row's statistics are: it is written by the forward pass.
+
+Dimensions: V views an image (2 global first, then local), B images, K outputs; row v * B + b is view v of image b.
+"""
+
+import torch
+from torch import Tensor
+
+from dino_kernels._core.backends import gpu_function
+from dino_kernels._core.native import _C, DTYPES, reused_empty, setting
+from dino_kernels._core.registry import custom_op
+
+__all__ = ["dino_loss", "dino_loss_reference"]
+
+
+def dino_loss(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    *,
+    student_temp: float | Tensor = 0.1,
+    teacher_temp: float | Tensor = 0.04,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy between centered, sharpened teacher outputs and student outputs over all pairs of views.
+
+    Formula in the module's docstring; Caron et al. 2021, section 3.1 and algorithm 1, main_dino.py:379-416.
+    Statistics are float32; a repeated call is bitwise equal. Gradients flow to `student` alone, as in the
+    reference. The forward pass keeps one tensor, that gradient; the first backward pass takes it over, so
+    a second backward through the same call (retain_graph) is refused. It has the dtype of `student`: a float16
+    gradient is rounded before a loss scale reaches it, so prefer bfloat16 or float32.
+
+    Args:
+        student: logits [V*B, K], view-major, V >= 2; float32, float16 or bfloat16; rows may be strided.
+        teacher: logits [2*B, K] of the global views, view-major; as `student`, of any of the three dtypes.
+        center: [K] or [1, K], float32.
+        student_temp: temperature > 0, a float or a 0-d tensor (read on its device: no synchronization).
+        teacher_temp: the same for the teacher.
+        inplace: write the gradient over `student`, whose logits are lost, and so need no memory of that size.
+            Under torch.compile the memory is the compiler's to plan, and `student` stays as it was.
+
+    Returns:
+        loss: float32 scalar, the mean over the 2V-2 pairs and B.
+        batch_center: float32 [K], mean of the raw teacher rows. The caller folds it into its center, after
+            the loss as in the reference: center = 0.9 * center + 0.1 * batch_center.
+
+    Raises:
+        ValueError: a shape, dtype, device or temperature that does not fit the above; `inplace` with rows of
+            `student` that overlap.
+    """
+    _check(student, teacher, center)
+    student_temp = temperature("student_temp", student_temp, student.device)
+    teacher_temp = temperature("teacher_temp", teacher_temp, student.device)
+    inputs = student, teacher.detach(), center.detach().view(-1), student_temp, teacher_temp
+    if inplace and student.stride(0) < student.shape[1]:
+        raise ValueError(f"inplace needs rows of student that do not overlap, got strides {list(student.stride())}")
+    if inplace and not torch.compiler.is_compiling():
+        return _InPlace.apply(*inputs)
+    return torch.ops.dino_kernels.dino_loss(*inputs)[:2]
+
+
+def dino_loss_reference(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    *,
+    student_temp: float | Tensor = 0.1,
+    teacher_temp: float | Tensor = 0.04,
+) -> tuple[Tensor, Tensor]:
+    """`dino_loss` in plain PyTorch, term by term as main_dino.py:379-416 states it."""
+    batch = teacher.shape[0] // 2
+    students = (student / student_temp).split(batch)
+    targets = ((teacher.detach() - center.view(1, -1)) / teacher_temp).softmax(dim=-1).split(batch)
+    terms = [
+        (-q * s.log_softmax(dim=-1)).sum(dim=-1).mean()
+        for u, q in enumerate(targets)
+        for v, s in enumerate(students)
+        if u != v
+    ]
+    return torch.stack(terms).mean(), teacher.detach().mean(
+        dim=0, dtype=torch.promote_types(teacher.dtype, torch.float32)
+    )
+
+
+def _check(student: Tensor, teacher: Tensor, center: Tensor) -> None:
+    for name, views, x in (("student", "V", student), ("teacher", "2", teacher)):
+        if x.ndim != 2 or x.dtype not in DTYPES or x.stride(1) != 1:
+            raise ValueError(
+                f"{name} must have shape [{views}*B, K], dtype float32, float16 or bfloat16 and adjacent columns "
+                f"(stride 1), got shape {list(x.shape)}, {x.dtype}, strides {list(x.stride())}"
+            )
+    rows, outputs = teacher.shape
+    if rows < 2 or rows % 2 or outputs < 1:
+        raise ValueError(f"teacher must have shape [2*B, K] (two views an image), got {list(teacher.shape)}")
+    if student.shape[1] != outputs or student.shape[0] < rows or student.shape[0] % (rows // 2):
+        raise ValueError(
+            f"student must have shape [V*B, K] with V >= 2, B = {rows // 2} and K = {outputs} as in teacher "
+            f"{list(teacher.shape)}, got {list(student.shape)}"
+        )
+    check_center(center, outputs)
+    if not student.device == teacher.device == center.device:
+        raise ValueError(
+            f"student, teacher, center must be on one device, got {student.device}, {teacher.device}, {center.device}"
+        )
+
+
+def check_center(center: Tensor, outputs: int) -> None:
+    if list(center.shape) not in ([outputs], [1, outputs]) or center.dtype != torch.float32:
+        raise ValueError(
+            f"center must have shape [{outputs}] or [1, {outputs}] and dtype float32, got {list(center.shape)}, "
+            f"{center.dtype}"
+        )
+
+
+def temperature(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+    """`setting` of a temperature, float32."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} must be a float or a 0-d tensor on {device} without gradient, got {value}")
+    return setting(name, value, device, "> 0", lambda temp: temp > 0).float()
+
+
+# --- registration ------------------------------------------------------------------------------------
+
+
+@custom_op("dino_loss")
+def _loss(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, batch_center, gradient of the loss with respect to student, in its dtype)"""
+    grad = reused_empty(student.shape, student.dtype)
+    return *_forward_cpu(student, teacher, center, student_temp, teacher_temp, grad), grad
+
+
+@_loss.register_kernel("cuda")
+def _(student, teacher, center, student_temp, teacher_temp):
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return *_forward_gpu(student, teacher, center, student_temp, teacher_temp, grad), grad
+
+
+@_loss.register_fake
+def _(student, teacher, center, student_temp, teacher_temp):
+    return center.new_empty(()), torch.empty_like(center), student.new_empty(student.shape)
+
+
+@custom_op("dino_loss_", mutates_args=("student",))
+def _loss_(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(loss, batch_center); the gradient takes the place of student."""
+    return _forward_cpu(student, teacher, center, student_temp, teacher_temp, student)
+
+
+@_loss_.register_kernel("cuda")
+def _(student, teacher, center, student_temp, teacher_temp):
+    return _forward_gpu(student, teacher, center, student_temp, teacher_temp, student)
+
+
+@_loss_.register_fake
+def _(student, teacher, center, student_temp, teacher_temp):
+    return center.new_empty(()), torch.empty_like(center)
+
+
+@custom_op("dino_loss_scale_", mutates_args=("grad",))
+def _scale_(grad: Tensor, upstream: Tensor) -> None:
+    """grad *= upstream. No pass over memory for the usual upstream of one, and on a GPU no question to the host."""
+    _scale_cpu(grad, upstream)
+
+
+@_scale_.register_kernel("cuda")
+def _(grad, upstream):
+    with torch.cuda.device(grad.device):
+        gpu_function("dino_loss", "scale", grad.device)(grad, upstream)
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or autograd fills a zero tensor the size of the gradient
+    ctx.grad = output[2]
+
+
+def _backward(ctx, upstream, *_):
+    if ctx.grad is None:
+        raise RuntimeError("dino_loss: second backward through one forward; its gradient buffer was handed over")
+    grad, ctx.grad = ctx.grad, None
+    if type(upstream) is Tensor:
+        torch.ops.dino_kernels.dino_loss_scale_(grad, upstream)
+    else:  # being traced, where a saved tensor may not be written; the compiler fuses the product
+        grad = (grad * upstream).to(grad.dtype)
+    return grad, None, None, None, None
+
+
+_loss.register_autograd(_backward, setup_context=_setup)
+
+
+class _InPlace(torch.autograd.Function):
+    """`_loss_` with its gradient: torch.library has no autograd formula for an op that writes its input."""
+
+    @staticmethod
+    def forward(ctx, student, *others):
+        loss, batch_center = torch.ops.dino_kernels.dino_loss_(student, *others)
+        _setup(ctx, None, (loss, batch_center, student.detach()))
+        return loss, batch_center
+
+    backward = staticmethod(_backward)
+
+
+def _forward_gpu(student, *others):
+    with torch.cuda.device(student.device):  # kernels are launched on the current device
+        return gpu_function("dino_loss", "forward", student.device)(student, *others)
+
+
+# --- CPU ---------------------------------------------------------------------------------------------
+
+
+def _forward_cpu(student, teacher, center, student_temp, teacher_temp, grad):
+    center = center.contiguous()
+    batch_center = torch.empty_like(center)
+    batch = teacher.shape[0] // 2
+    loss = _C.dino_loss(
+        student.data_ptr(),
+        teacher.data_ptr(),
+        center.data_ptr(),
+        grad.data_ptr(),
+        batch_center.data_ptr(),
+        student.shape[0] // batch,
+        batch,
+        student.shape[1],
+        student.stride(0),
+        teacher.stride(0),
+        grad.stride(0),
+        DTYPES[student.dtype],
+        DTYPES[teacher.dtype],
+        float(student_temp),
+        float(teacher_temp),
+        torch.get_num_threads(),
+    )
+    return torch.tensor(loss, dtype=torch.float32, device="cpu"), batch_center
+
+
+def _scale_cpu(grad, upstream):
+    if upstream != 1:
+        grad.mul_(upstream)
