@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dino_train.model import build_model
+from dino_train.models.vit import build_model
 
 from dino_kernels import ema_update_, ema_update_reference_
 

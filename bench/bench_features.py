@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 from bench_multicrop import copies, mosaics, processor
-from dino_train.data import ImageFolder
+from dino_train.data.folder import ImageFolder
+from dino_train.data.loader import BadImages, eval_loader
 from dino_train.evaluate.features import extract
-from dino_train.layers import hold_copies
-from dino_train.loader import BadImages, eval_loader
-from dino_train.model import vit
+from dino_train.models.layers import hold_copies
+from dino_train.models.vit import vit
 from PIL import Image
 from pillow_crops import normalized, pillow_decode
 from step_peers import Backbone, Setting

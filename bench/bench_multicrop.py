@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from dino_train.config import EMBEDDED_DATA, PretrainConfig
-from dino_train.data import ImageFolder
-from dino_train.loader import IMAGENET_MEAN, IMAGENET_STD, CropLoader
-from dino_train.pack import pack
+from dino_train.config.pretrain import EMBEDDED_DATA, PretrainConfig
+from dino_train.data.folder import ImageFolder
+from dino_train.data.loader import IMAGENET_MEAN, IMAGENET_STD, CropLoader
+from dino_train.data.pack import pack
 from PIL import Image
 from PIL import __version__ as pillow_version
 from pillow_crops import pillow_crop, pillow_levels, reference_loader

@@ -42,8 +42,8 @@ MOST_OTHERS = 0.1
 
 def learner(setting: Setting, precision: str, **changes: Any):
     """A Learner with everything but the setting and the changes at its default."""
-    from dino_train.config import PretrainConfig
-    from dino_train.learner import Learner
+    from dino_train.config.pretrain import PretrainConfig
+    from dino_train.engine.learner import Learner
 
     config = PretrainConfig(
         arch=setting.arch,
@@ -63,7 +63,7 @@ def learner(setting: Setting, precision: str, **changes: Any):
 
 
 def ours(setting: Setting, weights: dict[str, torch.Tensor], precision: str, **changes: Any):
-    from dino_train.process import tune, use_huge_pages
+    from dino_train.common.process import tune, use_huge_pages
 
     tune()
     made = learner(setting, precision, **changes)
@@ -186,7 +186,7 @@ class Provider:
 @cache
 def dino_train_environment() -> dict[str, str]:
     """Some of it must stand before a process starts, so it is asked for."""
-    code = "import json, os; from dino_train.process import tune; tune(); print(json.dumps(dict(os.environ)))"
+    code = "import json, os; from dino_train.common.process import tune; tune(); print(json.dumps(dict(os.environ)))"
     return json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bench_dino_loss import einsum_form
-from dino_train.optim import clip_gradients
+from dino_train.engine.optim import clip_gradients
 from gpu_block_cases import add_layer_norm, attention_cases, bias_gelu, drop_path_add, linear, mlp
 from gpu_report import OURS
 from gpu_setting import CROPS, Case, Provider, Random, Sizes, compiled, name_of

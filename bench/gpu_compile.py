@@ -36,7 +36,7 @@ def launches_compiled(arch: int, done: Callable[[object, object], None]):
     """Calls on meta tensors launch nothing: `done(function, kernel)` gets each compiled one. For a whole process."""
     import resources
     import triton
-    from dino_train import device
+    from dino_train.common import device
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 

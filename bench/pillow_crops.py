@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from dino_train.data import ImageFolder
-from dino_train.loader import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.data.folder import ImageFolder
+from dino_train.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset

@@ -18,9 +18,9 @@ if __name__ == "__main__":
 
 import dino_train
 import torch
-from dino_train import device
-from dino_train.config import PretrainConfig
-from dino_train.learner import Learner
+from dino_train.common import device
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.engine.learner import Learner
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction

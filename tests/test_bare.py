@@ -6,14 +6,15 @@ import sys
 import numpy as np
 import pytest
 from bare import ABSENT, environment
-from dino_train import decode, watch
+from dino_train.data.folder import decode
+from dino_train.engine import watch
 from PIL import Image
 
 RUN = """\
 import sys
 from pathlib import Path
-from dino_train.config import PretrainConfig
-from dino_train.train import pretrain
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.engine.train import pretrain
 
 folder = Path(sys.argv[1])
 pretrain(PretrainConfig(

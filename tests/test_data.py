@@ -11,8 +11,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from dino_train.data import DataError, ImageFolder, split
-from dino_train.decode import UnreadableImage, decode, jpeg_size
+from dino_train.data.decode import UnreadableImage, decode, jpeg_size
+from dino_train.data.folder import DataError, ImageFolder, split
 from pictures import fill, save, zip_of
 from PIL import Image
 
@@ -197,7 +197,7 @@ def test_decompression_bomb(tmp_path, monkeypatch):
 def test_pillow_warnings_are_silent(tmp_path):
     fill(tmp_path, "a.png")
     code = (
-        "import sys; from PIL import Image; from dino_train.data import ImageFolder\n"
+        "import sys; from PIL import Image; from dino_train.data.folder import ImageFolder\n"
         "Image.MAX_IMAGE_PIXELS = 40; ImageFolder(sys.argv[1]).load(0)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from dino_train.data.loader import to_tensor
 from dino_train.evaluate.copy_detection import Whitening, block_precisions, class_and_gem
 from dino_train.evaluate.features import Features
-from dino_train.loader import to_tensor
-from dino_train.model import vit
-from dino_train.weights import load_trained
+from dino_train.models.vit import vit
+from dino_train.models.weights import load_trained
 from PIL import Image
 from tiny_run import error_of, evaluate, tiny_checkpoint
 from torch.nn import functional as F

@@ -5,9 +5,9 @@ import torch
 from dino_train.cli import main
 from dino_train.evaluate import finetune
 from dino_train.evaluate.finetune import Classifier, parameter_groups, rate_factor
-from dino_train.model import vit
-from dino_train.resnet import resnet50
-from dino_train.weights import load_trained
+from dino_train.models.resnet import resnet50
+from dino_train.models.vit import vit
+from dino_train.models.weights import load_trained
 from tiny_run import colored_classes, error_of, evaluate, tiny_checkpoint
 
 

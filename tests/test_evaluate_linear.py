@@ -3,13 +3,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from dino_train import checkpoint
 from dino_train.cli import main
-from dino_train.data import ImageFolder
+from dino_train.common import checkpoint
+from dino_train.data.folder import ImageFolder
+from dino_train.data.loader import eval_transform
 from dino_train.evaluate.images import RandomCrop, training_loader
 from dino_train.evaluate.linear import Probes, block_features, cosine, n_features
-from dino_train.loader import eval_transform
-from dino_train.model import vit
+from dino_train.models.vit import vit
 from PIL import Image
 from tiny_run import colored_classes, error_of, evaluate, tiny_checkpoint
 from torch import nn

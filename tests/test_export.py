@@ -8,11 +8,11 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from dino_train.export import export
-from dino_train.loader import eval_transform
-from dino_train.model import vit
-from dino_train.resnet import resnet50
-from dino_train.weights import Trained, load_trained
+from dino_train.data.loader import eval_transform
+from dino_train.models.export import export
+from dino_train.models.resnet import resnet50
+from dino_train.models.vit import vit
+from dino_train.models.weights import Trained, load_trained
 from PIL import Image
 from safetensors.torch import load_file
 

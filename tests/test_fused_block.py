@@ -3,10 +3,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from dino_train import block, device
-from dino_train.arena import Arena
-from dino_train.block import Branch, Packing
-from dino_train.model import build_model
+from dino_train.common import device
+from dino_train.engine.arena import Arena
+from dino_train.models import block
+from dino_train.models.block import Branch, Packing
+from dino_train.models.vit import build_model
 from test_linear import products  # noqa: F401
 
 from dino_kernels import FusedBlock

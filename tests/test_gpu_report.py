@@ -7,7 +7,7 @@ import gpu_cases
 import gpu_report
 import gpu_targets
 import pytest
-from dino_train.model import build_model
+from dino_train.models.vit import build_model
 from gpu_report import COMPILED, OURS, PLAIN
 from gpu_setting import TOY, Sizes
 from PIL import Image

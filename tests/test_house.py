@@ -65,7 +65,7 @@ def test_importing_the_trainer_loads_not_even_torch_until_a_backbone_is_asked_fo
 
 def test_a_process_on_the_cpu_does_not_load_triton():
     code = (
-        "import sys, torch, dino_train.learner, dino_kernels; x = torch.ones(2, 3, requires_grad=True); "
+        "import sys, torch, dino_train.engine.learner, dino_kernels; x = torch.ones(2, 3, requires_grad=True); "
         "dino_kernels.bias_gelu(x, torch.ones(3)).sum().backward(); print(*sys.modules)"
     )
     modules = subprocess.check_output([sys.executable, "-c", code], text=True, cwd="/").split()

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 from dino_train.cli import main
-from dino_train.config import PretrainConfig
-from dino_train.data import ImageFolder
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.data.folder import ImageFolder
+from dino_train.data.loader import BadImages, eval_transform
 from dino_train.evaluate import features, knn
 from dino_train.evaluate.features import Features, extract
 from dino_train.evaluate.knn import extract_features, knn_accuracy, knn_top, nearest, recall_at_1, view_retrieval, vote
 from dino_train.evaluate.metrics import accuracy, label_ranks
-from dino_train.loader import BadImages, eval_transform
-from dino_train.resnet import resnet50
-from dino_train.weights import load_trained
+from dino_train.models.resnet import resnet50
+from dino_train.models.weights import load_trained
 from PIL import Image
 from tiny_run import colored_classes, error_of, evaluate, tiny_checkpoint
 from torch import nn

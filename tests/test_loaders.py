@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dino_train import loader as loader_module
-from dino_train.config import PretrainConfig
-from dino_train.data import DataError, ImageFolder
-from dino_train.loader import (
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.data.folder import DataError, ImageFolder
+from dino_train.data.folder import loader as loader_module
+from dino_train.data.loader import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     BadImages,
@@ -230,8 +230,9 @@ def test_threads_end_with_the_loader(root):
 
 def test_a_loader_that_is_still_in_use_does_not_keep_the_process_from_ending(root):
     code = (
-        "import sys, time; from dino_train.config import PretrainConfig; from dino_train.data import ImageFolder\n"
-        "from dino_train.loader import CropLoader\n"
+        "import sys, time; from dino_train.config.pretrain import PretrainConfig\n"
+        "from dino_train.data.folder import ImageFolder\n"
+        "from dino_train.data.loader import CropLoader\n"
         "images, seen = ImageFolder(sys.argv[1]), []; read = images._read\n"
         "images._read = lambda name: read(name) if len(seen) < 9 and not seen.append(name) else time.sleep(99)\n"
         "loader = CropLoader(images, PretrainConfig().crop_kinds, batch_size=4, seed=0,\n"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dino_train.block import Branch, Packing
-from dino_train.model import DINOHead, DINOModel, VisionTransformer, build_model, vit
-from dino_train.resnet import resnet50
+from dino_train.models.block import Branch, Packing
+from dino_train.models.resnet import resnet50
+from dino_train.models.vit import DINOHead, DINOModel, VisionTransformer, build_model, vit
 from torch import nn
 
 from dino_kernels import attention, attention_reference
@@ -32,7 +32,9 @@ def small_vit(dtype=torch.float64, **kwargs):
 def attention_in_float64(monkeypatch):
     """The op takes at most float32."""
     ops = {torch.float64: attention_reference}
-    monkeypatch.setattr("dino_train.block.attention", lambda qkv, *x, **y: ops.get(qkv.dtype, attention)(qkv, *x, **y))
+    monkeypatch.setattr(
+        "dino_train.models.block.attention", lambda qkv, *x, **y: ops.get(qkv.dtype, attention)(qkv, *x, **y)
+    )
 
 
 def images(sizes=SIZES, dtype=torch.float64):

@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dino_train.config import PretrainConfig
-from dino_train.learner import Learner
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.engine.learner import Learner
 
 STEPS_PER_EPOCH, EPOCHS, BATCH, HEADS, PATCH = 2, 5, 4, 3, 8
 

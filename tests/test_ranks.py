@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dino_train import checkpoint, parallel
-from dino_train.config import PretrainConfig
-from dino_train.device import gpu_of
-from dino_train.train import Run, pretrain
+from dino_train.common import checkpoint, parallel
+from dino_train.common.device import gpu_of
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.engine.train import Run, pretrain
 from test_step import torchrun
 from test_train import assert_same, final_weights, make_images
 
@@ -41,7 +41,7 @@ SETTINGS = {
 _RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from dino_train import train
+from dino_train.engine import train
 from dino_train.cli import main
 act, output, *arguments = sys.argv[1:]
 rank, update = int(os.environ["RANK"]), train.Learner.step

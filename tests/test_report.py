@@ -6,11 +6,11 @@ import shutil
 import pytest
 from browser import CHROMIUM, Browser
 from dino_train.cli import main
-from dino_train.config import EMBEDDED_DATA
-from dino_train.data import ImageFolder
+from dino_train.config.pretrain import EMBEDDED_DATA
+from dino_train.data.folder import ImageFolder
 from dino_train.evaluate import report
 from dino_train.evaluate.report import PANELS, POINTS, checks, draw, spread, thin
-from dino_train.weights import load_trained
+from dino_train.models.weights import load_trained
 from PIL import Image
 from tiny_run import tiny_run
 

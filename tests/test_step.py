@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dino_train.arena import Arena
-from dino_train.block import Packing
-from dino_train.config import PretrainConfig
-from dino_train.head import DINOHead
-from dino_train.learner import Learner
-from dino_train.model import DINOModel, vit
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.engine.arena import Arena
+from dino_train.engine.learner import Learner
+from dino_train.models.block import Packing
+from dino_train.models.head import DINOHead
+from dino_train.models.vit import DINOModel, vit
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 SETTINGS = {
@@ -84,7 +84,7 @@ def test_every_combination_of_switches_is_the_plain_step(plain, accumulate, chec
 
 def test_checkpointed_activations_are_computed_anew(monkeypatch):
     """Else the switch would save nothing: each block but for the gradient's sake runs twice."""
-    from dino_train.model import Block
+    from dino_train.models.vit import Block
 
     calls, forward = [], Block.forward
     monkeypatch.setattr(Block, "forward", lambda self, *x: calls.append(self) or forward(self, *x))
@@ -103,8 +103,8 @@ def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at its values
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # cannot swap fake tensors
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: pytest.fail("a step copies to the host"))
-    monkeypatch.setattr("dino_train.model.gpu_of", lambda device: "a GPU")
-    monkeypatch.setattr("dino_train.arena._zeros", lambda n, dtype, device: torch.zeros(n, dtype=dtype))
+    monkeypatch.setattr("dino_train.models.vit.gpu_of", lambda device: "a GPU")
+    monkeypatch.setattr("dino_train.engine.arena._zeros", lambda n, dtype, device: torch.zeros(n, dtype=dtype))
     with FakeTensorMode():
         learner = Learner(replace(PretrainConfig(**SETTINGS, precision=precision), **changes), 2, CPU)
         for step in (0, 1, 2, 3):  # the last layer is frozen at first
@@ -118,11 +118,11 @@ def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
 @pytest.mark.parametrize("rate", [0.4, 0.95])  # of 0.95 the last block's branches are sometimes left with nothing
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 4, "checkpoint_activations": True}])
 def test_samples_that_drop_path_skips_are_those_multiplied_by_zero(monkeypatch, precision, rate, changes):
-    from dino_train import block
+    from dino_train.models import block
 
     tokens, results, forward = [], [], block.Block.forward
     for skip in (True, False):
-        monkeypatch.setattr("dino_train.model.gpu_of", lambda device, skip=skip: None if skip else "a GPU")
+        monkeypatch.setattr("dino_train.models.vit.gpu_of", lambda device, skip=skip: None if skip else "a GPU")
         torch.manual_seed(3)
         changed = {"drop_path_rate": rate, "precision": precision, **changes}
         learner = Learner(replace(PretrainConfig(**SETTINGS), **changed), 2, CPU)
@@ -156,7 +156,7 @@ def test_switches_that_do_not_fit(monkeypatch):
         PretrainConfig(**SETTINGS, accumulate=3)
     with pytest.raises(ValueError, match="checkpoint_activations must be false: it is for ViTs, got True"):
         PretrainConfig(arch="resnet50", checkpoint_activations=True)
-    monkeypatch.setattr("dino_train.parallel.size", lambda: 2)
+    monkeypatch.setattr("dino_train.common.parallel.size", lambda: 2)
     with pytest.raises(ValueError, match="batch norm over several processes needs GPUs"):
         Learner(PretrainConfig(**SETTINGS, use_bn_in_head=True), 2, CPU)
 
@@ -166,9 +166,9 @@ import json, sys, torch
 sys.path[:0] = json.loads(sys.argv[1])
 from dataclasses import replace
 import test_step
-from dino_train import parallel
-from dino_train.config import PretrainConfig
-from dino_train.learner import Learner
+from dino_train.common import parallel
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.engine.learner import Learner
 parallel.join(torch.device("cpu"))
 torch.set_num_threads(1)
 rank = parallel.rank()

@@ -11,13 +11,13 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from dino_train import stream as stream_module
-from dino_train.config import PretrainConfig
-from dino_train.data import DataError, ImageFolder
-from dino_train.decode import decode
-from dino_train.loader import CropLoader
-from dino_train.stream import COUNTS, ShardStream, count_samples, is_shards, shard_files, shard_urls
-from dino_train.train import Interrupted, Run, pretrain
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.data.decode import decode
+from dino_train.data.folder import DataError, ImageFolder
+from dino_train.data.folder import stream as stream_module
+from dino_train.data.loader import CropLoader
+from dino_train.data.stream import COUNTS, ShardStream, count_samples, is_shards, shard_files, shard_urls
+from dino_train.engine.train import Interrupted, Run, pretrain
 from PIL import Image
 from test_ranks import SETTINGS
 from test_step import torchrun
@@ -119,9 +119,10 @@ _RANK = """
 import json, os, sys
 from pathlib import Path
 import torch
-from dino_train import parallel, stream
-from dino_train.loader import CropLoader
-from dino_train.config import PretrainConfig
+from dino_train.common import parallel
+from dino_train.data.folder import stream
+from dino_train.data.loader import CropLoader
+from dino_train.config.pretrain import PretrainConfig
 stream.WINDOW = 6
 pattern, folder = sys.argv[1:]
 parallel.join(torch.device("cpu"))
@@ -224,7 +225,7 @@ def test_streams_and_compressed_shards(pattern, tmp_path):
 
 
 def test_packed_files_are_shards(tmp_path):
-    from dino_train.pack import pack
+    from dino_train.data.pack import pack
     from pictures import fill
 
     images = ImageFolder(fill(tmp_path / "set", "a/1.png", "a/2.png", "b/3.png"))

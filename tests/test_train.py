@@ -14,18 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dino_train import checkpoint, train
-from dino_train.config import PretrainConfig
-from dino_train.data import DataError
-from dino_train.learner import Learner, NonFiniteLoss
-from dino_train.process import _ADDRESSES
-from dino_train.train import pretrain
-from dino_train.watch import CollapseWatch, read_metrics
+from dino_train.common import checkpoint
+from dino_train.common.process import _ADDRESSES
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.data.folder import DataError
+from dino_train.engine import train
+from dino_train.engine.learner import Learner, NonFiniteLoss
+from dino_train.engine.train import pretrain
+from dino_train.engine.watch import CollapseWatch, read_metrics
 from PIL import Image
 
 STEPS_PER_EPOCH = 5
 MEMORY_OF_STEPS = """
-from dino_train.process import tune, use_huge_pages
+from dino_train.common.process import tune, use_huge_pages
 tune()
 import torch
 held = torch.ones(8 << 20)
@@ -88,8 +89,9 @@ def assert_same(a: dict, b: dict) -> None:
 # A run in a process of its own that kills itself: before update number `step`, or amid the write of a checkpoint.
 _KILLED = """
 import json, os, pathlib, signal, sys
-from dino_train import checkpoint, train
-from dino_train.config import PretrainConfig
+from dino_train.common import checkpoint
+from dino_train.engine import train
+from dino_train.config.pretrain import PretrainConfig
 values, step, amid_save = json.load(sys.stdin)
 for name in ("data", "output_dir"):
     values[name] = pathlib.Path(values[name])

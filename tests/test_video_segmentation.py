@@ -19,7 +19,7 @@ from dino_train.evaluate.video_segmentation import (
     segment,
     working_size,
 )
-from dino_train.model import vit
+from dino_train.models.vit import vit
 from PIL import Image
 
 

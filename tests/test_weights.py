@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from dino_train.cli import main
-from dino_train.model import vit
-from dino_train.resnet import resnet50
-from dino_train.weights import fit, load_linear, load_trained
+from dino_train.models.resnet import resnet50
+from dino_train.models.vit import vit
+from dino_train.models.weights import fit, load_linear, load_trained
 from test_model import vit_by_hand
 
 PATCH, SIZE = 8, 32
@@ -86,7 +86,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_vits_load_and_say_what_was_taken(tmp_path, caplog, name, zipped):
-    caplog.set_level("INFO", "dino_train.weights")
+    caplog.set_level("INFO", "dino_train.models.weights")
     state, words = PUBLISHED[name]
     path = tmp_path / f"{name}.pth"
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
@@ -97,7 +97,7 @@ def test_published_vits_load_and_say_what_was_taken(tmp_path, caplog, name, zipp
 
 
 def test_the_student_of_a_full_checkpoint(tmp_path, caplog):
-    caplog.set_level("INFO", "dino_train.weights")
+    caplog.set_level("INFO", "dino_train.models.weights")
     torch.save(FULL, tmp_path / "checkpoint.pth")
     assert_is(dino_train.load_backbone(tmp_path / "checkpoint.pth", net="student"), STUDENT)
     words = "student (without prefix 'module.backbone.' and 8 tensors of a head), a vit_nano/8"
@@ -146,7 +146,7 @@ def test_arch_and_sizes_are_read_off_the_weights(tmp_path, arch, patch, size):
 
 
 def test_published_resnet50s_load(tmp_path, caplog):
-    caplog.set_level("INFO", "dino_train.weights")
+    caplog.set_level("INFO", "dino_train.models.weights")
     torch.manual_seed(0)
     state = resnet50().state_dict()
     formats = {
@@ -166,7 +166,7 @@ def test_published_resnet50s_load(tmp_path, caplog):
 
 
 def test_published_linear_classifiers_load(tmp_path, caplog):
-    caplog.set_level("INFO", "dino_train.weights")
+    caplog.set_level("INFO", "dino_train.models.weights")
     weight, bias = torch.randn(10, 1536), torch.randn(10)
     state = {"module.linear.weight": weight, "module.linear.bias": bias}
     published = {"epoch": 100, "state_dict": state, "optimizer": {}, "scheduler": {"base_lrs": [0.1]}, "best_acc": 77.0}

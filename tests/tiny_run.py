@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import torch
-from dino_train import checkpoint
 from dino_train.cli import main
-from dino_train.model import vit
+from dino_train.common import checkpoint
+from dino_train.models.vit import vit
 from PIL import Image
 from test_train import make_images
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dino_train.weights import load_backbone
+    from dino_train.models.weights import load_backbone
 
 __all__ = ["load_backbone"]
 
@@ -11,6 +11,6 @@ __all__ = ["load_backbone"]
 def __getattr__(name: str) -> Any:
     if name != "load_backbone":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dino_train.weights import load_backbone  # torch, and all the rest: only for who asks
+    from dino_train.models.weights import load_backbone  # torch, and all the rest: only for who asks
 
     return load_backbone

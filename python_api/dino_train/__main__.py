@@ -1,6 +1,6 @@
 """Where `dino-train` and `python -m dino_train` start."""
 
-from dino_train.process import tune
+from dino_train.common.process import tune
 
 tune()
 

@@ -9,14 +9,14 @@ from typing import Annotated
 
 import tyro
 
-from dino_train.config import PRESETS, PretrainConfig, default_workers
-from dino_train.data import ImageFolder
+from dino_train.config.options import WeightsOptions
+from dino_train.config.pretrain import PRESETS, PretrainConfig, default_workers
+from dino_train.data.folder import ImageFolder
+from dino_train.data.pack import pack
+from dino_train.engine.learner import NonFiniteLoss
+from dino_train.engine.train import Interrupted, pretrain
 from dino_train.evaluate.commands import Evaluate
-from dino_train.export import FOLDERS, Format, export
-from dino_train.learner import NonFiniteLoss
-from dino_train.options import WeightsOptions
-from dino_train.pack import pack
-from dino_train.train import Interrupted, pretrain
+from dino_train.models.export import FOLDERS, Format, export
 
 
 @dataclass
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. What a user got wrong is one line, not a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="dino-train: %(message)s", level=logging.WARNING)
-    logging.getLogger("dino_train.weights").setLevel(logging.INFO)  # says which weights of a file it takes
+    logging.getLogger("dino_train.models.weights").setLevel(logging.INFO)  # says which weights of a file it takes
     command = (
         Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=_preset(argv))]
         | Annotated[Pack, tyro.conf.subcommand("pack")]

@@ -98,7 +98,8 @@ class Double(TorchDispatchMode):
 
     @contextmanager
     def installed(self) -> Iterator["Double"]:
-        from dino_train import device, loader
+        from dino_train.common import device
+        from dino_train.data.folder import loader
 
         crop = loader.multicrop_packed
 
@@ -114,7 +115,7 @@ class Double(TorchDispatchMode):
             stack.enter_context(_HostCalls(self))
             yield self
 
-    # --- what the trainer asks: see dino_train.device.Gpu -------------------------------------------------
+    # --- what the trainer asks: see dino_train.common.device.Gpu -------------------------------------------------
 
     def describe(self) -> str:
         return "a double of a GPU, 0 GiB"

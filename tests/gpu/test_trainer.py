@@ -17,21 +17,22 @@ from types import SimpleNamespace
 import coverage
 import pytest
 import torch
-from dino_train import checkpoint, graph, learner, loader, parallel, train
-from dino_train.config import PretrainConfig
-from dino_train.data import ImageFolder
+from dino_train.common import checkpoint, parallel
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.data.folder import ImageFolder, loader
+from dino_train.engine import graph, learner, train
+from dino_train.engine.learner import Learner, NonFiniteLoss
+from dino_train.engine.train import pretrain
+from dino_train.engine.watch import read_metrics
 from dino_train.evaluate.features import extract
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.knn import view_retrieval
-from dino_train.learner import Learner, NonFiniteLoss
-from dino_train.train import pretrain
-from dino_train.watch import read_metrics
 from double import Double, Misuse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_train import assert_same, final_weights, make_images
 
-PACKAGE = Path(train.__file__).resolve().parent
+PACKAGE = Path(train.__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 

@@ -14,16 +14,16 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from dino_train.config import EMBEDDED_DATA
-from dino_train.data import ImageFolder, split
-from dino_train.decode import UnreadableImage, load_file
+from dino_train.config.options import require_least
+from dino_train.config.pretrain import EMBEDDED_DATA
+from dino_train.data.decode import UnreadableImage, load_file
+from dino_train.data.folder import ImageFolder, split
+from dino_train.data.loader import to_tensor
 from dino_train.evaluate import ffmpeg
 from dino_train.evaluate.metrics import jaccard
 from dino_train.evaluate.protocol import Protocol
-from dino_train.loader import to_tensor
-from dino_train.model import VisionTransformer
-from dino_train.options import require_least
-from dino_train.weights import Trained
+from dino_train.models.vit import VisionTransformer
+from dino_train.models.weights import Trained
 
 CELL = 128  # side of a sheet's cell, in pixels
 SHEET_ROWS = 16

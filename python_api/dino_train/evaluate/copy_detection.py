@@ -13,13 +13,13 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from dino_train.data import ImageFolder
+from dino_train.config.options import require_least
+from dino_train.data.folder import ImageFolder
+from dino_train.data.loader import BadImages, image_loader, to_tensor
 from dino_train.evaluate.features import Cache, Features
 from dino_train.evaluate.metrics import average_precision
 from dino_train.evaluate.protocol import Extraction, log_skipped
-from dino_train.loader import BadImages, image_loader, to_tensor
-from dino_train.model import VisionTransformer
-from dino_train.options import require_least
+from dino_train.models.vit import VisionTransformer
 
 GEM_POWER = 4
 FOUND = 20  # results that count (eval_copy_detection.py:293)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_train.data import ImageFolder
-from dino_train.files import atomic
-from dino_train.loader import BadImages, Batch
+from dino_train.common.files import atomic
+from dino_train.data.folder import ImageFolder
+from dino_train.data.loader import BadImages, Batch
 
 logger = logging.getLogger(__name__)
 

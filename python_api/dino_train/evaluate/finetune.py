@@ -15,16 +15,16 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from dino_train import checkpoint
-from dino_train.data import ImageFolder
+from dino_train.common import checkpoint
+from dino_train.data.folder import ImageFolder
+from dino_train.data.loader import BadImages, eval_loader
+from dino_train.engine.watch import Metrics
 from dino_train.evaluate.features import extract, weights_digest
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.metrics import accuracy, label_ranks
 from dino_train.evaluate.protocol import Classification, log_skipped
-from dino_train.loader import BadImages, eval_loader
-from dino_train.model import VisionTransformer
-from dino_train.watch import Metrics
-from dino_train.weights import Trained
+from dino_train.models.vit import VisionTransformer
+from dino_train.models.weights import Trained
 
 WARMUP = 0.05  # part of the steps in which the learning rate rises
 MIN_FACTOR = 1e-3  # of the learning rate at the end

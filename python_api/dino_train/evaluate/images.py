@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from dino_kernels import CropKind, draw_crops, multicrop
-from dino_train.data import ImageFolder
-from dino_train.loader import Batch, exactly, image_loader, require_batch
+from dino_train.data.folder import ImageFolder
+from dino_train.data.loader import Batch, exactly, image_loader, require_batch
 
 
 class RandomCrop:

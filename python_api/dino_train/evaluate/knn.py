@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_kernels import CropKind
-from dino_train import parallel
-from dino_train.data import ImageFolder
-from dino_train.device import pick_device
+from dino_train.common import parallel
+from dino_train.common.device import pick_device
+from dino_train.data.folder import ImageFolder
+from dino_train.data.loader import BadImages, CropLoader, eval_loader
 from dino_train.evaluate.features import Features, extract
 from dino_train.evaluate.metrics import accuracy, label_ranks
 from dino_train.evaluate.protocol import Frozen, require_labels
-from dino_train.loader import BadImages, CropLoader, eval_loader
 
 PARTS = ("train", "val")  # names of dumped features
 KNN_TEMPERATURE = 0.07  # eval_knn.py:218

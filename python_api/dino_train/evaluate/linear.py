@@ -13,17 +13,17 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from dino_train import checkpoint
-from dino_train.config import Switch
-from dino_train.data import ImageFolder
+from dino_train.common import checkpoint
+from dino_train.config.pretrain import Switch
+from dino_train.data.folder import ImageFolder
+from dino_train.data.loader import BadImages, require_batch
 from dino_train.evaluate.features import Features
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.metrics import accuracy, label_ranks
 from dino_train.evaluate.protocol import Frozen, log_skipped, require_labels
-from dino_train.loader import BadImages, require_batch
-from dino_train.model import VisionTransformer
-from dino_train.resnet import ResNet
-from dino_train.weights import Trained, load_linear
+from dino_train.models.resnet import ResNet
+from dino_train.models.vit import VisionTransformer
+from dino_train.models.weights import Trained, load_linear
 
 # For a batch of 256. DINOv2's grid, and what a few thousand images need beyond it.
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)

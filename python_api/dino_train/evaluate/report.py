@@ -17,18 +17,18 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageOps
 
-from dino_train.config import PretrainConfig, default_workers
-from dino_train.data import ImageFolder, split
-from dino_train.decode import UnreadableImage
+from dino_train.common.files import atomic
+from dino_train.config.pretrain import PretrainConfig, default_workers
+from dino_train.data.decode import UnreadableImage
+from dino_train.data.folder import ImageFolder, split
+from dino_train.data.loader import BadImages, eval_loader
+from dino_train.engine.watch import METRICS, collapse_signs, read_metrics
 from dino_train.evaluate.attention import attention_of, heat, overlay, to_range
 from dino_train.evaluate.features import extract
 from dino_train.evaluate.knn import nearest
 from dino_train.evaluate.protocol import Protocol
-from dino_train.files import atomic
-from dino_train.loader import BadImages, eval_loader
-from dino_train.model import VisionTransformer
-from dino_train.watch import METRICS, collapse_signs, read_metrics
-from dino_train.weights import Trained
+from dino_train.models.vit import VisionTransformer
+from dino_train.models.weights import Trained
 
 CELL = 120  # side of a picture, in pixels
 PICTURES = 8  # held-out images that are shown

@@ -14,13 +14,13 @@ import tyro
 from PIL import Image
 from torch import Tensor, nn
 
-from dino_train.data import ImageFolder
-from dino_train.device import pick_device
+from dino_train.common.device import pick_device
+from dino_train.config.options import require_least
+from dino_train.data.folder import ImageFolder
+from dino_train.data.loader import BadImages, image_loader, to_tensor
 from dino_train.evaluate.features import Cache
 from dino_train.evaluate.metrics import mean_average_precision
 from dino_train.evaluate.protocol import Extraction
-from dino_train.loader import BadImages, image_loader, to_tensor
-from dino_train.options import require_least
 
 KS = (1, 5, 10)
 SCALES = (1.0, 2**-0.5, 0.5)  # utils.py:806

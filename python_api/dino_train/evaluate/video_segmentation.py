@@ -24,14 +24,14 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from dino_train.decode import load_file
+from dino_train.common.files import atomic
+from dino_train.config.options import require_least
+from dino_train.data.decode import load_file
+from dino_train.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.evaluate.davis import Video, read_mask, score, validation_videos
 from dino_train.evaluate.features import weights_digest
 from dino_train.evaluate.protocol import Protocol
-from dino_train.files import atomic
-from dino_train.loader import IMAGENET_MEAN, IMAGENET_STD
-from dino_train.model import VisionTransformer
-from dino_train.options import require_least
+from dino_train.models.vit import VisionTransformer
 
 TEMPERATURE = 0.1  # eval_video_segmentation.py:140
 TILE = 12  # side of the squares of patches that find their sources together: keeps the similarities small

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dino_train.files import atomic
+from dino_train.common.files import atomic
 
 logger = logging.getLogger(__name__)
 

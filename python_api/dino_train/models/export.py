@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_train.loader import IMAGENET_MEAN, IMAGENET_STD
-from dino_train.model import VIT_SIZES, VisionTransformer
-from dino_train.weights import Trained
+from dino_train.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.models.vit import VIT_SIZES, VisionTransformer
+from dino_train.models.weights import Trained
 
 Format = Literal["safetensors", "timm", "huggingface", "onnx"]
 FOLDERS = ("timm", "huggingface")

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dino_train.decode import decoded
-from dino_train.store import Store
+from dino_train.data.decode import decoded
+from dino_train.data.tar_index import Store
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 

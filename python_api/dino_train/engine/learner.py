@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dino_kernels import dino_loss
-from dino_train import parallel
-from dino_train.arena import AdamWithEMA, Arena, TorchWithEMA
-from dino_train.config import PretrainConfig
-from dino_train.device import gpu_of
-from dino_train.graph import Graphed
-from dino_train.model import DINOModel, VisionTransformer, build_model
-from dino_train.optim import LARS, cosine_schedule, parameter_groups, teacher_temp_schedule
+from dino_train.common import parallel
+from dino_train.common.device import gpu_of
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.engine.arena import AdamWithEMA, Arena, TorchWithEMA
+from dino_train.engine.graph import Graphed
+from dino_train.engine.optim import LARS, cosine_schedule, parameter_groups, teacher_temp_schedule
+from dino_train.models.vit import DINOModel, VisionTransformer, build_model
 
 CENTER_MOMENTUM = 0.9  # main_dino.py:365
 

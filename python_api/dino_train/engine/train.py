@@ -14,16 +14,16 @@ from typing import Any, TypeGuard
 
 import torch
 
-from dino_train import checkpoint, parallel
-from dino_train.config import PretrainConfig
-from dino_train.data import ImageFolder, split
-from dino_train.device import gpu_of, pick_device
+from dino_train.common import checkpoint, parallel
+from dino_train.common.device import gpu_of, pick_device
+from dino_train.common.process import use_huge_pages
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.data.folder import ImageFolder, split
+from dino_train.data.loader import Bad, BadImages, CropLoader, require_batch
+from dino_train.data.stream import ShardStream, count_samples, is_shards, shard_urls
+from dino_train.engine.learner import Learner, NonFiniteLoss, StepResult
+from dino_train.engine.watch import CollapseWatch, Metrics, Progress, plot_curves, read_metrics
 from dino_train.evaluate import knn_accuracy, view_retrieval
-from dino_train.learner import Learner, NonFiniteLoss, StepResult
-from dino_train.loader import Bad, BadImages, CropLoader, require_batch
-from dino_train.process import use_huge_pages
-from dino_train.stream import ShardStream, count_samples, is_shards, shard_urls
-from dino_train.watch import CollapseWatch, Metrics, Progress, plot_curves, read_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dino_train.arena import Arena
-from dino_train.device import gpu_of
+from dino_train.common.device import gpu_of
+from dino_train.engine.arena import Arena
 
 BUCKETS = 4  # few large sums: the last one waits for the backward's end, the others run beside it
 

@@ -13,10 +13,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from dino_train.data import ImageFolder
-from dino_train.decode import decode, jpeg_size, reason
-from dino_train.store import BLOCK, ENCODING, INDEX, Head, Index, header
-from dino_train.threads import in_order
+from dino_train.data.decode import decode, jpeg_size, reason
+from dino_train.data.folder import ImageFolder
+from dino_train.data.tar_index import BLOCK, ENCODING, INDEX, Head, Index, header
+from dino_train.data.threads import in_order
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 import torch
 
 from dino_kernels import CropKind
-from dino_train.device import gpu_of
-from dino_train.flags import tyro
-from dino_train.model import ARCHS
+from dino_train.common.device import gpu_of
+from dino_train.common.flags import tyro
+from dino_train.models.vit import ARCHS
 
-EMBEDDED_DATA = Path(__file__).with_name("cifar10-5k.zip")
+EMBEDDED_DATA = Path(__file__).parents[1] / "data/cifar10-5k.zip"
 
 _WORDS = {"on": True, "true": True, "1": True, "yes": True, "off": False, "false": False, "0": False, "no": False}
 

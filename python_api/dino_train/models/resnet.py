@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_train.device import gpu_of
+from dino_train.common.device import gpu_of
 
 _NO_TOKENS = "a ResNet has no blocks of tokens and no attention: call it for its pooled features, or take a ViT"
 

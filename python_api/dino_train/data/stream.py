@@ -22,10 +22,10 @@ from threading import Event, Thread
 import numpy as np
 import torch
 
-from dino_train import parallel
-from dino_train.data import SUFFIXES, Candidate, DataError, Sample, generator
-from dino_train.files import atomic
-from dino_train.store import Index
+from dino_train.common import parallel
+from dino_train.common.files import atomic
+from dino_train.data.folder import SUFFIXES, Candidate, DataError, Sample, generator
+from dino_train.data.tar_index import Index
 
 WINDOW = 1024  # samples that are shuffled together, and kept in memory as files: 100 MB of ImageNet, up to four times
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from dino_train.device import Gpu
+from dino_train.common.device import Gpu
 
 WARMUP = 3  # calls that run plainly first: kernels compile, tables are uploaded, memory finds its size
 

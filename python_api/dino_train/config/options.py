@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dino_train.device import pick_device
-from dino_train.model import ARCHS
-from dino_train.weights import Trained, load_trained
+from dino_train.common.device import pick_device
+from dino_train.models.vit import ARCHS
+from dino_train.models.weights import Trained, load_trained
 
 
 def require_least(options: object, **least: int) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_train import checkpoint
-from dino_train.checkpoint import CheckpointError
-from dino_train.model import VIT_SIZES, VisionTransformer, vit
-from dino_train.resnet import ResNet, resnet50
+from dino_train.common import checkpoint
+from dino_train.common.checkpoint import CheckpointError
+from dino_train.models.resnet import ResNet, resnet50
+from dino_train.models.vit import VIT_SIZES, VisionTransformer, vit
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dino_train.block import Block, Branch, Packing, split_sequences
-from dino_train.device import gpu_of
-from dino_train.head import DINOHead
-from dino_train.layers import PatchEmbed, init_linear
-from dino_train.resnet import ResNet, resnet50
+from dino_train.common.device import gpu_of
+from dino_train.models.block import Block, Branch, Packing, split_sequences
+from dino_train.models.head import DINOHead
+from dino_train.models.layers import PatchEmbed, init_linear
+from dino_train.models.resnet import ResNet, resnet50
 
 
 class Size(NamedTuple):

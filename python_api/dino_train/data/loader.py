@@ -27,10 +27,10 @@ from PIL import Image
 from torch import Tensor
 
 from dino_kernels import CropKind, draw_crops, multicrop, multicrop_packed
-from dino_train.data import DataError, ImageFolder, Sample
-from dino_train.decode import UnreadableImage, decode, decode_smaller, jpeg_size, reason
-from dino_train.device import Event, Gpu, gpu_of
-from dino_train.threads import Threads, in_order
+from dino_train.common.device import Event, Gpu, gpu_of
+from dino_train.data.decode import UnreadableImage, decode, decode_smaller, jpeg_size, reason
+from dino_train.data.folder import DataError, ImageFolder, Sample
+from dino_train.data.threads import Threads, in_order
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -1,0 +1,1 @@
+"""What the other rooms use: device, files, checkpoints, ranks, the process."""

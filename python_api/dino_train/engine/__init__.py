@@ -1,0 +1,1 @@
+"""A run: its step, optimizers, gradient sum over ranks, CUDA graph, metrics."""

@@ -1,0 +1,1 @@
+"""Backbones and head, published weights in, export out."""
