@@ -47,10 +47,10 @@ def stop_at(step: int, metrics: Path) -> None:
 
 def run(send: Send, part: str, folder: str, device: str, toy: bool) -> None:
     """part: "start", which ends at the signal, or "resume"."""
+    from dino_train.common.metrics import read_metrics
     from dino_train.common.process import tune
     from dino_train.config.pretrain import PretrainConfig
     from dino_train.engine.train import Interrupted, pretrain
-    from dino_train.engine.watch import read_metrics
 
     tune()
     resume, size = part == "resume", TOY if toy else {"arch": "vit_small", "precision": "bfloat16"}

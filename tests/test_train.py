@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from dino_train.common import checkpoint
+from dino_train.common.metrics import read_metrics
 from dino_train.common.process import _ADDRESSES
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.data.folder import DataError
 from dino_train.engine import train
 from dino_train.engine.learner import Learner, NonFiniteLoss
 from dino_train.engine.train import pretrain
-from dino_train.engine.watch import CollapseWatch, read_metrics
+from dino_train.engine.watch import CollapseWatch
 from PIL import Image
 
 STEPS_PER_EPOCH = 5

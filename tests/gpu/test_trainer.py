@@ -18,12 +18,12 @@ import coverage
 import pytest
 import torch
 from dino_train.common import checkpoint, parallel
+from dino_train.common.metrics import read_metrics
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.data.folder import ImageFolder, loader
-from dino_train.engine import graph, learner, train
+from dino_train.engine import gradient_sum, graph, learner, train
 from dino_train.engine.learner import Learner, NonFiniteLoss
 from dino_train.engine.train import pretrain
-from dino_train.engine.watch import read_metrics
 from dino_train.evaluate.features import extract
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.knn import view_retrieval
@@ -385,7 +385,7 @@ def test_ranks_join_by_their_devices_names(monkeypatch):
 def test_batch_norm_over_ranks_and_no_graph_there(config, monkeypatch):
     monkeypatch.setattr(parallel, "size", lambda: 2)
     monkeypatch.setattr(parallel, "broadcast", lambda tensors: None)
-    monkeypatch.setattr(parallel.GradientSum, "__init__", lambda self, arena: None)
+    monkeypatch.setattr(gradient_sum.GradientSum, "__init__", lambda self, arena: None)
     with Double().installed():
         net = Learner(replace(config, use_bn_in_head=True), 5, CPU)
     assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in net.student.modules()) == 2

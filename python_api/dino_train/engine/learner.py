@@ -14,6 +14,7 @@ from dino_train.common import parallel
 from dino_train.common.device import gpu_of
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine.arena import AdamWithEMA, Arena, TorchWithEMA
+from dino_train.engine.gradient_sum import GradientSum
 from dino_train.engine.graph import Graphed
 from dino_train.engine.optim import LARS, cosine_schedule, parameter_groups, teacher_temp_schedule
 from dino_train.models.vit import DINOModel, VisionTransformer, build_model
@@ -81,7 +82,7 @@ class Learner:
             self.arena.materialize()
         self.center = torch.zeros(1, config.out_dim, device=device)
         self.optimizer = self._optimizer()
-        self.gradient_sum = parallel.GradientSum(self.arena)
+        self.gradient_sum = GradientSum(self.arena)
         steps = config.epochs * steps_per_epoch
         self.lr = cosine_schedule(
             config.lr * config.batch_size_per_gpu * parallel.size() / 256,
@@ -184,7 +185,7 @@ class Learner:
         if last_layer.weight_v.requires_grad is frozen:
             self.arena.freeze(last_layer, frozen)
             self.gradient_sum.remove()
-            self.gradient_sum = parallel.GradientSum(self.arena)
+            self.gradient_sum = GradientSum(self.arena)
             if isinstance(self.optimizer, AdamWithEMA):
                 self.optimizer.track_frozen()
             self.update = self._fresh_update()

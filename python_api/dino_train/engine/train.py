@@ -16,13 +16,14 @@ import torch
 
 from dino_train.common import checkpoint, parallel
 from dino_train.common.device import gpu_of, pick_device
+from dino_train.common.metrics import Metrics, read_metrics
 from dino_train.common.process import use_huge_pages
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.data.folder import ImageFolder, split
 from dino_train.data.loader import Bad, BadImages, CropLoader, require_batch
 from dino_train.data.stream import ShardStream, count_samples, is_shards, shard_urls
 from dino_train.engine.learner import Learner, NonFiniteLoss, StepResult
-from dino_train.engine.watch import CollapseWatch, Metrics, Progress, plot_curves, read_metrics
+from dino_train.engine.watch import CollapseWatch, Progress, plot_curves
 from dino_train.evaluate import knn_accuracy, view_retrieval
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ import tyro
 from torch import Tensor, nn
 
 from dino_train.common import checkpoint
+from dino_train.common.metrics import Metrics
 from dino_train.data.folder import ImageFolder
 from dino_train.data.loader import BadImages, eval_loader
-from dino_train.engine.watch import Metrics
 from dino_train.evaluate.features import extract, weights_digest
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.metrics import accuracy, label_ranks

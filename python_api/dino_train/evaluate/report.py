@@ -18,11 +18,11 @@ import tyro
 from PIL import Image, ImageOps
 
 from dino_train.common.files import atomic
+from dino_train.common.metrics import METRICS, collapse_signs, read_metrics
 from dino_train.config.pretrain import PretrainConfig, default_workers
 from dino_train.data.decode import UnreadableImage
 from dino_train.data.folder import ImageFolder, split
 from dino_train.data.loader import BadImages, eval_loader
-from dino_train.engine.watch import METRICS, collapse_signs, read_metrics
 from dino_train.evaluate.attention import attention_of, heat, overlay, to_range
 from dino_train.evaluate.features import extract
 from dino_train.evaluate.knn import nearest

@@ -1,0 +1,61 @@
+"""The sum of gradients over the ranks, during the backward pass. Alone, a process does nothing of it."""
+
+from torch import Tensor
+
+from dino_train.common.parallel import Pending, size
+from dino_train.engine.arena import Arena
+
+BUCKETS = 4  # few large sums: the last one waits for the backward's end, the others run beside it
+
+
+class GradientSum:
+    """Sums an arena's gradient over the ranks, a few large slices at a time, each as soon as backward has filled it.
+
+    Made anew when it changes which parameters are trained.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self.pending = Pending()
+        self.slices: list[Tensor] = []
+        self.members: list[int] = []  # parameters with a gradient in each slice
+        self.missing: list[int] = []  # of those, still to come in this backward
+        self._hooks: list = []
+        if size() == 1:
+            return
+        whole, limit, begin = arena.offsets[-1], 0.0, 0
+        for i, parameter in enumerate(arena.parameters.values()):
+            if arena.offsets[i] >= limit:
+                begin, limit = arena.offsets[i], limit + whole / BUCKETS
+                self.slices.append(arena.grad[begin:])
+                self.members.append(0)
+            self.slices[-1] = arena.grad[begin : arena.offsets[i + 1]]
+            if parameter.requires_grad:
+                self.members[-1] += 1
+                # The node runs, and its hook, even where a layer added the gradient itself.
+                view = parameter.expand_as(parameter)
+                assert view.grad_fn is not None
+                node = view.grad_fn.next_functions[0][0]
+                assert node is not None
+                self._hooks.append((node, node.register_hook(self._counter(len(self.members) - 1))))
+        self.missing = [0] * len(self.members)
+
+    def _counter(self, bucket: int):
+        def count(*_: object) -> None:
+            self.missing[bucket] -= 1
+            if self.missing[bucket] == 0:
+                self.pending.add(self.slices[bucket])
+
+        return count
+
+    def start(self) -> None:
+        """Before the backward whose end completes the gradient."""
+        self.missing = list(self.members)
+
+    def wait(self) -> None:
+        """After it."""
+        assert not any(self.missing), self.missing
+        self.pending.wait()
+
+    def remove(self) -> None:
+        for _, hook in self._hooks:
+            hook.remove()
