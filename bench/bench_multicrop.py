@@ -23,16 +23,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.config.pretrain import EMBEDDED_DATA, PretrainConfig
 from dino_train.data.folder import ImageFolder
-from dino_train.data.loader import IMAGENET_MEAN, IMAGENET_STD, CropLoader
+from dino_train.data.loader import CropLoader
 from dino_train.data.pack import pack
 from PIL import Image
 from PIL import __version__ as pillow_version
 from pillow_crops import pillow_crop, pillow_levels, reference_loader
 
 from dino_kernels import CropKind, draw_crops, multicrop
-from dino_kernels.ops.multicrop import JITTER
+from dino_kernels._core.native import JITTER
 
 STEPS = ("resize", "flip", *JITTER, "grayscale", "blur", "solarize")
 KINDS = PretrainConfig().crop_kinds

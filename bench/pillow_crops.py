@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.data.folder import ImageFolder
-from dino_train.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino_kernels import CropKind, draw_crops
-from dino_kernels.ops.multicrop import JITTER
+from dino_kernels._core.native import JITTER
 
 _MEAN, _STD = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 _ENHANCE = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)

@@ -11,6 +11,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# What a room may import of its own package besides itself; "." is what lies beside the rooms.
+ROOMS = {
+    "dino_kernels": {
+        "_core": set(),
+        "triton": {"_core"},
+        "cuda": {"_core", "triton"},
+        "ops": {"_core", "cuda", "triton"},
+        ".": {"_core", "ops"},
+    },
+    "python_api/dino_train": {
+        "common": set(),
+        "data": {"common"},
+        "models": {"common"},
+        "config": {"common", "models"},
+        "evaluate": {"common", "config", "data", "models"},
+        "engine": {"common", "config", "data", "evaluate", "models"},
+        ".": {"common", "config", "data", "engine", "evaluate", "models"},
+    },
+}
 ALLOWED = {
     "dino_kernels": {"torch", "triton", "numpy", "dino_kernels"},
     "python_api": {"torch", "numpy", "PIL", "simplejpeg", "webdataset", "tyro", "tqdm", "matplotlib", "safetensors"}
@@ -34,6 +53,22 @@ def test_python_imports_stay_within_their_border(part):
     assert files
     for path in files:
         assert imported(path) <= ALLOWED[part], path
+
+
+@pytest.mark.parametrize("package, room", [(package, room) for package, rooms in ROOMS.items() for room in rooms])
+def test_rooms_know_only_those_below_them(package, room):
+    folder, name = ROOT / package, Path(package).name
+    files = list(folder.glob("*.py") if room == "." else (folder / room).rglob("*.py"))
+    assert files
+    for path in files:
+        other = set(re.findall(rf"(?:from|import) {name}\.(\w+)", path.read_text())) - {room}
+        other = {part for part in other if (folder / part).is_dir()}
+        assert other <= ROOMS[package][room], path
+
+
+def test_every_folder_is_a_room():
+    for package, rooms in ROOMS.items():
+        assert {path.parent.name for path in (ROOT / package).glob("*/*.py")} | {"."} == set(rooms)
 
 
 def test_csrc_includes_no_torch_header():

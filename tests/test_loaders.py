@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.data.folder import DataError, ImageFolder
 from dino_train.data.folder import loader as loader_module
 from dino_train.data.loader import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     BadImages,
     CropLoader,
     eval_loader,

@@ -16,7 +16,7 @@ from pillow_crops import pillow_levels
 from test_multicrop_triton import crop_row, picture
 
 from dino_kernels import CROP, draw_crops, multicrop
-from dino_kernels.ops.multicrop import JITTER
+from dino_kernels._core.native import JITTER
 
 KINDS = PretrainConfig().crop_kinds
 SMALL = PretrainConfig(global_crops_size=48, local_crops_size=20, local_crops_number=2).crop_kinds

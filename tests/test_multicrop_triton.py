@@ -7,7 +7,7 @@ import triton
 from checks import DTYPES, use_backend
 
 from dino_kernels import CROP, CropKind, draw_crops, multicrop, multicrop_packed
-from dino_kernels.ops.multicrop import JITTER
+from dino_kernels._core.native import JITTER
 
 # Global 1 and 2 and local crops of the reference, but for their sizes
 KINDS = [CropKind(40, (0.4, 1), 1.0, 0.0), CropKind(40, (0.4, 1), 0.1, 0.2), *[CropKind(18, (0.05, 0.4), 0.5, 0.0)] * 2]

@@ -16,8 +16,10 @@ except ImportError as error:
 
 # enum class DType in csrc/kernels.h
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# the steps of a crop's jitter, struct Crop there
+JITTER: tuple[str, ...] = ("brightness", "contrast", "saturation", "hue")
 
-__all__ = ["DTYPES", "_C", "address", "reused_empty", "setting"]
+__all__ = ["DTYPES", "JITTER", "_C", "address", "reused_empty", "setting"]
 
 
 def address(x: torch.Tensor | None) -> int:

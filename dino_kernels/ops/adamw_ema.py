@@ -20,6 +20,7 @@ from torch import Tensor
 from dino_kernels._core.backends import gpu_function
 from dino_kernels._core.native import _C, DTYPES, address, setting
 from dino_kernels._core.registry import custom_op
+from dino_kernels._core.results import last_layer
 from dino_kernels.ops.ema_update import momentum_tensor
 from dino_kernels.ops.weight_norm import weight_norm_reference_
 
@@ -169,12 +170,6 @@ def adamw_ema_step_reference_(
             copy[:copied].copy_(weights[:copied])
     for out, weights in zip(rows or (), (student, teacher), strict=False):
         weight_norm_reference_(out, *last_layer(weights, offsets, out))
-
-
-def last_layer(weights: Tensor, offsets: Sequence[int], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """v [K, D] and g [K, 1] in flat weights, of a layer whose rows have the shape [K, D]."""
-    v, g = weights[offsets[-2] : offsets[-2] + rows.numel()], weights[offsets[-3] : offsets[-3] + len(rows)]
-    return v.view(rows.shape), g.view(-1, 1)
 
 
 def _check(student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, offsets) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dino_kernels._core.native import _C, DTYPES, address
 from dino_kernels._core.registry import custom_op
+from dino_kernels._core.results import empty_gradients, empty_outputs, same_gradient
 from dino_kernels.ops.drop_path_add import check_residual
 
 __all__ = ["add_layer_norm", "add_layer_norm_reference"]
@@ -173,28 +174,6 @@ def _(grad_total, grad_normed, total, *args):
 @_norm_backward_.register_fake
 def _(grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, *_):
     return empty_gradients(grad_normed, total, scale, rows)
-
-
-def empty_outputs(x: Tensor, branch: Tensor, normed_rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count = len(x if normed_rows is None else normed_rows)
-    mean = x.new_empty(count, dtype=torch.float32)
-    return torch.empty_like(x), branch.new_empty(count, x.shape[1]), mean, torch.empty_like(mean)
-
-
-def same_gradient(grad_normed: Tensor, total: Tensor, scale: Tensor | None, rows: Tensor | None) -> bool:
-    """Whether the branch's gradient is that of x."""
-    return scale is None and rows is None and total.dtype == grad_normed.dtype
-
-
-def empty_gradients(
-    grad_normed: Tensor, total: Tensor, scale: Tensor | None, rows: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    shape = (
-        (0,)
-        if same_gradient(grad_normed, total, scale, rows)
-        else (len(total if rows is None else rows), total.shape[1])
-    )
-    return torch.empty_like(total), grad_normed.new_empty(shape)
 
 
 def _setup(ctx, inputs, output) -> None:

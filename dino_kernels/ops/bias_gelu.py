@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dino_kernels._core.native import _C, DTYPES
 from dino_kernels._core.registry import custom_op
+from dino_kernels._core.results import empty_output
 
 __all__ = ["bias_gelu", "bias_gelu_reference"]
 
@@ -95,10 +96,6 @@ def _(grad_out, x, bias, again=False):
 @_gelu_backward.register_fake
 def _(grad_out, x, bias, again=False):
     return torch.empty_like(x), torch.empty_like(bias), empty_output(x, again)
-
-
-def empty_output(x: Tensor, wanted: bool) -> Tensor:
-    return torch.empty_like(x) if wanted else x.new_empty(0)
 
 
 def _setup(ctx, inputs, output) -> None:

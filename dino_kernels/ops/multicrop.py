@@ -28,11 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino_kernels._core.native import _C, DTYPES
+from dino_kernels._core.native import _C, DTYPES, JITTER
 
-__all__ = ["CROP", "JITTER", "CropKind", "draw_crops", "multicrop", "multicrop_packed"]
-
-JITTER = ("brightness", "contrast", "saturation", "hue")
+__all__ = ["CROP", "CropKind", "draw_crops", "multicrop", "multicrop_packed"]
 
 # A drawn crop; struct Crop in csrc/kernels.h. box: left, top, right, bottom in pixels of the image; size: side of the
 # output in pixels; hue: fraction of the circle; blur: radius in pixels, 0 for none; order: indices into JITTER, used

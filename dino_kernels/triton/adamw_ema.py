@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dino_kernels.ops.adamw_ema import last_layer
+from dino_kernels._core.results import last_layer
 from dino_kernels.triton.common import argument, blend, blend_arguments, scalar
 from dino_kernels.triton.weight_norm import forward_triton
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dino_kernels.ops.bias_gelu import empty_output
+from dino_kernels._core.results import empty_output
 from dino_kernels.triton.column_sums import add_partial_sums
 
 __all__ = ["backward_triton", "forward_triton", "gelu"]

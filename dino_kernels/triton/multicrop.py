@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dino_kernels.ops.multicrop import JITTER
+from dino_kernels._core.native import JITTER
 
 __all__ = ["packed_triton"]
 

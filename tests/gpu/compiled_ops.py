@@ -13,7 +13,7 @@ from ptx import launch
 from ptx.dino_ops import FOLDER, use_triton
 
 import dino_kernels as D
-from dino_kernels.ops.multicrop import JITTER
+from dino_kernels._core.native import JITTER
 from dino_kernels.triton.column_sums import add_column_sums
 from dino_kernels.triton.mlp import hidden_triton
 

@@ -28,12 +28,11 @@ from torch import Tensor
 
 from dino_kernels import CropKind, draw_crops, multicrop, multicrop_packed
 from dino_train.common.device import Event, Gpu, gpu_of
+from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.data.decode import UnreadableImage, decode, decode_smaller, jpeg_size, reason
 from dino_train.data.folder import DataError, ImageFolder, Sample
 from dino_train.data.threads import Threads, in_order
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 STALL_SECONDS = 60.0  # a file that takes longer to read is left out
 
 # [3, 256]; numpy's, since torch would start threads of its own in each of ours

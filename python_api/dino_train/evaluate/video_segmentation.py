@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from dino_train.common.files import atomic
+from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.config.options import require_least
 from dino_train.data.decode import load_file
-from dino_train.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.evaluate.davis import Video, read_mask, score, validation_videos
 from dino_train.evaluate.features import weights_digest
 from dino_train.evaluate.protocol import Protocol

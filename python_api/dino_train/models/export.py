@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_train.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.models.vit import VIT_SIZES, VisionTransformer
 from dino_train.models.weights import Trained
 
