@@ -80,7 +80,8 @@ def attention() -> None:
         bounds = meta(sum(flat[::2]) + 1, dtype=torch.int32)
         for known in (flat, []):
             out, lse = attention_triton.forward_triton(qkv, bounds, known, 0.125)
-            attention_triton.backward_triton(out, qkv, out, lse, bounds, known, 0.125)
+            sums = meta(3 * 6 * channels, dtype=torch.float32)
+            attention_triton.backward_triton(out, qkv, out, lse, bounds, known, 0.125, sums)
 
 
 def ema_update() -> None:

@@ -114,22 +114,30 @@ def _(qkv, cu_seqlens, groups, scale):
     return _outputs(qkv)
 
 
-@custom_op("attention_backward")
-def _attention_backward(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, groups: list[int], scale: float
+@custom_op("attention_backward_", mutates_args=("sums",))
+def _attention_backward_(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    groups: list[int],
+    scale: float,
+    sums: Tensor | None,
 ) -> Tensor:
-    return _backward_cpu(grad_out, qkv, out, lse, cu_seqlens, groups, scale)
+    """The gradient of qkv; its sums over T are added to sums [3 H D], float32: the gradient of a bias of qkv."""
+    return _backward_cpu(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums)
 
 
-@_attention_backward.register_kernel("cuda")
-def _(grad_out, qkv, out, lse, cu_seqlens, groups, scale):
+@_attention_backward_.register_kernel("cuda")
+def _(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums):
     backward = gpu_function("attention", "backward", qkv.device, lambda: fits_cuda(qkv, groups, scale, grad_out))
     with torch.cuda.device(qkv.device):
-        return backward(grad_out, qkv, out, lse, cu_seqlens, groups, scale)
+        return backward(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums)
 
 
-@_attention_backward.register_fake
-def _(grad_out, qkv, out, lse, cu_seqlens, groups, scale):
+@_attention_backward_.register_fake
+def _(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums):
     return qkv.new_empty(qkv.shape)
 
 
@@ -147,8 +155,8 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_out, _):
     qkv, out, lse, cu_seqlens = ctx.saved_tensors
-    grad = torch.ops.dino_kernels.attention_backward(
-        grad_out.contiguous(), qkv, out, lse, cu_seqlens, ctx.groups, ctx.scale
+    grad = torch.ops.dino_kernels.attention_backward_(
+        grad_out.contiguous(), qkv, out, lse, cu_seqlens, ctx.groups, ctx.scale, None
     )
     return grad, None, None, None
 
@@ -168,11 +176,14 @@ def _forward_cpu(qkv, cu_seqlens, groups, scale):
     return out, lse
 
 
-def _backward_cpu(grad_out, qkv, out, lse, cu_seqlens, groups, scale):
+def _backward_cpu(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums):
     assert grad_out.is_contiguous() and out.is_contiguous() and lse.is_contiguous()
     _check_bounds(len(qkv), cu_seqlens, groups)
     grad = qkv.new_empty(qkv.shape)
     _run(qkv, cu_seqlens, scale, out, lse, grad_out, grad)
+    if sums is not None:
+        addresses = (sums.data_ptr(), grad.data_ptr())
+        _C.add_column_sums(*addresses, DTYPES[grad.dtype], len(grad), len(sums), torch.get_num_threads())
     return grad
 
 

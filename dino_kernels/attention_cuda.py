@@ -26,10 +26,14 @@ def forward_cuda(qkv, cu_seqlens, groups, scale):
     return out, lse
 
 
-def backward_cuda(grad_out, qkv, out, lse, cu_seqlens, groups, scale):
+def backward_cuda(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums):
     assert grad_out.is_contiguous() and out.is_contiguous() and lse.is_contiguous()
     grad = qkv.new_empty(qkv.shape)
     _run(qkv, groups, scale, out, lse, grad_out, grad)
+    if sums is not None:
+        from dino_kernels.column_sums_triton import add_column_sums
+
+        add_column_sums(grad.flatten(1), sums)
     return grad
 
 

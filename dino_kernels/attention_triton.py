@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from dino_kernels._triton import LOG2_E, operand, shared_memory
+from dino_kernels.column_sums_triton import add_partial_sums
 
 __all__ = ["backward_triton", "forward_triton"]
 
@@ -57,6 +58,19 @@ def _store(x, rows, end, d, stride, D, values):
     tl.store(x + rows[:, None].to(tl.int64) * stride + d[None, :], values.to(x.dtype.element_ty), mask)
 
 
+@triton.jit
+def _store_sums(sums, d, D, values):
+    """The sums of a block's columns, before they are rounded."""
+    if sums is not None:
+        tl.store(sums + d, tl.sum(values, axis=0), d < D)
+
+
+@triton.jit
+def _sums_of(sums, block, head, H, D):
+    """Where a block of a head keeps the sums of dQ; those of dK and dV follow at H * D and 2 H * D."""
+    return sums if sums is None else sums + (block * 3 * H + head) * D
+
+
 # Below, q points to the queries of a head, k at + stride_3, v at + 2 stride_3; out, grad_out and the three parts of
 # grad likewise to a head; lse and delta to a head's row. The exponential of the hardware is exp2: the scale takes the
 # factor log2(e), and one fma makes an exponent of a logit. lse is a natural logarithm.
@@ -95,7 +109,7 @@ def _forward_block(
 
 @triton.jit
 def _query_block(
-    q, grad_out, out, lse, delta, grad, begin, end, first, scale, stride_t, stride_3, H, D,
+    q, grad_out, out, lse, delta, grad, sums, begin, end, first, scale, stride_t, stride_3, H, D,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries; leaves delta = rowsum(dO * O) for the keys."""
@@ -119,12 +133,14 @@ def _query_block(
         p = tl.where((columns < end)[None, :], tl.exp2(tl.fma(s, scale * LOG2_E, -row_lse[:, None])), 0.0)
         ds = p * (tl.dot(do, tl.trans(values), input_precision=PRECISION) - row_delta[:, None])
         acc += tl.dot(ds.to(keys.dtype), keys, input_precision=PRECISION)
-    _store(grad, rows, end, d, 3 * H * D, D, acc * scale)
+    acc *= scale
+    _store(grad, rows, end, d, 3 * H * D, D, acc)
+    _store_sums(sums, d, D, acc)  # a row past the end is 0
 
 
 @triton.jit
 def _key_block(
-    q, grad_out, lse, delta, grad, begin, end, first, scale, stride_t, stride_3, H, D,
+    q, grad_out, lse, delta, grad, sums, begin, end, first, scale, stride_t, stride_3, H, D,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys."""
@@ -146,16 +162,24 @@ def _key_block(
         grad_v += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
         ds = p * (tl.dot(values, tl.trans(do), input_precision=PRECISION) - query_delta[None, :])
         grad_k += tl.dot(ds.to(queries.dtype), queries, input_precision=PRECISION)
-    _store(grad + H * D, rows, end, d, 3 * H * D, D, grad_k * scale)
+    grad_k *= scale
+    _store(grad + H * D, rows, end, d, 3 * H * D, D, grad_k)
     _store(grad + 2 * H * D, rows, end, d, 3 * H * D, D, grad_v)
+    if sums is not None:
+        inside = (rows < end)[:, None]
+        _store_sums(sums + H * D, d, D, tl.where(inside, grad_k, 0.0))
+        _store_sums(sums + 2 * H * D, d, D, tl.where(inside, grad_v, 0.0))
 
 
 @triton.jit
 def _single_block(
-    q, grad_out, out, lse, grad, begin, end, scale, stride_t, stride_3, H, D,
+    q, grad_out, out, lse, grad, sums, begin, end, scale, stride_t, stride_3, H, D,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a sequence that is no longer than a block: its probabilities are computed once."""
+    """All gradients of a sequence that is no longer than a block: its probabilities are computed once.
+
+    In all three, a row past the end is 0.
+    """
     d = tl.arange(0, BLOCK_D)
     rows = begin + tl.arange(0, BLOCK)
     queries = _load(q, rows, end, d, stride_t, D, WIDEN)
@@ -168,10 +192,16 @@ def _single_block(
     p = tl.where((rows < end)[None, :], tl.exp2(tl.fma(s, scale * LOG2_E, -row_lse[:, None])), 0.0)
     grad_v = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
     _store(grad + 2 * H * D, rows, end, d, 3 * H * D, D, grad_v)
+    if sums is not None:
+        _store_sums(sums + 2 * H * D, d, D, grad_v)
     ds = (p * (tl.dot(do, tl.trans(values), input_precision=PRECISION) - row_delta[:, None])).to(queries.dtype)
-    _store(grad, rows, end, d, 3 * H * D, D, tl.dot(ds, keys, input_precision=PRECISION) * scale)
-    grad_k = tl.dot(tl.trans(ds), queries, input_precision=PRECISION)
-    _store(grad + H * D, rows, end, d, 3 * H * D, D, grad_k * scale)
+    grad_q = tl.dot(ds, keys, input_precision=PRECISION) * scale
+    _store(grad, rows, end, d, 3 * H * D, D, grad_q)
+    _store_sums(sums, d, D, grad_q)
+    grad_k = tl.dot(tl.trans(ds), queries, input_precision=PRECISION) * scale
+    _store(grad + H * D, rows, end, d, 3 * H * D, D, grad_k)
+    if sums is not None:
+        _store_sums(sums + H * D, d, D, grad_k)
 
 
 @triton.jit
@@ -191,7 +221,7 @@ def _forward_kernel(
 
 @triton.jit
 def _query_kernel(
-    qkv, grad_out, out, lse, delta, grad, cu_seqlens, sequences, first_token, length, tokens, scale,
+    qkv, grad_out, out, lse, delta, grad, sums, cu_seqlens, sequences, first_token, length, tokens, scale,
     stride_t, stride_3, stride_h, H, D,
     STEPS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -202,13 +232,14 @@ def _query_kernel(
     if first < end:
         _query_block(
             qkv + head * stride_h, grad_out + head * D, out + head * D, lse + row, delta + row, grad + head * D,
-            begin, end, first, scale, stride_t, stride_3, H, D, BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
+            _sums_of(sums, tl.program_id(0), head, H, D), begin, end, first, scale, stride_t, stride_3, H, D,
+            BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
         )  # fmt: skip
 
 
 @triton.jit
 def _key_kernel(
-    qkv, grad_out, lse, delta, grad, cu_seqlens, sequences, first_token, length, tokens, scale,
+    qkv, grad_out, lse, delta, grad, sums, cu_seqlens, sequences, first_token, length, tokens, scale,
     stride_t, stride_3, stride_h, H, D,
     STEPS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
@@ -219,7 +250,8 @@ def _key_kernel(
     if first < end:
         _key_block(
             qkv + head * stride_h, grad_out + head * D, lse + row, delta + row, grad + head * D,
-            begin, end, first, scale, stride_t, stride_3, H, D, BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
+            _sums_of(sums, tl.program_id(0), head, H, D), begin, end, first, scale, stride_t, stride_3, H, D,
+            BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
         )  # fmt: skip
 
 
@@ -240,13 +272,15 @@ def _short_forward_kernel(
 
 @triton.jit
 def _short_backward_kernel(
-    qkv, grad_out, out, lse, delta, grad, first_token, length, tokens, scale, stride_t, stride_3, stride_h, H, D,
+    qkv, grad_out, out, lse, delta, grad, sums, first_token, length, tokens, scale, stride_t, stride_3, stride_h, H, D,
     SINGLE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % H
-    begin = first_token + tl.program_id(0) // H * length
+    sequence = tl.program_id(0) // H
+    begin = first_token + sequence * length
     end = begin + length
+    block = sequence * tl.cdiv(length, BLOCK)
     qkv += head * stride_h
     grad_out += head * D
     out += head * D
@@ -255,20 +289,22 @@ def _short_backward_kernel(
     delta += head.to(tl.int64) * tokens
     if SINGLE:
         _single_block(
-            qkv, grad_out, out, lse, grad, begin, end, scale, stride_t, stride_3, H, D,
-            BLOCK, BLOCK_D, PRECISION, WIDEN,
+            qkv, grad_out, out, lse, grad, _sums_of(sums, block, head, H, D), begin, end,
+            scale, stride_t, stride_3, H, D, BLOCK, BLOCK_D, PRECISION, WIDEN,
         )  # fmt: skip
     else:
         for first in range(begin, end, BLOCK):
             _query_block(
-                qkv, grad_out, out, lse, delta, grad, begin, end, first, scale, stride_t, stride_3, H, D,
-                BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
+                qkv, grad_out, out, lse, delta, grad,
+                _sums_of(sums, block + (first - begin) // BLOCK, head, H, D),
+                begin, end, first, scale, stride_t, stride_3, H, D, BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
             )  # fmt: skip
         tl.debug_barrier()  # delta is read by other threads than wrote it
         for first in range(begin, end, BLOCK):
             _key_block(
-                qkv, grad_out, lse, delta, grad, begin, end, first, scale, stride_t, stride_3, H, D,
-                BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
+                qkv, grad_out, lse, delta, grad,
+                _sums_of(sums, block + (first - begin) // BLOCK, head, H, D),
+                begin, end, first, scale, stride_t, stride_3, H, D, BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
             )  # fmt: skip
 
 
@@ -335,22 +371,32 @@ def forward_triton(qkv, cu_seqlens, groups, scale):
     return out, lse
 
 
-def backward_triton(grad_out, qkv, out, lse, cu_seqlens, groups, scale):
+def backward_triton(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums):
     assert grad_out.is_contiguous() and out.is_contiguous() and lse.is_contiguous()
     tokens, _, heads, channels = qkv.shape
     grad, delta = qkv.new_empty(qkv.shape), torch.empty_like(lse)
     common = (tokens, scale, *qkv.stride()[:3], heads, channels)
+    batches = []
     for first, count, length in _batches(len(cu_seqlens) - 1, groups) if tokens else ():
         tiles = _tiles(length or tokens, channels, qkv.dtype, backward=True)
+        batches.append((first, count, length, _grid(count, length, tokens, tiles["BLOCK"], heads), tiles))
+    partial, rows = None, 0
+    if sums is not None:  # of unknown lengths, some programs have no block
+        new = qkv.new_empty if groups else qkv.new_zeros
+        partial = new(sum(grid[0] for *_, grid, _ in batches), 1, 3 * heads * channels, dtype=torch.float32)
+    for first, count, length, grid, tiles in batches:
+        of_batch = None if partial is None else partial[rows:]
+        rows += grid[0]
         if 0 < length <= _SHORT:
             single = length <= tiles["BLOCK"]
             _short_backward_kernel[(count * heads,)](
-                qkv, grad_out, out, lse, delta, grad, first, length, *common, SINGLE=single, **tiles
+                qkv, grad_out, out, lse, delta, grad, of_batch, first, length, *common, SINGLE=single, **tiles
             )
         else:
-            grid = _grid(count, length, tokens, tiles["BLOCK"], heads)
-            place = (cu_seqlens, count, first, length, *common)
+            place = (of_batch, cu_seqlens, count, first, length, *common)
             steps = 0 if length else count.bit_length()
             _query_kernel[grid](qkv, grad_out, out, lse, delta, grad, *place, STEPS=steps, **tiles)
             _key_kernel[grid](qkv, grad_out, lse, delta, grad, *place, STEPS=steps, **tiles)
+    if rows and partial is not None:
+        add_partial_sums(partial, sums)
     return grad

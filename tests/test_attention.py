@@ -130,6 +130,22 @@ def test_every_path_of_known_lengths(device, dtype, channels):
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [[], [(1, 197), (3, 37), (2, 0), (1, 64), (1, 330)]])
+def test_the_gradient_of_a_bias_is_added_to_what_is_there(device, dtype, groups):
+    lengths = [length for count, length in groups for _ in range(count)] or LENGTHS
+    qkv, bounds = inputs(lengths, heads=3, channels=40, dtype=dtype, device=device)
+    flat, scale = [n for group in groups for n in group], 40**-0.5
+    out, lse = torch.ops.dino_kernels.attention(qkv, bounds, flat, scale)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(device, dtype)
+    arguments = grad_out, qkv, out, lse, bounds, flat, scale
+    sums = torch.ones(3 * 3 * 40, device=device)
+    grad = torch.ops.dino_kernels.attention_backward_(*arguments, sums)
+    assert torch.equal(grad, torch.ops.dino_kernels.attention_backward_(*arguments, None))
+    eager, exact = (1 + run(attention_reference, x, bounds, grad_out)[1].flatten(1).sum(0) for x in (qkv, qkv.double()))
+    assert_as_accurate(sums, eager, exact, floor=1e-6 if dtype == torch.float32 else 1e-3)
+
+
 @pytest.mark.parametrize("length", [65, 145, 257, 320, 321])
 def test_lengths_around_the_borders_of_the_paths(device, length):
     qkv, bounds = inputs([length, length], heads=1, channels=64, device=device)
@@ -193,8 +209,9 @@ def test_opcheck_and_compile(device):
     for groups in ([], [1, 5, 1, 9, 1, 5]):
         torch.library.opcheck(torch.ops.dino_kernels.attention.default, (qkv, bounds, groups, 0.2))
         out, lse = torch.ops.dino_kernels.attention(qkv.detach(), bounds, groups, 0.2)
-        args = (torch.randn_like(out), qkv.detach(), out, lse, bounds, groups, 0.2)
-        torch.library.opcheck(torch.ops.dino_kernels.attention_backward.default, args)
+        for sums in (None, torch.zeros(3 * 2 * 32, device=device)):
+            args = (torch.randn_like(out), qkv.detach(), out, lse, bounds, groups, 0.2, sums)
+            torch.library.opcheck(torch.ops.dino_kernels.attention_backward_.default, args)
 
     def doubled(qkv, bounds):
         return 3 * attention(2 * qkv, bounds, groups=[(1, 5), (1, 9), (1, 5)])

@@ -155,7 +155,7 @@ def attention_arguments():
 
 def attention_backward_arguments():
     x = attention_arguments()
-    return torch.ones(40, 2, 64).half(), x[0], *_OPS["attention"].cpu(*x), *x[1:]
+    return torch.ones(40, 2, 64).half(), x[0], *_OPS["attention"].cpu(*x), *x[1:], torch.ones(3 * 2 * 64)
 
 
 @needs_nvcc
@@ -166,7 +166,7 @@ def attention_backward_arguments():
         ("ema_update", "ema_update_", ema_update_arguments),
         ("adamw_ema", "adamw_ema_step_", adamw_ema_arguments),
         ("attention", "attention", attention_arguments),
-        ("attention", "attention_backward", attention_backward_arguments),
+        ("attention", "attention_backward_", attention_backward_arguments),
         ("dino_loss", "dino_loss", dino_loss_arguments),
         ("dino_loss", "dino_loss_", dino_loss_arguments),
         ("dino_loss", "dino_loss_scale_", lambda: (torch.arange(12.0).view(3, 4), torch.tensor(2.0))),

@@ -85,7 +85,7 @@ def test_every_op_is_registered_with_a_fake_and_a_gpu_kernel():
         "ema_update_",
         "adamw_ema_step_",
         "attention",
-        "attention_backward",
+        "attention_backward_",
         "add_layer_norm",
         "add_layer_norm_backward_",
         "bias_gelu",

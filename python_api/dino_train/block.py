@@ -202,7 +202,7 @@ class _Whole(torch.autograd.Function):
 
 
 _linear, _add_product_ = without_autograd("linear"), without_autograd("add_product_")
-_attention, _attention_backward = without_autograd("attention"), without_autograd("attention_backward")
+_attention, _attention_backward_ = without_autograd("attention"), without_autograd("attention_backward_")
 _norm, _norm_backward_ = without_autograd("add_layer_norm"), without_autograd("add_layer_norm_backward_")
 _mlp, _mlp_backward_ = without_autograd("mlp"), without_autograd("mlp_backward_")
 
@@ -216,8 +216,11 @@ def _heads(normed: Tensor, attn: Any, packing: Packing) -> tuple[Tensor, ...]:
 
 def _heads_backward(grad: Tensor, normed: Tensor, attn: Any, packing: Packing, *kept: Tensor) -> Tensor:
     qkv, heads, lse = kept
+    bias = attn.qkv.bias.grad
+    in_attention, in_linear = (bias, None) if gpu_of(grad.device) else (None, bias)
     arguments = grad.view_as(heads), qkv, heads, lse, packing.cu_seqlens, packing.flat, qkv.shape[3] ** -0.5
-    return _linear_gradients(_attention_backward(*arguments).flatten(1), normed, attn.qkv, attn.qkv.bias.grad)
+    grad_qkv = _attention_backward_(*arguments, in_attention).flatten(1)
+    return _linear_gradients(grad_qkv, normed, attn.qkv, in_linear)
 
 
 def _class_heads(normed: Tensor, attn: Any, packing: Packing) -> tuple[Tensor, ...]:
@@ -319,7 +322,8 @@ class _Chain(torch.autograd.Function):
         normed, out, heads, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd, *attended = ctx.saved_tensors
         attention_branch, mlp_branch, next_branch = ctx.branches
         grad, grad_normed = _dense(grad, grad_normed, ctx.normed_like)
-        # The gradient of the bias that a branch ends with comes out of the norm's pass, or of the linear layer's.
+        # The gradient of the bias that a branch ends with comes out of the norm's pass, or of the linear layer's;
+        # that of queries, keys and values likewise out of the attention's.
         biases = attn.proj.bias.grad, fc2.bias.grad
         in_norm, in_linear = (biases, (None, None)) if gpu_of(out.device) else ((None, None), biases)
         stats = out, out_mean, out_rstd
