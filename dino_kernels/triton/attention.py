@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dino_kernels.triton.column_sums import add_partial_sums
+from dino_kernels.triton.column_sums import add_column_sums, add_partial_sums
 from dino_kernels.triton.common import LOG2_E, operand, shared_memory
 
 __all__ = ["backward_triton", "forward_triton"]
@@ -59,21 +59,16 @@ def _store(x, rows, end, d, stride, D, values):
 
 
 @triton.jit
-def _store_sums(sums, d, D, values):
+def _store_sums(sums, at, d, D, values):
     """The sums of a block's columns, before they are rounded."""
     if sums is not None:
-        tl.store(sums + d, tl.sum(values, axis=0), d < D)
-
-
-@triton.jit
-def _sums_of(sums, block, head, H, D):
-    """Where a block of a head keeps the sums of dQ; those of dK and dV follow at H * D and 2 H * D."""
-    return sums if sums is None else sums + (block * 3 * H + head) * D
+        tl.store(sums + at + d, tl.sum(values, axis=0), d < D)
 
 
 # Below, q points to the queries of a head, k at + stride_3, v at + 2 stride_3; out, grad_out and the three parts of
-# grad likewise to a head; lse and delta to a head's row. The exponential of the hardware is exp2: the scale takes the
-# factor log2(e), and one fma makes an exponent of a logit. lse is a natural logarithm.
+# grad likewise to a head; lse and delta to a head's row. `at` is where sums [blocks, 3, H, D]
+# has those of a block of a head's dQ. The exponential of the hardware is exp2: the scale takes the factor log2(e), and
+# one fma makes an exponent of a logit. lse is a natural logarithm.
 
 
 @triton.jit
@@ -109,7 +104,7 @@ def _forward_block(
 
 @triton.jit
 def _query_block(
-    q, grad_out, out, lse, delta, grad, sums, begin, end, first, scale, stride_t, stride_3, H, D,
+    q, grad_out, out, lse, delta, grad, sums, at, begin, end, first, scale, stride_t, stride_3, H, D,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries; leaves delta = rowsum(dO * O) for the keys."""
@@ -135,12 +130,12 @@ def _query_block(
         acc += tl.dot(ds.to(keys.dtype), keys, input_precision=PRECISION)
     acc *= scale
     _store(grad, rows, end, d, 3 * H * D, D, acc)
-    _store_sums(sums, d, D, acc)  # a row past the end is 0
+    _store_sums(sums, at, d, D, acc)  # a row past the end is 0
 
 
 @triton.jit
 def _key_block(
-    q, grad_out, lse, delta, grad, sums, begin, end, first, scale, stride_t, stride_3, H, D,
+    q, grad_out, lse, delta, grad, sums, at, begin, end, first, scale, stride_t, stride_3, H, D,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys."""
@@ -167,13 +162,13 @@ def _key_block(
     _store(grad + 2 * H * D, rows, end, d, 3 * H * D, D, grad_v)
     if sums is not None:
         inside = (rows < end)[:, None]
-        _store_sums(sums + H * D, d, D, tl.where(inside, grad_k, 0.0))
-        _store_sums(sums + 2 * H * D, d, D, tl.where(inside, grad_v, 0.0))
+        _store_sums(sums, at + H * D, d, D, tl.where(inside, grad_k, 0.0))
+        _store_sums(sums, at + 2 * H * D, d, D, tl.where(inside, grad_v, 0.0))
 
 
 @triton.jit
 def _single_block(
-    q, grad_out, out, lse, grad, sums, begin, end, scale, stride_t, stride_3, H, D,
+    q, grad_out, out, lse, grad, sums, at, begin, end, scale, stride_t, stride_3, H, D,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a sequence that is no longer than a block: its probabilities are computed once.
@@ -186,22 +181,20 @@ def _single_block(
     keys = _load(q + stride_3, rows, end, d, stride_t, D, WIDEN)
     values = _load(q + 2 * stride_3, rows, end, d, stride_t, D, WIDEN)
     do = _load(grad_out, rows, end, d, H * D, D, WIDEN)
-    row_delta = tl.sum(tl.fma(do.to(tl.float32), _load(out, rows, end, d, H * D, D, True), 0.0), axis=1)
+    row_delta = tl.sum(do.to(tl.float32) * _load(out, rows, end, d, H * D, D, True), axis=1)
     row_lse = tl.load(lse + rows, rows < end, other=0.0) * LOG2_E
     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     p = tl.where((rows < end)[None, :], tl.exp2(tl.fma(s, scale * LOG2_E, -row_lse[:, None])), 0.0)
     grad_v = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
     _store(grad + 2 * H * D, rows, end, d, 3 * H * D, D, grad_v)
-    if sums is not None:
-        _store_sums(sums + 2 * H * D, d, D, grad_v)
+    _store_sums(sums, at + 2 * H * D, d, D, grad_v)
     ds = (p * (tl.dot(do, tl.trans(values), input_precision=PRECISION) - row_delta[:, None])).to(queries.dtype)
     grad_q = tl.dot(ds, keys, input_precision=PRECISION) * scale
     _store(grad, rows, end, d, 3 * H * D, D, grad_q)
-    _store_sums(sums, d, D, grad_q)
+    _store_sums(sums, at, d, D, grad_q)
     grad_k = tl.dot(tl.trans(ds), queries, input_precision=PRECISION) * scale
     _store(grad + H * D, rows, end, d, 3 * H * D, D, grad_k)
-    if sums is not None:
-        _store_sums(sums + H * D, d, D, grad_k)
+    _store_sums(sums, at + H * D, d, D, grad_k)
 
 
 @triton.jit
@@ -232,7 +225,7 @@ def _query_kernel(
     if first < end:
         _query_block(
             qkv + head * stride_h, grad_out + head * D, out + head * D, lse + row, delta + row, grad + head * D,
-            _sums_of(sums, tl.program_id(0), head, H, D), begin, end, first, scale, stride_t, stride_3, H, D,
+            sums, (tl.program_id(0) * 3 * H + head) * D, begin, end, first, scale, stride_t, stride_3, H, D,
             BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
         )  # fmt: skip
 
@@ -250,7 +243,7 @@ def _key_kernel(
     if first < end:
         _key_block(
             qkv + head * stride_h, grad_out + head * D, lse + row, delta + row, grad + head * D,
-            _sums_of(sums, tl.program_id(0), head, H, D), begin, end, first, scale, stride_t, stride_3, H, D,
+            sums, (tl.program_id(0) * 3 * H + head) * D, begin, end, first, scale, stride_t, stride_3, H, D,
             BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
         )  # fmt: skip
 
@@ -280,7 +273,7 @@ def _short_backward_kernel(
     sequence = tl.program_id(0) // H
     begin = first_token + sequence * length
     end = begin + length
-    block = sequence * tl.cdiv(length, BLOCK)
+    at = (sequence * tl.cdiv(length, BLOCK) * 3 * H + head) * D
     qkv += head * stride_h
     grad_out += head * D
     out += head * D
@@ -289,21 +282,21 @@ def _short_backward_kernel(
     delta += head.to(tl.int64) * tokens
     if SINGLE:
         _single_block(
-            qkv, grad_out, out, lse, grad, _sums_of(sums, block, head, H, D), begin, end,
+            qkv, grad_out, out, lse, grad, sums, at, begin, end,
             scale, stride_t, stride_3, H, D, BLOCK, BLOCK_D, PRECISION, WIDEN,
         )  # fmt: skip
     else:
         for first in range(begin, end, BLOCK):
             _query_block(
                 qkv, grad_out, out, lse, delta, grad,
-                _sums_of(sums, block + (first - begin) // BLOCK, head, H, D),
+                sums, at + (first - begin) // BLOCK * 3 * H * D,
                 begin, end, first, scale, stride_t, stride_3, H, D, BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
             )  # fmt: skip
         tl.debug_barrier()  # delta is read by other threads than wrote it
         for first in range(begin, end, BLOCK):
             _key_block(
                 qkv, grad_out, lse, delta, grad,
-                _sums_of(sums, block + (first - begin) // BLOCK, head, H, D),
+                sums, at + (first - begin) // BLOCK * 3 * H * D,
                 begin, end, first, scale, stride_t, stride_3, H, D, BLOCK, STEP, BLOCK_D, PRECISION, WIDEN,
             )  # fmt: skip
 
@@ -381,7 +374,8 @@ def backward_triton(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums):
         tiles = _tiles(length or tokens, channels, qkv.dtype, backward=True)
         batches.append((first, count, length, _grid(count, length, tokens, tiles["BLOCK"], heads), tiles))
     partial, rows = None, 0
-    if sums is not None:  # of unknown lengths, some programs have no block
+    if sums is not None and channels == 64:  # as in every ViT; with other numbers of channels registers would spill
+        # Of unknown lengths, some programs have no block.
         new = qkv.new_empty if groups else qkv.new_zeros
         partial = new(sum(grid[0] for *_, grid, _ in batches), 1, 3 * heads * channels, dtype=torch.float32)
     for first, count, length, grid, tiles in batches:
@@ -397,6 +391,8 @@ def backward_triton(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums):
             steps = 0 if length else count.bit_length()
             _query_kernel[grid](qkv, grad_out, out, lse, delta, grad, *place, STEPS=steps, **tiles)
             _key_kernel[grid](qkv, grad_out, lse, delta, grad, *place, STEPS=steps, **tiles)
-    if rows and partial is not None:
+    if partial is not None:
         add_partial_sums(partial, sums)
+    elif sums is not None:
+        add_column_sums(grad.flatten(1), sums)
     return grad

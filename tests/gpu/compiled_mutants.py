@@ -18,7 +18,7 @@ FAULTS = {  # pattern, replacement, what is reported, architectures
     "out of bounds": (rf"@!?%p\d+ ({GLOBAL})", r"\1", "out of bounds", (80, 90)),
     "misaligned": (r"(ld\.global[^\[]*\[ ?%rd\d+ ?\+ ?)0", r"\g<1>2", "misaligned", (80, 90)),
     "no barrier": (BARRIER, "", "race between threads of a CTA", (80, 90)),
-    "uninitialised": (r"st\.shared[^;]*;", "", "nobody wrote|undefined", (80, 90)),
+    "uninitialised": (r"(@!?%p\d+ )?st\.shared[^;]*;", "", "nobody wrote|undefined", (80, 90)),
     "copy not waited for": (r"cp\.async\.wait_group [^;]*;", "", "cp.async has not been waited for", (80, 90)),
     "product not waited for": (r"wgmma\.wait_group\.sync\.aligned [^;]*;", "", "wgmma in flight", (90,)),
     "no proxy fence": (r"fence\.proxy\.async[^;]*;", "", "a (cp.async|store) wrote without a fence.proxy.async", (90,)),
@@ -83,8 +83,9 @@ def test_a_ticket_counter_that_orders_nothing_is_noticed(broken):
 @pytest.mark.prove
 def test_the_barrier_before_delta_is_read_suffices_but_is_not_the_only_one(broken, monkeypatch, request):
     """Without that of `_short_backward_kernel` nothing is found. On sm_90 each block of queries and each step over the
-    keys has barriers of its own for shared memory, and some of them lie between delta's store and its load. On sm_80
-    the lane that loads an element is the one that stored it. Nothing promises either, so the barrier stays."""
+    keys has barriers of its own for shared memory, and some of them lie between delta's store and its load. On sm_80,
+    by Triton 3.9, the lane that loads an element is the one that stored it. Nothing promises either, so the barrier
+    stays."""
     lines = (FOLDER / "triton/attention.py").read_text().splitlines()
     (line,) = (number for number, text in enumerate(lines, 1) if "tl.debug_barrier()" in text)
 
@@ -103,4 +104,7 @@ def test_the_barrier_before_delta_is_read_suffices_but_is_not_the_only_one(broke
         first = len(launch.reports)
         out.sum().backward(retain_graph=True)
         races = [report for report in launch.reports[first:] if "delta float32" in report.detail]
-        assert bool(races) == (its_own and others and request.config.option.ptx_arch == 90)
+        if not (its_own and others):
+            assert not races
+        elif request.config.option.ptx_arch == 90:
+            assert races
