@@ -35,7 +35,7 @@ lint: $(V)/.dev
 	$(V)/python -m ruff check .
 	$(V)/python -m ruff format --check .
 	$(V)/python -m mypy
-	$(V)/clang-format --dry-run --Werror csrc/*.* csrc/cuda/* tests/*.cpp tests/gpu/*.cu tests/gpu/ptx/core/*
+	$(V)/clang-format --dry-run --Werror csrc/*.* csrc/cuda/* tests/helpers/*.cpp tests/gpu/*.cu tests/gpu/ptx/core/*
 
 bench: $(V)/.dev
 	$(V)/python -m pytest bench

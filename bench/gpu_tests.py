@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_files(toy: bool) -> list[Path]:
     """Of every op, of all of them in a CUDA graph, of the trainer's step and of its loader."""
     names = [f"{op.stem}*" for op in ROOT.glob("dino_kernels/ops/[a-z]*.py")] + ["gpu", "step", "loaders"]
-    files = sorted({file for name in names for file in ROOT.glob(f"tests/test_{name}.py")})
-    return [ROOT / "tests/test_drop_path_add.py", ROOT / "tests/test_gpu.py"] if toy else files
+    files = sorted({file for name in names for file in ROOT.glob(f"tests/*/test_{name}.py")})
+    return [ROOT / f"tests/kernels/test_{name}.py" for name in ("drop_path_add", "gpu")] if toy else files
 
 
 class Subset:
@@ -57,7 +57,7 @@ def run(send, file: str) -> None:
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     options = ["-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", "--tb", "short", "-q"]
     options += ["-W", "ignore::pytest.PytestUnknownMarkWarning", file]
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests/helpers"))
     code = pytest.main(options, plugins=[Subset(send, Path(file).name)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise RuntimeError(f"pytest ended with {pytest.ExitCode(code).name}, see the log")

@@ -27,7 +27,7 @@ from gpu_setting import CROPS
 import dino_kernels
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path += [str(TESTS), str(TESTS / "gpu")]
+sys.path += [str(TESTS / "helpers"), str(TESTS / "gpu")]
 IMAGES, OUTPUTS, PARAMETERS = 64, 65536, 44e6  # the parameters are those of ViT-S with its head
 # Of an H200: what it does a second, by kind. 132 SMs at 1.98 GHz issue 4 instructions of a warp and make 16
 # exponentials (or other special functions) a cycle; dense bf16 products and bytes are measured values.

@@ -99,7 +99,7 @@ class Double(TorchDispatchMode):
     @contextmanager
     def installed(self) -> Iterator["Double"]:
         from dino_train.common import device
-        from dino_train.data.folder import loader
+        from dino_train.data import loader
 
         crop = loader.multicrop_packed
 

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import signal
-import sys
 import tarfile
 import time
 from contextlib import closing, nullcontext
@@ -20,7 +19,8 @@ import torch
 from dino_train.common import checkpoint, parallel
 from dino_train.common.metrics import read_metrics
 from dino_train.config.pretrain import PretrainConfig
-from dino_train.data.folder import ImageFolder, loader
+from dino_train.data import loader
+from dino_train.data.folder import ImageFolder
 from dino_train.engine import gradient_sum, graph, learner, train
 from dino_train.engine.learner import Learner, NonFiniteLoss
 from dino_train.engine.train import pretrain
@@ -28,9 +28,7 @@ from dino_train.evaluate.features import extract
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.knn import view_retrieval
 from double import Double, Misuse
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_train import assert_same, final_weights, make_images
+from tiny_run import assert_same, final_weights, make_images
 
 PACKAGE = Path(train.__file__).resolve().parents[1]
 CPU = torch.device("cpu")

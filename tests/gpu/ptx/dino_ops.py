@@ -9,7 +9,7 @@ FOLDER = Path(dino_kernels.__file__).parent
 
 
 def use_triton(setattr=setattr) -> None:
-    """Lets every op on CPU tensors run its Triton kernels, as tests/checks.py does for one."""
+    """Lets every op on CPU tensors run its Triton kernels, as tests/helpers/checks.py does for one."""
     for path in sorted((FOLDER / "triton").glob("*.py")):
         if not (FOLDER / "ops" / path.name).exists() or path.stem == "__init__":  # kernels that several ops share
             continue

@@ -1,4 +1,6 @@
-"""Runs tests of Triton kernels as compiled code: pytest -p ptx.pytest_plugin --ptx-arch 90 -k triton tests/test_x.py
+"""Runs tests of Triton kernels as compiled code:
+
+    pytest -p ptx.pytest_plugin --ptx-arch 90 -k triton tests/kernels/test_x.py
 
 A test fails on an error or a warning of the emulator, but for those of ALLOWED. The summary lists all that was found.
 """

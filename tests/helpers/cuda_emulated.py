@@ -23,7 +23,7 @@ from ptx import launch
 
 from dino_kernels._core import backends
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STREAM = 0x5EED0  # any address: a launch elsewhere than on the current stream is an error
 # Fixture parameters: one architecture in every run and both in `make prove`, or all in that.
 QUICK = [pytest.param("80", marks=pytest.mark.prove), "90a"]
@@ -62,7 +62,7 @@ def build(arch: str) -> Path:
         "  command = g++ -shared $in -o $out",
     ]
     objects = []
-    for path in [*sorted(csrc.glob("*.c*")), ROOT / "tests/cuda_runtime_double.cpp"]:
+    for path in [*sorted(csrc.glob("*.c*")), ROOT / "tests/helpers/cuda_runtime_double.cpp"]:
         if path.suffix in (".cpp", ".cu"):
             objects.append(f"{path.name}.o")
             lines.append(f"build {objects[-1]}: {'cuda' if path.suffix == '.cu' else 'cpp'} {path}")

@@ -17,25 +17,7 @@ from dino_train.common import checkpoint, parallel
 from dino_train.common.device import gpu_of
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine.train import Run, pretrain
-from test_step import torchrun
-from test_train import assert_same, final_weights, make_images
-
-SETTINGS = {
-    "arch": "vit_nano",
-    "patch_size": 8,
-    "out_dim": 64,
-    "head_hidden_dim": 16,
-    "drop_path_rate": 0.5,  # each rank draws its own random numbers for it
-    "global_crops_size": 16,
-    "local_crops_size": 8,
-    "local_crops_number": 1,
-    "batch_size_per_gpu": 2,
-    "epochs": 3,  # of 5 steps
-    "warmup_epochs": 1,
-    "log_interval": 2,
-    "num_workers": 1,
-    "device": "cpu",
-}
+from tiny_run import RANKS, assert_same, final_weights, make_images, torchrun
 
 # Runs some code before every step; `rank` and `number`, that of the step, are known to it.
 _RANK = """
@@ -60,7 +42,7 @@ sys.exit(code)
 def job(images: Path, output: Path, act: str = "", **changes: object) -> list[str]:
     """The command of a rank."""
     (output.parent / "rank.py").write_text(_RANK)
-    values = {"data": images, **SETTINGS, **changes}
+    values = {"data": images, **RANKS, **changes}
     flags = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return [str(output.parent / "rank.py"), act, str(output), "--resume", *flags]
 
@@ -171,7 +153,7 @@ def test_ranks_agree_when_a_checkpoint_is_due(straight, tmp_path):
 def test_with_another_number_of_ranks_the_run_goes_on_with_a_warning(straight, tmp_path, caplog):
     images, whole = straight
     shutil.copytree(whole, tmp_path / "run")
-    alone = {**SETTINGS, "data": images, "output_dir": tmp_path / "run", "epochs": 4, "batch_size_per_gpu": 4}
+    alone = {**RANKS, "data": images, "output_dir": tmp_path / "run", "epochs": 4, "batch_size_per_gpu": 4}
     pretrain(replace(PretrainConfig(**alone), resume=True))
     assert [record.getMessage() for record in caplog.records] == [
         "the interrupted run had 2 processes and this one has 1: it goes on, but will not be bitwise the same as "

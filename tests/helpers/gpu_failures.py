@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gpu
 
-sys.path.append(str(Path(__file__).with_name("gpu")))  # where the double of a GPU is
+sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))  # where the double of a GPU is
 
 
 def crash(send) -> None:

@@ -21,7 +21,7 @@ from dino_kernels._core import backends
 from dino_kernels._core.cuda_defaults import CUDA_BY_DEFAULT
 from dino_kernels._core.registry import _OPS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GPU = torch.device("cuda:0")
 
 

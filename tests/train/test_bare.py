@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from bare import ABSENT, environment
-from dino_train.data.folder import decode
+from dino_train.data import decode
 from dino_train.engine import watch
 from PIL import Image
 

@@ -8,7 +8,6 @@ from dino_train.engine.arena import Arena
 from dino_train.models import block
 from dino_train.models.block import Branch, Packing
 from dino_train.models.vit import build_model
-from test_linear import products  # noqa: F401
 
 from dino_kernels import FusedBlock
 from dino_kernels.ops.linear import products_of
@@ -48,7 +47,7 @@ def results(dtype: torch.dtype, skipping: bool, used: tuple[bool, bool]) -> dict
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("used", [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("skipping", [False, True])
-def test_it_is_bitwise_the_ops_one_by_one(monkeypatch, products, dtype, skipping, used):  # noqa: F811
+def test_it_is_bitwise_the_ops_one_by_one(monkeypatch, products, dtype, skipping, used):
     if not products_of(torch.zeros(1, 32, dtype=dtype)):
         pytest.skip("it is the ops one by one")
     calls = []

@@ -11,7 +11,7 @@ import torch
 from bench_step import ours
 from step_peers import FIRST_STEP, PEERS, PHASES, Net, Reference, Setting, compile_blocks, start_weights
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOY = ["--arch", "vit_nano", "--batch", "2", "--local-crops", "2", "--out-dim", "256", "--threads", "2"]
 
 

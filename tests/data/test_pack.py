@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import webdataset
 from dino_train.cli import main
+from dino_train.data import pack as pack_module
 from dino_train.data.decode import UnreadableImage
 from dino_train.data.folder import DataError, ImageFolder, split
-from dino_train.data.folder import pack as pack_module
 from dino_train.data.pack import pack
 from dino_train.data.tar_index import Store
 from pictures import fill, save, zip_of
@@ -115,7 +115,7 @@ def test_an_interruption_before_the_first_record(root, cut):
 
 def test_a_killed_process_leaves_nothing_under_the_name(root):
     code = (
-        "import os, sys; from pathlib import Path; from dino_train.data.folder import pack\n"
+        "import os, sys; from pathlib import Path; from dino_train.data import pack\n"
         "from dino_train.data.folder import ImageFolder; seen = []; original = pack._append\n"
         "pack._append = lambda *a: original(*a) if len(seen) < 3 and not seen.append(1) else os._exit(9)\n"
         "pack.pack(ImageFolder(sys.argv[1]), Path(sys.argv[2]), size=40, quality=90, num_workers=1)"

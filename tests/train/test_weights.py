@@ -257,7 +257,7 @@ def test_safetensors_that_are_none(tmp_path):
 
 def test_the_readmes_lines(tmp_path, monkeypatch):
     lines = re.search(
-        r"\n    import dino_train\n(?:    .+\n)+", (Path(__file__).parent.parent / "README.md").read_text()
+        r"\n    import dino_train\n(?:    .+\n)+", (Path(__file__).resolve().parents[2] / "README.md").read_text()
     )
     monkeypatch.chdir(tmp_path)
     torch.save(published_vit(dim=192, depth=12), tmp_path / "backbone.pth")

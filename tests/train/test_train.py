@@ -23,7 +23,7 @@ from dino_train.engine import train
 from dino_train.engine.learner import Learner, NonFiniteLoss
 from dino_train.engine.train import pretrain
 from dino_train.engine.watch import CollapseWatch
-from PIL import Image
+from tiny_run import assert_same, final_weights, make_images
 
 STEPS_PER_EPOCH = 5
 MEMORY_OF_STEPS = """
@@ -42,15 +42,6 @@ for line in open("/proc/self/smaps"):
     elif words[0] == "VmFlags:" and begin <= x.data_ptr() < end:
         print(*words)
 """
-
-
-def make_images(folder: Path, n: int = 22, classes: int = 2) -> Path:
-    rng = np.random.default_rng(0)
-    for i in range(n):
-        path = folder / f"class{i % classes}" / f"{i:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(path)
-    return folder
 
 
 @pytest.fixture
@@ -72,19 +63,6 @@ def config(tmp_path) -> PretrainConfig:
         num_workers=1,
         device="cpu",
     )
-
-
-def final_weights(config: PretrainConfig) -> dict:
-    state = checkpoint.load(config.output_dir / "last.pt")
-    flat = {f"{net}.{k}": v for net in ("student", "teacher") for k, v in state[net].items()}
-    moments = {f"{i}.{k}": v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}
-    return flat | moments | {"center": state["dino_loss"]["center"], "step": state["step"]}
-
-
-def assert_same(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])), name
 
 
 # A run in a process of its own that kills itself: before update number `step`, or amid the write of a checkpoint.

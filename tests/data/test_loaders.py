@@ -16,8 +16,8 @@ import pytest
 import torch
 from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.config.pretrain import PretrainConfig
+from dino_train.data import loader as loader_module
 from dino_train.data.folder import DataError, ImageFolder
-from dino_train.data.folder import loader as loader_module
 from dino_train.data.loader import (
     BadImages,
     CropLoader,

@@ -1,5 +1,3 @@
-import importlib
-
 import pytest
 import torch
 from checks import DTYPES, assert_as_accurate, cuda_function
@@ -20,16 +18,6 @@ SHAPES = [
     (37, 33, 64),
     (5, 32, 7),
 ]
-
-
-@pytest.fixture(params=["TILES", "FLOATS", "LIBRARY"])
-def products(request, monkeypatch):
-    """Each way in which linear layers' products are made, whatever is fastest here; tiles if the processor has them."""
-    module = importlib.import_module("dino_kernels.ops.linear")
-    if request.param == "TILES" and module.TILES not in module._PRODUCTS.values():
-        pytest.skip("needs a processor with matrix tiles")
-    monkeypatch.setattr(module, "_PRODUCTS", dict.fromkeys(module._PRODUCTS, getattr(module, request.param)))
-    monkeypatch.setattr(module, "_SPLIT", 1)
 
 
 def inputs(tokens, width, outputs, dtype, transposed):

@@ -1,20 +1,42 @@
 """Small runs for the tests of what uses one."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from dino_train.cli import main
 from dino_train.common import checkpoint
+from dino_train.config.pretrain import PretrainConfig
 from dino_train.models.vit import vit
 from PIL import Image
-from test_train import make_images
 
 TINY = [
     *("--arch", "vit_nano", "--patch-size", "8", "--out-dim", "64", "--head-hidden-dim", "16", "--epochs", "1"),
     *("--global-crops-size", "16", "--local-crops-size", "8", "--local-crops-number", "1"),
     *("--batch-size-per-gpu", "4", "--num-workers", "1", "--device", "cpu", "--log-interval", "2"),
 ]
+
+# of two ranks that are killed and resumed, as flags and as fields of a config
+RANKS = {
+    "arch": "vit_nano",
+    "patch_size": 8,
+    "out_dim": 64,
+    "head_hidden_dim": 16,
+    "drop_path_rate": 0.5,  # each rank draws its own random numbers for it
+    "global_crops_size": 16,
+    "local_crops_size": 8,
+    "local_crops_number": 1,
+    "batch_size_per_gpu": 2,
+    "epochs": 3,  # of 5 steps
+    "warmup_epochs": 1,
+    "log_interval": 2,
+    "num_workers": 1,
+    "device": "cpu",
+}
 
 
 def tiny_run(folder):
@@ -64,3 +86,31 @@ def colored_classes(root, train=12, val=5, classes=("red", "green", "blue")):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
     return root
+
+
+def make_images(folder: Path, n: int = 22, classes: int = 2) -> Path:
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        path = folder / f"class{i % classes}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(path)
+    return folder
+
+
+def final_weights(config: PretrainConfig) -> dict:
+    state = checkpoint.load(config.output_dir / "last.pt")
+    flat = {f"{net}.{k}": v for net in ("student", "teacher") for k, v in state[net].items()}
+    moments = {f"{i}.{k}": v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}
+    return flat | moments | {"center": state["dino_loss"]["center"], "step": state["step"]}
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])), name
+
+
+def torchrun(arguments, processes=2, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen([*command, *arguments], env=environment, text=True, **options)

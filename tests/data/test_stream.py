@@ -12,19 +12,17 @@ from pathlib import Path
 
 import pytest
 from dino_train.config.pretrain import PretrainConfig
+from dino_train.data import stream as stream_module
 from dino_train.data.decode import decode
 from dino_train.data.folder import DataError, ImageFolder
-from dino_train.data.folder import stream as stream_module
 from dino_train.data.loader import CropLoader
 from dino_train.data.stream import COUNTS, ShardStream, count_samples, is_shards, shard_files, shard_urls
 from dino_train.engine.train import Interrupted, Run, pretrain
 from PIL import Image
-from test_ranks import SETTINGS
-from test_step import torchrun
-from test_train import assert_same, final_weights
+from tiny_run import RANKS, assert_same, final_weights, torchrun
 
 SIZES = (5, 1, 12, 3, 0, 7, 4)  # 32 samples
-PICTURE = PretrainConfig(**SETTINGS).crop_kinds
+PICTURE = PretrainConfig(**RANKS).crop_kinds
 
 
 def picture(number):
@@ -120,7 +118,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 from dino_train.common import parallel
-from dino_train.data.folder import stream
+from dino_train.data import stream
 from dino_train.data.loader import CropLoader
 from dino_train.config.pretrain import PretrainConfig
 stream.WINDOW = 6
@@ -149,7 +147,7 @@ def test_two_gloo_ranks_see_every_sample_once(pattern, tmp_path):
 
 
 def test_a_run_is_resumed_bitwise(pattern, tmp_path, monkeypatch):
-    settings = SETTINGS | {"data": pattern, "batch_size_per_gpu": 4, "epochs": 2}
+    settings = RANKS | {"data": pattern, "batch_size_per_gpu": 4, "epochs": 2}
     whole = PretrainConfig(**settings, output_dir=tmp_path / "whole")
     pretrain(whole)
     part = replace(whole, output_dir=tmp_path / "part")
@@ -255,6 +253,6 @@ def test_shards_without_images(tmp_path):
     with tarfile.open(tmp_path / "s0.tar", "w") as tar:
         add(tar, "a.txt", b"1")
     os.symlink(tmp_path / "s0.tar", tmp_path / "s1.tar")
-    config = PretrainConfig(**SETTINGS | {"data": f"{tmp_path}/s{{0..1}}.tar"}, output_dir=Path(tmp_path / "run"))
+    config = PretrainConfig(**RANKS | {"data": f"{tmp_path}/s{{0..1}}.tar"}, output_dir=Path(tmp_path / "run"))
     with pytest.raises(DataError, match="^0 images are fewer than one batch of 2"):
         pretrain(config)

@@ -1,4 +1,4 @@
-"""What a GPU would launch in a training step, counted on tensors without memory: python tests/launches.py
+"""What a GPU would launch in a training step, counted on tensors without memory: python tests/helpers/launches.py
 
 Every aten op that writes memory counts as a launch, or as two where torch clears memory first. An op of dino_kernels
 runs its CUDA function, whose Triton kernels are counted in place of launched. cuBLAS may add launches of its own (sums

@@ -12,7 +12,7 @@ import torch
 from dino_kernels._core.native import _C, DTYPES
 from dino_kernels.ops.linear import TILES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TESTS = ["linear", "mlp", "fused_block", "add_product", "weight_norm", "attention"]
 
 
@@ -24,7 +24,7 @@ def test_kernels_for_tiles(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     env = os.environ | {
-        "CXX": f"{os.environ.get('CXX', 'g++')} -include {tmp_path / 'tests' / 'emulated_tiles.h'}",
+        "CXX": f"{os.environ.get('CXX', 'g++')} -include {tmp_path / 'tests/helpers/emulated_tiles.h'}",
         "PYTHONPATH": f"{tmp_path}{os.pathsep}{tmp_path / 'python_api'}",
     }
 
@@ -34,5 +34,5 @@ def test_kernels_for_tiles(tmp_path):
         return done.stdout
 
     run("setup.py", "build_ext", "--inplace")
-    output = run("-m", "pytest", "-q", "-k", "not triton", *(f"tests/test_{name}.py" for name in TESTS))
+    output = run("-m", "pytest", "-q", "-k", "not triton", *(f"tests/kernels/test_{name}.py" for name in TESTS))
     assert "matrix tiles" not in output, "skipped: the build found no tiles"

@@ -33,7 +33,7 @@ FAILURES = {
 
 
 def command(folder: Path, *options: str) -> list[str]:
-    program = str(ROOT / "tests/gpu_failures.py")
+    program = str(ROOT / "tests/helpers/gpu_failures.py")
     return [sys.executable, program, "--toy", "--device", "cpu", "--output", str(folder / "new"), *options]
 
 

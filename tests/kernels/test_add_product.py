@@ -1,7 +1,6 @@
 import pytest
 import torch
 from checks import DTYPES, assert_as_accurate, cuda_function
-from test_linear import products  # noqa: F401
 
 from dino_kernels import add_product_, add_product_reference_
 

@@ -3,11 +3,10 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
+import tiny_run
 import torch
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine.arena import Arena
@@ -15,6 +14,7 @@ from dino_train.engine.learner import Learner
 from dino_train.models.block import Packing
 from dino_train.models.head import DINOHead
 from dino_train.models.vit import DINOModel, vit
+from tiny_run import torchrun
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 SETTINGS = {
@@ -182,17 +182,16 @@ parallel.leave()
 """
 
 
-def torchrun(arguments, processes=2, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.Popen([*command, *arguments], env=environment, text=True, **options)
-
-
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "norm_last_layer": False, "freeze_last_layer": 2}])
 def test_two_ranks_are_one_process_of_the_same_batch(tmp_path, changes):
     script = tmp_path / "rank.py"
     script.write_text(_RANK)
-    arguments = [str(script), json.dumps([os.path.dirname(__file__)]), json.dumps(changes), str(tmp_path)]
+    arguments = [
+        str(script),
+        json.dumps([os.path.dirname(file) for file in (__file__, tiny_run.__file__)]),
+        json.dumps(changes),
+        str(tmp_path),
+    ]
     assert torchrun(arguments).wait(timeout=300) == 0
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
