@@ -8,7 +8,7 @@
 #include <map>
 #include <string>
 
-#include "cuda_bindings.h"
+#include "bindings/cuda.h"
 
 namespace {
 

@@ -122,6 +122,7 @@ def test_no_kernel_spills_registers(tmp_path, source, arch):
         "-O3",
         "-std=c++17",
         f"-arch=sm_{arch}",
+        f"-I{ROOT}/csrc",
         "--resource-usage",
         "-o",
         str(tmp_path / "cubin"),

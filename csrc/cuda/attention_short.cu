@@ -1,5 +1,5 @@
-// Self-attention of sequences of at most 256 tokens, D = 64, forward and backward: dino_kernels/ops/attention.py has the
-// formulas. Tensor cores by mma.sync, so that one source serves every architecture from sm_80 on.
+// Self-attention of sequences of at most 256 tokens, D = 64, forward and backward: dino_kernels/ops/attention.py has
+// the formulas. Tensor cores by mma.sync, so that one source serves every architecture from sm_80 on.
 //
 // A block of threads owns a (sequence, head) and keeps what it needs of it in shared memory, read once: rows of 128
 // bytes, whose pieces of 16 bytes are permuted by the row's number so that ldmatrix meets no bank twice.
@@ -9,7 +9,7 @@
 // fixed order without atomics: bitwise repeatable.
 // Bytes: forward reads qkv and writes out, 8 an element of out; backward reads qkv, out and its gradient, writes
 // grad, 16.
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace dino::cuda {
 namespace {

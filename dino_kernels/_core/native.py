@@ -14,7 +14,7 @@ except ImportError as error:
         "build it with `pip install .` or, in the source tree, `python setup.py build_ext --inplace`"
     ) from error
 
-# enum class DType in csrc/kernels.h
+# enum class DType in csrc/common/kernels.h
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # the steps of a crop's jitter, struct Crop there
 JITTER: tuple[str, ...] = ("brightness", "contrast", "saturation", "hue")

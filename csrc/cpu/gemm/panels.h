@@ -1,0 +1,118 @@
+// What the products of linear layers share, whatever computes them. A product goes by panels: 32 columns of its result
+// at a time, whose operand of weights or of tokens is packed [contraction, 32] and read again and again.
+//
+// How operands lie and are multiplied says a class: Tiles (amx_operands.h) or Floats (f32_operands.h), of the type
+// of the tensors' values.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu/gemm/microkernel.h"
+
+namespace dino {
+namespace {
+
+constexpr int64_t kPanel = 32;   // columns of a product at a time
+constexpr int64_t kBlock = 128;  // tokens a task, at most
+constexpr int64_t kPiece = 4;    // rows of a panel's sums that vector work takes at a time
+
+inline int64_t whole(int64_t rows) { return (rows + 31) / 32 * 32; }
+
+template <class Value>
+constexpr DType kDTypeOf = std::is_same_v<Value, float> ? DType::f32 : DType::bf16;
+
+// Rows of the panel that comes next are fetched ahead: prefetchers do not follow such strides.
+template <class Value>
+inline void next_panel(const Value* x, int64_t rows, int64_t stride, bool to_write) {
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = kPanel; j < 2 * kPanel; j += 64 / sizeof(Value))
+            if (to_write)
+                __builtin_prefetch(x + i * stride + j, 1);
+            else
+                __builtin_prefetch(x + i * stride + j, 0);
+}
+
+// to [rows, 32] = c [rows, 32] + bias, rounded
+template <DType D>
+DINO_INLINE inline void finish_values(const float* c, int64_t rows, const float* bias, void* to, int64_t stride) {
+    for (int64_t i = 0; i < rows; ++i, c += kPanel)
+#pragma omp simd
+        for (int64_t j = 0; j < kPanel; ++j) put<D>(to, i * stride + j, bias ? c[j] + bias[j] : c[j]);
+}
+
+DINO_MULTIVERSION inline void finish(const float* c, int64_t rows, const float* bias, float* to, int64_t stride) {
+    finish_values<DType::f32>(c, rows, bias, to, stride);
+}
+
+DINO_MULTIVERSION inline void finish(const float* c, int64_t rows, const float* bias, uint16_t* to, int64_t stride) {
+    finish_values<DType::bf16>(c, rows, bias, to, stride);
+}
+
+// sums [columns] += the rows of x, `stride` apart; of floats in double precision: where a bias' gradient cancels, AdamW
+// scales up what rounding left.
+DINO_MULTIVERSION inline void add_rows_to(float* sums, const uint16_t* x, int64_t rows, int64_t columns,
+                                          int64_t stride) {
+    for (int64_t i = 0; i < rows; ++i, x += stride)
+#pragma omp simd
+        for (int64_t j = 0; j < columns; ++j) sums[j] += bf16_to_float(x[j]);
+}
+
+DINO_MULTIVERSION inline void add_rows_to(double* sums, const float* x, int64_t rows, int64_t columns, int64_t stride) {
+    for (int64_t i = 0; i < rows; ++i, x += stride)
+#pragma omp simd
+        for (int64_t j = 0; j < columns; ++j) sums[j] += x[j];
+}
+
+template <class Value>
+using SumOf = std::conditional_t<std::is_same_v<Value, float>, double, float>;
+
+// Pieces of other work spread over the steps of a product: tiles and vectors are computed at the same time by units of
+// their own, but only what stands close together in the program.
+template <class Piece>
+struct Spread {
+    const Piece& piece;
+    int64_t pieces, steps, done = 0, due = 0;
+
+    void operator()() {
+        for (due += pieces; due >= steps && done < pieces; due -= steps) piece(done++);
+    }
+    void rest() {
+        while (done < pieces) piece(done++);
+    }
+};
+
+// Whether a packed operand of that many floats is more than half of a second-level cache.
+inline bool far(int64_t floats) { return floats > 1 << 18; }
+
+// multiply(panel, beside) for one panel after another, each beside finish(panel, row) of the one before it, which takes
+// four rows.
+template <class Multiply, class Finish>
+inline void by_panels(int64_t panels, int64_t rows, int64_t steps, const Multiply& multiply, const Finish& finish) {
+    for (int64_t i = 0; i <= panels; ++i) {
+        auto piece = [&](int64_t j) { finish(i - 1, j * kPiece); };
+        Spread<decltype(piece)> beside{piece, i ? (rows + kPiece - 1) / kPiece : 0, steps};
+        if (i < panels) multiply(i, beside);
+        beside.rest();
+    }
+}
+
+// The sums of two panels that by_panels has in hand.
+struct Sums {
+    Buffer buffer;
+    float* of(int64_t panel, int64_t row = 0) {
+        return buffer.fit(2 * kBlock * kPanel) + (panel % 2 * kBlock + row) * kPanel;
+    }
+};
+
+// Of class P, as all that follow: [outputs / 32, floats of the contraction, 32]
+template <class P>
+void pack_weights(const void* weights, int64_t depth, int64_t outputs, bool transposed, int threads, float* to) {
+    parallel_for(outputs / kPanel, threads, [&](int64_t i) {
+        P::pack(static_cast<const typename P::Value*>(weights), depth, outputs, transposed, i * kPanel,
+                to + i * kPanel * P::floats(depth));
+    });
+}
+
+}  // namespace
+}  // namespace dino
