@@ -6,8 +6,21 @@
 #include <array>
 #include <vector>
 
-#include "common/kernels.h"
+#include "cpu/adamw_ema.h"
+#include "cpu/add_layer_norm.h"
+#include "cpu/attention.h"
+#include "cpu/bias_gelu.h"
+#include "cpu/dino_head_loss.h"
+#include "cpu/dino_loss.h"
+#include "cpu/drop_path_add.h"
+#include "cpu/ema_update.h"
 #include "cpu/fused_block.h"
+#include "cpu/gemm/add_product.h"
+#include "cpu/gemm/linear.h"
+#include "cpu/gemm/mlp.h"
+#include "cpu/gemm/weight_norm_product.h"
+#include "cpu/multicrop/multicrop.h"
+#include "cpu/weight_norm.h"
 #ifdef DINO_CUDA_ARCHS
 #include "bindings/cuda.h"
 #endif
@@ -129,16 +142,16 @@ void drop_path_add(uintptr_t x, uintptr_t branch, uintptr_t scale, uintptr_t out
 void add_product(uintptr_t into, uintptr_t grad, uintptr_t x, int64_t tokens, int64_t outputs, int64_t inputs,
                  int threads) {
     py::gil_scoped_release unlocked;
-    dino::add_product({reinterpret_cast<float*>(into), reinterpret_cast<const void*>(grad),
-                       reinterpret_cast<const void*>(x), tokens, outputs, inputs, threads});
+    dino::add_product({reinterpret_cast<float*>(into), reinterpret_cast<const float*>(grad),
+                       reinterpret_cast<const float*>(x), tokens, outputs, inputs, threads});
 }
 
 void add_linear(uintptr_t into, uintptr_t grad, uintptr_t x, uintptr_t into_bias, int64_t tokens, int64_t outputs,
                 int64_t inputs, int dtype, int products, int threads) {
     py::gil_scoped_release unlocked;
     dino::add_linear({reinterpret_cast<float*>(into), reinterpret_cast<const void*>(grad),
-                      reinterpret_cast<const void*>(x), tokens, outputs, inputs, threads, dino::DType(dtype),
-                      dino::Products(products), reinterpret_cast<float*>(into_bias)});
+                      reinterpret_cast<const void*>(x), reinterpret_cast<float*>(into_bias), tokens, outputs, inputs,
+                      dino::DType(dtype), dino::Products(products), threads});
 }
 
 void linear(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t tokens, int64_t depth,

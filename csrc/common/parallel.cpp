@@ -1,12 +1,12 @@
 // Threads: torch's own OpenMP workers, found at run time. A second pool beside them would compete with
 // their spinning for the same cores, and linking an OpenMP library of our own would start one.
+#include "common/parallel.h"
+
 #include <dlfcn.h>
 
 #include <atomic>
 #include <thread>
 #include <vector>
-
-#include "common/kernels.h"
 
 namespace dino {
 namespace {

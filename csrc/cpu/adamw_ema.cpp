@@ -1,12 +1,14 @@
 // Clip, AdamW, EMA and 16-bit copies over flat buffers: a pass for the norms of the gradient, a pass for the rest. It
 // waits for memory, so that to clear the gradient it has just read takes no time.
 // Formula in dino_kernels/ops/adamw_ema.py.
+#include "cpu/adamw_ema.h"
+
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "common/kernels.h"
 #include "common/nontemporal.h"
+#include "common/parallel.h"
 #include "cpu/weight_norm_row.h"
 
 namespace dino {

@@ -1,11 +1,13 @@
 // Residual sum and layer norm in one pass, and their gradients; formulas in dino_kernels/ops/add_layer_norm.py.
 // A row stays in the first-level cache between the sweeps over it.
+#include "cpu/add_layer_norm.h"
+
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
 
-#include "common/kernels.h"
+#include "common/parallel.h"
 
 namespace dino {
 namespace {

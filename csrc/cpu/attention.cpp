@@ -3,10 +3,14 @@
 // A task is one head of one sequence. It gathers its queries, keys and values into scratch of its thread, takes the
 // queries (backward: the keys) a stripe of rows at a time, so that their scores stay in the first-level cache, and
 // shares no sum with another task: results do not depend on the threads.
+#include "cpu/attention.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "common/math.h"
+#include "common/parallel.h"
 #include "cpu/gemm/microkernel.h"
 
 namespace dino {

@@ -1,6 +1,9 @@
 // gelu(x + bias) and its gradients; formula and the approximation of the tail in dino_kernels/ops/bias_gelu.py.
+#include "cpu/bias_gelu.h"
+
 #include <algorithm>
 
+#include "common/parallel.h"
 #include "cpu/gelu.h"
 
 namespace dino {

@@ -3,6 +3,8 @@
 //
 // Two passes: statistics of all rows, then gradients, for which a block's logits are computed once more. Blocks are
 // transposed, [outputs, rows], so that a vector holds one output of 16 rows and no sum runs across its lanes.
+#include "cpu/dino_head_loss.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -10,7 +12,8 @@
 #include <memory>
 #include <vector>
 
-#include "common/kernels.h"
+#include "common/math.h"
+#include "common/parallel.h"
 
 namespace dino {
 namespace {

@@ -1,15 +1,17 @@
 // The DINO loss, its gradient and the batch center; formula and notation in dino_kernels/ops/dino_loss.py.
 // An image's rows are one task: its two teacher rows become probabilities in a scratch that
 // stays in cache while all views of the image are read once from memory and their gradients written once.
-#include <sys/mman.h>
+#include "cpu/dino_loss.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "common/kernels.h"
+#include "common/math.h"
+#include "common/memory.h"
 #include "common/nontemporal.h"
+#include "common/parallel.h"
 
 namespace dino {
 namespace {
@@ -163,14 +165,6 @@ double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end)
     }
     finish_streams();
     return loss;
-}
-
-// A fresh gradient of tens of MiB costs more in 4 KiB page faults than in arithmetic.
-void use_huge_pages(void* data, size_t bytes) {
-    constexpr uintptr_t kHuge = 1 << 21;
-    uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-    uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
 }  // namespace

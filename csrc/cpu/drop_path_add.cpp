@@ -1,7 +1,9 @@
 // out = x + scale * branch, a factor a row; without x it is the branch's gradient.
+#include "cpu/drop_path_add.h"
+
 #include <algorithm>
 
-#include "common/kernels.h"
+#include "common/parallel.h"
 
 namespace dino {
 namespace {

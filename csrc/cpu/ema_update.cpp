@@ -1,8 +1,10 @@
 // t = m * t + (1 - m) * s over a list of tensors, in one pass over memory.
+#include "cpu/ema_update.h"
+
 #include <algorithm>
 #include <vector>
 
-#include "common/kernels.h"
+#include "common/parallel.h"
 
 namespace dino {
 namespace {

@@ -3,6 +3,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/attention.h"
+#include "cpu/gemm/linear.h"
+#include "cpu/gemm/mlp.h"
+
 namespace dino {
 namespace {
 
@@ -85,7 +89,7 @@ void fused_block_backward(const FusedBlockArgs& b, const FusedBlockBackward& t) 
              b.tokens, c,           groups,   DType::f32, b.dtype,   b.threads});
     };
     auto product = [&](const void* grad, const void* x, int layer, int64_t outputs, void* grad_x) {
-        add_linear({t.grads[layer], grad, x, a, outputs, c, b.threads, b.dtype, b.products, t.grads[layer + 1]});
+        add_linear({t.grads[layer], grad, x, t.grads[layer + 1], a, outputs, c, b.dtype, b.products, b.threads});
         linear({grad, b.weights[layer], nullptr, grad_x, a, outputs, c, true, b.dtype, b.products, b.threads});
     };
     normalized(t.grad, t.grad_normed, t.out, kept.next_mean, kept.next_rstd, next_norm, b.mlp_scale, b.mlp_rows,

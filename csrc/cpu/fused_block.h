@@ -1,7 +1,8 @@
 // A transformer block as one call of the kernels of its parts; formula in dino_kernels/ops/fused_block.py.
 #pragma once
 
-#include "common/kernels.h"
+#include "cpu/add_layer_norm.h"
+#include "cpu/gemm/products.h"
 
 namespace dino {
 

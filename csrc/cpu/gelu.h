@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "common/kernels.h"
+#include "common/math.h"
 
 namespace dino {
 namespace {

@@ -1,7 +1,10 @@
 // Rows of norm g, and the gradients of both; formulas in dino_kernels/ops/weight_norm.py.
+#include "cpu/weight_norm.h"
+
 #include <algorithm>
 #include <vector>
 
+#include "common/parallel.h"
 #include "cpu/weight_norm_row.h"
 
 namespace dino {

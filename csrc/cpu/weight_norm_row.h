@@ -2,8 +2,9 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
-#include "common/kernels.h"
+#include "common/simd.h"
 
 namespace dino {
 namespace {

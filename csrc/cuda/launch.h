@@ -1,10 +1,10 @@
-// Launchers of the CUDA C++ kernels: what csrc/common/kernels.h is for the CPU. Every pointer is of the device unless
-// it says otherwise; nothing synchronizes, so that all of it may be captured in a CUDA graph.
+// Launchers of the CUDA C++ kernels. Every pointer is of the device unless it says otherwise; nothing synchronizes, so
+// that all of it may be captured in a CUDA graph.
 #pragma once
 
 #include <cstdint>
 
-#include "common/kernels.h"
+#include "common/dtype.h"
 
 namespace dino::cuda {
 

@@ -14,9 +14,9 @@ except ImportError as error:
         "build it with `pip install .` or, in the source tree, `python setup.py build_ext --inplace`"
     ) from error
 
-# enum class DType in csrc/common/kernels.h
+# enum class DType in csrc/common/dtype.h
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# the steps of a crop's jitter, struct Crop there
+# the steps of a crop's jitter, struct Crop in csrc/cpu/multicrop/multicrop.h
 JITTER: tuple[str, ...] = ("brightness", "contrast", "saturation", "hue")
 
 __all__ = ["DTYPES", "JITTER", "_C", "address", "reused_empty", "setting"]

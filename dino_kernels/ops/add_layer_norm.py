@@ -220,7 +220,7 @@ GROUPS = 64  # of tokens, at most, whatever the number of threads: their sums do
 
 
 def numbers(rows: Tensor | None) -> tuple[int, int]:
-    """RowsOf in csrc/common/kernels.h"""
+    """RowsOf in csrc/cpu/add_layer_norm.h"""
     return (0, -1) if rows is None else (rows.data_ptr(), rows.shape[0])
 
 

@@ -106,7 +106,7 @@ _linear.register_autograd(_backward, setup_context=_setup)
 
 # --- CPU ---------------------------------------------------------------------------------------------
 
-LIBRARY, FLOATS, TILES = range(3)  # enum class Products in csrc/common/kernels.h
+LIBRARY, FLOATS, TILES = range(3)  # enum class Products in csrc/cpu/gemm/products.h
 _PRODUCTS = {dtype: _C.best_products(DTYPES[dtype]) for dtype in (torch.float32, torch.bfloat16)}
 _SPLIT = 1 << 25  # multiply-adds of float32 from which tiles take it; small nets keep plain float32's rounding
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -32,9 +32,9 @@ from dino_kernels._core.native import _C, DTYPES, JITTER
 
 __all__ = ["CROP", "CropKind", "draw_crops", "multicrop", "multicrop_packed"]
 
-# A drawn crop; struct Crop in csrc/common/kernels.h. box: left, top, right, bottom in pixels of the image; size: side of the
-# output in pixels; hue: fraction of the circle; blur: radius in pixels, 0 for none; order: indices into JITTER, used
-# as the four factors are only if jitter is set.
+# A drawn crop; struct Crop in csrc/cpu/multicrop/multicrop.h. box: left, top, right, bottom in pixels of the image;
+# size: side of the output in pixels; hue: fraction of the circle; blur: radius in pixels, 0 for none; order: indices
+# into JITTER, used as the four factors are only if jitter is set.
 CROP = np.dtype(
     [
         ("box", np.int32, 4),

@@ -1,7 +1,9 @@
 // into += grad^T x: the gradient of a linear layer's weights, added where it is kept.
+#include "cpu/gemm/add_product.h"
+
 #include <algorithm>
 
-#include "common/kernels.h"
+#include "common/parallel.h"
 #include "cpu/gemm/microkernel.h"
 
 namespace dino {

@@ -1,5 +1,7 @@
 // Products of linear layers in bfloat16 and float32. Rows of x are read where they are, the weights are packed once a
 // call, and bias, rounding and the sum into a gradient are done while a block is in the first-level cache.
+#include "cpu/gemm/linear.h"
+
 #include "common/nontemporal.h"
 #include "cpu/gemm/operands.h"
 
@@ -203,7 +205,7 @@ template <class P>
 struct Gradient {
     using Value = typename P::Value;
     using Sum = SumOf<Value>;
-    const AddProductArgs& a;
+    const AddLinearArgs& a;
     bool inputs_turned = a.packed == Packed::neither ? a.inputs <= a.outputs : a.packed == Packed::grad;
     int64_t narrow = inputs_turned ? a.inputs : a.outputs, wide = inputs_turned ? a.outputs : a.inputs;
     int64_t panels = wide / kPanel;
@@ -268,7 +270,7 @@ void Gradient<P>::add_panel(int64_t panel, const float* c) const {
 }
 
 template <class P>
-void add_gradient(const AddProductArgs& a) {
+void add_gradient(const AddLinearArgs& a) {
     static thread_local Buffer buffer;
     static thread_local BufferOf<typename Gradient<P>::Sum> biases;
     Gradient<P> gradient{a};
@@ -304,7 +306,7 @@ void linear(const LinearArgs& a) {
     with_operands(a.products, a.dtype, [&](auto operands) { linear_by<decltype(operands)>(a); });
 }
 
-void add_linear(const AddProductArgs& a) {
+void add_linear(const AddLinearArgs& a) {
     with_operands(a.products, a.dtype, [&](auto operands) { add_gradient<decltype(operands)>(a); });
 }
 

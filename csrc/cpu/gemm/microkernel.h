@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "common/kernels.h"
+#include "common/dtype.h"
 #include "common/memory.h"
 #if defined(__x86_64__)
 #include <immintrin.h>

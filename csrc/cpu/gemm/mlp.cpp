@@ -1,7 +1,10 @@
 // The MLP of a transformer block, forward and backward; formulas in dino_kernels/ops/mlp.py. A task takes a block of
 // tokens through both layers, so that what lies between them stays in the second-level cache. With tiles nothing of it
 // is kept: the backward pass makes the first product once more, which costs no more than reading it.
+#include "cpu/gemm/mlp.h"
+
 #include "cpu/gelu.h"
+#include "cpu/gemm/linear.h"
 #include "cpu/gemm/operands.h"
 
 namespace dino {
@@ -181,7 +184,7 @@ void backward(const MlpBackwardArgs& a) {
         backward_block<P>(a, packed, between, i * block);
     });
     auto add = [&](float* into, const void* grad, const void* x, int64_t outputs, int64_t inputs, Packed packed) {
-        add_linear({into, grad, x, a.tokens, outputs, inputs, a.threads, a.dtype, a.products, nullptr, packed});
+        add_linear({into, grad, x, nullptr, a.tokens, outputs, inputs, a.dtype, a.products, a.threads, packed});
     };
     add(a.grad_weight1, between.grad_hidden, a.x, n, c, Packed::grad);
     add(a.grad_weight2, a.grad, between.active, c, n, Packed::x);

@@ -3,6 +3,7 @@
 
 #include "cpu/gemm/amx_operands.h"
 #include "cpu/gemm/f32_operands.h"
+#include "cpu/gemm/products.h"
 
 namespace dino {
 namespace {

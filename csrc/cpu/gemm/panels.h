@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/parallel.h"
 #include "cpu/gemm/microkernel.h"
 
 namespace dino {

@@ -1,5 +1,7 @@
 // Gradients of a weight-normed layer's v and g from those of its logits: the gradient of its rows w, as large as they
 // are, is made 32 rows at a time and never written. Formulas in dino_kernels/ops/weight_norm.py.
+#include "cpu/gemm/weight_norm_product.h"
+
 #include "common/nontemporal.h"
 #include "cpu/gemm/operands.h"
 #include "cpu/weight_norm_row.h"

@@ -1,11 +1,14 @@
 // Crops of decoded images, from the drawn parameters to rows of a batch. A crop is a task: resized, then changed step
 // by step in a buffer that stays in the cache, then written once.
+#include "cpu/multicrop/multicrop.h"
+
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
 
 #include "common/nontemporal.h"
+#include "common/parallel.h"
 #include "cpu/multicrop/parts.h"
 
 namespace dino {

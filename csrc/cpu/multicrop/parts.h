@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "common/kernels.h"
 #include "common/memory.h"
+#include "cpu/multicrop/multicrop.h"
 
 // Floats must round as Pillow's do, product and sum each: a fused multiply-add differs where a level is cut off.
 #if defined(__clang__)
