@@ -103,8 +103,8 @@ class Emulated:
         function = getattr(self._double, name)
 
         @functools.wraps(function)
-        def call(*args):
-            result = function(*args)
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
             if self._error:
                 error, self._error = self._error, None
                 raise error

@@ -1,135 +1,113 @@
-// The Python module dino_kernels._C.cuda, where nvcc was found: pointers and sizes in. Callers check shapes and dtypes.
-#include "bindings/cuda.h"
-
-#include <pybind11/stl.h>
-
-#include <array>
+// The Python module dino_kernels._C.cuda: addresses, sizes and a stream in, by name. Callers check shapes and dtypes.
 #include <tuple>
-#include <vector>
 
+#include "bindings/bindings.h"
+#include "bindings/fields.h"
 #include "cuda/launch.h"
 
-namespace py = pybind11;
+namespace dino::bindings {
+
+using cuda::Scalar;
+using cuda::Stream;
+
+// (address or 0, whether float64 lies there, value if there is no address)
+template <>
+struct Conversion<Scalar> {
+    using Passed = std::tuple<uintptr_t, bool, double>;
+    static Scalar from(const Passed& given) {
+        auto [address, wide, value] = given;
+        return {reinterpret_cast<const void*>(address), wide, value};
+    }
+};
 
 namespace {
 
-using dino::cuda::Scalar;
-using dino::cuda::Stream;
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
+// m.name(*, fields, stream) calls launch(args, stream).
+template <class Args, class... Fields>
+void bind_launch(py::module_& m, const char* name, void (*launch)(const Args&, Stream), Fields... fields) {
+    auto call = [=](typename Fields::Passed... values, uintptr_t stream) {
+        Args args{};
+        (fields.set(args, values), ...);
+        launch(args, reinterpret_cast<Stream>(stream));
+    };
+    m.def(name, call, py::kw_only(), py::arg(fields.name)..., py::arg("stream"));
 }
 
-template <class T>
-std::vector<T*> pointers(const std::vector<uintptr_t>& addresses) {
-    std::vector<T*> result;
-    for (uintptr_t address : addresses) result.push_back(pointer<T>(address));
-    return result;
+void update_ema(const std::vector<uintptr_t>& targets, const std::vector<uintptr_t>& sources,
+                const std::vector<int64_t>& sizes, const std::vector<int>& source_dtypes,
+                const Conversion<Scalar>::Passed& momentum, uintptr_t stream) {
+    auto to = pointers<float>(targets);
+    auto from = pointers<const void>(sources);
+    auto types = dtypes(source_dtypes);
+    cuda::launch_ema_update(
+        {to.data(), from.data(), sizes.data(), types.data(), int64_t(sizes.size()), Conversion<Scalar>::from(momentum)},
+        reinterpret_cast<Stream>(stream));
 }
 
-// Address (0: none), whether it is of a float64, value.
-using Given = std::tuple<uintptr_t, bool, double>;
-Scalar scalar(const Given& given) {
-    auto [address, wide, value] = given;
-    return {pointer<const void>(address), wide, value};
+void bind_dino_loss(py::module_& m) {
+    using Args = cuda::DinoLossArgs;
+    bind_launch(m, "dino_loss", cuda::launch_dino_loss, DINO_FIELD(student), DINO_FIELD(teacher), DINO_FIELD(center),
+                DINO_FIELD(grad), DINO_FIELD(batch_center), DINO_FIELD(loss), DINO_FIELD(partials), DINO_FIELD(targets),
+                DINO_FIELD(losses), DINO_FIELD(arrived), DINO_FIELD(views), DINO_FIELD(batch), DINO_FIELD(outputs),
+                DINO_FIELD(student_stride), DINO_FIELD(teacher_stride), DINO_FIELD(grad_stride),
+                DINO_FIELD(student_dtype), DINO_FIELD(teacher_dtype), DINO_FIELD(student_temp),
+                DINO_FIELD(teacher_temp));
 }
 
-void ema_update(const std::vector<uintptr_t>& targets, const std::vector<uintptr_t>& sources,
-                const std::vector<int64_t>& sizes, const std::vector<int>& source_dtypes, const Given& momentum,
-                uintptr_t stream) {
-    std::vector<float*> t = pointers<float>(targets);
-    std::vector<const void*> s = pointers<const void>(sources);
-    std::vector<dino::DType> dtypes;
-    for (int dtype : source_dtypes) dtypes.push_back(dino::DType(dtype));
-    dino::cuda::launch_ema_update(
-        {t.data(), s.data(), sizes.data(), dtypes.data(), int64_t(sizes.size()), scalar(momentum)},
-        pointer<void>(stream));
+void bind_dino_loss_scale(py::module_& m) {
+    using Args = cuda::DinoLossScaleArgs;
+    bind_launch(m, "dino_loss_scale", cuda::launch_dino_loss_scale, DINO_FIELD(grad), DINO_FIELD(rows),
+                DINO_FIELD(outputs), DINO_FIELD(stride), DINO_FIELD(dtype), DINO_FIELD(upstream));
 }
 
-// data: student to arrived of DinoLossArgs, sizes: views to grad_stride, dtypes: of student and teacher, in its order
-void dino_loss(const std::array<uintptr_t, 10>& data, const std::array<int64_t, 6>& sizes,
-               const std::array<int, 2>& dtypes, const Given& student_temp, const Given& teacher_temp,
-               uintptr_t stream) {
-    dino::cuda::launch_dino_loss({pointer<const void>(data[0]),
-                                  pointer<const void>(data[1]),
-                                  pointer<const float>(data[2]),
-                                  pointer<void>(data[3]),
-                                  pointer<float>(data[4]),
-                                  pointer<float>(data[5]),
-                                  pointer<float>(data[6]),
-                                  pointer<void>(data[7]),
-                                  pointer<float>(data[8]),
-                                  pointer<int>(data[9]),
-                                  sizes[0],
-                                  sizes[1],
-                                  sizes[2],
-                                  sizes[3],
-                                  sizes[4],
-                                  sizes[5],
-                                  dino::DType(dtypes[0]),
-                                  dino::DType(dtypes[1]),
-                                  scalar(student_temp),
-                                  scalar(teacher_temp)},
-                                 pointer<void>(stream));
+void step(const cuda::AdamwEmaArgs& given, Stream stream) {
+    cuda::AdamwEmaArgs args = given;
+    --args.segments;  // counted as offsets, of which there is one more
+    cuda::launch_adamw_ema_step(args, stream);
 }
 
-void dino_loss_scale(uintptr_t grad, int64_t rows, int64_t outputs, int64_t stride, int dtype, const Given& upstream,
-                     uintptr_t stream) {
-    dino::cuda::launch_dino_loss_scale(
-        {pointer<void>(grad), rows, outputs, stride, dino::DType(dtype), scalar(upstream)}, pointer<void>(stream));
+void bind_adamw_ema_step(py::module_& m) {
+    using Args = cuda::AdamwEmaArgs;
+    bind_launch(m, "adamw_ema_step", step, DINO_FIELD(student), DINO_FIELD(grad), DINO_FIELD(exp_avg),
+                DINO_FIELD(exp_avg_sq), DINO_FIELD(teacher), DINO_FIELD(student_16), DINO_FIELD(teacher_16),
+                DINO_FIELD(student_rows), DINO_FIELD(teacher_rows), DINO_FIELD(steps), DINO_FIELD(decayed),
+                DINO_FIELD(frozen), DINO_FIELD(nonfinite), DINO_FIELD(partials), DINO_FIELD(factors),
+                DINO_FIELD(grad_dtype), DINO_FIELD(student_16_dtype), DINO_FIELD(teacher_16_dtype),
+                DINO_FIELD(rows_dtype), ListField<Args>{"offsets", &Args::offsets, &Args::segments},
+                DINO_FIELD(cleared), DINO_FIELD(rows), DINO_FIELD(channels), DINO_FIELD(lr), DINO_FIELD(weight_decay),
+                DINO_FIELD(momentum), DINO_FIELD(clip_norm), DINO_FIELD(beta1), DINO_FIELD(beta2), DINO_FIELD(eps));
 }
 
-// data: student to factors of AdamwEmaArgs, in its order; dtypes: of grad, student_16, teacher_16, rows; sizes:
-// cleared, rows, channels; hyper: clip_norm to eps
-void adamw_ema_step(const std::array<uintptr_t, 15>& data, const std::array<int, 4>& dtypes,
-                    const std::vector<int64_t>& offsets, const std::array<int64_t, 3>& sizes,
-                    const std::array<Given, 3>& scalars, const std::array<double, 4>& hyper, uintptr_t stream) {
-    dino::cuda::AdamwEmaArgs a{};
-    a.student = pointer<float>(data[0]), a.grad = pointer<void>(data[1]), a.exp_avg = pointer<float>(data[2]);
-    a.exp_avg_sq = pointer<float>(data[3]), a.teacher = pointer<float>(data[4]);
-    a.student_16 = pointer<void>(data[5]), a.teacher_16 = pointer<void>(data[6]);
-    a.student_rows = pointer<void>(data[7]), a.teacher_rows = pointer<void>(data[8]);
-    a.steps = pointer<int64_t>(data[9]), a.decayed = pointer<bool>(data[10]), a.frozen = pointer<bool>(data[11]);
-    a.nonfinite = pointer<int>(data[12]), a.partials = pointer<float>(data[13]), a.factors = pointer<float>(data[14]);
-    a.grad_dtype = dino::DType(dtypes[0]), a.student_16_dtype = dino::DType(dtypes[1]);
-    a.teacher_16_dtype = dino::DType(dtypes[2]), a.rows_dtype = dino::DType(dtypes[3]);
-    a.offsets = offsets.data(), a.segments = int64_t(offsets.size()) - 1;
-    a.cleared = sizes[0], a.rows = sizes[1], a.channels = sizes[2];
-    a.lr = scalar(scalars[0]), a.weight_decay = scalar(scalars[1]), a.momentum = scalar(scalars[2]);
-    a.clip_norm = hyper[0], a.beta1 = hyper[1], a.beta2 = hyper[2], a.eps = hyper[3];
-    dino::cuda::launch_adamw_ema_step(a, pointer<void>(stream));
+template <void (*Launch)(const cuda::AttentionArgs&, Stream)>
+void attend(const cuda::AttentionArgs& given, Stream stream) {
+    cuda::AttentionArgs args = given;
+    args.group_count /= 2;  // counted as numbers, of which a group has two
+    Launch(args, stream);
 }
 
-// data: qkv, out, lse, and for the backward pass grad_out, grad; sizes: tokens to stride_h of AttentionArgs
-void attention_short(const std::vector<uintptr_t>& data, const std::array<int64_t, 5>& sizes, int dtype, double scale,
-                     const std::vector<int64_t>& groups, uintptr_t stream) {
-    bool backward = data.size() > 3;
-    dino::cuda::AttentionArgs a{pointer<const void>(data[0]),
-                                pointer<void>(data[1]),
-                                pointer<float>(data[2]),
-                                backward ? pointer<const void>(data[3]) : nullptr,
-                                backward ? pointer<void>(data[4]) : nullptr,
-                                sizes[0],
-                                sizes[1],
-                                sizes[2],
-                                sizes[3],
-                                sizes[4],
-                                dino::DType(dtype),
-                                float(scale),
-                                groups.data(),
-                                int64_t(groups.size()) / 2};
-    auto launch = backward ? dino::cuda::launch_attention_short_backward : dino::cuda::launch_attention_short;
-    launch(a, pointer<void>(stream));
+void bind_attention(py::module_& m) {
+    using Args = cuda::AttentionArgs;
+    auto bind_pass = [&](const char* name, void (*launch)(const Args&, Stream), auto... gradients) {
+        bind_launch(m, name, launch, DINO_FIELD(qkv), DINO_FIELD(out), DINO_FIELD(lse), gradients...,
+                    DINO_FIELD(tokens), DINO_FIELD(heads), DINO_FIELD(token_stride), DINO_FIELD(part_stride),
+                    DINO_FIELD(head_stride), DINO_FIELD(dtype), DINO_FIELD(scale),
+                    ListField<Args>{"groups", &Args::groups, &Args::group_count});
+    };
+    bind_pass("attention_short", attend<cuda::launch_attention_short>);
+    bind_pass("attention_short_backward", attend<cuda::launch_attention_short_backward>, DINO_FIELD(grad_out),
+              DINO_FIELD(grad));
 }
 
 }  // namespace
 
 void bind_cuda(py::module_& m) {
     m.doc() = "Launchers of the CUDA C++ kernels of dino_kernels.";
-    m.def("adamw_ema_step", &adamw_ema_step);
-    m.def("attention_short", &attention_short);
-    m.def("dino_loss", &dino_loss);
-    m.def("dino_loss_scale", &dino_loss_scale);
-    m.def("ema_update", &ema_update);
+    bind_adamw_ema_step(m);
+    bind_attention(m);
+    bind_dino_loss(m);
+    bind_dino_loss_scale(m);
+    m.def("ema_update", &update_ema, py::kw_only(), py::arg("targets"), py::arg("sources"), py::arg("sizes"),
+          py::arg("source_dtypes"), py::arg("momentum"), py::arg("stream"));
 }
+
+}  // namespace dino::bindings

@@ -21,11 +21,11 @@ class Walk {
 
    public:
     Walk(const RowsOf& rows, int64_t begin) : rows_(rows), next_(begin) {
-        const int32_t* numbers = rows.numbers;
-        if (rows.count >= 0) next_ = std::lower_bound(numbers, numbers + rows.count, begin) - numbers;
+        const int32_t* indices = rows.indices;
+        if (rows.count >= 0) next_ = std::lower_bound(indices, indices + rows.count, begin) - indices;
     }
     int64_t at(int64_t row) {
-        if (rows_.count >= 0 && (next_ == rows_.count || rows_.numbers[next_] != row)) return -1;
+        if (rows_.count >= 0 && (next_ == rows_.count || rows_.indices[next_] != row)) return -1;
         return next_++;
     }
 };
@@ -146,12 +146,12 @@ void backward_rows(const AddLayerNormBackwardArgs& a, int64_t begin, int64_t end
 
 void check(const char* name, const RowsOf& rows, int64_t tokens) {
     for (int64_t i = 0, least = 0; i < rows.count; ++i) {
-        int64_t number = rows.numbers[i];
-        if (number < least || number >= tokens)
+        int64_t index = rows.indices[i];
+        if (index < least || index >= tokens)
             throw std::invalid_argument(std::string(name) + " must rise from at least 0 to below the " +
-                                        std::to_string(tokens) + " tokens of x, got " + std::to_string(number) +
+                                        std::to_string(tokens) + " tokens of x, got " + std::to_string(index) +
                                         " at place " + std::to_string(i));
-        least = number + 1;
+        least = index + 1;
     }
 }
 

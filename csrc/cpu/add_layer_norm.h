@@ -5,9 +5,9 @@
 
 namespace dino {
 
-// Which of T rows a tensor has: numbers that rise.
+// Which of T rows a tensor has: sorted indices.
 struct RowsOf {
-    const int32_t* numbers;
+    const int32_t* indices;
     int64_t count;  // negative: all rows
 };
 

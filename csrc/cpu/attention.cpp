@@ -248,7 +248,7 @@ void Task::backward() const {
 }
 
 void run(const AttentionArgs& a, void (Task::*pass)() const) {
-    Kind kind = kind_of(a.dtype, a.bf16_products);
+    Kind kind = kind_of(a.dtype, a.products);
     parallel_for(a.sequences * a.heads, a.threads, [&](int64_t number) {
         FlushDenormals flush;
         TileUse tiles(kind.amx);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/dtype.h"
+#include "cpu/gemm/products.h"
 
 namespace dino {
 
@@ -15,7 +16,7 @@ struct AttentionArgs {
     int64_t sequences, tokens, heads, channels, token_stride, part_stride, head_stride;
     DType dtype;
     float scale;
-    int bf16_products;  // of bfloat16 tensors, where the processor has them: 1 pairs, 2 tiles of pairs; 0 widens them
+    Products products;  // of bfloat16 tensors: f32, bf16_pairs or amx, or else what the processor has
     int threads;
 };
 void attention(const AttentionArgs& args);

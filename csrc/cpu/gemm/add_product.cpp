@@ -60,19 +60,20 @@ void add_columns(float* into, const void* from, DType dtype, int64_t rows, int64
 
 }  // namespace
 
-void add_column_sums(float* into, const void* from, DType dtype, int64_t rows, int64_t columns, int threads) {
-    parallel_for((columns + kColumns - 1) / kColumns, threads, [&](int64_t i) {
-        add_columns(into, from, dtype, rows, columns, i * kColumns, std::min(kColumns, columns - i * kColumns));
+void add_column_sums(const AddColumnSumsArgs& a) {
+    parallel_for((a.columns + kColumns - 1) / kColumns, a.threads, [&](int64_t i) {
+        add_columns(a.into, a.x, a.dtype, a.rows, a.columns, i * kColumns,
+                    std::min(kColumns, a.columns - i * kColumns));
     });
 }
 
-void add_to(float* into, const void* from, DType dtype, int64_t count, int threads) {
-    parallel_for((count + kChunk - 1) / kChunk, threads,
-                 [&](int64_t i) { add(into, from, dtype, i * kChunk, std::min(kChunk, count - i * kChunk)); });
+void add_to(const AddToArgs& a) {
+    parallel_for((a.count + kChunk - 1) / kChunk, a.threads,
+                 [&](int64_t i) { add(a.into, a.x, a.dtype, i * kChunk, std::min(kChunk, a.count - i * kChunk)); });
 }
 
 void add_product(const AddProductArgs& a) {
-    Kind kind = kind_of(DType::f32, 0);
+    Kind kind = kind_of(DType::f32, Products::f32);
     int64_t across = (a.inputs + kInputs - 1) / kInputs, down = (a.outputs + kOutputs - 1) / kOutputs;
     parallel_for(across * down, a.threads,
                  [&](int64_t i) { block(a, kind, i / across * kOutputs, i % across * kInputs); });

@@ -13,10 +13,24 @@ struct AddProductArgs {
 };
 void add_product(const AddProductArgs& args);
 
-// into [columns] += sums of the columns of from [rows, columns]
-void add_column_sums(float* into, const void* from, DType dtype, int64_t rows, int64_t columns, int threads);
+// into [columns] += sums of the columns of x [rows, columns]
+struct AddColumnSumsArgs {
+    float* into;
+    const void* x;
+    int64_t rows, columns;
+    DType dtype;  // of x
+    int threads;
+};
+void add_column_sums(const AddColumnSumsArgs& args);
 
-// into += from
-void add_to(float* into, const void* from, DType dtype, int64_t count, int threads);
+// into += x
+struct AddToArgs {
+    float* into;
+    const void* x;
+    int64_t count;
+    DType dtype;  // of x
+    int threads;
+};
+void add_to(const AddToArgs& args);
 
 }  // namespace dino

@@ -58,7 +58,7 @@ struct Floats {
     template <class Beside>
     static void multiply(const float* x, int64_t rows, int64_t depth, const float* panel, float* c, bool add, bool,
                          Beside&& beside) {
-        static const Kind kind = kind_of(DType::f32, 0);
+        static const Kind kind = kind_of(DType::f32, Products::f32);
         static const int64_t vectors = std::min<int64_t>(kind.vectors, kPanel / kLanes);
         for (int64_t k = 0; k < depth; k += kDepth) {
             Product p{std::min(kDepth, depth - k), depth, 1, kPanel, kPanel, add || k > 0};

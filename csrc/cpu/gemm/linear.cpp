@@ -8,13 +8,12 @@
 namespace dino {
 
 Products best_products(DType dtype) {
-    if (kind_of(DType::bf16, 2).amx) return Products::tiles;
+    if (kind_of(DType::bf16, Products::amx).amx) return Products::amx;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bf16")) return Products::library;
-    if (__builtin_cpu_supports("avx512f")) return Products::floats;
+    if (__builtin_cpu_supports("avx512f")) return Products::f32;
     // Of floats the library's are a tenth faster then.
-    if (dtype == DType::bf16 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return Products::floats;
+    if (dtype == DType::bf16 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Products::f32;
 #endif
     return Products::library;
 }
@@ -300,7 +299,7 @@ void add_gradient(const AddLinearArgs& a) {
 
 void linear(const LinearArgs& a) {
 #if defined(DINO_HAS_AMX)
-    bool tiles = a.products == Products::tiles;
+    bool tiles = a.products == Products::amx;
     if (tiles && a.dtype == DType::bf16 && a.tokens <= kFew && !a.transposed) return linear_of_few(a);
 #endif
     with_operands(a.products, a.dtype, [&](auto operands) { linear_by<decltype(operands)>(a); });

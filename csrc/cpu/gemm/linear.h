@@ -1,11 +1,12 @@
 // Linear layers on the CPU.
 #pragma once
 
+#include "common/dtype.h"
 #include "cpu/gemm/products.h"
 
 namespace dino {
 
-// The fastest here, of f32 or bf16; the library's where the processor multiplies bfloat16 but has no tiles.
+// The fastest on this processor for operands of f32 or bf16; the library where it multiplies bfloat16 without AMX.
 Products best_products(DType dtype);
 
 struct LinearArgs {

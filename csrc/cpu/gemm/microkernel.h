@@ -8,6 +8,7 @@
 
 #include "common/dtype.h"
 #include "common/memory.h"
+#include "cpu/gemm/products.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -276,10 +277,17 @@ struct TileUse {
     TileUse(const TileUse&) = delete;
 };
 
-Kind kind_of(DType dtype, int bf16_products) {
+// The widest of this processor for operands of a dtype, of bf16 at most `products`.
+Kind kind_of(DType dtype, Products products) {
 #if defined(__x86_64__)
-    if (bf16_products && dtype == DType::bf16 && __builtin_cpu_supports("avx512bf16"))
-        return {2, 3, bf16_tile, bf16_pair_columns, bf16_pair_rows, bf16_row_dots, bf16_products > 1 && amx_allowed()};
+    if (products >= Products::bf16_pairs && dtype == DType::bf16 && __builtin_cpu_supports("avx512bf16"))
+        return {2,
+                3,
+                bf16_tile,
+                bf16_pair_columns,
+                bf16_pair_rows,
+                bf16_row_dots,
+                products == Products::amx && amx_allowed()};
     if (__builtin_cpu_supports("avx512f")) return {1, 3, float_tile_avx512, nullptr, nullptr, float_row_dots};
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return {1, 1, float_tile_avx2, nullptr, nullptr, float_row_dots};

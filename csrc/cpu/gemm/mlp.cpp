@@ -203,14 +203,14 @@ void backward(const MlpBackwardArgs& a) {
 
 void mlp(const MlpArgs& a) {
 #if defined(DINO_HAS_AMX)
-    if (a.products == Products::tiles) return forward<Tiles<uint16_t>>(a);
+    if (a.products == Products::amx) return forward<Tiles<uint16_t>>(a);
 #endif
     a.dtype == DType::f32 ? forward<Floats<float>>(a) : forward<Floats<uint16_t>>(a);
 }
 
 void mlp_backward(const MlpBackwardArgs& a) {
 #if defined(DINO_HAS_AMX)
-    if (a.products == Products::tiles) return backward<Tiles<uint16_t>>(a);
+    if (a.products == Products::amx) return backward<Tiles<uint16_t>>(a);
 #endif
     a.dtype == DType::f32 ? backward<Floats<float>>(a) : backward<Floats<uint16_t>>(a);
 }

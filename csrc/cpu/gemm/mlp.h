@@ -1,6 +1,7 @@
 // The MLP of a transformer block on the CPU.
 #pragma once
 
+#include "common/dtype.h"
 #include "cpu/gemm/products.h"
 
 namespace dino {

@@ -12,7 +12,7 @@ namespace {
 template <class Body>
 void with_operands(Products products, DType dtype, const Body& body) {
 #if defined(DINO_HAS_AMX)
-    if (products == Products::tiles) return dtype == DType::f32 ? body(Tiles<float>()) : body(Tiles<uint16_t>());
+    if (products == Products::amx) return dtype == DType::f32 ? body(Tiles<float>()) : body(Tiles<uint16_t>());
 #endif
     dtype == DType::f32 ? body(Floats<float>()) : body(Floats<uint16_t>());
 }

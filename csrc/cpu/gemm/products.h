@@ -1,12 +1,13 @@
-// What multiplies matrices on the CPU.
+// Which instructions multiply matrices on the CPU.
 #pragma once
-
-#include "common/dtype.h"
 
 namespace dino {
 
-// What multiplies in the kernels of linear layers, where all channels are multiples of 32 and everything is contiguous:
-// fused multiply-adds of floats, or matrix tiles (AMX), for processors that have them.
-enum class Products : int { library, floats, tiles };
+enum class Products : int {
+    library,     // none of ours: Python calls the GEMM of oneDNN or MKL
+    f32,         // fused multiply-adds of float32; bfloat16 is widened as it is packed
+    bf16_pairs,  // dot products of two bfloat16 values (AVX512-BF16), in attention only
+    amx,         // AMX tiles of bfloat16; a float32 operand is the sum of three such
+};
 
 }  // namespace dino

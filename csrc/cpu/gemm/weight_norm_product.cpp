@@ -21,7 +21,7 @@ void finish_rows(const WeightNormProductBackwardArgs& a, int64_t first, float* g
         float* grad_v = a.grad_v + row * n;
         prefetch(v, kAheadRows * n * 4, n * 4);
         RowGradient of = row_gradient(grad_w, v, a.g[row], n);
-        if (a.fresh) {
+        if (a.overwrite) {
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j) grad_w[j] = of.scale * (grad_w[j] - of.pull * v[j]);
             stream(grad_v, grad_w, n * 4, past);
@@ -37,7 +37,7 @@ void finish_rows(const WeightNormProductBackwardArgs& a, int64_t first, float* g
 template <class Value>
 void by_floats(const WeightNormProductBackwardArgs& a) {
     static thread_local Buffer buffer;
-    Kind kind = kind_of(DType::f32, 0);
+    Kind kind = kind_of(DType::f32, Products::f32);
     int64_t n = a.channels;
     float* x = buffer.fit(a.tokens * n);
     widen(static_cast<const Value*>(a.x), a.tokens, n, n, x);
@@ -53,7 +53,7 @@ void by_floats(const WeightNormProductBackwardArgs& a) {
 #if defined(DINO_HAS_AMX)
 void by_tiles(const WeightNormProductBackwardArgs& a) {
     static thread_local Buffer buffer;
-    Kind kind = kind_of(DType::bf16, 2);
+    Kind kind = kind_of(DType::bf16, Products::amx);
     int64_t pairs = padded((a.tokens + 1) / 2), n = a.channels;
     float* x = buffer.fit(pairs * n);  // by panels [pairs, 32]
     for (int64_t j = 0; j < n; j += kPanel)
@@ -75,7 +75,7 @@ void by_tiles(const WeightNormProductBackwardArgs& a) {
 
 void weight_norm_product_backward(const WeightNormProductBackwardArgs& a) {
 #if defined(DINO_HAS_AMX)
-    if (a.products == Products::tiles) return by_tiles(a);
+    if (a.products == Products::amx) return by_tiles(a);
 #endif
     a.dtype == DType::f32 ? by_floats<float>(a) : by_floats<uint16_t>(a);
 }

@@ -1,6 +1,7 @@
 // The backward pass of a product by weight-normed rows on the CPU.
 #pragma once
 
+#include "common/dtype.h"
 #include "cpu/gemm/products.h"
 
 namespace dino {
@@ -9,7 +10,7 @@ struct WeightNormProductBackwardArgs {
     const void *grad, *x;    // of logits [T, K]; [T, D]
     const float *v, *g;      // [K, D]; [K]
     float *grad_v, *grad_g;  // [K, D] and [K], added to; grad_g may be null
-    bool fresh;              // grad_v is written, whatever it held
+    bool overwrite;          // grad_v is overwritten, not added to
     int64_t tokens, rows, channels;
     DType dtype;        // bf16 or f32
     Products products;  // tiles: of bf16
