@@ -61,7 +61,7 @@ DINO_INLINE inline void put_copy(const AdamwEmaArgs& a, void* to, DType dtype, i
                                  const float* x, void* scratch) {
     int64_t width = width_of(dtype);
     store(scratch, dtype, 0, n, x);
-    stream(static_cast<char*>(to) + offset * width, scratch, n * width, a.offsets[a.segments] * width > kCached);
+    stream_store(static_cast<char*>(to) + offset * width, scratch, n * width, a.offsets[a.segments] * width > kCached);
 }
 
 DINO_MULTIVERSION
@@ -76,7 +76,7 @@ void update(const AdamwEmaArgs& a, int64_t begin, int64_t count, const Factors* 
         if (a.student_16) put_copy(a, a.student_16, a.student_16_dtype, i, n, a.student + i, scratch);
         if (a.teacher_16) put_copy(a, a.teacher_16, a.teacher_16_dtype, i, n, a.teacher + i, scratch);
     }
-    finish_streams();
+    finish_streaming();
 }
 
 // to[row] = g v / |v|
@@ -99,7 +99,7 @@ void update_rows(const AdamwEmaArgs& a, int64_t first, int64_t count, const Fact
         normalize(a, a.student + i, a.student[g + row], a.student_rows, row, scratch);
         normalize(a, a.teacher + i, a.teacher[g + row], a.teacher_rows, row, scratch);
     }
-    finish_streams();
+    finish_streaming();
 }
 
 }  // namespace

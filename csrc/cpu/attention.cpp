@@ -12,6 +12,7 @@
 #include "common/math.h"
 #include "common/parallel.h"
 #include "cpu/gemm/microkernel.h"
+#include "cpu/gemm/units.h"
 
 namespace dino {
 namespace {
@@ -109,22 +110,22 @@ struct Scratch {
 // what pads them is zero.
 struct Task {
     const AttentionArgs& a;
-    const Kind& kind;
+    const Microkernel& kernel;
     int64_t head, begin, n;
     int64_t width, units_row;           // tokens, padded; units of them, padded
     int64_t depth, depth_row, columns;  // units of channels; padded; padded channels
     int64_t stripe;
     Scratch& s;
 
-    Task(const AttentionArgs& a, const Kind& kind, int64_t number)
-        : a(a), kind(kind), head(number % a.heads), begin(a.bounds[number / a.heads]), s(scratch()) {
+    Task(const AttentionArgs& a, const Microkernel& kernel, int64_t number)
+        : a(a), kernel(kernel), head(number % a.heads), begin(a.bounds[number / a.heads]), s(scratch()) {
         n = a.bounds[number / a.heads + 1] - begin;
         width = padded(n);
-        units_row = padded(kind.units(n));
-        depth = kind.contraction(a.channels);
-        depth_row = padded(kind.units(a.channels));
+        units_row = padded(kernel.units(n));
+        depth = kernel.contraction(a.channels);
+        depth_row = padded(kernel.units(a.channels));
         columns = padded(a.channels);
-        stripe = kind.amx ? kStripe : kLanes;  // two tiles' rows; else what leaves most of the first-level cache
+        stripe = kernel.amx ? kStripe : kLanes;  // two tiles' rows; else what leaves most of the first-level cache
     }
     static Scratch& scratch() {
         static thread_local Scratch mine;
@@ -135,19 +136,19 @@ struct Task {
     // Rows of q, k or v (part 0, 1, 2), or of a tensor like the output; to [padded count, depth_row]
     float* read_qkv(int64_t part, int64_t first, int64_t count, Buffer& to) const {
         gather(a.qkv, a.dtype, (begin + first) * a.token_stride + part * a.part_stride + head * a.head_stride,
-               a.token_stride, count, a.channels, kind.pair, to.fit(padded(count) * depth_row), padded(count),
+               a.token_stride, count, a.channels, kernel.pair, to.fit(padded(count) * depth_row), padded(count),
                depth_row);
         return to.fit(0);
     }
     float* read(const void* x, int64_t first, int64_t count, Buffer& to) const {
-        gather(x, a.dtype, output(first), a.heads * a.channels, count, a.channels, kind.pair,
+        gather(x, a.dtype, output(first), a.heads * a.channels, count, a.channels, kernel.pair,
                to.fit(padded(count) * depth_row), padded(count), depth_row);
         return to.fit(0);
     }
     // Floats [count, columns], which are lost, to their place
     void write(float* rows, int64_t count, void* to, int64_t offset, int64_t stride) const {
-        if (kind.pair == 2) kind.pair_columns(rows, count, columns, rows, columns / 2);
-        scatter(rows, columns / kind.pair, count, a.channels, kind.pair, to, a.dtype, offset, stride);
+        if (kernel.pair == 2) kernel.pair_columns(rows, count, columns, rows, columns / 2);
+        scatter(rows, columns / kernel.pair, count, a.channels, kernel.pair, to, a.dtype, offset, stride);
     }
     void write_grad(int64_t part, int64_t first, int64_t count, float* rows) const {
         int64_t offset = (((begin + first) * 3 + part) * a.heads + head) * a.channels;
@@ -159,7 +160,7 @@ struct Task {
     }
     // Rows [width, depth_row] as pairs of rows [units_row, columns]: the same where a unit is one value.
     float* paired(float* rows, Buffer& to) const {
-        if (kind.pair == 1) return rows;
+        if (kernel.pair == 1) return rows;
         float* pairs = to.fit(units_row * columns);
         pair_up(rows, width, depth_row, pairs, columns);
         std::fill(pairs + width / 2 * columns, pairs + units_row * columns, 0.0f);
@@ -167,20 +168,20 @@ struct Task {
     }
     // Floats [rows, width] as pairs along a row [kStripe, units_row]: the same where a unit is one value.
     float* along(float* rows, int64_t count, Buffer& to) const {
-        if (kind.pair == 1) return rows;
+        if (kernel.pair == 1) return rows;
         float* pairs = to.fit(kStripe * units_row);
-        kind.pair_columns(rows, count, width, pairs, units_row);
+        kernel.pair_columns(rows, count, width, pairs, units_row);
         for (int64_t i = 0; i < count; ++i)
             std::fill(pairs + i * units_row + width / 2, pairs + (i + 1) * units_row, 0.0f);
         return pairs;
     }
     // scores [count, width] = rows [count, depth] others [depth, width]
     void score(int64_t count, const float* rows, const float* others, float* scores) const {
-        product(kind, count, width, {depth, depth_row, 1, width, width}, rows, others, scores);
+        product(kernel, count, width, {depth, depth_row, 1, width, width}, rows, others, scores);
     }
     // sums [count, columns] = weights [count, n] values [n, columns]
     void average(int64_t count, const float* weights, const float* values, float* sums) const {
-        product(kind, count, columns, {kind.contraction(n), units_row, 1, columns, columns}, weights, values, sums);
+        product(kernel, count, columns, {kernel.contraction(n), units_row, 1, columns, columns}, weights, values, sums);
     }
 
     void forward() const;
@@ -200,7 +201,7 @@ void Task::forward() const {
         score(count, read_qkv(0, i, count, s.q), k_transposed, scores);
         for (int64_t j = 0; j < count; j += kLanes)
             softmax(scores + j * width, std::min(kLanes, count - j), width, a.scale, mask,
-                    a.lse + head * a.tokens + begin + i + j, inverse_total + j, kind.pair == 2);
+                    a.lse + head * a.tokens + begin + i + j, inverse_total + j, kernel.pair == 2);
         average(count, along(scores, count, s.p), v_pairs, out);
         scale_rows(out, count, columns, inverse_total);
         write(out, count, a.out, output(i), a.heads * a.channels);
@@ -215,44 +216,44 @@ void Task::backward() const {
     std::copy_n(a.lse + head * a.tokens + begin, n, lse);
     std::fill(lse + n, lse + width, std::numeric_limits<float>::infinity());  // no probability for what pads
     for (int64_t i = 0; i < width; i += kLanes)
-        kind.row_dots(grad_out + i * depth_row, out + i * depth_row, depth_row, delta + i);
+        kernel.row_dots(grad_out + i * depth_row, out + i * depth_row, depth_row, delta + i);
     float *q_transposed = transposed(q, width, depth_row, s.q_transposed), *q_pairs = paired(q, s.q_pairs);
     float* grad_out_transposed = transposed(grad_out, width, depth_row, s.grad_out_transposed);
     float *grad_out_pairs = paired(grad_out, s.grad_out_pairs), *k_pairs = paired(k, s.k_pairs);
     float* k_transposed = transposed(k_pairs, units_row, columns, s.k_transposed);
     float *scores = s.scores.fit(kStripe * width), *grad = s.grad.fit(kStripe * columns);
     float* grad_q = s.grad_q.fit(columns * width);
-    float* ds_pairs = s.ds_pairs.fit(padded(kind.units(std::min(kBlock, width))) * width);  // of a block of keys
+    float* ds_pairs = s.ds_pairs.fit(padded(kernel.units(std::min(kBlock, width))) * width);  // of a block of keys
     for (int64_t first = 0; first < n; first += kBlock) {
-        int64_t last = std::min(first + kBlock, n), depth_keys = kind.contraction(last - first);
+        int64_t last = std::min(first + kBlock, n), depth_keys = kernel.contraction(last - first);
         for (int64_t i = first; i < last; i += stripe) {
             int64_t count = std::min(stripe, n - i), rows = padded(count);
-            float* ds_rows = ds_pairs + (i - first) / kind.pair * width;
-            float* grad_scores = kind.pair == 2 ? s.grad_scores.fit(kStripe * width) : ds_rows;
+            float* ds_rows = ds_pairs + (i - first) / kernel.pair * width;
+            float* grad_scores = kernel.pair == 2 ? s.grad_scores.fit(kStripe * width) : ds_rows;
             score(rows, k + i * depth_row, q_transposed, scores);
             score(rows, v + i * depth_row, grad_out_transposed, grad_scores);
-            gradients(scores, grad_scores, count, width, a.scale, lse, delta, kind.pair == 2);
+            gradients(scores, grad_scores, count, width, a.scale, lse, delta, kernel.pair == 2);
             std::fill(grad_scores + count * width, grad_scores + rows * width, 0.0f);
-            if (kind.pair == 2) kind.pair_rows(grad_scores, rows, width, ds_rows);
+            if (kernel.pair == 2) kernel.pair_rows(grad_scores, rows, width, ds_rows);
             average(count, along(scores, count, s.p), grad_out_pairs, grad);
             write_grad(2, i, count, grad);
             average(count, along(grad_scores, count, s.ds), q_pairs, grad);
             write_grad(1, i, count, grad);
         }
-        int64_t filled = padded(last - first) / kind.pair;
+        int64_t filled = padded(last - first) / kernel.pair;
         if (filled < depth_keys) std::fill(ds_pairs + filled * width, ds_pairs + depth_keys * width, 0.0f);
-        product(kind, columns, width, {depth_keys, units_row, 1, width, width, first > 0},
-                k_transposed + first / kind.pair, ds_pairs, grad_q);
+        product(kernel, columns, width, {depth_keys, units_row, 1, width, width, first > 0},
+                k_transposed + first / kernel.pair, ds_pairs, grad_q);
     }
     write_grad(0, 0, n, transposed(grad_q, columns, width, s.q));
 }
 
 void run(const AttentionArgs& a, void (Task::*pass)() const) {
-    Kind kind = kind_of(a.dtype, a.products);
+    Microkernel kernel = microkernel_for(a.dtype, a.products);
     parallel_for(a.sequences * a.heads, a.threads, [&](int64_t number) {
         FlushDenormals flush;
-        TileUse tiles(kind.amx);
-        Task task(a, kind, number);
+        TileConfigScope tiles(kernel.amx);
+        Task task(a, kernel, number);
         (task.*pass)();
     });
 }

@@ -99,7 +99,7 @@ Stats student_stats(const Row& row, const float* q, float* exps, float* block_ma
 // grad = (pairs * softmax(row / temp) - q) * scale, in the dtype of the row
 DINO_MULTIVERSION
 void student_gradient(const Row& row, const float* q, const float* exps, const float* block_max, double lse,
-                      double prob_scale, double q_scale, void* grad, int64_t grad_offset, bool past_caches) {
+                      double prob_scale, double q_scale, void* grad, int64_t grad_offset, bool nontemporal) {
     alignas(64) float out[kBlock];
     alignas(64) uint16_t out16[kBlock];
     int64_t width = width_of(row.dtype);
@@ -114,7 +114,7 @@ void student_gradient(const Row& row, const float* q, const float* exps, const f
             for (int64_t j = 0; j < n; ++j) out16[j] = float_to_bf16(out[j]);
         else if (row.dtype == DType::f16)
             for (int64_t j = 0; j < n; ++j) out16[j] = float_to_half(out[j]);
-        stream(g + k * width, row.dtype == DType::f32 ? static_cast<void*>(out) : out16, n * width, past_caches);
+        stream_store(g + k * width, row.dtype == DType::f32 ? static_cast<void*>(out) : out16, n * width, nontemporal);
     }
 }
 
@@ -149,7 +149,7 @@ double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end)
     }
     double inv_temp = 1.0 / a.student_temp, loss = 0;
     double scale = inv_temp / double((2 * a.views - 2) * a.batch);
-    bool summed = false, past_caches = gradient_bytes(a) > kCached;
+    bool summed = false, nontemporal = gradient_bytes(a) > kCached;
     for (int64_t v = begin; v < end; ++v) {
         if (v >= 2 && !summed) {  // from here on both teacher views are targets
             for (int64_t k = 0; k < a.outputs; ++k) q[0][k] += q[1][k];
@@ -161,9 +161,9 @@ double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end)
         Stats stats = student_stats(row, target, exps, block_max);
         loss += double(pairs) * stats.lse - stats.dot * inv_temp;
         student_gradient(row, target, exps, block_max, stats.lse, double(pairs) * scale, scale, a.grad,
-                         (v * a.batch + b) * a.grad_stride, past_caches);
+                         (v * a.batch + b) * a.grad_stride, nontemporal);
     }
-    finish_streams();
+    finish_streaming();
     return loss;
 }
 

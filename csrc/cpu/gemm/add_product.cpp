@@ -1,10 +1,11 @@
-// into += grad^T x: the gradient of a linear layer's weights, added where it is kept.
+// into += grad^T x, and sums into float32 like it.
 #include "cpu/gemm/add_product.h"
 
 #include <algorithm>
 
 #include "common/parallel.h"
 #include "cpu/gemm/microkernel.h"
+#include "cpu/gemm/units.h"
 
 namespace dino {
 namespace {
@@ -28,7 +29,7 @@ void add(float* into, const void* from, DType dtype, int64_t begin, int64_t coun
 }
 
 // Outputs from `output` on and inputs from `input` on, over all tokens.
-void block(const AddProductArgs& a, const Kind& kind, int64_t output, int64_t input) {
+void block(const AddProductArgs& a, const Microkernel& kernel, int64_t output, int64_t input) {
     static thread_local Buffer packed_grad, packed_x, sums;
     int64_t outputs = std::min(kOutputs, a.outputs - output), inputs = std::min(kInputs, a.inputs - input);
     int64_t rows = padded(outputs), width = padded(inputs);
@@ -37,7 +38,7 @@ void block(const AddProductArgs& a, const Kind& kind, int64_t output, int64_t in
         int64_t count = std::min(kDepth, a.tokens - t);
         gather(a.grad, DType::f32, t * a.outputs + output, a.outputs, count, outputs, 1, grad, count, rows);
         gather(a.x, DType::f32, t * a.inputs + input, a.inputs, count, inputs, 1, x, count, width);
-        product(kind, rows, width, {count, 1, rows, width, width, t > 0}, grad, x, c);
+        product(kernel, rows, width, {count, 1, rows, width, width, t > 0}, grad, x, c);
     }
     for (int64_t i = 0; a.tokens && i < outputs; ++i)
         add(a.into + (output + i) * a.inputs + input, c + i * width, DType::f32, 0, inputs);
@@ -73,10 +74,10 @@ void add_to(const AddToArgs& a) {
 }
 
 void add_product(const AddProductArgs& a) {
-    Kind kind = kind_of(DType::f32, Products::f32);
+    Microkernel kernel = microkernel_for(DType::f32, Products::f32);
     int64_t across = (a.inputs + kInputs - 1) / kInputs, down = (a.outputs + kOutputs - 1) / kOutputs;
     parallel_for(across * down, a.threads,
-                 [&](int64_t i) { block(a, kind, i / across * kOutputs, i % across * kInputs); });
+                 [&](int64_t i) { block(a, kernel, i / across * kOutputs, i % across * kInputs); });
 }
 
 }  // namespace dino

@@ -1,9 +1,8 @@
-// Pieces of linear layers' products by the processor's matrix tiles (AMX): what a task does with a block of tokens or
-// with 32 columns.
+// The policy of linear layers' products by AMX tiles.
 //
-// A float32 number is the sum of three in bfloat16: itself rounded, what that left rounded, and what that left. Six
-// products of such parts are one of float32; the other three are below its rounding (Henry, Tang, Heinecke 2019, arXiv
-// 1904.06376). Parts of operands lie by tiles: of 32 rows, or of a panel, for every 16 units [3 parts, 512 units].
+// A float32 value is the sum of three bfloat16 parts: itself rounded, the remainder rounded, and the remainder of that.
+// Six products of parts give a float32 product; the other three are below its rounding (Henry, Tang, Heinecke 2019,
+// arXiv 1904.06376). Parts are stored by tiles: for 32 rows or a panel, and every 16 units, [3 parts, 512 units].
 #pragma once
 
 #include "cpu/gemm/panels.h"
@@ -12,17 +11,17 @@
 namespace dino {
 namespace {
 
-constexpr int64_t kDepth = 128;  // units of a contraction at a time: of a panel they stay in the first-level cache
+constexpr int64_t kDepth = 128;  // units of the contraction at a time: 16 KiB of a panel, in the first-level cache
 constexpr int64_t kTiles = 16 * kPanel;  // units of two tiles
 
 template <class Value>
-constexpr int64_t kParts = std::is_same_v<Value, float> ? 3 : 1;  // that an operand is the sum of
+constexpr int64_t kParts = std::is_same_v<Value, float> ? 3 : 1;  // bfloat16 parts of a value
 
 inline const float* units(const void* x, int64_t offset) {  // offset in values, even
     return reinterpret_cast<const float*>(static_cast<const uint16_t*>(x) + offset);
 }
 
-// Vectors of floats as bfloat16, first `low`, then `high`; they become what that leaves.
+// low and high, rounded to bfloat16; they become the remainders.
 DINO_BF16 inline __m512i take_part(__m512& low, __m512& high) {
     auto part = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     low -= (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(part)), 16);
@@ -30,8 +29,8 @@ DINO_BF16 inline __m512i take_part(__m512& low, __m512& high) {
     return part;
 }
 
-// The same halves as pairs of one value of each.
-DINO_BF16 inline __m512i interleaved(__m512i halves) {
+// [low half, high half] as pairs of a value of each.
+DINO_BF16 inline __m512i interleave_halves(__m512i halves) {
     const __m512i order =
         _mm512_add_epi16(_mm512_set1_epi32(0x00100000),
                          _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9,
@@ -39,7 +38,7 @@ DINO_BF16 inline __m512i interleaved(__m512i halves) {
     return _mm512_permutexvar_epi16(order, halves);
 }
 
-// 32 columns of `rows` rows of x, as many as 32, as parts of pairs of neighbors [3, 32, 16]; zeros below.
+// 32 columns of `rows` <= 32 rows of x as parts of pairs of columns [3, 32, 16], padded with zeros.
 DINO_BF16 inline void split(const float* x, int64_t stride, int64_t rows, float* to) {
     for (int64_t i = 0; i < 32; ++i, x += stride, to += kLanes) {
         next_panel(x, 1, 0, false);
@@ -50,7 +49,7 @@ DINO_BF16 inline void split(const float* x, int64_t stride, int64_t rows, float*
     }
 }
 
-// `rows` rows of `width` units as tiles read them, 32 at a time with zeros below; bfloat16 in place if it can.
+// `rows` rows of `width` units as tiles read them, padded to 32 with zeros; bfloat16 in place where no row is missing.
 template <class Value = uint16_t>
 const float* whole_tiles(const void* x, int64_t offset, int64_t rows, int64_t width, Buffer& copy) {
     auto from = static_cast<const Value*>(x) + offset;
@@ -68,7 +67,7 @@ const float* whole_tiles(const void* x, int64_t offset, int64_t rows, int64_t wi
     return to;
 }
 
-// `finish` by the instruction that rounds
+// `finish` with the instruction that rounds to bfloat16
 DINO_BF16 inline void finish_rounded(const float* c, int64_t rows, const float* bias, uint16_t* to, int64_t stride) {
     __m512 low = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();
     __m512 high = bias ? _mm512_loadu_ps(bias + 16) : _mm512_setzero_ps();
@@ -83,7 +82,7 @@ DINO_BF16 inline void finish_pairs(const float* c, int64_t rows, float* to) {
     for (int64_t i = 0; i < rows; i += 2, c += 2 * kPanel, to += kPanel)
         for (int64_t j = 0; j < kPanel; j += 16) {
             __m512 even = _mm512_load_ps(c + j), odd = _mm512_load_ps(c + kPanel + j);
-            _mm512_store_si512(to + j, interleaved((__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+            _mm512_store_si512(to + j, interleave_halves((__m512i)_mm512_cvtne2ps_pbh(odd, even)));
         }
 }
 
@@ -104,10 +103,9 @@ DINO_AMX inline void add_tiles() {
     _tile_dpbf16ps(3, 5, 7);
 }
 
-// c [32, 32] = a [32, depth] b [depth, 32], plus what c held if `add`: amx_tile<2, 2> of operands of three parts, in
-// the order of fewest loads.
-template <class Beside>
-DINO_AMX void split_tile(int64_t depth, const float* a, const float* b, float* c, bool add, Beside&& beside) {
+// c [32, 32] (+)= a [32, depth] b [depth, 32] for operands of three parts, in the order of fewest tile loads.
+template <class Work>
+DINO_AMX void split_tile(int64_t depth, const float* a, const float* b, float* c, bool add, Work&& interleave) {
     load_sums<2, 2>(c, kPanel, add);
     for (int64_t k = 0; k < depth; k += kLanes, a += kParts<float> * kTiles, b += kParts<float> * kTiles) {
         load_left(a + 2 * kTiles);
@@ -123,21 +121,21 @@ DINO_AMX void split_tile(int64_t depth, const float* a, const float* b, float* c
         add_tiles();
         load_right(b);
         add_tiles();
-        beside();
+        interleave();
     }
     store_sums<2, 2>(c, kPanel);
 }
 
-// c [rows, 32] = x [rows, width] times a packed panel, plus what c held if `add`; rows come in 32. If `far`, the panel
-// that lies behind this one is fetched into the second-level cache.
-template <class Value = uint16_t, class Beside>
-inline void multiply(const float* x, int64_t rows, int64_t width, const float* panel, float* c, bool add, bool far,
-                     Beside&& beside) {
+// c [rows, 32] (+)= x [rows, width] times a packed panel; rows is a multiple of 32. If `prefetch_next`, the panel that
+// follows in memory is fetched into the second-level cache.
+template <class Value = uint16_t, class Work>
+inline void multiply(const float* x, int64_t rows, int64_t width, const float* panel, float* c, bool add,
+                     bool prefetch_next, Work&& interleave) {
     constexpr int64_t parts = kParts<Value>, depth = parts == 1 ? kDepth : kDepth / 4;
     const float* next = panel + parts * kPanel * width;
-    int64_t lines = far ? parts * 2 * kTiles / rows : 0;  // a step
+    int64_t lines = prefetch_next ? parts * 2 * kTiles / rows : 0;  // a step
     auto step = [&] {
-        beside();
+        interleave();
         for (int64_t i = 0; i < lines; ++i, next += 16) __builtin_prefetch(next, 0, 2);
     };
     for (int64_t k = 0; k < width; k += depth)
@@ -152,7 +150,7 @@ inline void multiply(const float* x, int64_t rows, int64_t width, const float* p
         }
 }
 
-// Columns [column, column + 32) of rows, if any, as pairs of rows [room, 32]; zeros fill the room.
+// Columns [column, column + 32) of `rows` rows as pairs of rows [room, 32], padded with zeros.
 inline void pairs_of(const uint16_t* x, int64_t stride, int64_t rows, int64_t column, float* to, int64_t room) {
     int64_t even = std::max<int64_t>(rows, 0) / 2 * 2;
     pair_up(units(x, column), even, stride / 2, to, kPanel);
@@ -164,7 +162,7 @@ inline void pairs_of(const uint16_t* x, int64_t stride, int64_t rows, int64_t co
     std::fill(rest, to + room * kPanel, 0.0f);
 }
 
-// The same of at most 32 rows, as parts [3, room of 16, 32].
+// The same of at most 32 rows, as parts [3, 16, 32].
 DINO_BF16 inline void pairs_of(const float* x, int64_t stride, int64_t rows, int64_t column, float* to, int64_t room) {
     x += column;
     for (int64_t i = 0; i < 2 * room; i += 2, x += 2 * stride, to += kPanel) {
@@ -173,19 +171,19 @@ DINO_BF16 inline void pairs_of(const float* x, int64_t stride, int64_t rows, int
             __m512 even = i < rows ? _mm512_loadu_ps(x + j) : _mm512_setzero_ps();
             __m512 odd = i + 1 < rows ? _mm512_loadu_ps(x + stride + j) : _mm512_setzero_ps();
             for (int64_t part = 0; part < kParts<float>; ++part)
-                _mm512_store_si512(to + part * kTiles + j, interleaved(take_part(even, odd)));
+                _mm512_store_si512(to + part * kTiles + j, interleave_halves(take_part(even, odd)));
         }
     }
 }
 
-// The same of many rows: [padded, 32]
+// The same of many rows: [padded(rows / 2), 32]
 inline void pair_rows_of(const uint16_t* x, int64_t stride, int64_t rows, int64_t column, float* to) {
     next_panel(x + column, rows, stride, false);
     pairs_of(x, stride, rows, column, to, padded((rows + 1) / 2));
 }
 
-// 32 rows of weights [outputs, depth], or columns of weights [depth, outputs] if transposed, as pairs along the
-// contraction [depth / 2, 32]: a panel.
+// A panel: 32 rows of weights [outputs, depth], or 32 columns of weights [depth, outputs] if transposed, as pairs along
+// the contraction [depth / 2, 32].
 inline void pack_panel(const uint16_t* weights, int64_t depth, int64_t outputs, bool transposed, int64_t first,
                        float* to) {
     if (transposed) return pairs_of(weights, outputs, depth, first, to, depth / 2);
@@ -207,26 +205,27 @@ inline void pack_panel(const float* weights, int64_t depth, int64_t outputs, boo
 }
 
 template <class V>
-struct Tiles {
+struct AmxOperands {
     using Value = V;
-    using Use = TileUse;
-    static constexpr bool kFetched = true;  // panels of tokens, ahead
-    // Tokens of a gradient of weights at a time: what is made of them stays in the second-level cache.
+    using Scope = TileConfigScope;
+    static constexpr bool kPrefetch = true;
+    // Tokens at a time in a gradient of weights: packed, they stay in the second-level cache.
     static constexpr int64_t kChunk = kParts<Value> == 1 ? 512 : 256;
 
     static int64_t floats(int64_t values) { return kParts<Value> * values / 2; }
-    // Tokens a task: a first-level cache holds few, past which weights go that a second-level cache holds.
-    static int64_t block(int64_t weights) { return far(weights) ? kBlock : kBlock / 2; }
+    // 64 tokens stay in the first-level cache while weights stream from the second; of larger weights each load serves
+    // 128 tokens.
+    static int64_t block(int64_t weights) { return exceeds_half_l2(weights) ? kBlock : kBlock / 2; }
     static int64_t whole(int64_t rows) { return dino::whole(rows); }
 
     static const float* rows(const Value* x, int64_t count, int64_t depth, Buffer& copy) {
         return whole_tiles<Value>(x, 0, count, depth / 2, copy);
     }
 
-    template <class Beside>
-    static void multiply(const float* x, int64_t rows, int64_t depth, const float* panel, float* c, bool add, bool far,
-                         Beside&& beside) {
-        dino::multiply<Value>(x, rows, depth / 2, panel, c, add, far, beside);
+    template <class Work>
+    static void multiply(const float* x, int64_t rows, int64_t depth, const float* panel, float* c, bool add,
+                         bool prefetch_next, Work&& interleave) {
+        dino::multiply<Value>(x, rows, depth / 2, panel, c, add, prefetch_next, interleave);
     }
 
     static int64_t steps(int64_t rows, int64_t depth) { return rows / 32 * depth / 32; }
@@ -250,9 +249,9 @@ struct Tiles {
     static void pack_tokens(const Value* x, int64_t stride, int64_t rows, int64_t room, float* to) {
         pairs_of(x, stride, rows, 0, to, room / 2);
     }
-    static int64_t token(int64_t row) { return (row / 32 * kParts<Value> * 16 + row / 2 % 16) * kPanel; }
+    static int64_t token_offset(int64_t row) { return (row / 32 * kParts<Value> * 16 + row / 2 % 16) * kPanel; }
 
-    static void turn(const Value* x, int64_t count, int64_t narrow, float* to) {
+    static void pack_transposed(const Value* x, int64_t count, int64_t narrow, float* to) {
         constexpr int64_t parts = kParts<Value>;
         alignas(64) float block[parts * kTiles];
         int64_t width = whole(count) / 2;

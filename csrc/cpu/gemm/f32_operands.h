@@ -1,5 +1,4 @@
-// Operands of products of linear layers as floats, for processors that multiply nothing narrower as fast: bfloat16 is
-// widened as it is packed.
+// The policy of linear layers' products by float32 multiply-adds; bfloat16 is widened as it is packed.
 #pragma once
 
 #include "cpu/gemm/panels.h"
@@ -19,7 +18,7 @@ inline void widen(const float* from, int64_t rows, int64_t columns, int64_t stri
     for (int64_t i = 0; i < rows; ++i) copy(from + i * stride, columns * 4, to + i * columns);
 }
 
-// Rows [rows, columns], both multiples of 16, transposed
+// The transpose of [rows, columns], both multiples of 16
 inline void transpose_values(const float* from, int64_t rows, int64_t columns, float* to, int64_t to_row) {
     transpose(from, rows, columns, to, to_row);
 }
@@ -34,14 +33,14 @@ inline void transpose_values(const uint16_t* from, int64_t rows, int64_t columns
 }
 
 template <class V>
-struct Floats {
+struct F32Operands {
     using Value = V;
-    static constexpr bool kFetched = false;  // panels of tokens: they are read in their order
-    static constexpr int64_t kChunk = 256;   // tokens of a gradient of weights at a time
-    static constexpr int64_t kDepth = 128;   // of a contraction: of a panel it takes half of a first-level cache
+    static constexpr bool kPrefetch = false;  // panels of tokens are read in order: the hardware prefetches them
+    static constexpr int64_t kChunk = 256;    // tokens at a time in a gradient of weights
+    static constexpr int64_t kDepth = 128;    // values of the contraction at a time: 16 KiB of a panel
 
-    struct Use {
-        Use() {}
+    struct Scope {
+        Scope() {}
     };
     static int64_t floats(int64_t values) { return values; }
     static int64_t block(int64_t) { return kBlock; }  // tokens a task
@@ -55,17 +54,17 @@ struct Floats {
         return to;
     }
 
-    template <class Beside>
+    template <class Work>
     static void multiply(const float* x, int64_t rows, int64_t depth, const float* panel, float* c, bool add, bool,
-                         Beside&& beside) {
-        static const Kind kind = kind_of(DType::f32, Products::f32);
-        static const int64_t vectors = std::min<int64_t>(kind.vectors, kPanel / kLanes);
+                         Work&& interleave) {
+        static const Microkernel kernel = microkernel_for(DType::f32, Products::f32);
+        static const int64_t vectors = std::min<int64_t>(kernel.vectors, kPanel / kLanes);
         for (int64_t k = 0; k < depth; k += kDepth) {
             Product p{std::min(kDepth, depth - k), depth, 1, kPanel, kPanel, add || k > 0};
             for (int64_t i = 0; i < rows; i += kTile) {
                 for (int64_t j = 0; j < kPanel; j += vectors * kLanes)
-                    kind.tile(vectors, p, x + i * depth + k, panel + k * kPanel + j, c + i * kPanel + j);
-                beside();
+                    kernel.tile(vectors, p, x + i * depth + k, panel + k * kPanel + j, c + i * kPanel + j);
+                interleave();
             }
         }
     }
@@ -90,9 +89,9 @@ struct Floats {
         widen(x, rows, kPanel, stride, to);
         std::fill(to + rows * kPanel, to + room * kPanel, 0.0f);
     }
-    static int64_t token(int64_t row) { return row * kPanel; }
+    static int64_t token_offset(int64_t row) { return row * kPanel; }
 
-    static void turn(const Value* x, int64_t count, int64_t narrow, float* to) {
+    static void pack_transposed(const Value* x, int64_t count, int64_t narrow, float* to) {
         static thread_local BufferOf<Value> buffer;
         int64_t even = count / 16 * 16, left = count - even;
         transpose_values(x, even, narrow, to, dino::whole(count));

@@ -1,5 +1,5 @@
-// Products of linear layers in bfloat16 and float32. Rows of x are read where they are, the weights are packed once a
-// call, and bias, rounding and the sum into a gradient are done while a block is in the first-level cache.
+// Linear layers of bfloat16 and float32, and the gradients of their weights. README.md explains how the operands are
+// packed and multiplied.
 #include "cpu/gemm/linear.h"
 
 #include "common/nontemporal.h"
@@ -8,11 +8,11 @@
 namespace dino {
 
 Products best_products(DType dtype) {
-    if (kind_of(DType::bf16, Products::amx).amx) return Products::amx;
+    if (microkernel_for(DType::bf16, Products::amx).amx) return Products::amx;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bf16")) return Products::library;
     if (__builtin_cpu_supports("avx512f")) return Products::f32;
-    // Of floats the library's are a tenth faster then.
+    // The library's float32 products are a tenth faster on AVX2.
     if (dtype == DType::bf16 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Products::f32;
 #endif
     return Products::library;
@@ -27,11 +27,11 @@ void block(const LinearArgs& a, const float* packed, int64_t first, int64_t rows
     static thread_local Buffer copy;
     int64_t size = kPanel * P::floats(a.depth);
     const float* x = P::rows(static_cast<const Value*>(a.x) + first * a.depth, rows, a.depth, copy);
-    by_panels(
+    for_each_panel(
         a.outputs / kPanel, rows, P::steps(P::whole(rows), a.depth),
-        [&](int64_t j, auto& beside) {
-            bool distant = far(a.outputs * P::floats(a.depth));
-            P::multiply(x, P::whole(rows), a.depth, packed + j * size, sums.of(j), false, distant, beside);
+        [&](int64_t j, auto& interleave) {
+            bool prefetch_next = exceeds_half_l2(a.outputs * P::floats(a.depth));
+            P::multiply(x, P::whole(rows), a.depth, packed + j * size, sums.of(j), false, prefetch_next, interleave);
         },
         [&](int64_t j, int64_t i) {
             Value* to = static_cast<Value*>(a.out) + (first + i) * a.outputs + j * kPanel;
@@ -42,18 +42,18 @@ void block(const LinearArgs& a, const float* packed, int64_t first, int64_t rows
 }
 
 template <class P>
-void linear_of_many(const LinearArgs& a) {
+void linear_many_tokens(const LinearArgs& a) {
     static thread_local Buffer buffer;
     float* packed = buffer.fit(a.outputs * P::floats(a.depth));
     pack_weights<P>(a.weight, a.depth, a.outputs, a.transposed, a.threads, packed);
     int64_t tokens = P::block(a.outputs * P::floats(a.depth));
     parallel_for((a.tokens + tokens - 1) / tokens, a.threads, [&](int64_t i) {
-        typename P::Use use;
+        typename P::Scope scope;
         block<P>(a, packed, i * tokens, std::min(tokens, a.tokens - i * tokens));
     });
 }
 
-// to += from, [rows, columns]
+// to [rows, columns] += from
 DINO_MULTIVERSION
 void add_rows(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
     for (int64_t i = 0; i < rows; ++i)
@@ -63,13 +63,13 @@ void add_rows(const float* from, int64_t from_row, int64_t rows, int64_t columns
 
 // One block of tokens and weights [outputs, depth]: a task packs the panel that it takes.
 template <class P>
-void linear_of_block(const LinearArgs& a) {
+void linear_one_block(const LinearArgs& a) {
     using Value = typename P::Value;
     static thread_local Buffer copy;
     const float* x = P::rows(static_cast<const Value*>(a.x), a.tokens, a.depth, copy);
     parallel_for(a.outputs / kPanel, a.threads, [&](int64_t i) {
         static thread_local Buffer sums, buffer;
-        typename P::Use use;
+        typename P::Scope scope;
         float *panel = buffer.fit(kPanel * P::floats(a.depth)), *c = sums.fit(kBlock * kPanel);
         P::pack(static_cast<const Value*>(a.weight), a.depth, a.outputs, false, i * kPanel, panel);
         P::multiply(x, P::whole(a.tokens), a.depth, panel, c, false, false, Nothing());
@@ -78,10 +78,10 @@ void linear_of_block(const LinearArgs& a) {
     });
 }
 
-// One block of tokens and weights [depth, outputs]: a task is a part of the depth, whose rows it reads in their order,
-// and some panels; sums of parts are added in order.
+// One block of tokens and weights [depth, outputs]: split-K. A task takes a part of the depth, whose rows of the
+// weights it reads in order, and some panels; the sums of the parts are added in a fixed order.
 template <class P>
-struct Across {
+struct SplitKLinear {
     using Value = typename P::Value;
     static constexpr int64_t kParts = 16, kPart = 1024;  // at most; values of the depth, at least
     static constexpr int64_t kChunk = 128;               // of them at a time
@@ -98,10 +98,10 @@ struct Across {
 };
 
 template <class P>
-void Across<P>::add(int64_t part, int64_t span) const {
+void SplitKLinear<P>::add(int64_t part, int64_t span) const {
     static thread_local BufferOf<Value> values;
     static thread_local Buffer copy, buffer;
-    typename P::Use use;
+    typename P::Scope scope;
     auto from = static_cast<const Value*>(a.x), weights = static_cast<const Value*>(a.weight);
     int64_t first = chunks * part / parts * kChunk, last = std::min(chunks * (part + 1) / parts * kChunk, a.depth);
     float* packed = buffer.fit(kPanel * P::floats(kChunk));
@@ -111,22 +111,22 @@ void Across<P>::add(int64_t part, int64_t span) const {
         Value* chunk = values.fit(kBlock * kChunk);
         for (int64_t i = 0; i < a.tokens; ++i) std::copy_n(from + i * a.depth + k, count, chunk + i * count);
         const float* x = P::rows(chunk, a.tokens, count, copy);
-        // Rows of the next chunk's weights are fetched beside the products of this one.
+        // Prefetches of the next chunk's weights are interleaved with the products of this one.
         const Value* row = weights + (k + count) * a.outputs + begin * kPanel;
         auto fetch = [&](int64_t) {
             for (int64_t j = 0; j < (end - begin) * kPanel; j += 64 / sizeof(Value)) __builtin_prefetch(row + j, 0, 2);
             row += a.outputs;
         };
-        Spread<decltype(fetch)> beside{fetch, next, (end - begin) * P::steps(rows, count)};
+        Interleave<decltype(fetch)> interleave{fetch, next, (end - begin) * P::steps(rows, count)};
         for (int64_t j = begin; j < end; ++j) {
             P::pack(weights + k * a.outputs, count, a.outputs, true, j * kPanel, packed);
-            P::multiply(x, rows, count, packed, of(part, j), k > first, false, beside);
+            P::multiply(x, rows, count, packed, of(part, j), k > first, false, interleave);
         }
     }
 }
 
 template <class P>
-void Across<P>::finish(int64_t panel) const {
+void SplitKLinear<P>::finish(int64_t panel) const {
     float* c = of(0, panel);
     for (int64_t part = 1; part < parts; ++part) add_rows(of(part, panel), kPanel, a.tokens, kPanel, c, kPanel);
     P::finish(c, a.tokens, a.bias ? a.bias + panel * kPanel : nullptr, static_cast<Value*>(a.out) + panel * kPanel,
@@ -134,60 +134,59 @@ void Across<P>::finish(int64_t panel) const {
 }
 
 template <class P>
-void linear_across(const LinearArgs& a) {
+void linear_split_k(const LinearArgs& a) {
     static thread_local Buffer buffer;
-    Across<P> across{a};
-    across.sums = buffer.fit(across.parts * across.panels * across.rows * kPanel);
-    parallel_for(across.parts * across.spans, a.threads,
-                 [&](int64_t i) { across.add(i / across.spans, i % across.spans); });
-    parallel_for(across.panels, a.threads, [&](int64_t i) { across.finish(i); });
+    SplitKLinear<P> split{a};
+    split.sums = buffer.fit(split.parts * split.panels * split.rows * kPanel);
+    parallel_for(split.parts * split.spans, a.threads, [&](int64_t i) { split.add(i / split.spans, i % split.spans); });
+    parallel_for(split.panels, a.threads, [&](int64_t i) { split.finish(i); });
 }
 
 template <class P>
-void linear_by(const LinearArgs& a) {
-    if (a.tokens > kBlock) return linear_of_many<P>(a);
-    a.transposed ? linear_across<P>(a) : linear_of_block<P>(a);
+void linear_with(const LinearArgs& a) {
+    if (a.tokens > kBlock) return linear_many_tokens<P>(a);
+    a.transposed ? linear_split_k<P>(a) : linear_one_block<P>(a);
 }
 
 #if defined(DINO_HAS_AMX)
 constexpr int64_t kFew = 64;      // tokens up to which the weights are not packed
 constexpr int64_t kWeights = 64;  // rows of the weights a task then
-// Outputs from which they leave past the caches, which hold few lines of rows so far apart: a power of two apart, all
-// lie in the same few sets.
+// Outputs from which they are written with streaming stores: rows a power of two apart compete for a few sets of the
+// caches.
 constexpr int64_t kApart = 1 << 14;
 
-// Outputs [first, + 64) of all tokens, made transposed: rows of the weights are read where they are, and the next ones
-// fetched meanwhile.
-void few(const LinearArgs& a, const float* x, int64_t first) {
+// Outputs [first, + 64) of all tokens, computed transposed: rows of the weights are read in place, and the next ones
+// prefetched.
+void few_tokens_rows(const LinearArgs& a, const float* x, int64_t first) {
     alignas(64) float c[2 * kTiles], pairs[kTiles], rounded[kTiles];
     int64_t rows = std::min(kWeights, a.outputs - first), width = a.depth / 2, tokens = whole(a.tokens);
     const float *weights = units(a.weight, first * a.depth), *next = weights + rows * width;
-    bool past = a.outputs >= kApart;
+    bool nontemporal = a.outputs >= kApart;
     auto fetch = [&](int64_t line) { __builtin_prefetch(next + line * 16, 0, 2); };
     int64_t lines = std::min(rows, a.outputs - first - rows) * width / 16;
-    Spread<decltype(fetch)> beside{fetch, lines, rows / 32 * tokens / 32 * width / kLanes};
+    Interleave<decltype(fetch)> interleave{fetch, lines, rows / 32 * tokens / 32 * width / kLanes};
     for (int64_t i = 0; i < rows; i += 32)
         for (int64_t j = 0; j < tokens; j += 32) {
             Product p{width, width, 1, tokens, kPanel, false};
-            amx_tile<2, 2>(p, weights + i * width, x + j, c, beside);
+            amx_tile<2, 2>(p, weights + i * width, x + j, c, interleave);
             for (int64_t k = 0; a.bias && k < 2 * kTiles; ++k) c[k] += a.bias[first + i + k / kPanel];
             finish_pairs(c, 32, pairs);
             transpose(pairs, 16, 32, rounded, 16);
             auto out = static_cast<uint16_t*>(a.out) + j * a.outputs + first + i;
             for (int64_t k = 0; k < std::min<int64_t>(32, a.tokens - j); ++k)
-                stream(out + k * a.outputs, rounded + k * 16, 64, past);
+                stream_store(out + k * a.outputs, rounded + k * 16, 64, nontemporal);
         }
-    finish_streams();
+    finish_streaming();
 }
 
-void linear_of_few(const LinearArgs& a) {
+void linear_few_tokens(const LinearArgs& a) {
     static thread_local Buffer copy, buffer;
     int64_t width = a.depth / 2, rows = whole(a.tokens);
-    float* turned = buffer.fit(rows * width);
-    transpose(whole_tiles(a.x, 0, a.tokens, width, copy), rows, width, turned, rows);
+    float* transposed = buffer.fit(rows * width);
+    transpose(whole_tiles(a.x, 0, a.tokens, width, copy), rows, width, transposed, rows);
     parallel_for((a.outputs + kWeights - 1) / kWeights, a.threads, [&](int64_t i) {
-        TileUse use;
-        few(a, turned, i * kWeights);
+        TileConfigScope scope;
+        few_tokens_rows(a, transposed, i * kWeights);
     });
 }
 #endif
@@ -195,18 +194,18 @@ void linear_of_few(const LinearArgs& a) {
 // --- gradients of weights ----------------------------------------------------------------------------
 
 constexpr int64_t kGroups = 4;  // of tokens, at most, whatever the number of threads: each has sums of its own
-constexpr int64_t kPack = 8;    // tokens packed at a time beside a product
+constexpr int64_t kPack = 8;    // tokens packed at a time between steps of a product
 
-// The gradient [outputs, inputs] is a product over tokens: of one side transposed, that with fewer columns if there is
-// a choice, and of the other one by panels. A task is a group of tokens and a share of the panels, and packs what it
-// reads: lines that another core has just written are slow to come by.
+// The gradient [outputs, inputs] is a product over tokens: of one operand transposed, the one with fewer columns if
+// there is a choice, and of panels of the other. A task is a group of tokens and a share of the panels, and packs what
+// it reads itself: cache lines that another core has just written are slow to load.
 template <class P>
 struct Gradient {
     using Value = typename P::Value;
     using Sum = SumOf<Value>;
     const AddLinearArgs& a;
-    bool inputs_turned = a.packed == Packed::neither ? a.inputs <= a.outputs : a.packed == Packed::grad;
-    int64_t narrow = inputs_turned ? a.inputs : a.outputs, wide = inputs_turned ? a.outputs : a.inputs;
+    bool inputs_transposed = a.packed == Packed::neither ? a.inputs <= a.outputs : a.packed == Packed::grad;
+    int64_t narrow = inputs_transposed ? a.inputs : a.outputs, wide = inputs_transposed ? a.outputs : a.inputs;
     int64_t panels = wide / kPanel;
     int64_t groups = std::clamp<int64_t>((a.tokens + P::kChunk - 1) / P::kChunk, 1, kGroups);
     int64_t shares = std::min(panels, (2 * a.threads + groups - 1) / groups);
@@ -220,41 +219,43 @@ struct Gradient {
 
 template <class P>
 void Gradient<P>::run(int64_t group, int64_t share) const {
-    static thread_local Buffer turned_buffer, panel_buffer, sums_buffer;
-    auto turned_side = static_cast<const Value*>(inputs_turned ? a.x : a.grad);
-    const void* wide_side = inputs_turned ? a.grad : a.x;
+    static thread_local Buffer transposed_buffer, panel_buffer, sums_buffer;
+    auto transposed_side = static_cast<const Value*>(inputs_transposed ? a.x : a.grad);
+    const void* wide_side = inputs_transposed ? a.grad : a.x;
     bool ready = a.packed != Packed::neither;
     Sum* bias = bias_sums ? bias_sums + group * a.outputs : nullptr;
     int64_t first = share * panels / shares, last = (share + 1) * panels / shares, end = bound(group + 1);
-    float* turned = turned_buffer.fit(narrow * P::floats(P::kChunk));
+    float* transposed = transposed_buffer.fit(narrow * P::floats(P::kChunk));
     float* packed = panel_buffer.fit(2 * kPanel * P::floats(P::kChunk));  // of two panels
     for (int64_t begin = bound(group), t = begin; t < end; t += P::kChunk) {
         int64_t count = std::min(P::kChunk, end - t);
-        P::turn(turned_side + t * narrow, count, narrow, turned);
-        if (bias && !inputs_turned && share == 0) add_rows_to(bias, turned_side + t * narrow, count, narrow, narrow);
+        P::pack_transposed(transposed_side + t * narrow, count, narrow, transposed);
+        if (bias && !inputs_transposed && share == 0)
+            add_rows_to(bias, transposed_side + t * narrow, count, narrow, narrow);
         auto panel = [&](int64_t i) {
             return ready ? static_cast<const float*>(wide_side) + P::floats(i * whole(a.tokens) + t) * kPanel
                          : packed + i % 2 * kPanel * P::floats(P::kChunk);
         };
-        // The next panel is packed, or fetched, beside the product of this one.
+        // Packing or prefetching of the next panel is interleaved with the product of this one.
         auto prepare = [&](int64_t i, int64_t piece) {
             if (ready) return __builtin_prefetch(panel(i) + piece * 16);
             int64_t row = piece * kPack, rows = std::min(kPack, count - row);
             const Value* from = static_cast<const Value*>(wide_side) + (t + row) * wide + i * kPanel;
-            P::pack_tokens(from, wide, rows, kPack, packed + i % 2 * kPanel * P::floats(P::kChunk) + P::token(row));
-            if (bias && inputs_turned) add_rows_to(bias + i * kPanel, from, rows, kPanel, wide);
+            P::pack_tokens(from, wide, rows, kPack,
+                           packed + i % 2 * kPanel * P::floats(P::kChunk) + P::token_offset(row));
+            if (bias && inputs_transposed) add_rows_to(bias + i * kPanel, from, rows, kPanel, wide);
         };
-        int64_t lines = P::kFetched ? P::floats(whole(count)) * kPanel / 16 : 0;
+        int64_t lines = P::kPrefetch ? P::floats(whole(count)) * kPanel / 16 : 0;
         int64_t pieces = ready ? lines : whole(count) / kPack;
         for (int64_t i = first - 1; i < last; ++i) {
             auto piece = [&](int64_t j) { prepare(i + 1, j); };
-            Spread<decltype(piece)> beside{piece, i + 1 < last ? pieces : 0, P::steps(narrow, whole(count))};
+            Interleave<decltype(piece)> interleave{piece, i + 1 < last ? pieces : 0, P::steps(narrow, whole(count))};
             if (i >= first) {
                 float* c = sums ? sums + (group * panels + i) * narrow * kPanel : sums_buffer.fit(narrow * kPanel);
-                P::multiply(turned, narrow, whole(count), panel(i), c, t > begin, false, beside);
+                P::multiply(transposed, narrow, whole(count), panel(i), c, t > begin, false, interleave);
                 if (groups == 1 && t + count == end) add_panel(i, c);
             }
-            beside.rest();
+            interleave.rest();
         }
     }
 }
@@ -262,7 +263,7 @@ void Gradient<P>::run(int64_t group, int64_t share) const {
 template <class P>
 void Gradient<P>::add_panel(int64_t panel, const float* c) const {
     static thread_local Buffer rows;
-    if (!inputs_turned) return add_rows(c, kPanel, a.outputs, kPanel, a.into + panel * kPanel, a.inputs);
+    if (!inputs_transposed) return add_rows(c, kPanel, a.outputs, kPanel, a.into + panel * kPanel, a.inputs);
     float* back = rows.fit(a.inputs * kPanel);
     transpose(c, a.inputs, kPanel, back, a.inputs);
     add_rows(back, a.inputs, kPanel, a.inputs, a.into + panel * kPanel * a.inputs, a.inputs);
@@ -280,7 +281,7 @@ void add_gradient(const AddLinearArgs& a) {
         std::fill_n(gradient.bias_sums, groups * a.outputs, 0);
     }
     parallel_for(groups * gradient.shares, a.threads, [&](int64_t i) {
-        typename P::Use use;
+        typename P::Scope scope;
         gradient.run(i / gradient.shares, i % gradient.shares);
     });
     if (groups > 1)
@@ -300,9 +301,9 @@ void add_gradient(const AddLinearArgs& a) {
 void linear(const LinearArgs& a) {
 #if defined(DINO_HAS_AMX)
     bool tiles = a.products == Products::amx;
-    if (tiles && a.dtype == DType::bf16 && a.tokens <= kFew && !a.transposed) return linear_of_few(a);
+    if (tiles && a.dtype == DType::bf16 && a.tokens <= kFew && !a.transposed) return linear_few_tokens(a);
 #endif
-    with_operands(a.products, a.dtype, [&](auto operands) { linear_by<decltype(operands)>(a); });
+    with_operands(a.products, a.dtype, [&](auto operands) { linear_with<decltype(operands)>(a); });
 }
 
 void add_linear(const AddLinearArgs& a) {

@@ -1,6 +1,6 @@
 // The MLP of a transformer block, forward and backward; formulas in dino_kernels/ops/mlp.py. A task takes a block of
-// tokens through both layers, so that what lies between them stays in the second-level cache. With tiles nothing of it
-// is kept: the backward pass makes the first product once more, which costs no more than reading it.
+// tokens through both layers, so that the hidden activations stay in the second-level cache. With AMX none are saved
+// for backward: it recomputes the first product, which costs no more than reading it.
 #include "cpu/gemm/mlp.h"
 
 #include "cpu/gelu.h"
@@ -26,10 +26,10 @@ void activate(float* c, int64_t rows, const float* bias, bool rounded) {
         activate_rows<DType::f32>(c, rows, bias);
 }
 
-// Gradients c [rows, 32] of gelu's output become those of its input, whose sums are added to `sums`; x, the first
-// product without bias, becomes the output.
+// c [rows, 32], the gradient of gelu's output, becomes that of its input, whose column sums are added to `sums`; x, the
+// first product without bias, becomes gelu's output.
 template <DType D, class Sum>
-DINO_INLINE inline void deactivate_rows(float* c, float* x, int64_t rows, const float* bias, Sum* sums) {
+DINO_INLINE inline void gelu_backward_rows(float* c, float* x, int64_t rows, const float* bias, Sum* sums) {
     for (int64_t i = 0; i < rows; ++i, c += kPanel, x += kPanel) {
 #pragma omp simd
         for (int64_t j = 0; j < kPanel; ++j) {
@@ -42,13 +42,13 @@ DINO_INLINE inline void deactivate_rows(float* c, float* x, int64_t rows, const 
 }
 
 DINO_MULTIVERSION
-void deactivate(float* c, float* x, int64_t rows, const float* bias, float* sums) {
-    deactivate_rows<DType::bf16>(c, x, rows, bias, sums);
+void gelu_backward(float* c, float* x, int64_t rows, const float* bias, float* sums) {
+    gelu_backward_rows<DType::bf16>(c, x, rows, bias, sums);
 }
 
 DINO_MULTIVERSION
-void deactivate(float* c, float* x, int64_t rows, const float* bias, double* sums) {
-    deactivate_rows<DType::f32>(c, x, rows, bias, sums);
+void gelu_backward(float* c, float* x, int64_t rows, const float* bias, double* sums) {
+    gelu_backward_rows<DType::f32>(c, x, rows, bias, sums);
 }
 
 template <class P>
@@ -61,12 +61,12 @@ void forward_block(const MlpArgs& a, const float* packed1, int64_t first, int64_
     int64_t size1 = kPanel * P::floats(c), size2 = kPanel * P::floats(n);
     const float *x = P::rows(static_cast<const Value*>(a.x) + first * c, rows, c, x_copy),
                 *packed2 = packed1 + n * P::floats(c);
-    bool distant = far(2 * n * P::floats(c));
+    bool prefetch_next = exceeds_half_l2(2 * n * P::floats(c));
     Value *active = between.fit(kBlock * n), *hidden = static_cast<Value*>(a.hidden) + first * n;
-    by_panels(
+    for_each_panel(
         n / kPanel, P::whole(rows), P::steps(P::whole(rows), c),
-        [&](int64_t j, auto& beside) {
-            P::multiply(x, P::whole(rows), c, packed1 + j * size1, sums.of(j), false, distant, beside);
+        [&](int64_t j, auto& interleave) {
+            P::multiply(x, P::whole(rows), c, packed1 + j * size1, sums.of(j), false, prefetch_next, interleave);
         },
         [&](int64_t j, int64_t i) {
             float* y = sums.of(j, i);
@@ -76,10 +76,10 @@ void forward_block(const MlpArgs& a, const float* packed1, int64_t first, int64_
             P::finish(y, kPiece, nullptr, active + to, n);
         });
     const float* actives = P::rows(active, P::whole(rows), n, active_copy);
-    by_panels(
+    for_each_panel(
         c / kPanel, rows, P::steps(P::whole(rows), n),
-        [&](int64_t j, auto& beside) {
-            P::multiply(actives, P::whole(rows), n, packed2 + j * size2, sums.of(j), false, distant, beside);
+        [&](int64_t j, auto& interleave) {
+            P::multiply(actives, P::whole(rows), n, packed2 + j * size2, sums.of(j), false, prefetch_next, interleave);
         },
         [&](int64_t j, int64_t i) {
             Value* out = static_cast<Value*>(a.out) + (first + i) * c + j * kPanel;
@@ -87,8 +87,8 @@ void forward_block(const MlpArgs& a, const float* packed1, int64_t first, int64_
         });
 }
 
-// What a backward pass makes for the gradients of the weights: gradients of gelu's input and its output as panels that
-// add_linear takes [H / 32, floats of whole tokens, 32], and sums of the gradients of the biases [blocks, H + C].
+// From the backward pass over blocks, for the gradients of weights and biases: the gradient of gelu's input and gelu's
+// output, both as panels of tokens [H / 32, P::floats(tokens), 32], and column sums [blocks, H + C].
 template <class P>
 struct Between {
     float *grad_hidden, *active;
@@ -105,18 +105,20 @@ void backward_block(const MlpBackwardArgs& a, const float* packed1, const Betwee
     int64_t rows = std::min(b.block, a.tokens - first), c = a.channels, n = a.hidden_channels;
     int64_t size = kPanel * P::floats(c), all = n * P::floats(c);
     auto grad = static_cast<const Value*>(a.grad) + first * c;
-    bool distant = far(3 * all);
+    bool prefetch_next = exceeds_half_l2(3 * all);
     const float *packed1_back = packed1 + all, *packed2_back = packed1_back + all;
     SumOf<Value>* bias1 = b.bias_sums + first / b.block * (n + c);
     std::fill_n(bias1, n + c, 0);
     const float* x = a.hidden ? nullptr : P::rows(static_cast<const Value*>(a.x) + first * c, rows, c, x_copy);
     const float* grads = P::rows(grad, rows, c, grad_copy);
     Value* grad_hidden = inner.fit(kBlock * n);
-    by_panels(
+    for_each_panel(
         n / kPanel, P::whole(rows), (a.hidden ? 1 : 2) * P::steps(P::whole(rows), c),
-        [&](int64_t j, auto& beside) {
-            if (!a.hidden) P::multiply(x, P::whole(rows), c, packed1 + j * size, firsts.of(j), false, distant, beside);
-            P::multiply(grads, P::whole(rows), c, packed2_back + j * size, sums.of(j), false, distant, beside);
+        [&](int64_t j, auto& interleave) {
+            if (!a.hidden)
+                P::multiply(x, P::whole(rows), c, packed1 + j * size, firsts.of(j), false, prefetch_next, interleave);
+            P::multiply(grads, P::whole(rows), c, packed2_back + j * size, sums.of(j), false, prefetch_next,
+                        interleave);
         },
         [&](int64_t j, int64_t i) {
             float *y = sums.of(j, i), *hidden = firsts.of(j, i);
@@ -128,22 +130,22 @@ void backward_block(const MlpBackwardArgs& a, const float* packed1, const Betwee
                 widen(kept, count, kPanel, n, hidden);
                 std::fill(hidden + count * kPanel, hidden + kPiece * kPanel, 0.0f);
             }
-            deactivate(y, hidden, kPiece, a.bias1 + j * kPanel, bias1 + j * kPanel);
+            gelu_backward(y, hidden, kPiece, a.bias1 + j * kPanel, bias1 + j * kPanel);
             P::finish(y, kPiece, nullptr, grad_hidden + to, n);
             int64_t panel = P::floats(j * b.tokens + first + i) * kPanel;
             P::finish_tokens(y, kPiece, b.grad_hidden + panel);
             P::finish_tokens(hidden, kPiece, b.active + panel);
         });
-    for (int64_t j = 0; j < n / kPanel; ++j)  // no tokens fill a panel up
+    for (int64_t j = 0; j < n / kPanel; ++j)  // zeros pad a panel's tokens
         for (float* panels : {b.grad_hidden, b.active})
             std::fill(panels + P::floats(j * b.tokens + first + P::whole(rows)) * kPanel,
                       panels + P::floats(j * b.tokens + std::min(b.tokens, first + b.block)) * kPanel, 0.0f);
     const float* of_hidden = P::rows(grad_hidden, P::whole(rows), n, hidden_copy);
-    by_panels(
+    for_each_panel(
         c / kPanel, rows, P::steps(P::whole(rows), n),
-        [&](int64_t j, auto& beside) {
+        [&](int64_t j, auto& interleave) {
             const float* panel = packed1_back + j * kPanel * P::floats(n);
-            P::multiply(of_hidden, P::whole(rows), n, panel, sums.of(j), false, distant, beside);
+            P::multiply(of_hidden, P::whole(rows), n, panel, sums.of(j), false, prefetch_next, interleave);
         },
         [&](int64_t j, int64_t i) {
             Value* out = static_cast<Value*>(a.grad_x) + (first + i) * c + j * kPanel;
@@ -161,7 +163,7 @@ void forward(const MlpArgs& a) {
     pack_weights<P>(a.weight2, a.hidden_channels, a.channels, false, a.threads, packed + size);
     int64_t tokens = P::block(2 * size);
     parallel_for((a.tokens + tokens - 1) / tokens, a.threads, [&](int64_t i) {
-        typename P::Use use;
+        typename P::Scope scope;
         forward_block<P>(a, packed, i * tokens, std::min(tokens, a.tokens - i * tokens));
     });
 }
@@ -180,7 +182,7 @@ void backward(const MlpBackwardArgs& a) {
     float* made = panels.fit(2 * P::floats(tokens) * n);
     Between<P> between{made, made + P::floats(tokens) * n, tokens, block, sums.fit(blocks * (n + c))};
     parallel_for(blocks, a.threads, [&](int64_t i) {
-        typename P::Use use;
+        typename P::Scope scope;
         backward_block<P>(a, packed, between, i * block);
     });
     auto add = [&](float* into, const void* grad, const void* x, int64_t outputs, int64_t inputs, Packed packed) {
@@ -203,16 +205,16 @@ void backward(const MlpBackwardArgs& a) {
 
 void mlp(const MlpArgs& a) {
 #if defined(DINO_HAS_AMX)
-    if (a.products == Products::amx) return forward<Tiles<uint16_t>>(a);
+    if (a.products == Products::amx) return forward<AmxOperands<uint16_t>>(a);
 #endif
-    a.dtype == DType::f32 ? forward<Floats<float>>(a) : forward<Floats<uint16_t>>(a);
+    a.dtype == DType::f32 ? forward<F32Operands<float>>(a) : forward<F32Operands<uint16_t>>(a);
 }
 
 void mlp_backward(const MlpBackwardArgs& a) {
 #if defined(DINO_HAS_AMX)
-    if (a.products == Products::amx) return backward<Tiles<uint16_t>>(a);
+    if (a.products == Products::amx) return backward<AmxOperands<uint16_t>>(a);
 #endif
-    a.dtype == DType::f32 ? backward<Floats<float>>(a) : backward<Floats<uint16_t>>(a);
+    a.dtype == DType::f32 ? backward<F32Operands<float>>(a) : backward<F32Operands<uint16_t>>(a);
 }
 
 }  // namespace dino

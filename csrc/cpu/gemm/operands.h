@@ -1,4 +1,4 @@
-// The classes of operands that products of linear layers are written for.
+// The policies of linear layers' products; README.md says what each member must do.
 #pragma once
 
 #include "cpu/gemm/amx_operands.h"
@@ -8,13 +8,14 @@
 namespace dino {
 namespace {
 
-// body(class) for what multiplies which values; of f32 and bf16
+// body(policy) for values of f32 or bf16
 template <class Body>
 void with_operands(Products products, DType dtype, const Body& body) {
 #if defined(DINO_HAS_AMX)
-    if (products == Products::amx) return dtype == DType::f32 ? body(Tiles<float>()) : body(Tiles<uint16_t>());
+    if (products == Products::amx)
+        return dtype == DType::f32 ? body(AmxOperands<float>()) : body(AmxOperands<uint16_t>());
 #endif
-    dtype == DType::f32 ? body(Floats<float>()) : body(Floats<uint16_t>());
+    dtype == DType::f32 ? body(F32Operands<float>()) : body(F32Operands<uint16_t>());
 }
 
 }  // namespace

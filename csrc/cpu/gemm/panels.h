@@ -1,8 +1,5 @@
-// What the products of linear layers share, whatever computes them. A product goes by panels: 32 columns of its result
-// at a time, whose operand of weights or of tokens is packed [contraction, 32] and read again and again.
-//
-// How operands lie and are multiplied says a class: Tiles (amx_operands.h) or Floats (f32_operands.h), of the type
-// of the tensors' values.
+// What the products of linear layers share, whatever instructions compute them: panels of 32 columns of the result. The
+// class P of templates is a policy, AmxOperands or F32Operands. README.md explains all of it.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +7,7 @@
 
 #include "common/parallel.h"
 #include "cpu/gemm/microkernel.h"
+#include "cpu/gemm/units.h"
 
 namespace dino {
 namespace {
@@ -23,7 +21,7 @@ inline int64_t whole(int64_t rows) { return (rows + 31) / 32 * 32; }
 template <class Value>
 constexpr DType kDTypeOf = std::is_same_v<Value, float> ? DType::f32 : DType::bf16;
 
-// Rows of the panel that comes next are fetched ahead: prefetchers do not follow such strides.
+// Prefetches rows of the panel that comes next: hardware prefetchers do not follow such strides.
 template <class Value>
 inline void next_panel(const Value* x, int64_t rows, int64_t stride, bool to_write) {
     for (int64_t i = 0; i < rows; ++i)
@@ -68,10 +66,10 @@ DINO_MULTIVERSION inline void add_rows_to(double* sums, const float* x, int64_t 
 template <class Value>
 using SumOf = std::conditional_t<std::is_same_v<Value, float>, double, float>;
 
-// Pieces of other work spread over the steps of a product: tiles and vectors are computed at the same time by units of
-// their own, but only what stands close together in the program.
+// Pieces of vector work interleaved with the steps of an AMX product: the processor runs both at the same time, but
+// only instructions that are close together.
 template <class Piece>
-struct Spread {
+struct Interleave {
     const Piece& piece;
     int64_t pieces, steps, done = 0, due = 0;
 
@@ -83,22 +81,23 @@ struct Spread {
     }
 };
 
-// Whether a packed operand of that many floats is more than half of a second-level cache.
-inline bool far(int64_t floats) { return floats > 1 << 18; }
+// Whether a packed operand of that many floats takes more than half of a second-level cache of 2 MiB.
+inline bool exceeds_half_l2(int64_t floats) { return floats > 1 << 18; }
 
-// multiply(panel, beside) for one panel after another, each beside finish(panel, row) of the one before it, which takes
-// four rows.
+// multiply(panel, interleave) for one panel after another, each interleaved with finish(panel, row), by kPiece rows, of
+// the panel before it.
 template <class Multiply, class Finish>
-inline void by_panels(int64_t panels, int64_t rows, int64_t steps, const Multiply& multiply, const Finish& finish) {
+inline void for_each_panel(int64_t panels, int64_t rows, int64_t steps, const Multiply& multiply,
+                           const Finish& finish) {
     for (int64_t i = 0; i <= panels; ++i) {
         auto piece = [&](int64_t j) { finish(i - 1, j * kPiece); };
-        Spread<decltype(piece)> beside{piece, i ? (rows + kPiece - 1) / kPiece : 0, steps};
-        if (i < panels) multiply(i, beside);
-        beside.rest();
+        Interleave<decltype(piece)> interleave{piece, i ? (rows + kPiece - 1) / kPiece : 0, steps};
+        if (i < panels) multiply(i, interleave);
+        interleave.rest();
     }
 }
 
-// The sums of two panels that by_panels has in hand.
+// The sums of the panel that for_each_panel multiplies and of the one that it finishes.
 struct Sums {
     Buffer buffer;
     float* of(int64_t panel, int64_t row = 0) {
@@ -106,7 +105,7 @@ struct Sums {
     }
 };
 
-// Of class P, as all that follow: [outputs / 32, floats of the contraction, 32]
+// All panels of the weights: [outputs / 32, P::floats(depth), 32]
 template <class P>
 void pack_weights(const void* weights, int64_t depth, int64_t outputs, bool transposed, int threads, float* to) {
     parallel_for(outputs / kPanel, threads, [&](int64_t i) {

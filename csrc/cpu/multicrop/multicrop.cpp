@@ -126,7 +126,7 @@ void normalize(const uint8_t* plane, int64_t n, float mean, float std, DType dty
 #pragma omp simd
             for (int64_t i = 0; i < m; ++i) put<decltype(d)::value>(part, i, float(plane[start + i]) * scale - shift);
         });
-        stream(static_cast<char*>(out) + (offset + start) * width_of(dtype), part, m * width_of(dtype));
+        stream_store(static_cast<char*>(out) + (offset + start) * width_of(dtype), part, m * width_of(dtype));
     }
 }
 
@@ -159,7 +159,7 @@ void multicrop(const MultiCropArgs& a) {
         for (int64_t c = 0; c < 3 && crop.blur > 0.0f; ++c) blur_plane(crop.blur, crop.size, planes + c * n);
         if (crop.solarize) solarize(3 * n, planes);
         write(a, planes, n, a.out[view], image * a.out_strides[view]);
-        finish_streams();
+        finish_streaming();
     });
 }
 
