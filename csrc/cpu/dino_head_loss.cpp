@@ -1,83 +1,29 @@
 // Last layer and DINO loss together, blocked over the outputs: the logits of a block live in cache, all logits
 // nowhere. Formula and notation in dino_kernels/ops/dino_head_loss.py.
 //
-// Two passes: statistics of all rows, then gradients, for which a block's logits are computed once more. Blocks are
+// Two passes: statistics of all rows, then gradients, for which a block's logits are recomputed. Blocks are
 // transposed, [outputs, rows], so that a vector holds one output of 16 rows and no sum runs across its lanes.
 #include "cpu/dino_head_loss.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "common/math.h"
 #include "common/parallel.h"
+#include "cpu/gemm/microkernel.h"
 
 namespace dino {
 namespace {
 
-constexpr int64_t kLanes = 16;   // floats a vector; wider than some machines have, which then take several
 constexpr int64_t kBlock = 128;  // outputs a block: its weights and logits fit the second-level cache
 constexpr int64_t kGroups = 32;  // tasks; fixed, so that sums over blocks do not depend on the threads
 
-int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// Floats on a cache line's border, zero at first.
-class Buffer {
-    std::unique_ptr<float, decltype(&std::free)> data_{nullptr, &std::free};
-
-   public:
-    explicit Buffer(int64_t size) {
-        data_.reset(static_cast<float*>(std::aligned_alloc(64, size_t(padded(size + 1)) * sizeof(float))));
-        if (!data_) throw std::bad_alloc();
-        std::fill_n(data_.get(), size, 0.0f);
-    }
-    float* operator+(int64_t offset) const { return data_.get() + offset; }
-};
-
-// --- products ----------------------------------------------------------------------------------------
-
-using Vector __attribute__((vector_size(64))) = float;
-
-// C[M, 16 N] (+)= A[M, depth] B[depth, 16 N]; C stays in registers. A has any strides, rows of B and C are aligned.
-template <int M, int N>
-__attribute__((always_inline)) inline void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_column,
-                                                const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
-    Vector sum[M][N];
-    for (int i = 0; i < M; ++i)
-        for (int j = 0; j < N; ++j) sum[i][j] = add ? *reinterpret_cast<Vector*>(c + i * c_row + j * kLanes) : Vector{};
-    for (int64_t k = 0; k < depth; ++k) {
-        Vector row[N];
-        for (int j = 0; j < N; ++j) row[j] = *reinterpret_cast<const Vector*>(b + k * b_row + j * kLanes);
-        for (int i = 0; i < M; ++i) {
-            float factor = a[i * a_row + k * a_column];
-            for (int j = 0; j < N; ++j) sum[i][j] += factor * row[j];
-        }
-    }
-    for (int i = 0; i < M; ++i)
-        for (int j = 0; j < N; ++j) *reinterpret_cast<Vector*>(c + i * c_row + j * kLanes) = sum[i][j];
-}
-
-template <int N>
-__attribute__((always_inline)) inline void panel(int64_t rows, int64_t depth, const float* a, int64_t a_row,
-                                                 int64_t a_column, const float* b, int64_t b_row, float* c,
-                                                 int64_t c_row, bool add) {
-    int64_t i = 0;
-    for (; i + 8 <= rows; i += 8)
-        tile<8, N>(depth, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, add);
-    for (; i < rows; ++i) tile<1, N>(depth, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, add);
-}
-
-// C[rows, columns] (+)= A[rows, depth] B[depth, columns], columns a multiple of 16.
-DINO_MULTIVERSION
-void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_column,
-             const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
-    int64_t j = 0;  // 24 sums of 16 floats fill the registers of AVX-512
-    for (; j + 3 * kLanes <= columns; j += 3 * kLanes)
-        panel<3>(rows, depth, a, a_row, a_column, b + j, b_row, c + j, c_row, add);
-    for (; j < columns; j += kLanes) panel<1>(rows, depth, a, a_row, a_column, b + j, b_row, c + j, c_row, add);
+float* zeros(Buffer& buffer, int64_t size) {
+    float* x = buffer.fit(size);
+    std::fill_n(x, size, 0.0f);
+    return x;
 }
 
 // --- rows and weights as floats ----------------------------------------------------------------------
@@ -98,15 +44,19 @@ void narrow(const float* from, int64_t from_row, int64_t rows, int64_t columns, 
 // Rows of the bottleneck [count, D] and their transpose [D, width], padded with zeros.
 struct Rows {
     int64_t count, width;
-    Buffer wide, transposed;
+    Buffer wide_buffer, transposed_buffer;
+    float *wide, *transposed;
 
     Rows(const void* z, DType dtype, int64_t given, int64_t extra, int64_t channels)
-        : count(given + extra), width(padded(count)), wide(count * padded(channels)), transposed(channels * width) {
-        widen(z, dtype, 0, given, channels, wide + 0, padded(channels));
+        : count(given + extra),
+          width(padded(count)),
+          wide(zeros(wide_buffer, count * padded(channels))),
+          transposed(zeros(transposed_buffer, channels * width)) {
+        widen(z, dtype, 0, given, channels, wide, padded(channels));
     }
     void transpose(int64_t channels) {
         for (int64_t i = 0; i < count; ++i)
-            for (int64_t d = 0; d < channels; ++d) *(transposed + d * width + i) = *(wide + i * padded(channels) + d);
+            for (int64_t d = 0; d < channels; ++d) transposed[d * width + i] = wide[i * padded(channels) + d];
     }
 };
 
@@ -188,34 +138,37 @@ struct Problem {
     Net student, teacher;
     int64_t channels;  // padded
     double scale;      // of the gradient
+    Microkernel kernel = microkernel_for(DType::f32, Products::f32);
 
-    // Weights of a block as floats with aligned rows: in place where they are, else in `scratch`.
+    // Weights of a block as floats with aligned rows, padded to kTile: in place where they are so, else in `scratch`.
     const float* weights(const Net& net, int64_t begin, int64_t count, float* scratch) const {
         const float* direct = static_cast<const float*>(net.weights) + begin * a.channels;
         bool aligned = channels == a.channels && reinterpret_cast<uintptr_t>(direct) % 64 == 0;
-        if (a.dtype == DType::f32 && aligned) return direct;
+        if (a.dtype == DType::f32 && aligned && count % kTile == 0) return direct;
         widen(net.weights, a.dtype, begin * a.channels, count, a.channels, scratch, channels);
         return scratch;
     }
     void logits(const Net& net, const float* weights, int64_t count, float* out) const {
-        product(count, net.rows.width, a.channels, weights, channels, 1, net.rows.transposed + 0, net.rows.width, out,
-                net.rows.width, false);
+        int64_t width = net.rows.width;
+        product(kernel, count, width, {a.channels, channels, 1, width, width}, weights, net.rows.transposed, out);
     }
 };
 
 void group_statistics(const Problem& p, const Net& net, int64_t begin, int64_t end, Statistics& stats) {
     FlushDenormals flush;
     int64_t width = net.rows.width;
-    Buffer x(kBlock * width), scratch(kBlock * p.channels), highest(width), sum(width), ones(width);
-    std::fill_n(ones + 0, width, 1.0f);
+    static thread_local Buffer buffers[5];
+    float *x = buffers[0].fit(kBlock * width), *scratch = buffers[1].fit(kBlock * p.channels);
+    float *highest = buffers[2].fit(width), *sum = buffers[3].fit(width), *ones = buffers[4].fit(width);
+    std::fill_n(ones, width, 1.0f);
     for (int64_t k = begin; k < end; k += kBlock) {
         int64_t count = std::min(kBlock, end - k);
-        p.logits(net, p.weights(net, k, count, scratch + 0), count, x + 0);
-        block_max(x + 0, width, net.center + k, count, highest + 0);
-        for (int64_t i = 0; i < width; ++i) stats.raise(i, *(highest + i), net.inv_temp);
-        std::fill_n(sum + 0, width, 0.0f);
-        exponentials(x + 0, width, net.center + k, count, stats.max.data(), net.inv_temp, ones + 0, sum + 0);
-        for (int64_t i = 0; i < width; ++i) stats.total[i] += *(sum + i);
+        p.logits(net, p.weights(net, k, count, scratch), count, x);
+        block_max(x, width, net.center + k, count, highest);
+        for (int64_t i = 0; i < width; ++i) stats.raise(i, highest[i], net.inv_temp);
+        std::fill_n(sum, width, 0.0f);
+        exponentials(x, width, net.center + k, count, stats.max.data(), net.inv_temp, ones, sum);
+        for (int64_t i = 0; i < width; ++i) stats.total[i] += sum[i];
     }
 }
 
@@ -229,39 +182,40 @@ void targets(const float* q, int64_t batch, int64_t views, float* target) {
         for (int64_t b = 0; b < batch; ++b) target[v * batch + b] = q[b] + q[batch + b];
 }
 
-// Gradients of blocks [begin, end): weights' to their place, the rows' added to grad_z [V*B, D]; returns the sum of
-// targets times logits.
+// Gradients of blocks [begin, end): of the weights to their place, of the rows added to grad_z [padded V*B, padded D];
+// returns the sum of targets times logits.
 double group_gradient(const Problem& p, int64_t begin, int64_t end, float* grad_z) {
     FlushDenormals flush;
     const DinoHeadLossArgs& a = p.a;
     const Net &s = p.student, &t = p.teacher;
     int64_t rows = s.rows.count, width = s.rows.width;
-    Buffer x(kBlock * width), q(kBlock * t.rows.width), scratch(kBlock * p.channels), grad_w(kBlock * p.channels);
-    Buffer student_weight(width), teacher_weight(t.rows.width), target(width), dot(width), unused(t.rows.width);
+    static thread_local Buffer buffers[9];
+    float *x = buffers[0].fit(kBlock * width), *q = buffers[1].fit(kBlock * t.rows.width);
+    float *scratch = buffers[2].fit(kBlock * p.channels), *grad_w = buffers[3].fit(kBlock * p.channels);
+    float *student_weight = zeros(buffers[4], width), *teacher_weight = zeros(buffers[5], t.rows.width);
+    float *target = zeros(buffers[6], width), *dot = buffers[7].fit(width), *unused = zeros(buffers[8], t.rows.width);
     for (int64_t i = 0; i < rows; ++i)
-        *(student_weight + i) = float((i < 2 * a.batch ? 1 : 2) * p.scale / s.stats.total[i]);
-    for (int64_t i = 0; i < 2 * a.batch; ++i) *(teacher_weight + i) = float(1 / t.stats.total[i]);
+        student_weight[i] = float((i < 2 * a.batch ? 1 : 2) * p.scale / s.stats.total[i]);
+    for (int64_t i = 0; i < 2 * a.batch; ++i) teacher_weight[i] = float(1 / t.stats.total[i]);
     double total_dot = 0;
     for (int64_t k = begin; k < end; k += kBlock) {
         int64_t count = std::min(kBlock, end - k);
-        p.logits(t, p.weights(t, k, count, scratch + 0), count, q + 0);
+        p.logits(t, p.weights(t, k, count, scratch), count, q);
         for (int64_t j = 0; j < count; ++j)  // the last teacher row is the mean of the others
-            a.batch_center[k + j] = *(q + j * t.rows.width + 2 * a.batch);
-        exponentials(q + 0, t.rows.width, t.center + k, count, t.stats.max.data(), t.inv_temp, teacher_weight + 0,
-                     unused + 0);
-        const float* weights = p.weights(s, k, count, scratch + 0);
-        p.logits(s, weights, count, x + 0);
-        std::fill_n(dot + 0, width, 0.0f);
+            a.batch_center[k + j] = q[j * t.rows.width + 2 * a.batch];
+        exponentials(q, t.rows.width, t.center + k, count, t.stats.max.data(), t.inv_temp, teacher_weight, unused);
+        const float* weights = p.weights(s, k, count, scratch);
+        p.logits(s, weights, count, x);
+        std::fill_n(dot, width, 0.0f);
         for (int64_t j = 0; j < count; ++j) {
-            targets(q + j * t.rows.width, a.batch, a.views, target + 0);
-            gradient(x + j * width, width, s.stats.max.data(), s.inv_temp, student_weight + 0, target + 0,
-                     float(p.scale), dot + 0);
+            targets(q + j * t.rows.width, a.batch, a.views, target);
+            gradient(x + j * width, width, s.stats.max.data(), s.inv_temp, student_weight, target, float(p.scale), dot);
         }
-        for (int64_t i = 0; i < rows; ++i) total_dot += *(dot + i);
-        product(rows, p.channels, count, x + 0, 1, width, weights, p.channels, grad_z, p.channels, true);
+        for (int64_t i = 0; i < rows; ++i) total_dot += dot[i];
+        product(p.kernel, rows, p.channels, {count, 1, width, p.channels, p.channels, true}, x, weights, grad_z);
         if (!a.grad_w) continue;
-        product(count, p.channels, rows, x + 0, width, 1, s.rows.wide + 0, p.channels, grad_w + 0, p.channels, false);
-        narrow(grad_w + 0, p.channels, count, a.channels, a.grad_w, a.dtype, k * a.channels);
+        product(p.kernel, count, p.channels, {rows, width, 1, p.channels, p.channels}, x, s.rows.wide, grad_w);
+        narrow(grad_w, p.channels, count, a.channels, a.grad_w, a.dtype, k * a.channels);
     }
     return total_dot;
 }
@@ -275,7 +229,8 @@ void add(float* to, const float* from, int64_t count) {
 }  // namespace
 
 double dino_head_loss(const DinoHeadLossArgs& a) {
-    Buffer no_center(a.outputs);
+    Buffer center_buffer, grad_buffer;
+    const float* no_center = zeros(center_buffer, a.outputs);
     Rows student_rows(a.student_z, a.dtype, a.views * a.batch, 0, a.channels);
     Rows teacher_rows(a.teacher_z, a.dtype, 2 * a.batch, 1, a.channels);
     int64_t channels = padded(a.channels), rows = student_rows.count;
@@ -287,7 +242,7 @@ double dino_head_loss(const DinoHeadLossArgs& a) {
     Statistics student_stats(student_rows.width), teacher_stats(teacher_rows.width);
     double scale = 1.0 / (double(a.student_temp) * double(2 * a.views - 2) * double(a.batch));
     Problem p{a,
-              {a.student_w, std::move(student_rows), no_center + 0, 1 / a.student_temp, student_stats},
+              {a.student_w, std::move(student_rows), no_center, 1 / a.student_temp, student_stats},
               {a.teacher_w, std::move(teacher_rows), a.center, 1 / a.teacher_temp, teacher_stats},
               channels,
               scale};
@@ -305,14 +260,15 @@ double dino_head_loss(const DinoHeadLossArgs& a) {
         p.teacher.stats.merge(teacher_parts[group], p.teacher.inv_temp);
     }
 
-    Buffer grad_z(groups * rows * channels);
+    int64_t size = padded(rows) * channels;
+    float* grad_z = zeros(grad_buffer, groups * size);
     std::vector<double> dots(groups);
     parallel_for(groups, a.threads, [&](int64_t group) {
-        dots[group] = group_gradient(p, begin(group), begin(group + 1), grad_z + group * rows * channels);
+        dots[group] = group_gradient(p, begin(group), begin(group + 1), grad_z + group * size);
     });
     parallel_for(rows, a.threads, [&](int64_t row) {
         float* sum = grad_z + row * channels;
-        for (int64_t group = 1; group < groups; ++group) add(sum, grad_z + (group * rows + row) * channels, channels);
+        for (int64_t group = 1; group < groups; ++group) add(sum, grad_z + group * size + row * channels, channels);
         narrow(sum, channels, 1, a.channels, a.grad_z, a.dtype, row * a.channels);
     });
     double loss = 0;
