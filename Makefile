@@ -11,7 +11,7 @@ $(V)/.torch:
 	$(V)/python -c "import torch" 2>/dev/null || $(V)/pip install --quiet "$(TORCH)"
 	touch $@
 
-$(V)/.built: $(V)/.torch setup.py pyproject.toml $(wildcard csrc/* csrc/cuda/*)
+$(V)/.built: $(V)/.torch setup.py pyproject.toml $(shell find csrc -type f)
 	$(V)/pip install --quiet "setuptools>=70" wheel "pybind11>=2.12" ninja
 	$(V)/pip install --quiet --no-build-isolation --editable ".[train]"
 	touch $@
@@ -37,7 +37,7 @@ lint: $(V)/.dev
 	$(V)/python -m ruff check .
 	$(V)/python -m ruff format --check .
 	$(V)/python -m mypy
-	$(V)/clang-format --dry-run --Werror csrc/*.* csrc/cuda/* tests/helpers/*.cpp tests/gpu/*.cu tests/gpu/ptx/core/*
+	$(V)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*') tests/helpers/*.cpp tests/gpu/*.cu tests/gpu/ptx/core/*
 
 bench: $(V)/.dev
 	$(V)/python -m pytest bench

@@ -147,12 +147,13 @@ def _backward_cpu(grad_out, scale, dtype):
 
 def _run_cpu(x, branch, scale, out):
     _C.drop_path_add(
-        x,
-        branch.data_ptr(),
-        scale.data_ptr(),
-        out.data_ptr(),
-        *out.shape,
-        DTYPES[out.dtype],
-        DTYPES[branch.dtype],
-        torch.get_num_threads(),
+        x=x,
+        branch=branch.data_ptr(),
+        scale=scale.data_ptr(),
+        out=out.data_ptr(),
+        tokens=out.shape[0],
+        channels=out.shape[1],
+        out_dtype=DTYPES[out.dtype],
+        branch_dtype=DTYPES[branch.dtype],
+        threads=torch.get_num_threads(),
     )
