@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from dino_train.common import device
-from dino_train.engine.arena import Arena
-from dino_train.models import block
-from dino_train.models.block import Branch, Packing
 from dino_train.models.vit import build_model
 
 from dino_kernels import FusedBlock
+from dino_kernels.nn import block
+from dino_kernels.nn.block import Branch, Packing
+from dino_kernels.nn.flat_parameters import Arena
 from dino_kernels.ops.linear import products_of
 
 GROUPS = [(3, 50), (5, 17)]

@@ -9,13 +9,14 @@ import pytest
 import tiny_run
 import torch
 from dino_train.config.pretrain import PretrainConfig
-from dino_train.engine.arena import Arena
 from dino_train.engine.learner import Learner
-from dino_train.models.block import Packing
 from dino_train.models.head import DINOHead
 from dino_train.models.vit import DINOModel, vit
 from tiny_run import torchrun
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from dino_kernels.nn.block import Packing
+from dino_kernels.nn.flat_parameters import Arena
 
 SETTINGS = {
     "arch": "vit_nano",
@@ -104,7 +105,7 @@ def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # cannot swap fake tensors
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: pytest.fail("a step copies to the host"))
     monkeypatch.setattr("dino_train.models.vit.gpu_of", lambda device: "a GPU")
-    monkeypatch.setattr("dino_train.engine.arena._zeros", lambda n, dtype, device: torch.zeros(n, dtype=dtype))
+    monkeypatch.setattr("dino_kernels.nn.flat_parameters._zeros", lambda n, dtype, device: torch.zeros(n, dtype=dtype))
     with FakeTensorMode():
         learner = Learner(replace(PretrainConfig(**SETTINGS, precision=precision), **changes), 2, CPU)
         for step in (0, 1, 2, 3):  # the last layer is frozen at first
@@ -118,7 +119,7 @@ def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
 @pytest.mark.parametrize("rate", [0.4, 0.95])  # of 0.95 the last block's branches are sometimes left with nothing
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 4, "checkpoint_activations": True}])
 def test_samples_that_drop_path_skips_are_those_multiplied_by_zero(monkeypatch, precision, rate, changes):
-    from dino_train.models import block
+    from dino_kernels.nn import block
 
     tokens, results, forward = [], [], block.Block.forward
     for skip in (True, False):

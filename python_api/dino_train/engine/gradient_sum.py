@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from dino_kernels.nn.flat_parameters import Arena
 from dino_train.common.parallel import Pending, size
-from dino_train.engine.arena import Arena
 
 BUCKETS = 4  # few large sums: the last one waits for the backward's end, the others run beside it
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dino_kernels import dino_loss
+from dino_kernels.nn.flat_parameters import AdamWithEMA, Arena, TorchWithEMA
 from dino_train.common import parallel
 from dino_train.common.device import gpu_of
 from dino_train.config.pretrain import PretrainConfig
-from dino_train.engine.arena import AdamWithEMA, Arena, TorchWithEMA
 from dino_train.engine.gradient_sum import GradientSum
 from dino_train.engine.graph import Graphed
 from dino_train.engine.optim import LARS, cosine_schedule, parameter_groups, teacher_temp_schedule

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_train.models.layers import Linear, WeightNormLinear, init_linear
+from dino_kernels.nn.layers import Linear, WeightNormLinear, init_linear
 
 
 class DINOHead(nn.Module):

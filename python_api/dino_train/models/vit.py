@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from dino_kernels.nn.block import Block, Branch, Packing, split_sequences
+from dino_kernels.nn.layers import PatchEmbed, init_linear
 from dino_train.common.device import gpu_of
-from dino_train.models.block import Block, Branch, Packing, split_sequences
 from dino_train.models.head import DINOHead
-from dino_train.models.layers import PatchEmbed, init_linear
 from dino_train.models.resnet import ResNet, resnet50
 
 

@@ -9,12 +9,12 @@ import mmap
 from typing import Any
 
 import torch
+from dino_train.common.device import gpu_of
+from dino_train.engine.optim import clip_gradients, parameter_groups
 from torch import Tensor, nn
 
 from dino_kernels import adamw_ema_step_, ema_update_
-from dino_train.common.device import gpu_of
-from dino_train.engine.optim import clip_gradients, parameter_groups
-from dino_train.models.layers import Linear, PatchEmbed, WeightNormLinear
+from dino_kernels.nn.layers import Linear, PatchEmbed, WeightNormLinear
 
 _ALIGNMENT = 64  # elements: a cache line of the narrowest copies twice over, and what vector loads want
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from dino_train.common.device import gpu_of
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dino_kernels import FusedBlock, add_layer_norm, add_layer_norm_reference, attention, without_autograd
-from dino_train.common.device import gpu_of
-from dino_train.models.layers import Linear, Mlp
+from dino_kernels.nn.layers import Linear, Mlp
 
 
 class Packing(NamedTuple):
