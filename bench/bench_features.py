@@ -26,7 +26,7 @@ from step_peers import Backbone, Setting
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dino_kernels.nn.layers import hold_copies
+from dino_kernels.nn import hold_copies
 
 BATCH, WORKERS, SIZE = 32, 2, 224
 

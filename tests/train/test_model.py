@@ -12,7 +12,7 @@ from dino_train.models.vit import DINOHead, DINOModel, VisionTransformer, build_
 from torch import nn
 
 from dino_kernels import attention, attention_reference
-from dino_kernels.nn.block import Branch, Packing
+from dino_kernels.nn import Branch, Packing
 
 PATCH, DIM, DEPTH, HEADS = 4, 32, 3, 2
 # Square, interpolated, again the first size with another batch, not square, not whole patches.

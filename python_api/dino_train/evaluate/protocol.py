@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from dino_kernels.nn.layers import hold_copies
+from dino_kernels.nn import hold_copies
 from dino_train.common.flags import tyro
 from dino_train.config.options import WeightsOptions, require_least
 from dino_train.config.pretrain import EMBEDDED_DATA, default_workers
