@@ -19,13 +19,14 @@ from bench_multicrop import copies, mosaics, processor
 from dino_train.data.folder import ImageFolder
 from dino_train.data.loader import BadImages, eval_loader
 from dino_train.evaluate.features import extract
-from dino_train.models.layers import hold_copies
 from dino_train.models.vit import vit
 from PIL import Image
 from pillow_crops import normalized, pillow_decode
 from step_peers import Backbone, Setting
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from dino_kernels.nn import hold_copies
 
 BATCH, WORKERS, SIZE = 32, 2, 224
 

@@ -18,6 +18,7 @@ ROOMS = {
         "triton": {"_core"},
         "cuda": {"_core", "triton"},
         "ops": {"_core", "cuda", "triton"},
+        "nn": {"_core", "ops"},
         ".": {"_core", "ops"},
     },
     "python_api/dino_train": {

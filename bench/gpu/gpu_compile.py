@@ -40,12 +40,14 @@ def launches_compiled(arch: int, done: Callable[[object, object], None]):
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
+    from dino_kernels._core.device import GPU_TYPES
     from dino_kernels.triton import multicrop as multicrop_triton
 
     triton.runtime.driver.set_active(resources.Driver(GPUTarget("cuda", arch, 32)))
     torch.cuda.device = lambda device: nullcontext()  # type: ignore[assignment, misc]
     torch.autocast = lambda *_, **__: nullcontext()  # type: ignore[assignment, misc]  does not know meta tensors
     dino_kernels.set_backend("triton")  # CUDA C++ is compiled by now
+    GPU_TYPES.add("meta")
     device._GPUS["meta"] = lambda meta: object()  # type: ignore[assignment, return-value]
     dino_kernels.multicrop_packed = multicrop_triton.packed_triton  # whose checks want pixels in memory
     run = JITFunction.run

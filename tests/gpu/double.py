@@ -110,6 +110,7 @@ class Double(TorchDispatchMode):
 
         with ExitStack() as stack:
             stack.enter_context(mock.patch.dict(device._GPUS, {"cpu": lambda _: self}))
+            stack.enter_context(mock.patch("dino_kernels._core.device.GPU_TYPES", {"cpu"}))
             stack.enter_context(mock.patch.object(loader, "multicrop_packed", multicrop_packed))
             stack.enter_context(self)
             stack.enter_context(_HostCalls(self))

@@ -30,14 +30,16 @@ from dino_train.evaluate.knn import view_retrieval
 from double import Double, Misuse
 from tiny_run import assert_same, final_weights, make_images
 
-PACKAGE = Path(train.__file__).resolve().parents[1]
+from dino_kernels import nn
+
+PACKAGE, NN = Path(train.__file__).resolve().parents[1], Path(nn.__file__).resolve().parent
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def measured():
-    """Which lines of the package run."""
-    coverage_of = coverage.Coverage(data_file=None, include=[f"{PACKAGE}/*"])
+    """Which lines of the trainer and of the modules run."""
+    coverage_of = coverage.Coverage(data_file=None, include=[f"{PACKAGE}/*", f"{NN}/*"])
     coverage_of.start()
     yield coverage_of
     coverage_of.stop()
@@ -415,7 +417,7 @@ def test_ranks_on_gpus_ask_each_other_only_where_losses_are_read(config, monkeyp
 
 
 def sources():
-    return [path for path in PACKAGE.rglob("*.py") if path.name != "device.py"]
+    return [path for path in (*PACKAGE.rglob("*.py"), *NN.glob("*.py")) if path.name != "device.py"]
 
 
 def test_a_gpu_is_asked_in_one_place():
@@ -431,7 +433,7 @@ def functions_for_gpus(path):
             names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
             names |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
             names |= {argument.arg for argument in node.args.args}
-            if names & {"gpu", "_gpu", "gpu_of"}:
+            if names & {"gpu", "_gpu", "gpu_of", "on_gpu"}:
                 yield node.body[0].lineno, node.end_lineno
 
 

@@ -104,7 +104,8 @@ def of_a_step(arch: str = "vit_small", **options) -> Counter[tuple[str, str]]:
     )
     sizes = [config.global_crops_size] * 2 + [config.local_crops_size] * config.local_crops_number
     crops = [torch.empty(config.batch_size_per_gpu, 3, size, size, device=meta) for size in sizes]
-    with mock.patch.dict(device._GPUS, {"meta": lambda _: mock.Mock()}):
+    as_gpu = mock.patch.dict(device._GPUS, {"meta": lambda _: mock.Mock()})
+    with as_gpu, mock.patch("dino_kernels._core.device.GPU_TYPES", {"meta"}):
         learner = Learner(config, 10, meta)
         with counted():
             learner.step(0, crops)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dino_train.models.block import Branch, Packing
 from dino_train.models.resnet import resnet50
 from dino_train.models.vit import DINOHead, DINOModel, VisionTransformer, build_model, vit
 from torch import nn
 
 from dino_kernels import attention, attention_reference
+from dino_kernels.nn import Branch, Packing
 
 PATCH, DIM, DEPTH, HEADS = 4, 32, 3, 2
 # Square, interpolated, again the first size with another batch, not square, not whole patches.
@@ -33,7 +33,7 @@ def attention_in_float64(monkeypatch):
     """The op takes at most float32."""
     ops = {torch.float64: attention_reference}
     monkeypatch.setattr(
-        "dino_train.models.block.attention", lambda qkv, *x, **y: ops.get(qkv.dtype, attention)(qkv, *x, **y)
+        "dino_kernels.nn.block.attention", lambda qkv, *x, **y: ops.get(qkv.dtype, attention)(qkv, *x, **y)
     )
 
 

@@ -9,13 +9,12 @@ import pytest
 import tiny_run
 import torch
 from dino_train.config.pretrain import PretrainConfig
-from dino_train.engine.arena import Arena
 from dino_train.engine.learner import Learner
-from dino_train.models.block import Packing
-from dino_train.models.head import DINOHead
-from dino_train.models.vit import DINOModel, vit
+from dino_train.models.vit import vit
 from tiny_run import torchrun
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from dino_kernels.nn import FlatParameters, Packing
 
 SETTINGS = {
     "arch": "vit_nano",
@@ -103,8 +102,8 @@ def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at its values
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # cannot swap fake tensors
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: pytest.fail("a step copies to the host"))
-    monkeypatch.setattr("dino_train.models.vit.gpu_of", lambda device: "a GPU")
-    monkeypatch.setattr("dino_train.engine.arena._zeros", lambda n, dtype, device: torch.zeros(n, dtype=dtype))
+    monkeypatch.setattr("dino_kernels.nn.packing.on_gpu", lambda device: True)
+    monkeypatch.setattr("dino_kernels.nn.flat_parameters._zeros", lambda n, dtype, device: torch.zeros(n, dtype=dtype))
     with FakeTensorMode():
         learner = Learner(replace(PretrainConfig(**SETTINGS, precision=precision), **changes), 2, CPU)
         for step in (0, 1, 2, 3):  # the last layer is frozen at first
@@ -118,11 +117,11 @@ def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
 @pytest.mark.parametrize("rate", [0.4, 0.95])  # of 0.95 the last block's branches are sometimes left with nothing
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 4, "checkpoint_activations": True}])
 def test_samples_that_drop_path_skips_are_those_multiplied_by_zero(monkeypatch, precision, rate, changes):
-    from dino_train.models import block
+    from dino_kernels.nn import block
 
     tokens, results, forward = [], [], block.Block.forward
     for skip in (True, False):
-        monkeypatch.setattr("dino_train.models.vit.gpu_of", lambda device, skip=skip: None if skip else "a GPU")
+        monkeypatch.setattr("dino_kernels.nn.packing.on_gpu", lambda device, skip=skip: not skip)
         torch.manual_seed(3)
         changed = {"drop_path_rate": rate, "precision": precision, **changes}
         learner = Learner(replace(PretrainConfig(**SETTINGS), **changed), 2, CPU)
@@ -131,7 +130,8 @@ def test_samples_that_drop_path_skips_are_those_multiplied_by_zero(monkeypatch, 
         )
         loss, center, _ = learner._gradients(crops(0), torch.tensor(0.04))
         monkeypatch.undo()
-        grads = {name: learner.arena.view(learner.arena.grad, name).clone() for name in learner.arena.trained}
+        flat = learner.student_flat
+        grads = {name: flat.view(flat.grad, name).clone() for name in flat.trained}
         results.append(([loss.item()], grads | {"center": center}))
     half = len(tokens) // 2
     assert sum(tokens[:half]) < sum(tokens[half:])
@@ -143,11 +143,11 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     learner = Learner(PretrainConfig(**SETTINGS), 2, CPU)
     for step in range(3):
         learner.step(step, crops(step))
-    before = {k: v.clone() for k, v in learner.arena.flat.items()} | {"center": learner.center.clone()}
+    kept = learner.student_flat.weights, learner.teacher_flat.weights, learner.center
+    before = [x.clone() for x in kept]
     result = learner.step(3, [crop * float("nan") for crop in crops(3)])
     assert result.loss != result.loss and learner.optimizer.nonfinite == 1
-    after = learner.arena.flat | {"center": learner.center}
-    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(map(torch.equal, before, kept))
     assert learner.step(4, crops(4)).loss > 0 and learner.optimizer.nonfinite == 0
 
 
@@ -173,8 +173,10 @@ parallel.join(torch.device("cpu"))
 torch.set_num_threads(1)
 rank = parallel.rank()
 torch.manual_seed(rank)
-start = Learner(PretrainConfig(**test_step.SETTINGS, precision="bfloat16"), 2, torch.device("cpu")).arena
-torch.save([*start.flat.values(), *start.copies.values(), *start.rows], f"{sys.argv[3]}/start{rank}.pt")
+start = Learner(PretrainConfig(**test_step.SETTINGS, precision="bfloat16"), 2, torch.device("cpu"))
+kept = [(flat.weights, flat.copies) for flat in (start.student_flat, start.teacher_flat)]
+kept.append([net.head.last_layer.rows for net in (start.student, start.teacher)])
+torch.save([x for each in kept for x in each], f"{sys.argv[3]}/start{rank}.pt")
 config = replace(PretrainConfig(**test_step.SETTINGS), **json.loads(sys.argv[2]), batch_size_per_gpu=4)
 result = test_step.run(config, own=slice(4 * rank, 4 * rank + 4))
 torch.save(result, f"{sys.argv[3]}/{rank}.pt")
@@ -210,7 +212,7 @@ def test_a_graphed_step_is_the_plain_one(precision):
         config = PretrainConfig(**SETTINGS | {"device": "cuda"}, precision=precision, cuda_graph=cuda_graph)
         learner = Learner(config, 5, torch.device("cuda"))  # the last layer thaws at step 5: a second graph
         losses = [learner.step(step, [crop.cuda() for crop in crops(step)]).loss for step in range(12)]
-        results.append((losses, learner.arena.flat["teacher"].clone()))
+        results.append((losses, learner.teacher_flat.weights.clone()))
     (plain, weights), (graphed, others) = results
     assert graphed == pytest.approx(plain, rel=1e-4)
     torch.testing.assert_close(others, weights, rtol=1e-3, atol=1e-5)
@@ -220,12 +222,11 @@ def test_a_graphed_step_is_the_plain_one(precision):
 def test_a_block_takes_any_gradient_and_none(precision):
     """Its chain of ops against the same block of separate ones: strided gradients, one result not used."""
     torch.manual_seed(0)
-    student, teacher, plain = (vit("vit_nano", patch_size=8, img_size=32) for _ in range(3))
+    student, plain = (vit("vit_nano", patch_size=8, img_size=32) for _ in range(2))
     plain.load_state_dict(student.state_dict())
-    net, other = (DINOModel(backbone, DINOHead(96, 64)) for backbone in (student, teacher))
-    Arena(net, other, getattr(torch, precision))
+    FlatParameters(student, getattr(torch, precision))
     tokens = torch.randn(2 * 17, student.embed_dim)
-    packing = Packing(torch.tensor([0, 17, 34], dtype=torch.int32), [(2, 17)])
+    packing = Packing.of([(2, 17)], "cpu")
     wide = torch.randn(student.embed_dim, len(tokens)).t()
     row = torch.randn(student.embed_dim).expand_as(tokens)
     for grads in ((wide, wide), (row, None), (None, row)):
@@ -245,11 +246,11 @@ def test_a_block_takes_any_gradient_and_none(precision):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["norm2.bias", "attn.proj.weight"])
 def test_a_block_without_a_place_for_a_gradient_is_an_error(precision, name):
-    student, teacher = (vit("vit_nano", patch_size=8, img_size=32) for _ in range(2))
-    Arena(*(DINOModel(backbone, DINOHead(96, 64)) for backbone in (student, teacher)), getattr(torch, precision))
+    student = vit("vit_nano", patch_size=8, img_size=32)
+    FlatParameters(student, getattr(torch, precision))
     block = student.blocks[0]
     block.get_parameter(name).grad = None
-    packing = Packing(torch.tensor([0, 17, 34], dtype=torch.int32), [(2, 17)])
+    packing = Packing.of([(2, 17)], "cpu")
     tokens = torch.randn(34, student.embed_dim, requires_grad=True)
     with pytest.raises(AttributeError, match="NoneType"):
         block(tokens, tokens, student.blocks[1].norm1, packing)[0].sum().backward()

@@ -2,19 +2,19 @@
 
 from torch import Tensor
 
+from dino_kernels.nn import FlatParameters
 from dino_train.common.parallel import Pending, size
-from dino_train.engine.arena import Arena
 
 BUCKETS = 4  # few large sums: the last one waits for the backward's end, the others run beside it
 
 
 class GradientSum:
-    """Sums an arena's gradient over the ranks, a few large slices at a time, each as soon as backward has filled it.
+    """Sums a net's flat gradient over the ranks, a few large slices at a time, each as soon as backward has filled it.
 
     Made anew when it changes which parameters are trained.
     """
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, flat: FlatParameters) -> None:
         self.pending = Pending()
         self.slices: list[Tensor] = []
         self.members: list[int] = []  # parameters with a gradient in each slice
@@ -22,13 +22,13 @@ class GradientSum:
         self._hooks: list = []
         if size() == 1:
             return
-        whole, limit, begin = arena.offsets[-1], 0.0, 0
-        for i, parameter in enumerate(arena.parameters.values()):
-            if arena.offsets[i] >= limit:
-                begin, limit = arena.offsets[i], limit + whole / BUCKETS
-                self.slices.append(arena.grad[begin:])
+        whole, limit, begin = flat.offsets[-1], 0.0, 0
+        for i, parameter in enumerate(flat.parameters.values()):
+            if flat.offsets[i] >= limit:
+                begin, limit = flat.offsets[i], limit + whole / BUCKETS
+                self.slices.append(flat.grad[begin:])
                 self.members.append(0)
-            self.slices[-1] = arena.grad[begin : arena.offsets[i + 1]]
+            self.slices[-1] = flat.grad[begin : flat.offsets[i + 1]]
             if parameter.requires_grad:
                 self.members[-1] += 1
                 # The node runs, and its hook, even where a layer added the gradient itself.

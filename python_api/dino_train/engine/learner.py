@@ -10,13 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from dino_kernels import dino_loss
+from dino_kernels.nn import FlatParameters
 from dino_train.common import parallel
 from dino_train.common.device import gpu_of
 from dino_train.config.pretrain import PretrainConfig
-from dino_train.engine.arena import AdamWithEMA, Arena, TorchWithEMA
 from dino_train.engine.gradient_sum import GradientSum
 from dino_train.engine.graph import Graphed
-from dino_train.engine.optim import LARS, cosine_schedule, parameter_groups, teacher_temp_schedule
+from dino_train.engine.optim import (
+    LARS,
+    AdamWithEMA,
+    TorchWithEMA,
+    cosine_schedule,
+    parameter_groups,
+    teacher_temp_schedule,
+)
 from dino_train.models.vit import DINOModel, VisionTransformer, build_model
 
 CENTER_MOMENTUM = 0.9  # main_dino.py:365
@@ -75,14 +82,15 @@ class Learner:
         self.teacher.requires_grad_(False)
         if isinstance(self.student.backbone, VisionTransformer):
             self.student.backbone.checkpoint_activations = config.checkpoint_activations
-        self.arena = Arena(self.student, self.teacher, self.dtype)
+        self.student_flat = FlatParameters(self.student, self.dtype)
+        self.teacher_flat = FlatParameters(self.teacher, self.dtype)
         if parallel.size() > 1:  # one set of weights, whatever each rank's generator gave
-            parallel.broadcast([*self.arena.flat.values(), *self.student.buffers(), *self.teacher.buffers()])
-            self.arena.copy()
-            self.arena.materialize()
+            weights = self.student_flat.weights, self.teacher_flat.weights
+            parallel.broadcast([*weights, *self.student.buffers(), *self.teacher.buffers()])
+            self._renew()
         self.center = torch.zeros(1, config.out_dim, device=device)
         self.optimizer = self._optimizer()
-        self.gradient_sum = GradientSum(self.arena)
+        self.gradient_sum = GradientSum(self.student_flat)
         steps = config.epochs * steps_per_epoch
         self.lr = cosine_schedule(
             config.lr * config.batch_size_per_gpu * parallel.size() / 256,
@@ -123,11 +131,11 @@ class Learner:
 
     def _optimizer(self) -> AdamWithEMA | TorchWithEMA:
         clip_norm = self.config.clip_grad or None
+        groups, nets = parameter_groups(self.student), (self.student_flat, self.teacher_flat)
         if self.config.optimizer == "adamw":
-            return AdamWithEMA(self.arena, clip_norm)
-        groups = parameter_groups(self.student)
+            return AdamWithEMA(*nets, groups, clip_norm)
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9) if self.config.optimizer == "sgd" else LARS(groups)
-        return TorchWithEMA(self.arena, optimizer, clip_norm)
+        return TorchWithEMA(*nets, optimizer, clip_norm)
 
     def step(self, step: int, crops: list[Tensor]) -> StepResult:
         """One update of student, center and teacher (main_dino.py:303-350).
@@ -154,7 +162,7 @@ class Learner:
     def _update(self, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
         """All of a step that runs on the device, with the settings there; loss and what the teacher's last layer
         took."""
-        self.arena.last_layers[0].stale = True  # also where a capture broke off after a backward
+        self.student_flat.overwrite_grads()  # also where a capture broke off after a backward
         lr, decay, momentum, teacher_temp = self.settings.unbind()
         loss, batch_center, teacher_z = self._gradients(crops, teacher_temp)
         center = self.center.lerp(batch_center, 1 - CENTER_MOMENTUM)
@@ -163,7 +171,7 @@ class Learner:
             center = torch.where(self.optimizer.nonfinite > 0, self.center, center)
         else:
             if not math.isfinite(loss.item()):
-                self.arena.clear_grad()
+                self.student_flat.clear_grad()
                 raise NonFiniteLoss
             self.optimizer.step(*self.settings[:3].tolist())
         self.center.copy_(center)
@@ -183,15 +191,15 @@ class Learner:
         frozen = epoch < self.config.freeze_last_layer
         last_layer = self.student.head.last_layer
         if last_layer.weight_v.requires_grad is frozen:
-            self.arena.freeze(last_layer, frozen)
+            self.student_flat.freeze(last_layer, frozen)
             self.gradient_sum.remove()
-            self.gradient_sum = GradientSum(self.arena)
+            self.gradient_sum = GradientSum(self.student_flat)
             if isinstance(self.optimizer, AdamWithEMA):
                 self.optimizer.track_frozen()
             self.update = self._fresh_update()
 
     def _gradients(self, crops: list[Tensor], teacher_temp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Fills the arena's gradient; loss and batch center over all parts and ranks, and what the teacher's last
+        """Fills the student's gradient; loss and batch center over all parts and ranks, and what the teacher's last
         layer took here."""
         count = self.config.accumulate
         parts = list(zip(*(crop.chunk(count) for crop in crops), strict=True))
@@ -251,5 +259,9 @@ class Learner:
             net.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.center.copy_(state["dino_loss"]["center"])
-        self.arena.copy()
-        self.arena.materialize()
+        self._renew()
+
+    def _renew(self) -> None:
+        """What the nets multiply by, after their weights were written."""
+        self.student_flat.renew()
+        self.teacher_flat.renew()

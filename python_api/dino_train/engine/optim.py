@@ -1,10 +1,14 @@
-"""Schedules, parameter groups, gradient clipping and LARS, as the reference trains with them."""
+"""Schedules, parameter groups, gradient clipping and optimizers, as the reference trains with them."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from dino_kernels import ema_update_
+from dino_kernels.nn import FlatParameters
 
 
 def cosine_schedule(
@@ -88,3 +92,106 @@ class LARS(torch.optim.Optimizer):
             state["mu"] = torch.zeros_like(p)
         state["mu"].mul_(group["momentum"]).add_(d)
         p.add_(state["mu"], alpha=-group["lr"])
+
+
+class AdamWithEMA:
+    """AdamW of a student, and the EMA of its teacher, as one pass (`adamw_ema_step_`).
+
+    Its state dict is that of torch.optim.AdamW over `parameter_groups`.
+    """
+
+    def __init__(self, student: FlatParameters, teacher: FlatParameters, groups: list[dict], clip_norm: float | None):
+        self.student, self.teacher, self.param_groups, self.clip_norm = student, teacher, groups, clip_norm
+        names = {id(parameter): name for name, parameter in student.parameters.items()}
+        # name of each parameter that a state dict numbers
+        self.names = [names[id(p)] for group in self.param_groups for p in group["params"]]
+        count, device = len(names), student.weights.device
+        self.segments = {name: i for i, name in enumerate(student.parameters)}
+        self.exp_avg, self.exp_avg_sq = student.zeros(), student.zeros()
+        self.steps = torch.zeros(count, dtype=torch.int64, device=device)
+        decayed = {names[id(p)] for p in self.param_groups[0]["params"]}
+        self.decayed = torch.tensor([name in decayed for name in student.parameters], device=device)
+        self.frozen = torch.zeros(count, dtype=torch.bool, device=device)
+        self.nonfinite = torch.zeros((), dtype=torch.int32, device=device)
+        self.track_frozen()
+
+    def track_frozen(self) -> None:
+        """Follow the parameters' requires_grad."""
+        frozen = [not parameter.requires_grad for parameter in self.student.parameters.values()]
+        self.frozen.copy_(torch.tensor(frozen))
+
+    def step(self, lr: float | Tensor, weight_decay: float | Tensor, momentum: float | Tensor) -> None:
+        """Update weights, moments, teacher and copies, unless a gradient is not finite: then only `nonfinite`. The
+        gradient is cleared."""
+        self.student.adamw_ema_step_(
+            self.teacher,
+            self.exp_avg,
+            self.exp_avg_sq,
+            steps=self.steps,
+            decayed=self.decayed,
+            frozen=self.frozen,
+            nonfinite=self.nonfinite,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            clip_norm=self.clip_norm,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        steps = self.steps.tolist()
+        state, groups, first = {}, [], 0
+        for i, name in enumerate(self.names):
+            if count := steps[self.segments[name]]:
+                state[i] = {
+                    "step": torch.tensor(float(count)),
+                    "exp_avg": self.student.view(self.exp_avg, name),
+                    "exp_avg_sq": self.student.view(self.exp_avg_sq, name),
+                }
+        for group in self.param_groups:
+            numbers = list(range(first, first + len(group["params"])))
+            first += len(numbers)
+            groups.append({"betas": (0.9, 0.999), "eps": 1e-8, **group, "params": numbers})
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for moments in (self.exp_avg, self.exp_avg_sq, self.steps):
+            moments.zero_()
+        for i, saved in state["state"].items():
+            name = self.names[i]
+            self.steps[self.segments[name]] = int(saved["step"])
+            for key, flat in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+                self.student.view(flat, name).copy_(saved[key])
+
+
+class TorchWithEMA:
+    """A torch optimizer of a student, then the EMA of its teacher, the copies and a cleared gradient.
+
+    It has no guard of its own: a gradient that is not finite must not reach it.
+    """
+
+    def __init__(
+        self,
+        student: FlatParameters,
+        teacher: FlatParameters,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float | None,
+    ):
+        self.student, self.teacher, self.optimizer, self.clip_norm = student, teacher, optimizer, clip_norm
+
+    def step(self, lr: float, weight_decay: float, momentum: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.param_groups[0]["weight_decay"] = weight_decay  # the other group never decays
+        if self.clip_norm is not None:
+            clip_gradients(self.student.parameters.values(), self.clip_norm)
+        self.optimizer.step()
+        ema_update_([self.teacher.weights], [self.student.weights], momentum)
+        self.student.renew()
+        self.teacher.renew()
+        self.student.clear_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)

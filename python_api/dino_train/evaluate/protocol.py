@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
+from dino_kernels.nn import hold_copies
 from dino_train.common.flags import tyro
 from dino_train.config.options import WeightsOptions, require_least
 from dino_train.config.pretrain import EMBEDDED_DATA, default_workers
 from dino_train.data.folder import ImageFolder, split
 from dino_train.data.loader import BadImages, eval_loader
 from dino_train.evaluate.features import Cache, Features
-from dino_train.models.layers import hold_copies
 from dino_train.models.vit import VisionTransformer
 from dino_train.models.weights import Trained
 

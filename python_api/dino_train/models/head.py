@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_train.models.layers import Linear, WeightNormLinear, init_linear
+from dino_kernels.nn import Linear, WeightNormLinear
+from dino_train.models.init import init_linear
 
 
 class DINOHead(nn.Module):

@@ -6,7 +6,7 @@ sequences together, C = embed_dim, H heads of D = C / H channels, K = out_dim.
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dino_train.common.device import gpu_of
-from dino_train.models.block import Block, Branch, Packing, split_sequences
+from dino_kernels.nn import Block, Packing, PatchEmbed, drop_path, split_sequences
 from dino_train.models.head import DINOHead
-from dino_train.models.layers import PatchEmbed, init_linear
+from dino_train.models.init import init_linear
 from dino_train.models.resnet import ResNet, resnet50
 
 
@@ -104,11 +103,12 @@ class VisionTransformer(nn.Module):
             ValueError: an image has not 3 channels or is smaller than a patch.
         """
         x, packing = self._embed([crops] if isinstance(crops, Tensor) else crops)
-        drop_path = self._drop_path(packing) if self.training and self.drop_path_rate > 0 else None
+        dropping = self.training and self.drop_path_rate > 0
+        left = drop_path(packing, len(self.blocks), self.drop_path_rate) if dropping else [None] * len(self.blocks)
         normed = self._first_norm(x)
         for i, (block, norm) in enumerate(self._with_next_norm()):
             class_only = i == len(self.blocks) - 1
-            arguments = (x, normed, norm, packing, None if drop_path is None else drop_path[i], class_only)
+            arguments = (x, normed, norm, packing, left[i], class_only)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, normed = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -177,12 +177,7 @@ class VisionTransformer(nn.Module):
         tables = {shape: self._table(*shape) for shape in dict(runs)}
         groups = [(count, len(tables[shape])) for shape, count in runs]
         x = _Sequences.apply(self.patch_embed(crops), groups, *(tables[shape] for shape, _ in runs))
-        # Bounds are counted on the device from shapes known on the host: no copy, no synchronization.
-        first = [0, *accumulate(count * length for count, length in groups)]
-        first[-1] += 1  # the end is a bound, too
-        options = {"dtype": torch.int32, "device": x.device}
-        bounds = [torch.arange(first[i], first[i + 1], n, **options) for i, (_, n) in enumerate(groups)]
-        return x, Packing(bounds[0] if len(bounds) == 1 else torch.cat(bounds), groups)
+        return x, Packing.of(groups, x.device)
 
     def _table(self, h: int, w: int) -> Tensor:
         """Class token and positions of an image of h x w pixels [1 + patches, C], to which its patches are added."""
@@ -208,28 +203,6 @@ class VisionTransformer(nn.Module):
         # which published weights were trained with.
         grid = F.interpolate(grid, scale_factor=((rows + 0.1) / side, (cols + 0.1) / side), mode="bicubic")
         return torch.cat((of_class, grid.flatten(2).transpose(1, 2)), dim=1)
-
-    def _drop_path(self, packing: Packing) -> list[tuple[Branch, Branch, Branch]]:
-        """For each block what is left of its attention, its MLP and the next block's attention.
-
-        A sequence's branch is multiplied by a random 0 or 1 / keep. On the CPU those of zero are left out; elsewhere
-        shapes must not depend on random numbers, which would wait for the device and fit no graph.
-        """
-        depth, device, sequences = len(self.blocks), packing.cu_seqlens.device, len(packing.cu_seqlens) - 1
-        keep = 1 - torch.linspace(0, self.drop_path_rate, depth, device=device).view(-1, 1, 1)
-        kept = torch.rand(depth, 2, sequences, device=device) < keep
-        if gpu_of(device) is None:
-            factors = (1 / keep).expand(-1, 2, 1).flatten().numpy()
-            branches = Branch.of_kept(packing, kept.flatten(0, 1).numpy(), factors)
-        else:
-            scale = keep.new_empty(depth, 2, packing.tokens)
-            of_sequences = kept.unsqueeze(3).split([count for count, _ in packing.groups], 2)
-            of_tokens = scale.split([count * length for count, length in packing.groups], 2)
-            for chosen, to, group in zip(of_sequences, of_tokens, packing.groups, strict=True):
-                torch.div(chosen.expand(depth, 2, *group), keep.unsqueeze(3), out=to.unflatten(2, group))
-            branches = [Branch(packing, row) for row in scale.flatten(0, 1)]
-        branches.append(Branch(packing))
-        return [(branches[i], branches[i + 1], branches[i + 2]) for i in range(0, 2 * depth, 2)]
 
 
 class _Sequences(torch.autograd.Function):

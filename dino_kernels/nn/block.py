@@ -1,89 +1,30 @@
 """A transformer block over packed sequences of tokens.
 
+    middle = x + scale * attention(norm1(x))        out = middle + scale * mlp(norm2(middle))
+
+`scale` is drop path's. The block takes norm1(x) and returns the next block's norm1(out), since a sum and the norm that
+reads it are one pass over memory.
+
 Dimensions: S sequences, T tokens of all sequences together, C channels, H heads of D = C / H channels.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dino_kernels import FusedBlock, add_layer_norm, add_layer_norm_reference, attention, without_autograd
-from dino_train.common.device import gpu_of
-from dino_train.models.layers import Linear, Mlp
+from dino_kernels._core.device import on_gpu
+from dino_kernels._core.native import DTYPES
+from dino_kernels._core.registry import without_autograd
+from dino_kernels.nn.layers import Linear, Mlp
+from dino_kernels.nn.packing import Branch, Packing, split_sequences
+from dino_kernels.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from dino_kernels.ops.attention import attention
+from dino_kernels.ops.fused_block import FusedBlock
 
-
-class Packing(NamedTuple):
-    """Bounds of the sequences [S + 1], int32, and the same on the host: (sequences, tokens of each)."""
-
-    cu_seqlens: Tensor
-    groups: list[tuple[int, int]]
-
-    @property
-    def flat(self) -> list[int]:
-        return [n for group in self.groups for n in group]
-
-    @property
-    def tokens(self) -> int:
-        return sum(count * length for count, length in self.groups)
-
-
-def split_sequences(x: Tensor, groups: list[tuple[int, int]]) -> list[Tensor]:
-    """[T, C] -> for each group [sequences, tokens, C]"""
-    parts = x.split([count * length for count, length in groups])
-    return [part.unflatten(0, group) for part, group in zip(parts, groups, strict=True)]
-
-
-class Branch(NamedTuple):
-    """What drop path leaves of a block's branch: some of the sequences, or all of them with factors of zero.
-
-    rows and sequences, int32 and rising, say which of all tokens and sequences are left; None: all.
-    """
-
-    packing: Packing  # of the sequences that are left
-    scale: Tensor | None = None  # factor of each of their tokens; None: 1
-    rows: Tensor | None = None
-    sequences: Tensor | None = None
-
-    @staticmethod
-    def of_kept(packing: Packing, kept: np.ndarray, factors: np.ndarray) -> "list[Branch]":
-        """For each row of kept [R, S] the sequences of a packing on the CPU for which it is true, times its factor.
-
-        kept: bool. factors: float32 [R].
-        """
-        counts, lengths = np.array(packing.groups).T
-        tokens, count = lengths.repeat(counts), len(kept)
-        left = np.stack([part.sum(1) for part in np.split(kept, counts.cumsum()[:-1], 1)], 1).tolist()
-        bounds = np.zeros((count, 1 + len(tokens)), np.int32)
-        (kept * tokens).cumsum(1, out=bounds[:, 1:])
-        sizes, of_tokens = kept.sum(1), kept.repeat(tokens, 1)
-
-        def pieces(values: np.ndarray, chosen: np.ndarray, sizes: np.ndarray) -> tuple[Tensor, ...]:
-            return torch.from_numpy(np.broadcast_to(values, chosen.shape)[chosen]).split(sizes.tolist())
-
-        columns = zip(
-            pieces(bounds, np.hstack((np.ones((count, 1), bool), kept)), 1 + sizes),
-            pieces(factors[:, None], of_tokens, bounds[:, -1]),
-            pieces(np.arange(packing.tokens, dtype=np.int32), of_tokens, bounds[:, -1]),
-            pieces(np.arange(len(tokens), dtype=np.int32), kept, sizes),
-            left,
-            strict=True,
-        )
-        return [
-            Branch(packing, scale)
-            if len(sequences) == len(tokens)
-            else Branch(Packing(bound, list(zip(groups, lengths.tolist(), strict=True))), scale, rows, sequences)
-            for bound, scale, rows, sequences, groups in columns
-        ]
-
-    def class_tokens(self) -> "Branch":
-        """The same of sequences of one token."""
-        first = self.packing.cu_seqlens[:-1]
-        scale = None if self.scale is None else self.scale.index_select(0, first)
-        return Branch(self.packing, scale, self.sequences, self.sequences)
+__all__ = ["Block"]
 
 
 class Attention(nn.Module):
@@ -106,12 +47,21 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block over packed tokens [T, C]."""
+    """Pre-norm transformer block over packed tokens [T, C]; formula in the module's docstring.
+
+    Args:
+        dim: channels C, at most 4096.
+        num_heads: H, divides dim.
+        mlp_ratio: hidden width of the MLP over dim.
+    """
 
     named: tuple[nn.Parameter, ...]
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
         super().__init__()
+        if num_heads < 1 or dim < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
+        self.dim = dim
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -130,26 +80,40 @@ class Block(nn.Module):
         drop_path: tuple[Branch, Branch, Branch] | None = None,
         class_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Residual stream and its norm1 -> residual stream and its `next_norm`: sums and norms are one pass.
+        """Residual stream and its norm1 -> residual stream and its `next_norm`.
 
-        `drop_path` says what is left of the attention, whose tokens alone are in `normed`, of the MLP and of the next
-        block's attention. With `class_only` just the class tokens are carried past the attention and returned.
+        Args:
+            x: [T, C], of any float dtype; with copies of weights float32, float16 or bfloat16.
+            normed: norm1(x) [A, C]: of all tokens, or of those that drop path leaves to the attention.
+            next_norm: norm1 of the next block, or what follows the last one; its eps is that of norm2.
+            packing: of x.
+            drop_path: what is left of the attention, of the MLP and of the next block's attention; a row of
+                `dino_kernels.nn.drop_path`. None: everything.
+            class_only: carry just the first token of each sequence past the attention.
+
+        Returns:
+            [T, C], of the dtype of x, and its next_norm [N, C], of the dtype of normed or of the copies; with
+            class_only the first tokens' [S, C].
+
+        Raises:
+            ValueError: a shape, dtype or device that does not fit the above.
         """
         branches = drop_path or (Branch(packing),) * 3
+        self._check(x, normed, next_norm, packing, branches[0].packing)
         if class_only:
             x = x.index_select(0, packing.cu_seqlens[:-1])
             branches = branches[0].class_tokens(), branches[1].class_tokens(), branches[2].class_tokens()
         if (copies := self.linears[0].copies) is not None:
-            normed = normed.to(copies[0].dtype)
+            x, normed = x.contiguous(), normed.to(copies[0].dtype).contiguous()
             named = *self.named, next_norm.weight, next_norm.bias  # so that autograd sees them
-            if not class_only and (whole := self._whole(next_norm, branches)).fits(x, normed):
+            if not class_only and (fused := self._fused(next_norm, branches)).fits(x, normed):
                 if torch.is_grad_enabled():
-                    return _Whole.apply(x, normed, whole, *named)
-                return whole.forward(x, normed)[:2]
+                    return _Fused.apply(x, normed, fused, *named)
+                return fused.forward(x, normed)[:2]
             arguments = x, normed, self, next_norm, branches, class_only
             if torch.is_grad_enabled():
-                return _Chain.apply(*arguments, *named)
-            x, normed, *_ = _chain(*arguments, keep=False)
+                return _Unfused.apply(*arguments, *named)
+            x, normed, *_ = _unfused_forward(*arguments, keep=False)
             return x, normed
         attention_branch, mlp_branch, next_branch = branches
         attend = self.attn.class_tokens if class_only else self.attn
@@ -157,13 +121,39 @@ class Block(nn.Module):
         x, normed = _add_norm(x, branch, self.norm2, attention_branch, mlp_branch)
         return _add_norm(x, self.mlp(normed), next_norm, mlp_branch, next_branch)
 
-    def _whole(self, next_norm: nn.LayerNorm, branches: tuple[Branch, Branch, Branch]) -> FusedBlock:
+    def _check(self, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm, packing: Packing, attended: Packing) -> None:
+        """With copies the kernels are called without their own checks."""
+        weight, dim = self.named[0], self.dim
+        if x.shape != (packing.tokens, dim) or normed.shape != (attended.tokens, dim):
+            raise ValueError(
+                f"x and normed must have shapes {[packing.tokens, dim]} and {[attended.tokens, dim]}, as packed, "
+                f"got {list(x.shape)} and {list(normed.shape)}"
+            )
+        if not x.device == normed.device == packing.cu_seqlens.device == weight.device:
+            raise ValueError(
+                f"x, normed and packing must be on {weight.device} as the weights, "
+                f"got {x.device}, {normed.device} and {packing.cu_seqlens.device}"
+            )
+        if self.linears[0].copies is not None and x.dtype not in DTYPES:
+            raise ValueError(f"x must be float32, float16 or bfloat16 where weights have copies, got {x.dtype}")
+        if next_norm.weight.shape != (dim,) or next_norm.eps != self.norm2.eps:
+            raise ValueError(
+                f"next_norm must have {dim} channels and eps {self.norm2.eps}, "
+                f"got {list(next_norm.weight.shape)} and {next_norm.eps}"
+            )
+
+    def _apply(self, *arguments: Any, **options: Any) -> "Block":
+        """A move to another device may replace parameters."""
+        super()._apply(*arguments, **options)
+        _name_parameters(self)
+        return self
+
+    def _fused(self, next_norm: nn.LayerNorm, branches: tuple[Branch, Branch, Branch]) -> FusedBlock:
         w_qkv, w_proj, w1, w2 = (layer.copies[0] for layer in self.linears if layer.copies)
         _, b_qkv, _, b_proj, *norm, _, b1, _, b2 = self.named
         weights = w_qkv, b_qkv, w_proj, b_proj, *norm, w1, b1, w2, b2, next_norm.weight, next_norm.bias
         (packing, scale, *_), (_, mlp_scale, *_), _ = branches
         rows = [branch.rows for branch in branches]
-        assert next_norm.eps == self.norm2.eps
         return FusedBlock(weights, self.attn.num_heads, next_norm.eps, packing.cu_seqlens, (scale, mlp_scale), rows)
 
 
@@ -181,8 +171,8 @@ def _dense(grad: Tensor | None, grad_normed: Tensor | None, like: dict[str, Any]
     return grad, torch.zeros(**like) if grad_normed is None else grad_normed.contiguous()
 
 
-class _Whole(torch.autograd.Function):
-    """A block's kernels in one call. Gradients of weights are added where the arena keeps them."""
+class _Fused(torch.autograd.Function):
+    """`FusedBlock`. Gradients of weights are added to their .grad in place."""
 
     @staticmethod
     def forward(ctx, x, normed, block, *parameters):  # type: ignore[override]
@@ -217,7 +207,7 @@ def _heads(normed: Tensor, attn: Any, packing: Packing) -> tuple[Tensor, ...]:
 def _heads_backward(grad: Tensor, normed: Tensor, attn: Any, packing: Packing, *kept: Tensor) -> Tensor:
     qkv, heads, lse = kept
     bias = attn.qkv.bias.grad
-    in_attention, in_linear = (bias, None) if gpu_of(grad.device) else (None, bias)
+    in_attention, in_linear = (bias, None) if on_gpu(grad.device) else (None, bias)
     arguments = grad.view_as(heads), qkv, heads, lse, packing.cu_seqlens, packing.flat, qkv.shape[3] ** -0.5
     grad_qkv = _attention_backward_(*arguments, in_attention).flatten(1)
     return _linear_gradients(grad_qkv, normed, attn.qkv, in_linear)
@@ -274,7 +264,7 @@ def _by_head(x: Tensor, weight: Tensor) -> Tensor:
     return x.view(len(x), *weight.shape[:2]).transpose(0, 1)
 
 
-def _chain(
+def _unfused_forward(
     x: Tensor,
     normed: Tensor,
     block: Block,
@@ -291,7 +281,7 @@ def _chain(
     heads = heads.to(normed.dtype)
     branch = _linear(heads, *attn.proj.copies, False)
     middle, middle_normed, mean, rstd = _norm(x, branch, norm.weight, norm.bias, scale, rows, mlp_rows, norm.eps)
-    bias2 = fc2.copies[1] if gpu_of(x.device) else fc2.bias
+    bias2 = fc2.copies[1] if on_gpu(x.device) else fc2.bias
     branch, hidden = _mlp(middle_normed, fc1.copies[0], fc1.bias, fc2.copies[0], bias2, keep)
     out, out_normed, out_mean, out_rstd = _norm(
         middle, branch, next_norm.weight, next_norm.bias, mlp_scale, mlp_rows, next_rows, next_norm.eps
@@ -299,15 +289,17 @@ def _chain(
     return out, out_normed, heads, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd, *attended
 
 
-class _Chain(torch.autograd.Function):
-    """`_chain` as one node: nine, each through torch's dispatcher, cost more than the smaller ops do.
+class _Unfused(torch.autograd.Function):
+    """The block's ops as one node, where `FusedBlock` does not fit: on a GPU, and of class tokens alone.
 
-    Gradients of weights are added where the arena keeps them.
+    Nine nodes through torch's dispatcher cost more than the smaller ops do; and on a GPU the gradients of biases come
+    out of passes of their neighbours, which separate nodes could not share. Gradients of weights are added to their
+    .grad in place.
     """
 
     @staticmethod
     def forward(ctx, x, normed, block, next_norm, branches, class_only, *_):  # type: ignore[override]
-        out, out_normed, *between = _chain(x, normed, block, next_norm, branches, class_only, keep=True)
+        out, out_normed, *between = _unfused_forward(x, normed, block, next_norm, branches, class_only, keep=True)
         ctx.save_for_backward(normed, out, *between)
         ctx.modules, ctx.branches, ctx.class_only = (block, next_norm), branches, class_only
         ctx.normed_like = _like(out_normed)
@@ -325,7 +317,7 @@ class _Chain(torch.autograd.Function):
         # The gradient of the bias that a branch ends with comes out of the norm's pass, or of the linear layer's;
         # that of queries, keys and values likewise out of the attention's.
         biases = attn.proj.bias.grad, fc2.bias.grad
-        in_norm, in_linear = (biases, (None, None)) if gpu_of(out.device) else ((None, None), biases)
+        in_norm, in_linear = (biases, (None, None)) if on_gpu(out.device) else ((None, None), biases)
         stats = out, out_mean, out_rstd
         grad, grad_branch = _norm_gradients(grad, grad_normed, stats, next_norm, mlp_branch, next_branch, in_norm[1])
         grads = fc1.weight.grad, fc1.bias.grad, fc2.weight.grad, in_linear[1]
