@@ -1,5 +1,5 @@
-"""The optimizer phase (clip, AdamW, EMA, bfloat16 copies) of a ViT-Ti/16 and its head against torch's best and the
-reference's loops: the case of gpu.py at a size for a CPU."""
+"""The optimizer phase (clip, AdamW, EMA, bfloat16 copies) of a ViT-Ti/16 and its head, compared with torch's fastest
+form and the reference's loops: the case of gpu.py at a size for a CPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Prints a folder with the oldest Triton that pyproject.toml admits, for PYTHONPATH; pip installs it there once."""
+"""Prints a folder, for PYTHONPATH, with the oldest Triton that pyproject.toml allows; pip installs it there once."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""What all cases of gpu.py share: the sizes of the reference setting, what a case is, how inputs are made."""
+"""Common definitions of the cases of gpu.py: reference sizes, a case, random inputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ Provider = Callable[[], Sequence[Result]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """By default the reference setting: ViT-S/16, 64 images a GPU, 2 crops of 224 pixels and 8 of 96."""
+    """By default the reference sizes: ViT-S/16, 64 images per GPU, 2 crops of 224 pixels and 8 of 96."""
 
     images: int = 64
     views: int = 10
@@ -25,14 +25,14 @@ class Sizes:
     width: int = 384
     heads: int = 6
     depth: int = 12
-    tokens: tuple[int, int, int] = (197, 37, 785)  # of a crop of 224 pixels, of 96, of 224 with patches of 8
+    tokens: tuple[int, int, int] = (197, 37, 785)  # of crops of 224 and 96 pixels, and of 224 with patch size 8
 
     def base(self) -> "Sizes":
         """ViT-B is ViT-S twice as wide."""
         return replace(self, width=2 * self.width, heads=2 * self.heads)
 
 
-# The crops of an image there
+# The crops of an image at the reference sizes
 CROPS = (
     CropKind(224, (0.4, 1.0), blur=1.0, solarize=0.0),
     CropKind(224, (0.4, 1.0), blur=0.1, solarize=0.2),
@@ -46,8 +46,8 @@ TOY = Sizes(images=2, views=4, outputs=200, bottleneck=16, hidden=24, width=32, 
 class Case:
     """One op at one shape and dtype.
 
-    bytes and flops: what must be moved and computed at least, whoever does it.
-    results: names of what each provider returns; a list of tensors counts as one.
+    bytes and flops: minimum that any implementation must move and compute.
+    results: names of the results of each provider; a list of tensors counts as one.
     exact: the same results in float64.
     """
 
@@ -62,14 +62,14 @@ class Case:
 
 
 def compiled(function: Callable) -> Callable:
-    """torch.compile of a peer, once it is called; without a GPU traced only: compiling for a CPU would take minutes."""
+    """torch.compile of a peer at its first call. Without a GPU it is only traced: compiling for a CPU takes minutes."""
     backend = "inductor" if torch.cuda.is_available() else "aot_eager"
-    made = cache(lambda: torch.compile(function, backend=backend))  # loads the compiler
+    made = cache(lambda: torch.compile(function, backend=backend))  # imports the compiler
     return lambda *arguments: made()(*arguments)
 
 
 class Random:
-    """Random numbers on a device; on the meta device tensors without any."""
+    """Random numbers on a device; on the meta device, tensors without values."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -90,7 +90,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def differentiated(op: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs of op and the gradients of its inputs."""
+    """Outputs of `op` and the gradients of its inputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     outs = op(*inputs)
     return [*(x.detach() for x in outs), *torch.autograd.grad(outs, inputs, grads)]

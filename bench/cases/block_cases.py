@@ -1,4 +1,4 @@
-"""Cases of gpu.py inside a transformer block: attention and the fusions around it. See op_cases.py."""
+"""Cases of gpu.py for a transformer block: attention and the other fused ops. See op_cases.py."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -23,7 +23,7 @@ SDPA = {
 
 
 def sdpa(backend: SDPBackend, *qkv: Tensor) -> Tensor:
-    """[S, L, H, D], the layout the kernels like best."""
+    """[S, L, H, D], the fastest layout for these kernels."""
     with sdpa_kernel([backend]):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
 
@@ -35,10 +35,10 @@ def naive(*qkv: Tensor) -> Tensor:
 
 
 def attention(device: str, sizes: Sizes, groups: tuple[tuple[int, int], ...], backward: bool) -> Case:
-    """Sequences of (how many, how long) of each group in one call of ours; the peers take a call a group.
+    """Groups of (count, length) sequences, all in one call of ours; the peers use one call per group.
 
-    Peers get and give queries, keys and values as tensors of their own, each in its best layout: they are spared the
-    slices and the joining of gradients that a packed projection would cost them.
+    For the peers, queries, keys and values and their gradients are separate tensors, each in its best layout: the cost
+    of slicing a packed projection and of concatenating its gradients is not included.
     """
     g, heads, channels = Random(device), sizes.heads, sizes.width // sizes.heads
     tokens = sum(count * length for count, length in groups)
@@ -48,12 +48,12 @@ def attention(device: str, sizes: Sizes, groups: tuple[tuple[int, int], ...], ba
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
     def split(x: Tensor) -> list[Tensor]:
-        """[T, ...] to a [S, L, ...] a group."""
+        """[T, ...] to one [S, L, ...] per group."""
         parts = x.split([count * length for count, length in groups])
         return [part.unflatten(0, group) for part, group in zip(parts, groups, strict=True)]
 
     def provider(forward: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor], view: Callable) -> Provider:
-        """Returns the outputs, or a view of the inputs' gradients through a graph that the first call builds."""
+        """Returns the outputs, or a view of the gradients of the inputs, from a graph that the first call builds."""
         inputs = [x.detach().requires_grad_(backward) for x in inputs]
         if not backward:
             return lambda: (forward(*inputs),)
@@ -74,7 +74,7 @@ def attention(device: str, sizes: Sizes, groups: tuple[tuple[int, int], ...], ba
         return [varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths))]
 
     def joined(grads) -> list[Tensor]:
-        """Gradients of q, k, v of all groups, as `by_group` orders them."""
+        """Gradients of q, k, v of all groups, in the order of `by_group`."""
         return [x for parts in zip(*map(split, grads), strict=True) for x in parts]
 
     ours = partial(dino_kernels.attention, cu_seqlens=bounds, groups=groups)
@@ -100,7 +100,7 @@ def attention(device: str, sizes: Sizes, groups: tuple[tuple[int, int], ...], ba
 
 
 def stream(device: str, sizes: Sizes) -> tuple[Random, Tensor, Tensor]:
-    """A float32 residual stream of all tokens of a step, as autocast keeps it, and a bfloat16 branch."""
+    """A float32 residual stream of all tokens of a step, as under autocast, and a bfloat16 branch."""
     g = Random(device)
     tokens = sizes.images * (2 * sizes.tokens[0] + (sizes.views - 2) * sizes.tokens[1])
     return g, g.normal(tokens, sizes.width), g.normal(tokens, sizes.width).to(torch.bfloat16)
@@ -200,7 +200,7 @@ def drop_path_add(device: str, sizes: Sizes) -> Case:
 
 
 def linear(device: str, sizes: Sizes) -> Case:
-    """The projection to queries, keys and values, with its gradients."""
+    """The QKV projection with its gradients."""
     g, x, _ = stream(device, sizes)
     x = x.to(torch.bfloat16)
     weight, bias = (g.normal(*shape).to(x.dtype) for shape in ((3 * sizes.width, sizes.width), (3 * sizes.width,)))
@@ -208,7 +208,7 @@ def linear(device: str, sizes: Sizes) -> Case:
     into, into_bias = torch.zeros(weight.shape, device=device), torch.zeros(bias.shape, device=device)
 
     def ours():
-        """As a block calls it: weights' gradients in float32, added into a buffer."""
+        """As in a block: weight gradients in float32, accumulated into a buffer."""
         out = dino_kernels.linear(*inputs)
         grad_x = dino_kernels.linear(grad, inputs[1], transposed=True)
         into.zero_(), into_bias.zero_()

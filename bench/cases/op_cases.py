@@ -1,9 +1,9 @@
-"""What gpu.py measures: each op of dino_kernels beside its peers, at the reference setting or at toy sizes.
+"""Cases of gpu.py: each op of dino_kernels and its peers, at the reference sizes or at toy sizes.
 
-A case's providers all compute the same results from the same inputs, which a test checks at toy sizes and every run
-checks at its own: a provider is a function without arguments, the first is ours, "reference" is the plain form in the
-same dtype. Each has its own state where the op writes in place. Losses, updates and crops are here, the rest
-in block_cases.py.
+All providers of a case compute the same results from the same inputs; a test checks this at toy sizes, and every run at
+its own sizes. A provider is a function without arguments; the first is ours, "reference" is plain PyTorch in the same
+dtype. If the op writes in place, each provider has its own state. Losses, updates and crops are here, the other ops in
+block_cases.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,13 +25,13 @@ import dino_kernels
 
 
 def dino_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
-    """Logits to loss, batch center and the logits' gradient."""
+    """Logits to loss, batch center and the gradient of the logits."""
     g, outputs = Random(device), sizes.outputs
     rows, teachers = sizes.views * sizes.images, 2 * sizes.images
-    # As large as cosines of a 256-wide bottleneck, which a weight-normed last layer gives.
+    # Same scale as cosines of 256-dimensional vectors, the output of a weight-normalized last layer.
     student, teacher = ((g.normal(n, outputs) / 16).to(dtype) for n in (rows, teachers))
     center = g.normal(outputs) / 100
-    spare = student.clone()  # overwritten by its gradient
+    overwritten = student.clone()  # by its gradient
 
     def run(op, student=student, teacher=teacher, center=center):
         student = student.detach().requires_grad_()
@@ -41,7 +41,7 @@ def dino_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
     reference = dino_kernels.dino_loss_reference
     providers = {
         OURS: partial(run, dino_kernels.dino_loss),
-        f"{OURS}, in place": partial(run, partial(dino_kernels.dino_loss, inplace=True), spare),
+        f"{OURS}, in place": partial(run, partial(dino_kernels.dino_loss, inplace=True), overwritten),
         "reference": partial(run, reference),
         "einsum": partial(run, einsum_form),
         "compiled reference": partial(run, compiled(reference)),
@@ -60,10 +60,10 @@ def dino_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
 
 
 def dino_head_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
-    """Bottleneck rows to loss, batch center and the gradients of rows and last layer.
+    """Bottleneck output to loss, batch center and the gradients of bottleneck output and last layer.
 
-    A "span" starts from the float32 direction and length of the last layer, as the reference does: weight norm of
-    both nets, casts, products, loss, and the backward pass to direction and length.
+    A "span" starts from the float32 weight_v and weight_g of the last layer, as in the reference: weight norm of
+    student and teacher, casts, GEMMs, loss, and the backward to weight_v and weight_g.
     """
     g, outputs, channels = Random(device), sizes.outputs, sizes.bottleneck
     rows, teachers = sizes.views * sizes.images, 2 * sizes.images
@@ -108,7 +108,7 @@ def dino_head_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
         shape=f"z [{rows}, {channels}] and [{teachers}, {channels}], W [{outputs}, {channels}]",
         dtype=name_of(dtype),
         bytes=((2 * rows + teachers) * channels + 3 * outputs * channels) * dtype.itemsize + 8 * outputs,
-        flops=3 * 2 * (rows + teachers) * outputs * channels,  # logits, gradient of the rows, of the layer
+        flops=3 * 2 * (rows + teachers) * outputs * channels,  # logits, gradient of z, gradient of W
         results=("loss", "batch center", "grad z", "grad W"),
         providers=providers,
         exact=lambda: run(reference, [z.double() for z in zs], [w.double() for w in layers], center.double()),
@@ -116,7 +116,7 @@ def dino_head_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
 
 
 def last_layer(device: str, sizes: Sizes) -> Case:
-    """The last layer's gradient from that of the logits, through weight norm, and its normalized rows."""
+    """Gradient of the last layer from the gradient of the logits, through weight norm, and its normalized weight."""
     g, rows = Random(device), sizes.views * sizes.images
     v, x = g.normal(sizes.outputs, sizes.bottleneck), g.normal(rows, sizes.bottleneck).to(torch.bfloat16)
     grad = g.normal(rows, sizes.outputs).to(torch.bfloat16)
@@ -149,7 +149,7 @@ def last_layer(device: str, sizes: Sizes) -> Case:
 
 
 def parameter_shapes(sizes: Sizes) -> list[tuple[int, ...]]:
-    """Of a ViT with patches of 16 pixels and its head."""
+    """Parameter shapes of a ViT with patch size 16 and its head."""
     w, hidden, bottleneck = sizes.width, sizes.hidden, sizes.bottleneck
     block = [(w,), (w,), (3 * w, w), (3 * w,), (w, w), (w,), (w,), (w,), (4 * w, w), (4 * w,), (w, 4 * w), (w,)]
     backbone = [(1, 1, w), (1, sizes.tokens[0], w), (w, 3, 16, 16), (w,), *(block * sizes.depth), (w,), (w,)]
@@ -195,10 +195,10 @@ def ema_update(device: str, sizes: Sizes) -> Case:
 
 
 def adamw_ema(device: str, sizes: Sizes) -> Case:
-    """The phase after the backward pass: clip a tensor, AdamW, the teacher, bfloat16 copies of both nets."""
+    """The phase after the backward: clip each tensor, AdamW, teacher EMA, bfloat16 copies of student and teacher."""
     g, shapes = Random(device), parameter_shapes(sizes)
     counts = [torch.Size(shape).numel() for shape in shapes]
-    padded = [(count + 15) // 16 * 16 for count in counts]  # as an arena aligns its segments
+    padded = [(count + 15) // 16 * 16 for count in counts]  # like the segments of an arena
     offsets = [sum(padded[:i]) for i in range(len(padded) + 1)]
     begins = [g.normal(*shape) / 16 for shape in shapes], [g.normal(*shape) / 16 for shape in shapes]
     grads = [g.normal(*shape) / 100 for shape in shapes]
@@ -234,7 +234,7 @@ def adamw_ema(device: str, sizes: Sizes) -> Case:
         return run
 
     def separate(best: bool) -> Provider:
-        """torch's fused and for-each calls, or the loops of the reference."""
+        """torch's fused and foreach calls, or the loops of the reference."""
 
         @cache
         def state():
@@ -250,7 +250,7 @@ def adamw_ema(device: str, sizes: Sizes) -> Case:
         def run():
             parameters, teachers, weights, copies, optimizer = state()
             for p, grad in zip(parameters, grads, strict=True):
-                p.grad = grad  # clipping rewrites it, and does nothing more once it is short enough
+                p.grad = grad  # clipped in place by the first call; later calls do not change it
             if best:
                 clip_gradients(parameters, hyper["clip_norm"])
                 optimizer.step()
@@ -296,8 +296,8 @@ def reference_phase(grads, optimizer, teachers, weights, copies, hyper) -> None:
 
 
 def multicrop(device: str, sizes: Sizes) -> Case:
-    """All crops of four batches of decoded images, at the reference setting 256, from the device's memory and from the
-    host's; the reference makes them on the CPU, with torch's number of threads, and uploads them."""
+    """All crops of four batches of decoded images (256 at the reference sizes), from device memory and from host
+    memory; the reference computes them on the CPU, with torch's number of threads, and uploads them."""
     n, height, width = 4 * sizes.images, 375, 500
     smooth = F.interpolate(Random(device).normal(n, 3, 15, 20), (height, width), mode="bilinear")
     pixels = (128 + 100 * smooth).clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).flatten()
@@ -330,7 +330,7 @@ def multicrop(device: str, sizes: Sizes) -> Case:
 
 
 def first_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
-    """Name to a function of the device: every op in bfloat16 at ViT-S, in the order of importance."""
+    """Maps names to functions of the device: every op in bfloat16 at ViT-S, the most important first."""
     return {
         "dino_loss bfloat16": partial(dino_loss, sizes=sizes, dtype=torch.bfloat16),
         "ema_update ViT-S": partial(ema_update, sizes=sizes),

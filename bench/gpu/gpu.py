@@ -1,11 +1,11 @@
-"""Proves and measures the kernels and the trainer on this machine's GPU, in one command of at most nine minutes.
+"""Tests and measures the kernels and the trainer on the GPU of this machine, in one command of at most nine minutes.
 
     python bench/gpu/gpu.py --output gpu-results                  (or: make gpu OUT=gpu-results)
-    python bench/gpu/gpu.py --toy --device cpu --output DIR       a rehearsal without a GPU: its numbers mean nothing
+    python bench/gpu/gpu.py --toy --device cpu --output DIR       a dry run without a GPU: its numbers are not valid
 
-What settles most comes first (ITEMS), each task in a process of its own: one that fails, hangs or dies is noted, and
-the rest goes on. The folder gets results.json and results.md, whole after every task, results.png and log.txt. Needs
-no network, and of Python packages torch, triton, numpy, Pillow and pytest.
+The most important items (ITEMS) come first. Each task runs in a separate process: if one fails, hangs or crashes, this
+is recorded and the others continue. Writes results.json and results.md (complete after every task), results.png and
+log.txt. Needs no network; needs the Python packages torch, triton, numpy, Pillow and pytest.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 PATHS = [
     str(Path(__file__).resolve().parents[2] / part) for part in ("bench/gpu", "bench/cases", "bench", "", "python_api")
 ]
-sys.path[:0] = PATHS  # nothing need be installed
+sys.path[:0] = PATHS  # no installation needed
 
 import gpu_report  # noqa: E402
 from gpu_report import COMPILED, OURS, PLAIN  # noqa: E402
@@ -47,7 +47,7 @@ class Options:
         return self.device, self.toy
 
 
-# --- what is done, in this order ---------------------------------------------------------------------
+# --- items, in order of execution --------------------------------------------------------------------
 
 
 def compile_tasks(o: Options) -> list[Task]:
@@ -56,7 +56,7 @@ def compile_tasks(o: Options) -> list[Task]:
 
     names = [f"{gpu_compile.STEP}ViT-S/16", *gpu_measure.cases(o.toy), f"{gpu_compile.STEP}ViT-B/16"]
     peers = gpu_compile.peers_to_compile(o.toy)
-    if o.toy:  # compiling takes as long as it does for a card: one is enough to see that it works
+    if o.toy:  # compilation takes as long as for a GPU: one case is enough for a dry run
         names, peers = ["ema_update ViT-S"], peers[:1]
     tasks = [Task(f"stock, {net}", "gpu_compile.stock_step", (net, *o.where)) for net in ("ViT-S/16", "ViT-B/16")]
     ours = [Task(name, "gpu_compile.ours", (name, o.arch, o.toy)) for name in names]
@@ -125,13 +125,13 @@ def test_tasks(o: Options) -> list[Task]:
 
 @dataclass
 class Item:
-    """Tasks that together may take so long, and longer by what earlier ones left."""
+    """Tasks with a common time limit, extended by the time that earlier items did not use."""
 
     name: str
     seconds: float
     tasks: Callable[[Options], Sequence[Task]]
-    at_once: int = 1  # what is timed has the card to itself
-    ordered: bool = False  # also in a rehearsal
+    at_once: int = 1  # concurrent tasks; timed tasks run alone on the GPU
+    ordered: bool = False  # one after the other also in a dry run
 
 
 CORES = len(os.sched_getaffinity(0))
@@ -155,11 +155,11 @@ ITEMS = [
 
 
 def describe(device: str, toy: bool) -> dict[str, Any]:
-    """The header. No context is made here: only the processes that work on the device hold one."""
+    """The header of the results. Creates no CUDA context: only the processes of tasks have one."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("gpu.py: torch finds no CUDA device here. A rehearsal without one: --toy --device cpu")
+        sys.exit("gpu.py: torch finds no CUDA device. For a dry run without one: --toy --device cpu")
     try:
         from importlib.metadata import version
 
@@ -191,7 +191,7 @@ def build(log: Path) -> str:
         try:
             done = subprocess.run(command, cwd=ROOT, stdout=said, stderr=said, timeout=BUILD_SECONDS)
         except subprocess.TimeoutExpired:
-            return f"failed: not done after {BUILD_SECONDS} s, see log.txt"
+            return f"failed: not complete after {BUILD_SECONDS} s, see log.txt"
     return f"{'failed, see log.txt' if done.returncode else 'done'}, {time.time() - started:.0f} s"
 
 
@@ -226,7 +226,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for results.json, .md, .png and log.txt")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--toy", action="store_true", help="toy sizes: only shows that everything runs")
+    parser.add_argument("--toy", action="store_true", help="toy sizes: only to check that everything runs")
     given = parser.parse_args()
     started, folder = time.time(), given.output.resolve()
     header = describe(given.device, given.toy)

@@ -1,7 +1,7 @@
-"""Compiles what gpu.py will launch, before it touches the card: in many processes, into the caches that launches read.
+"""Compiles the kernels of gpu.py in many processes, before the GPU is used, into the caches that launches read.
 
-Ours runs on meta tensors through its CUDA implementations, with every Triton launch turned into a compilation: what is
-compiled is what will be launched, its specializations included. The peers of torch.compile run once on the card.
+Our ops run on meta tensors through their CUDA implementations; every Triton launch only compiles. So exactly the
+specializations are compiled that will be launched. The torch.compile peers run once on the GPU.
 """
 
 import time
@@ -22,9 +22,9 @@ class _CudaKernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "dino_kernels":
-            with self:  # ours call each other
+            with self:  # our ops call each other
                 return func._op_dk(torch._C.DispatchKey.CUDA, *args, **(kwargs or {}))
-        if func is torch.ops.aten.mm.dtype:  # as the next one on CUDA only
+        if func is torch.ops.aten.mm.dtype:  # implemented for CUDA only, like the next one
             return args[0].new_empty(len(args[0]), args[1].shape[1], dtype=args[2])
         if func is torch.ops.aten.baddbmm.dtype_out:
             return (kwargs or {})["out"]
@@ -33,7 +33,8 @@ class _CudaKernels(TorchDispatchMode):
 
 @contextmanager
 def launches_compiled(arch: int, done: Callable[[object, object], None]):
-    """Calls on meta tensors launch nothing: `done(function, kernel)` gets each compiled one. For a whole process."""
+    """Calls on meta tensors compile but launch nothing: `done(function, kernel)` is called with each compiled kernel.
+    Changes global state, so the process can be used for nothing else."""
     import resources
     import triton
     from dino_train.common import device
@@ -45,11 +46,11 @@ def launches_compiled(arch: int, done: Callable[[object, object], None]):
 
     triton.runtime.driver.set_active(resources.Driver(GPUTarget("cuda", arch, 32)))
     torch.cuda.device = lambda device: nullcontext()  # type: ignore[assignment, misc]
-    torch.autocast = lambda *_, **__: nullcontext()  # type: ignore[assignment, misc]  does not know meta tensors
-    dino_kernels.set_backend("triton")  # CUDA C++ is compiled by now
+    torch.autocast = lambda *_, **__: nullcontext()  # type: ignore[assignment, misc]  does not support meta tensors
+    dino_kernels.set_backend("triton")  # CUDA C++ is already compiled
     GPU_TYPES.add("meta")
     device._GPUS["meta"] = lambda meta: object()  # type: ignore[assignment, return-value]
-    dino_kernels.multicrop_packed = multicrop_triton.packed_triton  # whose checks want pixels in memory
+    dino_kernels.multicrop_packed = multicrop_triton.packed_triton  # without checks, which read pixels
     run = JITFunction.run
     JITFunction.run = lambda self, *args, **options: done(self, run(self, *args, **{**options, "warmup": True}))
     try:
@@ -60,7 +61,7 @@ def launches_compiled(arch: int, done: Callable[[object, object], None]):
 
 
 def build_launcher(kernel) -> None:
-    """Triton up to 3.6 has gcc compile a launcher for each signature, when a kernel is first launched: do it now."""
+    """Triton up to 3.6 compiles a launcher per signature with gcc at the first launch of a kernel: compile it now."""
     from triton.backends.nvidia import driver
 
     if hasattr(driver, "make_launcher"):
@@ -68,7 +69,7 @@ def build_launcher(kernel) -> None:
 
 
 def call_on_meta(name: str, toy: bool) -> None:
-    """A case, with the launches of its variants; or, with STEP before the name of a net, a whole step."""
+    """Call a case and its launch variants; or a whole step if the name is STEP and the name of a network."""
     if name.startswith(STEP):
         import gpu_steps
 
@@ -113,6 +114,6 @@ def stock_step(send: Send, net: str, device: str, toy: bool) -> None:
 
 
 def peers_to_compile(toy: bool) -> list[str]:
-    """Names of the cases with compiled peers; built with meta tensors, so at no cost."""
+    """Names of the cases with compiled peers; built with meta tensors, so without allocations."""
     cases = gpu_measure.cases(toy)
     return [name for name in cases if any(map(gpu_measure.is_compiled, cases[name]("meta").providers))]

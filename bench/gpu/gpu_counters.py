@@ -1,6 +1,6 @@
-"""Hardware counters of the kernels of the most important ops, by Nsight Compute, where it is and may read them.
+"""Hardware counters of the kernels of the most important ops, from Nsight Compute, if it is installed and permitted.
 
-ncu ... python bench/gpu/gpu_counters.py cuda|cpu [toy]     the process that ncu looks into
+ncu ... python bench/gpu/gpu_counters.py cuda|cpu [toy]     the process that ncu profiles
 """
 
 import csv
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-METRICS = {  # of ncu -> here
+METRICS = {  # name in ncu -> name in our results
     "gpu__time_duration.sum": "us",
     "dram__bytes_read.sum": "MB read",
     "dram__bytes_write.sum": "MB written",
@@ -18,7 +18,7 @@ METRICS = {  # of ncu -> here
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy %",
     "launch__registers_per_thread": "registers",
 }
-SCALE = {"us": 1e-3, "MB read": 1e-6, "MB written": 1e-6}  # of base units: ns and bytes
+SCALE = {"us": 1e-3, "MB read": 1e-6, "MB written": 1e-6}  # from base units: ns and bytes
 CASES = (
     *("dino_loss bfloat16", "attention packed 6 heads forward", "attention packed 6 heads backward"),
     *("adamw_ema ViT-S", "ema_update ViT-S", "add_layer_norm", "bias_gelu", "dino_head_loss bfloat16", "multicrop"),
@@ -41,17 +41,17 @@ def measure(send, device: str, toy: bool) -> None:
     rows = parse(done.stdout)
     if not rows:
         said = [line for line in done.stdout.splitlines() if "ERROR" in line or "rror:" in line]
-        raise RuntimeError(f"ncu measured no kernel: {(said or ['it said nothing of an error'])[-1][:160]}")
+        raise RuntimeError(f"ncu measured no kernel: {(said or ['it printed no error'])[-1][:160]}")
     send({"counters": rows})
 
 
 def parse(said: str) -> list[dict]:
-    """A row a kernel, the median over its launches, from the table that ncu prints after its messages."""
+    """One row per kernel, medians over its launches, from the table that ncu prints after its messages."""
     lines = said.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     launches: dict[str, list[dict]] = {}
     for line in csv.DictReader(lines[start:]):
-        if line["ID"] and line["ID"].isdigit():  # not the row of units
+        if line["ID"] and line["ID"].isdigit():  # skips the row of units
             launches.setdefault(line["Kernel Name"], []).append(line)
     rows = []
     for kernel, found in launches.items():
@@ -64,7 +64,7 @@ def parse(said: str) -> list[dict]:
 
 
 def main() -> None:
-    """Calls each case of ours once, compiled and warm; only these calls are looked into."""
+    """Calls each of our cases once, after compilation and warm-up; only these calls are profiled."""
     import gpu_measure
     import torch
     from gpu_report import OURS

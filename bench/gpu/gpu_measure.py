@@ -1,4 +1,4 @@
-"""What gpu.py asks of one case: its values against float64, times of its providers, and of other launches of ours."""
+"""Measurements of one case for gpu.py: errors relative to float64, times of its providers and of launch variants."""
 
 import gc
 import signal
@@ -18,10 +18,10 @@ from torch import Tensor
 
 import dino_kernels
 
-PROVIDER_SECONDS = 40  # at most, until a provider is compiled
+PROVIDER_SECONDS = 40  # limit for the compilation of a provider
 TIMING_SECONDS = 1.5  # for the rounds of one case
 
-Variant = Callable[[], AbstractContextManager[None]]  # in which a call of ours is launched otherwise
+Variant = Callable[[], AbstractContextManager[None]]  # context that changes the launch options of our kernels
 
 
 def cases(toy: bool) -> dict[str, Callable[[str], Case]]:
@@ -39,7 +39,7 @@ def first(toy: bool) -> list[str]:
 
 @contextmanager
 def time_limit(seconds: float):
-    """TimeoutError in the body after that long, also in the middle of a compilation."""
+    """Raise TimeoutError in the body after this time, also during a compilation."""
 
     def stop(signum, frame):
         raise TimeoutError(f"not ready after {seconds:.0f} s")
@@ -54,7 +54,7 @@ def time_limit(seconds: float):
 
 
 class HostTimer:
-    """Times calls on the CPU, where there is no queue, no cache to empty and no allocator to ask: for rehearsals."""
+    """Times calls on the CPU, without launch queue, cache flush and memory statistics: for dry runs."""
 
     rounds = 2
 
@@ -72,7 +72,7 @@ class HostTimer:
 
 
 class DeviceTimer:
-    """Times calls with CUDA events. `cuda` is torch.cuda; a test has its own."""
+    """Times calls with CUDA events. `cuda` is torch.cuda, or a test double."""
 
     rounds = 100
 
@@ -84,10 +84,10 @@ class DeviceTimer:
         self.synchronize = self.cuda.synchronize
 
     def milliseconds(self, call: Callable, host_ms: float) -> float:
-        # The device sleeps (in cycles, at most 2 GHz) until the host has launched the whole call.
+        # The device sleeps (argument in cycles, at most 2 GHz) until the host has queued the whole call.
         self.cuda._sleep(int(2e6 * min(20, 0.2 + 1.5 * host_ms)))
         self.buffer.zero_()
-        self.buffer.sum()  # what is left in L2 after reading need not be written back at the call's expense
+        self.buffer.sum()  # read, so that no dirty L2 lines are written back during the call
         self.start.record()
         call()
         self.end.record()
@@ -105,7 +105,7 @@ class DeviceTimer:
         return {"peak_mib": peak / 2**20, "kept_mib": kept / 2**20}
 
     def waits(self, call: Callable) -> bool | None:
-        """Whether the call makes the host wait for the device."""
+        """Whether the call synchronizes the host with the device."""
         self.cuda.set_sync_debug_mode("error")
         try:
             call()
@@ -129,7 +129,7 @@ def host_milliseconds(call: Callable) -> float:
 
 
 def alternate(calls: Mapping[str, Callable], timer, host_ms: dict[str, float]) -> dict[str, list[float]]:
-    """Milliseconds of every call, a round after the other: a drift of the clock meets all alike."""
+    """Milliseconds of every call, in alternating rounds, so that clock drift affects all calls equally."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     for done in range(timer.rounds):
@@ -173,7 +173,7 @@ def repeats(build_case: Callable[[str], Case], device: str) -> bool:
 
 
 def check(send: Send, name: str, device: str, toy: bool) -> None:
-    """The first thing a kernel does on a card: its values at the reference size, and whether they repeat."""
+    """First check on a GPU: values at the reference sizes, and whether they are bitwise repeatable."""
     build_case = cases(toy)[name]
     case = build_case(device)
     exact, row = case.exact(), {}
@@ -187,7 +187,7 @@ def check(send: Send, name: str, device: str, toy: bool) -> None:
 
 
 def prepare(case: Case, call: Provider, exact, default, timer) -> dict:
-    """The row of a provider that works, but for its times: compiled, compared with the exact values, warm."""
+    """The row of a provider without its times: compile, compare with the exact values, warm up."""
     results = call()
     row: dict[str, Any] = {"errors": relative_errors(case.results, results, exact)}
     if default is not None:
@@ -207,9 +207,9 @@ def measure(
     wanted: Callable[[str], bool] = lambda provider: True,
     variants: Mapping[str, Variant] | None = None,
 ) -> list[dict]:
-    """The rows of a case's wanted providers, also of those that do not work.
+    """The rows of the selected providers of a case, including providers that fail.
 
-    With variants: of ours in each of them, in place of all others, compared with ours as it is.
+    With variants: rows of ours with each variant instead of the peers, compared with the default launch.
     """
     case, rows = build_case(device), []
     exact, default = case.exact(), None
@@ -230,7 +230,7 @@ def measure(
                 rows[-1] |= {"waits": timer.waits(call), "bitwise": repeats(build_case, device)}
         except Exception as error:
             rows[-1]["note"] = f"not available: {one_line(error)}"
-        if device == "cuda":  # also of what an error's traceback held
+        if device == "cuda":  # also memory held by the traceback of an error
             gc.collect()
             torch.cuda.empty_cache()
     del exact, default
@@ -247,7 +247,7 @@ def is_compiled(provider: str) -> bool:
 
 
 def measure_case(send: Send, name: str, device: str, toy: bool, compiled: bool) -> None:
-    """Ours, and the peers that need a compiler or those that need none."""
+    """Measure ours and either the peers that use torch.compile or the others."""
     wanted = (lambda p: p in (OURS, "reference") or is_compiled(p)) if compiled else lambda p: not is_compiled(p)
     rows = measure(cases(toy)[name], device, timer_of(device), wanted)
     send({"cases": {f"{name}{COMPILED}" if compiled else name: rows}})
@@ -258,7 +258,7 @@ def measure_case(send: Send, name: str, device: str, toy: bool, compiled: bool) 
 
 @contextmanager
 def launches(change: Callable[[dict[str, Any]], dict[str, Any]]):
-    """Triton launches have the options, keyword arguments, that `change` makes of theirs."""
+    """Triton launches use the options (keyword arguments) returned by `change`."""
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
@@ -287,7 +287,7 @@ def stages(count: int, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def lanes(factor: float, options: dict[str, Any]) -> dict[str, Any]:
-    """Of the loss's pass over the student's logits: columns at a time, and with them warps."""
+    """Options of the loss kernel over the student logits: columns per iteration, and with them warps."""
     wider = {"LANES": int(factor * options["LANES"])} if "LANES" in options else {}
     return warps(factor, options) | wider if wider else options
 

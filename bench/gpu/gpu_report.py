@@ -1,18 +1,18 @@
-"""What gpu.py measured as results.json, tables and a plot: pure functions, no torch.
+"""The results of gpu.py as results.json, tables and a plot: pure functions, no torch.
 
-`results`, as gpu.py collects it and results.json holds it; tasks send parts of it:
-    header    date, device ("cuda" or "cpu"), name of the GPU, versions, commit, toy (whether sizes are toy ones)
-    build     how the build ended
-    items     name -> {"seconds", "problems": name of a task -> what went wrong}
+`results`, the content of results.json; gpu.py collects it, tasks send parts of it:
+    header    date, device ("cuda" or "cpu"), name of the GPU, versions, commit, toy (whether sizes are toy sizes)
+    build     status of the build
+    items     name -> {"seconds", "problems": name of a task -> reason}
     compiled  name -> {"kernels", "seconds"}
-    checks    name of a case -> {"errors" of ours and "eager": of the plain form, against float64; "bitwise"}
-    steps     net -> provider -> its row
-    profile   {"rows": a dict a kernel, "launches" and "us" of a step}
-    training  "start" and "resume" -> images a second, wait for data
+    checks    name of a case -> {"errors" of ours and of "eager" (plain PyTorch) relative to float64; "bitwise"}
+    steps     network -> provider -> its row
+    profile   {"rows": one dict per kernel, "launches" and "us" per step}
+    training  "start" and "resume" -> images per second, wait for data
     ceilings  copy_bytes_per_s, bf16_flops_per_s, measured in the same run
-    cases     name -> a dict a provider
-    variants  the same, of ours with other launches
-    counters  a dict a kernel
+    cases     name -> one dict per provider
+    variants  the same for ours with other launch options
+    counters  one dict per kernel
     tests     file -> name of a test -> {"outcome", "problem"}
 """
 
@@ -35,18 +35,18 @@ def empty(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def floor_ms(bytes_moved: float, flops: float, ceilings: dict) -> float:
-    """The least time the op can take: its bytes at the speed of a copy or its arithmetic at that of a product."""
+    """Lower bound of the op's time: its bytes at the bandwidth of a copy, or its FLOPs at the rate of a GEMM."""
     return 1e3 * max(bytes_moved / ceilings["copy_bytes_per_s"], flops / ceilings["bf16_flops_per_s"])
 
 
 def wrong_values(errors: dict[str, float], eager: dict[str, float]) -> list[str]:
-    """Results whose error passes four times that of the eager form in the same dtype (16-bit probabilities inside an
-    attention kernel cost about one) and one part in 10^5."""
+    """Results whose error is more than 1e-5 plus four times the eager error in the same dtype (16-bit probabilities
+    inside an attention kernel cost about one of the four)."""
     return [f"{name} off by {e:.1e}" for name, e in errors.items() if not e <= 4 * eager.get(name, e) + 1e-5]
 
 
 def finish_rows(rows: list[dict], ceilings: dict | None) -> list[dict]:
-    """Adds median, floor and percent of the floor, and marks providers whose values are not those of the op."""
+    """Adds median, floor and percent of the floor, and marks providers with wrong values."""
     eager = next((row["errors"] for row in rows if row["provider"] == "reference"), {})
     for row in rows:
         times = row.pop("times", [])
@@ -62,11 +62,11 @@ def finish_rows(rows: list[dict], ceilings: dict | None) -> list[dict]:
 
 
 def mark_steps(rows: dict[str, dict], device: str) -> None:
-    """Marks steps whose losses are not the reference's, in the median over the same batches, and a graph whose losses
-    are not those of plain calls, one by one, or that was not captured.
+    """Marks steps whose median loss over the same batches differs from the reference, and a graph that was not captured
+    or whose losses differ, step by step, from those of eager calls.
 
-    Five percent is forgiven between nets: drop path differs, and a gradient scaler may skip some of the reference's
-    first steps.
+    The tolerance between providers is 5 percent: drop path differs, and the gradient scaler of the reference may skip
+    some of its first steps.
     """
     if OURS in rows and device == "cuda" and not rows[OURS]["captured"]:
         rows[OURS]["note"] = "not captured as a graph: these are plain calls, see the log"
@@ -84,7 +84,7 @@ def mark_steps(rows: dict[str, dict], device: str) -> None:
 
 
 def finish(results: dict[str, Any], record: dict[str, Any]) -> None:
-    """What is computed of a record once it is in the results."""
+    """Add derived values to the results after a record was merged."""
     for kind in ("cases", "variants"):
         for name in record.get(kind, {}):
             finish_rows(results[kind][name], results["ceilings"])
@@ -93,7 +93,7 @@ def finish(results: dict[str, Any], record: dict[str, Any]) -> None:
 
 
 def failed(results: dict[str, Any]) -> bool:
-    """Whether something of ours went wrong, or was not reached; hardware counters are not ours."""
+    """Whether something of ours failed or was not run; hardware counters are not included."""
     outcomes = [test["outcome"] for file in results["tests"].values() for test in file.values()]
     checks = any(check_note(check) for check in results["checks"].values())
     problems = {task for item in results["items"].values() for task in item["problems"]}
@@ -105,7 +105,7 @@ def check_note(check: dict) -> str:
     return f"wrong values: {', '.join(notes)}" if notes else ""
 
 
-# --- what is written ---------------------------------------------------------------------------------
+# --- output ------------------------------------------------------------------------------------------
 
 
 def _line(*cells) -> str:
@@ -123,7 +123,7 @@ def _number(value: float | None, digits: str = ".4g") -> str:
 def title(results: dict) -> str:
     header = results["header"]
     if header["device"] != "cuda" or header["toy"]:
-        return f"NOT A GPU RESULT: a rehearsal, device {header['device']}{', toy sizes' * header['toy']}"
+        return f"NOT A GPU RESULT: a dry run, device {header['device']}{', toy sizes' * header['toy']}"
     return f"Kernels on {header['gpu']}"
 
 
@@ -131,7 +131,7 @@ def header_lines(results: dict) -> list[str]:
     lines = [f"# {title(results)}", "", *(f"* {key}: {value}" for key, value in results["header"].items())]
     if results["ceilings"]:
         copy, product = (results["ceilings"][key] / 1e12 for key in ("copy_bytes_per_s", "bf16_flops_per_s"))
-        lines.append(f"* ceilings: copy {copy:.3g} TB/s (read + written), bfloat16 product {product:.4g} TFLOP/s")
+        lines.append(f"* ceilings: copy {copy:.3g} TB/s (read + written), bfloat16 GEMM {product:.4g} TFLOP/s")
     kernels = sum(row["kernels"] for row in results["compiled"].values())
     lines += [
         f"* build: {results['build']}",
@@ -153,12 +153,12 @@ def check_lines(checks: dict) -> list[str]:
 
 
 STEP_METHOD = """\
-One whole training step: 64 images, 2 + 8 crops already on the device, K = 65536. Ours in bfloat16, op by op ("plain
-calls") and as one CUDA graph; reference: facebookresearch/dino's step, in float16 under autocast with a gradient
-scaler as it ships; stock: bfloat16 autocast, SDPA, torch.compile of each block, fused AdamW. Each in a process of its
-own. First 12 steps, after 5 of which the last layer thaws, whose losses are compared: those of the graph with those of
-plain calls, and medians with the reference's. Then the timed ones: ms from the call until the device is done, median;
-peak: the most allocated from the second step on."""
+One whole training step: 64 images, 2 + 8 crops already on the device, K = 65536. Ours in bfloat16, eager ("plain
+calls") and as one CUDA graph; reference: the step of facebookresearch/dino, in float16 autocast with a gradient scaler,
+its default; stock: bfloat16 autocast, SDPA, torch.compile of each block, fused AdamW. Each in a separate process. The
+losses of the first 12 steps are compared (the last layer is frozen in the first 5): the graph with plain calls, and
+medians with the reference. Then steps are timed: ms from the call until the device is done, median; peak: maximum
+allocated memory from the second step on."""
 
 
 def step_lines(steps: dict) -> list[str]:
@@ -177,7 +177,7 @@ def step_lines(steps: dict) -> list[str]:
 def profile_lines(profile: dict) -> list[str]:
     if not profile:
         return []
-    total = f"{profile['launches']:.0f} launches and {profile['us'] / 1e3:.2f} ms of kernels a step, of ViT-S."
+    total = f"{profile['launches']:.0f} launches and {profile['us'] / 1e3:.2f} ms of kernels per step, ViT-S."
     lines = ["## Where a step's time goes", "", total, "", *_table("kernel", "count", "us", "share, %")]
     for row in profile["rows"][:60]:  # results.json has all
         share = 100 * row["us"] / profile["us"]
@@ -189,7 +189,7 @@ def training_lines(training: dict) -> list[str]:
     if not training:
         return []
     columns = ("part", "to step", "loss", "images/s", "fastest", "data wait", "evaluations", "seconds")
-    lines = ["## A real run", "", "`pretrain` on JPEGs, stopped by SIGTERM within an epoch and resumed.", ""]
+    lines = ["## A real run", "", "`pretrain` on JPEGs, stopped by SIGTERM during an epoch and resumed.", ""]
     lines += _table(*columns)
     for part, row in training.items():
         numbers = [_number(row[key]) for key in ("loss", "images_per_s", "fastest_images_per_s", "data_wait")]
@@ -199,10 +199,10 @@ def training_lines(training: dict) -> list[str]:
 
 
 METHOD = """\
-Medians of alternating rounds in one process; L2 emptied before every call; launches queued ahead, so that ms is the
-device's time, while host ms is what one call costs the host. Floor: bytes at the copy's speed or FLOPs at the
-product's, whichever takes longer. MB and GFLOP are what the op must move and compute at least, whoever computes it.
-Peak and kept: MiB allocated above the inputs during the call and by its results. Error: the largest over the results
+Medians of alternating rounds in one process; L2 is flushed before every call; launches are queued ahead, so that ms is
+device time, while host ms is the host time of one call. Floor: bytes at the bandwidth of a copy or FLOPs at the rate of
+a GEMM, whichever takes longer. MB and GFLOP are the minimum that any implementation must move and compute. Peak and
+kept: MiB allocated in addition to the inputs, during the call and by its results. Error: the maximum over the results
 of |x - exact| / |exact| (L2 norms), exact in float64."""
 
 
@@ -223,7 +223,7 @@ def case_lines(title: str, cases: dict, *method: str) -> list[str]:
 def counter_lines(counters: list[dict]) -> list[str]:
     if not counters:
         return []
-    lines = ["## Hardware counters", "", "Of one call of each case, by Nsight Compute.", "", *_table(*counters[0])]
+    lines = ["## Hardware counters", "", "One call of each case, by Nsight Compute.", "", *_table(*counters[0])]
     return [*lines, *(_line(*(_number(x) if x is None or isinstance(x, float) else x for x in row.values()))
                       for row in counters), ""]  # fmt: skip
 
@@ -255,7 +255,7 @@ def text(results: dict) -> str:
 
 
 def write(folder: Path, results: dict) -> None:
-    """results.json and results.md, each replaced whole: a kill leaves the old or the new one."""
+    """Write results.json and results.md, each atomically: after a kill there is the old or the new file."""
     for name, content in (("results.json", json.dumps(results, indent=1)), ("results.md", text(results))):
         (folder / ".half-written").write_text(content)
         (folder / ".half-written").replace(folder / name)
@@ -281,7 +281,7 @@ def plot(folder: Path, results: dict) -> None:
         size = 5 if name == OURS else 3
         draw.ellipse((x - size, y - size, x + size, y + size), fill=colors[name])
 
-    draw.text((10, 8), f"{title(results)}: time as a multiple of the floor (1 = the card's own limit)", fill="black")
+    draw.text((10, 8), f"{title(results)}: time as a multiple of the floor (1 = limit of the GPU)", fill="black")
     for decade in range(decades + 1):
         x = left + width * decade / decades
         draw.line((x, 30, x, bottom), fill="lightgray")

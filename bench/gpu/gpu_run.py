@@ -1,6 +1,7 @@
-"""Tasks in processes of their own, each with a time limit: what a task sends is kept, however the task ends.
+"""Tasks in separate processes, each with a time limit. What a task has sent is kept, even if the task fails.
 
-The processes are forked from a server that has loaded torch, which saves each of them seconds. None of it holds a GPU.
+The processes are forked from a server that has already imported torch, which saves seconds per task. The server does
+not use the GPU.
 """
 
 import importlib
@@ -19,7 +20,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-LEAST_SECONDS = 3  # with less left a task is not begun
+LEAST_SECONDS = 3  # with less time left, a task is not started
 _context: BaseContext = multiprocessing.get_context("forkserver")
 
 Send = Callable[[dict[str, Any]], None]
@@ -27,7 +28,7 @@ Send = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Task:
-    """`run`(send, *arguments), the name of a module and its function, for at most `seconds`."""
+    """Calls `run`, "module.function", with (send, *arguments), for at most `seconds`."""
 
     name: str
     run: str
@@ -40,7 +41,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _end_with_the_run() -> None:
-    """A run that is killed leaves no task behind, nor what that has started."""
+    """If the run is killed, kill this task and all processes that it has started."""
     run = multiprocessing.parent_process()
     assert run is not None
     run.join()
@@ -48,7 +49,7 @@ def _end_with_the_run() -> None:
 
 
 def _child(connection: Connection, log: Path, task: Task) -> None:
-    os.setsid()  # its own group, so that all it starts can be ended with it
+    os.setsid()  # a new process group, so that child processes can be killed with it
     Thread(target=_end_with_the_run, daemon=True).start()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (1, 2):
@@ -69,9 +70,9 @@ def probe(send: Send, device: str) -> None:
 
 
 def prepare(device: str, log: Path) -> None:
-    """Starts the server; where the device does not work in what it forks, processes will start from nothing."""
+    """Start the server. If the device does not work in forked processes, use new processes (spawn) instead."""
     global _context
-    # On a CPU the tests need triton as an interpreter, and the compilation does not.
+    # On a CPU, not preloaded: the tests need Triton's interpreter, the compilation must not use it.
     compilers = ["triton", "torch._dynamo"] if device == "cuda" else []
     multiprocessing.set_forkserver_preload(["torch", "numpy", "gpu_measure", *compilers])
     task = Task("probe", "gpu_run.probe", (device,))
@@ -90,7 +91,7 @@ class _Running:
         self.until = min(deadline, self.started + task.seconds)
 
     def receive(self, take: Callable[[dict[str, Any]], None]) -> None:
-        """All that has been sent: records, or in one line why the task failed."""
+        """Take all messages: records, or one line with the reason of a failure."""
         try:
             while self.open and self.connection.poll():
                 message = self.connection.recv()
@@ -102,7 +103,7 @@ class _Running:
             self.open = False
 
     def ended(self) -> bool:
-        """Whether it has ended, or its time has and it was killed."""
+        """Whether the process has ended, or was killed now because of the time limit."""
         late = time.time() >= self.until
         if not late and self.process.is_alive():
             return False
@@ -122,7 +123,7 @@ class _Running:
 def run_tasks(
     tasks: Sequence[Task], *, at_once: int, deadline: float, log: Path, take: Callable[[dict[str, Any]], None]
 ) -> dict[str, str]:
-    """Runs them in order; `take` gets each record as it comes. Returns what went wrong: name of the task, reason."""
+    """Run tasks in order; `take` is called with each record when it arrives. Returns failures: name of task, reason."""
     waiting, running, problems = deque(tasks), list[_Running](), dict[str, str]()
     while waiting or running:
         while waiting and len(running) < at_once:

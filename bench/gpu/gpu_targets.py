@@ -1,25 +1,25 @@
-"""The targets: numbers that measured rows must reach, and the verdict on each. Pure functions, no torch."""
+"""Performance targets, and the verdict on each from the measured rows. Pure functions, no torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 OURS = "dino_kernels"
 PLAIN = f"{OURS}, plain calls"
-COMPILED = ", compiled peers"  # after the name of a case that is measured beside these
-STEP = "step "  # before the name of a net
+COMPILED = ", compiled peers"  # suffix of the name of a case that is measured with them
+STEP = "step "  # prefix of the name of a network
 Rows = dict[str, dict]  # provider -> row of one case
 
 
 class Missing(Exception):
-    """Why a number is not there."""
+    """A number is not available; the message gives the reason."""
 
 
 class Failed(Missing):
-    """Ours ran into an error or computed something else."""
+    """Ours raised an error or computed wrong values."""
 
 
 def _ms(rows: Rows, provider: str) -> float:
-    """The time of one of ours."""
+    """The time of one of our providers."""
     if provider not in rows:
         raise Missing(f"no row of {provider}")
     if note := rows[provider]["note"]:
@@ -32,7 +32,7 @@ def time(provider: str = OURS) -> Callable[[Rows], float]:
 
 
 def speedup(*prefixes: str, ours: str = OURS) -> Callable[[Rows], float]:
-    """Over the fastest peer whose name starts with one of the prefixes."""
+    """Speedup over the fastest peer whose name starts with one of the prefixes."""
 
     def value(rows: Rows) -> float:
         mine = _ms(rows, ours)
@@ -56,12 +56,12 @@ def share_of_bandwidth(rows: Rows) -> float:
 
 
 def rate(count: int) -> Callable[[Rows], float]:
-    """Things a second, where a call takes so many."""
+    """Items per second, with `count` items per call."""
     return lambda rows: 1e3 * count / _ms(rows, OURS)
 
 
 def workspace(provider: str) -> Callable[[Rows], float]:
-    """Megabytes (10^6) needed beside inputs and results."""
+    """Megabytes (10^6) allocated in addition to inputs and results."""
 
     def value(rows: Rows) -> float:
         _ms(rows, provider)
@@ -71,7 +71,7 @@ def workspace(provider: str) -> Callable[[Rows], float]:
 
 
 def share_of_peak(peer: str) -> Callable[[Rows], float]:
-    """Peak memory over the peer's."""
+    """Peak memory relative to the peer."""
 
     def value(rows: Rows) -> float:
         _ms(rows, OURS)
@@ -83,7 +83,7 @@ def share_of_peak(peer: str) -> Callable[[Rows], float]:
 
 
 def waits(rows: Rows) -> float:
-    """1 if the call made the host wait for the device."""
+    """1 if the call synchronized the host with the device."""
     _ms(rows, OURS)
     return float(rows[OURS]["waits"])
 
@@ -95,7 +95,7 @@ def repeats(rows: Rows) -> float:
 
 
 def excess_error(rows: Rows) -> float:
-    """Largest error of a result over eager's in the same dtype (float32's rounding, 1e-7, forgiven)."""
+    """Largest ratio of a result's error to the eager error in the same dtype (float32 rounding, 1e-7, is tolerated)."""
     _ms(rows, OURS)
     eager, mine = rows["reference"]["errors"], rows[OURS]["errors"]
     if not eager:
@@ -105,7 +105,7 @@ def excess_error(rows: Rows) -> float:
 
 @dataclass(frozen=True)
 class Part:
-    """One number that a target demands of one case."""
+    """One required number of one case."""
 
     target: str
     case: str
@@ -113,7 +113,7 @@ class Part:
     limit: float
     value: Callable[[Rows], float]
     at_most: bool = False
-    h200: bool = False  # an absolute time, written for an H200
+    h200: bool = False  # an absolute time, valid for an H200 only
 
 
 def _attention_parts() -> list[Part]:
@@ -135,7 +135,7 @@ def _attention_parts() -> list[Part]:
 
 
 def target_parts(cases: list[str]) -> list[Part]:
-    """Section 6 of the design, a line a number, and the rate of the crops (C1); Q is asked of every case."""
+    """The targets of the design, one part per number, and the rate of the crops (C1); Q applies to every case."""
     parts = []
     for case in ("dino_loss bfloat16", "dino_loss float16"):
         parts += [
@@ -169,7 +169,7 @@ def target_parts(cases: list[str]) -> list[Part]:
     for case, limit in (("adamw_ema ViT-S", 0.52), ("adamw_ema ViT-B", 1.3)):
         parts += [
             Part("E2", case, "<= {} ms", limit, time(), at_most=True, h200=True),
-            Part("E2", case, "waits of the host: {}", 0, waits, at_most=True),
+            Part("E2", case, "device-to-host syncs: {}", 0, waits, at_most=True),
             Part("E2", case, ">= {}x the reference", 3, speedup("reference")),
             Part("E2", case, ">= {}x the best of torch's fused calls", 1.15, speedup("torch fused")),
         ]
@@ -185,14 +185,14 @@ def target_parts(cases: list[str]) -> list[Part]:
     for case in cases:
         if case.endswith(COMPILED):
             continue
-        # A hundredth for chance: where rounding to 16 bits is all of the error, ours and eager's are the same.
+        # 1 % tolerance: if rounding to 16 bits dominates, our error and the eager error are equal.
         parts.append(Part("Q", case, "error <= {}x eager's against float64", 1.01, excess_error, at_most=True))
         parts.append(Part("Q", case, "bitwise repeatable: {}", 1, repeats))
     return parts
 
 
 def rows_of(case: str, results: dict) -> tuple[Rows, str]:
-    """The rows of a case or a step by provider, and what went wrong with the task that was to measure ours."""
+    """The rows of a case or a step by provider, and the failure of the task that measures ours, if any."""
     if case.startswith(STEP):
         net = case.removeprefix(STEP)
         rows, task = results["steps"].get(net, {}), f"{net}, {OURS}"
@@ -220,6 +220,6 @@ def verdict(part: Part, results: dict) -> tuple[str, str]:
     except Missing as reason:
         return "-", f"not measured: {reason}"
     if part.h200 and "H200" not in header["gpu"]:
-        return f"{value:.3g}", "not judged: written for H200"
+        return f"{value:.3g}", "not judged: valid for H200 only"
     met = value <= part.limit if part.at_most else value >= part.limit
     return f"{value:.3g}", "met" if met else "not met"

@@ -1,4 +1,4 @@
-"""The part of the tests that a card is asked last: tests of kernels at one shape a dtype, and what needs a card."""
+"""The subset of the tests that runs last on a GPU: kernel tests at one shape per dtype, and tests that need a GPU."""
 
 import os
 import sys
@@ -8,14 +8,14 @@ from machine import ROOT
 
 
 def test_files(toy: bool) -> list[Path]:
-    """Of every op, of all of them in a CUDA graph, of the trainer's step and of its loader."""
+    """Test files of every op, of all ops in a CUDA graph, of the trainer's step and of its loader."""
     names = [f"{op.stem}*" for op in ROOT.glob("dino_kernels/ops/[a-z]*.py")] + ["gpu", "step", "loaders"]
     files = sorted({file for name in names for file in ROOT.glob(f"tests/*/test_{name}.py")})
     return [ROOT / f"tests/kernels/test_{name}.py" for name in ("drop_path_add", "gpu")] if toy else files
 
 
 class Subset:
-    """A pytest plugin: marks and keeps the subset, and sends each outcome as it comes."""
+    """A pytest plugin: selects the subset, and sends each outcome immediately."""
 
     def __init__(self, send, file: str) -> None:
         self.send, self.file = send, file
@@ -53,7 +53,7 @@ class Subset:
 def run(send, file: str) -> None:
     import pytest
 
-    # The project's pytest options name plugins that need not be installed.
+    # The pytest options of the project use plugins that may not be installed.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     options = ["-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", "--tb", "short", "-q"]
     options += ["-W", "ignore::pytest.PytestUnknownMarkWarning", file]

@@ -1,4 +1,4 @@
-"""A real run of the trainer on images made here: stopped in the middle of an epoch by a signal, and resumed."""
+"""A real run of the trainer on generated images: stopped in the middle of an epoch by a signal, and resumed."""
 
 import math
 import os
@@ -14,7 +14,7 @@ import numpy as np
 from gpu_run import Send
 from PIL import Image
 
-EPOCHS, STOP = 3, 60  # of 24 steps; the step after which the signal comes
+EPOCHS, STOP = 3, 60  # epochs of 24 steps; the signal is sent after this step
 TOY = {
     "arch": "vit_nano", "patch_size": 8, "out_dim": 256, "head_hidden_dim": 64, "global_crops_size": 32,
     "local_crops_size": 16, "local_crops_number": 2, "batch_size_per_gpu": 4,
@@ -22,7 +22,7 @@ TOY = {
 
 
 def make_images(folder: Path, count: int) -> None:
-    """JPEGs of 500 x 375 pixels in two class folders: smooth colors with some noise, as large as photos are."""
+    """JPEGs of 500 x 375 pixels in two class folders: smooth colors with some noise, of similar file size as photos."""
 
     def make(i: int) -> None:
         rng = np.random.default_rng(i)
@@ -39,14 +39,14 @@ def make_images(folder: Path, count: int) -> None:
 
 
 def stop_at(step: int, metrics: Path) -> None:
-    """Sends this process a SIGTERM once its metrics have come to the step."""
+    """Send SIGTERM to this process when its metrics have reached the step."""
     while not metrics.exists() or f'{{"step": {step},' not in metrics.read_text():
         time.sleep(0.005)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(send: Send, part: str, folder: str, device: str, toy: bool) -> None:
-    """part: "start", which ends at the signal, or "resume"."""
+    """part: "start", which is stopped by the signal, or "resume"."""
     from dino_train.common.metrics import read_metrics
     from dino_train.common.process import tune
     from dino_train.config.pretrain import PretrainConfig
@@ -57,10 +57,10 @@ def run(send: Send, part: str, folder: str, device: str, toy: bool) -> None:
     batch = size.get("batch_size_per_gpu", 64)
     images, output = Path(folder) / "images", Path(folder) / "run"
     stop, log_interval = (14, 2) if toy else (STOP, 6)
-    steps = 10 if toy else 24  # an epoch
+    steps = 10 if toy else 24  # per epoch
     began = time.monotonic()
     if not resume:
-        make_images(images, steps * batch * 20 // 19 + 1)  # one in twenty is held out
+        make_images(images, steps * batch * 20 // 19 + 1)  # 1 in 20 is held out
     made = time.monotonic()
     config = PretrainConfig(
         data=str(images), output_dir=output, resume=resume, device=device, epochs=EPOCHS, log_interval=log_interval,
@@ -71,7 +71,7 @@ def run(send: Send, part: str, folder: str, device: str, toy: bool) -> None:
     try:
         pretrain(config)
         if not resume:
-            raise RuntimeError(f"it went to its end, and should have been stopped after step {stop}")
+            raise RuntimeError(f"the run was complete, but it should have been stopped after step {stop}")
     except Interrupted:
         pass
     first = stop if resume else -1
@@ -80,12 +80,12 @@ def run(send: Send, part: str, folder: str, device: str, toy: bool) -> None:
 
 
 def summary(rows: list[dict[str, Any]], last: int, making: float, running: float) -> dict[str, Any]:
-    """Of rows of metrics.jsonl; the first, in which kernels are compiled and a graph is captured, is no rate."""
+    """Summary of rows of metrics.jsonl. The first row is no valid rate: it includes compilation and graph capture."""
     steps = [row for row in rows if "loss" in row]
     if not steps or max(row["step"] for row in steps) < last:
-        raise RuntimeError(f"it came to step {max((row['step'] for row in steps), default=0)} of {last}")
+        raise RuntimeError(f"the run ended at step {max((row['step'] for row in steps), default=0)} of {last}")
     if not all(math.isfinite(row["loss"]) for row in steps):
-        raise RuntimeError(f"its losses are {[row['loss'] for row in steps]}")
+        raise RuntimeError(f"non-finite losses: {[row['loss'] for row in steps]}")
     timed = steps[1:] or steps
     return {
         "steps": steps[-1]["step"],

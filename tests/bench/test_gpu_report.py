@@ -143,7 +143,7 @@ def test_counters_that_cannot_be_read_fail_no_run():
 def test_absolute_times_are_judged_on_an_h200_only():
     part = P("", "case", "", 2, gpu_targets.time(), at_most=True, h200=True)
     assert judge(part, row()) == ("1", "met")
-    assert judge(part, row(), gpu="NVIDIA H100 80GB HBM3") == ("1", "not judged: written for H200")
+    assert judge(part, row(), gpu="NVIDIA H100 80GB HBM3") == ("1", "not judged: valid for H200 only")
 
 
 @pytest.mark.parametrize("header, text", [({"device": "cpu"}, "on a GPU"), ({"toy": True}, "toy sizes")])
@@ -205,7 +205,7 @@ def test_what_is_written(tmp_path):
         "| 1 | 0.1 | 4300 | 0 | 1 | 100 | 100.0 | 40.0 | 1.0e-03 |",
         "| op | 1.0e-03 | 1.0e-04 | False | wrong values: out off by 1.0e-03, not repeatable |",
         "| 2 values | 3 | mlp: died of SIGSEGV |",
-        "2 launches and 0.03 ms of kernels a step",
+        "2 launches and 0.03 ms of kernels per step",
         "| k | 2 | 30.0 | 100.0 |",
         "| start | 60 | 9 | 2000 | 2100 | 0.01 | {'step': 24, 'knn10': 50.0} | 9.0 |",
         "| _student_kernel | 1 | 50 | - |",

@@ -228,14 +228,14 @@ def test_a_build_says_how_it_ended(tmp_path, monkeypatch):
         assert gpu.build(tmp_path / "log").startswith(expected)
     (tmp_path / "setup.py").write_text("import time; time.sleep(60)")
     monkeypatch.setattr(gpu, "BUILD_SECONDS", 1)
-    assert gpu.build(tmp_path / "log") == "failed: not done after 1 s, see log.txt"
+    assert gpu.build(tmp_path / "log") == "failed: not complete after 1 s, see log.txt"
     assert "built" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
     done = subprocess.run([sys.executable, gpu.__file__, "--output", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 1 and "no CUDA device here. A rehearsal without one: --toy --device cpu" in done.stderr
+    assert done.returncode == 1 and "no CUDA device. For a dry run without one: --toy --device cpu" in done.stderr
 
 
 def test_failures_are_named_as_they_are_run():

@@ -1,4 +1,4 @@
-"""tyro, or where it is not installed a stand-in: only the command line needs it, and options say how it reads them."""
+"""tyro, or a stub if it is not installed. Only the command line needs it, but annotations of options use its names."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ __all__ = ["tyro"]
 
 
 class _Absent:
-    """Whatever is asked of it or called is itself: as an annotation of an option it says nothing."""
+    """Every attribute and call returns the stub itself; as an annotation of an option it has no effect."""
 
     def __getattr__(self, name: str) -> "_Absent":
         return self

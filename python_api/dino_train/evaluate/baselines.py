@@ -1,4 +1,4 @@
-"""The trained backbone beside what it must beat: random weights of its architecture, raw pixels and chance."""
+"""The trained backbone compared with its baselines: random weights of its architecture, raw pixels and chance."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from dino_train.models.resnet import resnet50
 from dino_train.models.vit import vit
 
 K = 10
-PIXELS = 32  # side to which images are shrunk where their pixels are the features
+PIXELS = 32  # side to which images are downscaled if their pixels are the features
 
 
 def raw_pixels(pixels: Tensor) -> Tensor:
@@ -28,15 +28,15 @@ def raw_pixels(pixels: Tensor) -> Tensor:
 
 @dataclass(kw_only=True)
 class Baselines(Frozen):
-    """k-NN (k = 10) and a linear probe of the backbone, of random weights, of raw pixels, and chance.
+    """k-NN (k = 10) and linear probe accuracy of the backbone, of random weights and of raw pixels, and chance level.
 
-    The probe takes the class tokens of the last four blocks and the best of the learning rates of `evaluate linear`.
+    The probe uses the class tokens of the last four blocks and the best of the learning rates of `evaluate linear`.
     """
 
     epochs: int = 30
     """Passes of the linear probe over the training images."""
     seed: int = 0
-    """Of the random weights and of the probes."""
+    """Seed of the random weights and of the probes."""
 
     def check(self) -> None:
         super().check()

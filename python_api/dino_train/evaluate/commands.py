@@ -24,5 +24,5 @@ Evaluate = Annotated[
     | Annotated[Attention, tyro.conf.subcommand("attention")]
     | Annotated[Baselines, tyro.conf.subcommand("baselines")]
     | Annotated[Report, tyro.conf.subcommand("report")],
-    tyro.conf.subcommand("evaluate", description="How good a trained backbone is, by one of several protocols."),
+    tyro.conf.subcommand("evaluate", description="Evaluate a trained backbone with one of several protocols."),
 ]
