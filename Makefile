@@ -55,7 +55,7 @@ prove: $(V)/.dev
 # On a machine with a GPU, with the Python that has its torch: no .venv and no network.
 OUT ?= gpu-results
 gpu:
-	$(PYTHON) bench/gpu.py --output "$(OUT)"
+	$(PYTHON) bench/gpu/gpu.py --output "$(OUT)"
 
 clean:
 	rm -rf .venv build dist runs *.egg-info dino_kernels/*.so

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_run import output_of
+from machine import output_of
 from step_peers import FIRST_STEP, PEERS, PHASES, SIZES, STEPS_PER_EPOCH, ReferenceRepo, Setting, start_weights
 
 BATCHES = 4  # different ones, used in turn

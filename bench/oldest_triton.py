@@ -4,9 +4,8 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from machine import ROOT
 
 
 def main() -> None:

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_setting import CROPS
+from machine import ROOT
+from setting import CROPS
 
 import dino_kernels
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+TESTS = ROOT / "tests"
 sys.path += [str(TESTS / "helpers"), str(TESTS / "gpu")]
 IMAGES, OUTPUTS, PARAMETERS = 64, 65536, 44e6  # the parameters are those of ViT-S with its head
 # Of an H200: what it does a second, by kind. 132 SMs at 1.98 GHz issue 4 instructions of a warp and make 16

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import triton
-from gpu_setting import CROPS
+from setting import CROPS
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 

@@ -1,16 +1,16 @@
-"""bench/gpu.py's arithmetic and verdicts, and what it writes."""
+"""bench/gpu/gpu.py's arithmetic and verdicts, and what it writes."""
 
 import json
 
 import gpu
-import gpu_cases
 import gpu_report
 import gpu_targets
+import op_cases
 import pytest
 from dino_train.models.vit import build_model
 from gpu_report import COMPILED, OURS, PLAIN
-from gpu_setting import TOY, Sizes
 from PIL import Image
+from setting import TOY, Sizes
 
 CEILINGS = {"copy_bytes_per_s": 4.3e12, "bf16_flops_per_s": 790e12}  # of an H200
 HEADER = {"device": "cuda", "gpu": "NVIDIA H200", "toy": False}
@@ -51,7 +51,7 @@ def test_the_updates_are_those_of_the_trainers_nets(arch, sizes):
     with torch.device("meta"):
         net = build_model(arch, **settings, use_bn_in_head=False, norm_last_layer=True)
     trained = [tuple(p.shape) for p in net.parameters() if p.requires_grad]
-    assert sorted(trained) == sorted(gpu_cases.parameter_shapes(sizes))
+    assert sorted(trained) == sorted(op_cases.parameter_shapes(sizes))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_updates_are_those_of_the_trainers_nets(arch, sizes):
     ],
 )
 def test_bytes_and_flops_of_cases(name, moved, flops):
-    case = gpu_cases.first_cases(TOY)[name]("meta")
+    case = op_cases.first_cases(TOY)[name]("meta")
     assert (case.bytes, case.flops) == (moved, flops)
 
 

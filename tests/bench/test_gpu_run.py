@@ -1,4 +1,4 @@
-"""bench/gpu.py as a whole without a GPU, on a machine without optional libraries, with tasks that fail; and killed."""
+"""gpu.py as a whole without a GPU, on a machine without optional libraries, with tasks that fail; and killed."""
 
 import json
 import os
@@ -196,7 +196,6 @@ def test_where_the_device_fails_in_forked_processes_they_start_from_nothing(tmp_
 
 def test_on_a_gpu_it_builds_first_and_knows_the_chip(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "mine")
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     said = {"nvidia-smi": "580.1\n580.1", "git": "abc", sys.executable: "9 0 NVIDIA H200"}
     monkeypatch.setattr(gpu, "output_of", lambda *command: said[command[0]])
@@ -207,8 +206,7 @@ def test_on_a_gpu_it_builds_first_and_knows_the_chip(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path)])
     assert gpu.main() == 0
     assert done == ["build", "cuda", (("cuda", False), 90)]
-    paths = [str(ROOT / part) for part in ("bench", "", "python_api")]
-    assert os.environ["PYTHONPATH"].split(os.pathsep) == [*paths, "mine"]
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [*gpu.PATHS, "mine"]
     text = (tmp_path / "results.md").read_text()
     assert text.startswith("# Kernels on NVIDIA H200\n")
     assert "* driver: 580.1\n" in text and "* build: done, 5 s" in text and "* commit: abc" in text

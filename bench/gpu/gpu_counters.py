@@ -1,6 +1,6 @@
 """Hardware counters of the kernels of the most important ops, by Nsight Compute, where it is and may read them.
 
-ncu ... python bench/gpu_counters.py cuda|cpu [toy]     the process that ncu looks into
+ncu ... python bench/gpu/gpu_counters.py cuda|cpu [toy]     the process that ncu looks into
 """
 
 import csv

@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-import gpu_cases
+import op_cases
 import torch
 from gpu_report import COMPILED, OURS
 from gpu_run import Send, one_line
-from gpu_setting import TOY, Case, Provider, Result, Sizes
+from setting import TOY, Case, Provider, Result, Sizes
 from torch import Tensor
 
 import dino_kernels
@@ -26,12 +26,12 @@ Variant = Callable[[], AbstractContextManager[None]]  # in which a call of ours 
 
 def cases(toy: bool) -> dict[str, Callable[[str], Case]]:
     sizes = TOY if toy else Sizes()
-    return gpu_cases.first_cases(sizes) | gpu_cases.late_cases(sizes)
+    return op_cases.first_cases(sizes) | op_cases.late_cases(sizes)
 
 
 def first(toy: bool) -> list[str]:
     """Names of the cases of every op, in bfloat16 at ViT-S."""
-    return list(gpu_cases.first_cases(TOY if toy else Sizes()))
+    return list(op_cases.first_cases(TOY if toy else Sizes()))
 
 
 # --- timing ------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Proves and measures the kernels and the trainer on this machine's GPU, in one command of at most nine minutes.
 
-    python bench/gpu.py --output gpu-results                  (or: make gpu OUT=gpu-results)
-    python bench/gpu.py --toy --device cpu --output DIR       a rehearsal without a GPU: its numbers mean nothing
+    python bench/gpu/gpu.py --output gpu-results                  (or: make gpu OUT=gpu-results)
+    python bench/gpu/gpu.py --toy --device cpu --output DIR       a rehearsal without a GPU: its numbers mean nothing
 
 What settles most comes first (ITEMS), each task in a process of its own: one that fails, hangs or dies is noted, and
 the rest goes on. The folder gets results.json and results.md, whole after every task, results.png and log.txt. Needs
@@ -21,9 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gpu_report
-from gpu_report import COMPILED, OURS, PLAIN
-from gpu_run import ROOT, Task, output_of, prepare, run_tasks
+PATHS = [
+    str(Path(__file__).resolve().parents[2] / part) for part in ("bench/gpu", "bench/cases", "bench", "", "python_api")
+]
+sys.path[:0] = PATHS  # nothing need be installed
+
+import gpu_report  # noqa: E402
+from gpu_report import COMPILED, OURS, PLAIN  # noqa: E402
+from gpu_run import Task, prepare, run_tasks  # noqa: E402
+from machine import ROOT, output_of  # noqa: E402
 
 BUILD_SECONDS = 75
 
@@ -234,9 +240,7 @@ def main() -> int:
     gpu_report.write(folder, results)
     if results["build"].startswith("failed"):
         return 1
-    paths = [str(ROOT / part) for part in ("bench", "", "python_api")]  # of this tree's packages
-    sys.path[:0] = paths
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
     prepare(given.device, log)
     scratch = tempfile.mkdtemp()
     try:

@@ -3,7 +3,7 @@
 A case's providers all compute the same results from the same inputs, which a test checks at toy sizes and every run
 checks at its own: a provider is a function without arguments, the first is ours, "reference" is the plain form in the
 same dtype. Each has its own state where the op writes in place. Losses, updates and crops are here, the rest
-in gpu_block_cases.py.
+in block_cases.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bench_dino_loss import einsum_form
+from block_cases import add_layer_norm, attention_cases, bias_gelu, drop_path_add, linear, mlp
 from dino_train.engine.optim import clip_gradients
-from gpu_block_cases import add_layer_norm, attention_cases, bias_gelu, drop_path_add, linear, mlp
 from gpu_report import OURS
-from gpu_setting import CROPS, Case, Provider, Random, Sizes, compiled, name_of
+from setting import CROPS, Case, Provider, Random, Sizes, compiled, name_of
 from torch import Tensor
 
 import dino_kernels

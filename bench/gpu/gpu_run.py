@@ -7,7 +7,6 @@ import importlib
 import multiprocessing
 import os
 import signal
-import subprocess
 import time
 import traceback
 from collections import deque
@@ -22,8 +21,6 @@ from typing import Any
 
 LEAST_SECONDS = 3  # with less left a task is not begun
 _context: BaseContext = multiprocessing.get_context("forkserver")
-
-ROOT = Path(__file__).resolve().parent.parent
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -40,14 +37,6 @@ class Task:
 
 def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-
-
-def output_of(*command: str) -> str:
-    """What a command prints, or "unknown"."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _end_with_the_run() -> None:

@@ -1,4 +1,4 @@
-"""Cases of gpu.py inside a transformer block: attention and the fusions around it. See gpu_cases.py."""
+"""Cases of gpu.py inside a transformer block: attention and the fusions around it. See op_cases.py."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -6,7 +6,7 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from gpu_report import OURS
-from gpu_setting import Case, Provider, Random, Sizes, compiled, differentiated
+from setting import Case, Provider, Random, Sizes, compiled, differentiated
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
