@@ -1,6 +1,6 @@
-"""Draws docs/speed.png: milliseconds of a whole training step of ViT-S/16 on three CPUs, from the tables in bench/results.
+"""Draws docs/speed.png: the time of a training step of ViT-S/16 on three CPUs, from the tables in bench/results.
 
-    python bench/plot_speed.py [FILE]
+python bench/plot_speed.py [FILE]
 """
 
 import re
