@@ -26,7 +26,9 @@ build: $(V)/.built
 
 demo: build
 	$(V)/dino-train pretrain --preset demo --resume
+	$(V)/dino-train evaluate baselines --checkpoint runs/demo
 	$(V)/dino-train evaluate attention --checkpoint runs/demo
+	$(V)/dino-train evaluate report --checkpoint runs/demo
 
 test: $(V)/.dev
 	$(V)/python -m pytest

@@ -5,6 +5,7 @@ from typing import Annotated
 import tyro
 
 from dino_train.evaluate.attention import Attention
+from dino_train.evaluate.baselines import Baselines
 from dino_train.evaluate.copy_detection import CopyDetection
 from dino_train.evaluate.finetune import Finetune
 from dino_train.evaluate.knn import Knn
@@ -21,6 +22,7 @@ Evaluate = Annotated[
     | Annotated[CopyDetection, tyro.conf.subcommand("copy-detection")]
     | Annotated[VideoSegmentation, tyro.conf.subcommand("video-segmentation")]
     | Annotated[Attention, tyro.conf.subcommand("attention")]
+    | Annotated[Baselines, tyro.conf.subcommand("baselines")]
     | Annotated[Report, tyro.conf.subcommand("report")],
     tyro.conf.subcommand("evaluate", description="How good a trained backbone is, by one of several protocols."),
 ]

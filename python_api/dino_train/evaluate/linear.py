@@ -124,6 +124,18 @@ def cosine(epoch: int, epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
+def train_probes(probes: Probes, features: Features, epochs: int, batch_size: int, seed: int) -> None:
+    """On kept features, in an order that follows from the seed."""
+    from tqdm import tqdm
+
+    device = probes.rates.device
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in tqdm(range(epochs), "linear", disable=None, unit="epoch", leave=False):
+        for rows in torch.randperm(len(features.labels), generator=generator).split(batch_size):
+            x, labels = features.values[rows].to(device), features.labels[rows].to(device)
+            probes.step(x, labels, cosine(epoch, epochs))
+
+
 @dataclass(kw_only=True)
 class Linear(Frozen):
     """A linear classifier of frozen features, with the best of a grid of learning rates (eval_linear.py).
@@ -183,7 +195,9 @@ class Linear(Frozen):
             path = cache.path(train, kind=f"{self.kind(name, size)}, random crops, {settings}", title="linear")
             count = self._train_on_crops(train, probes, forward, size, path.with_suffix(".pt"))
         else:
-            count = self._train_on_features(extract(train, what="training"), probes)
+            features = extract(train, what="training")
+            train_probes(probes, features, self.epochs, self.batch_size, self.seed)
+            count = len(features.paths)
         self._report(probes.accuracies(held_out.values, held_out.labels), count, len(held_out.paths))
 
     def _report(self, accuracies: list[dict[str, float]], train: int, val: int) -> None:
@@ -198,18 +212,6 @@ class Linear(Frozen):
             {"protocol": "linear", "train": train, "val": val, "best": best, "rates": found},
             "\n".join([*lines, f"best: {text.format_map(best)}"] if len(lines) > 1 else lines),
         )
-
-    def _train_on_features(self, features: Features, probes: Probes) -> int:
-        """In an order that follows from the seed; returns the number of images."""
-        from tqdm import tqdm
-
-        device = probes.rates.device
-        generator = torch.Generator().manual_seed(self.seed)
-        for epoch in tqdm(range(self.epochs), "linear", disable=None, unit="epoch", leave=False):
-            for rows in torch.randperm(len(features.labels), generator=generator).split(self.batch_size):
-                x, labels = features.values[rows].to(device), features.labels[rows].to(device)
-                probes.step(x, labels, cosine(epoch, self.epochs))
-        return len(features.paths)
 
     def _train_on_crops(
         self, images: ImageFolder, probes: Probes, forward: Callable[[Tensor], Tensor], size: int, path: Path
