@@ -105,14 +105,14 @@ def test_files_of_the_architecture_page_exist():
 
 
 def test_every_op_has_a_section_with_its_signature():
-    page = (ROOT / "docs/ops.md").read_text()
+    page = re.sub(r"\s+", " ", (ROOT / "docs/ops.md").read_text()).replace("( ", "(")
     for name in dino_kernels.__all__:
         if "_reference" in name or name == "CROP":
             continue
         signature = inspect.signature(getattr(dino_kernels, name))
         bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
         line = f"{name}{signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)}"
-        assert f"\n{line}\n" in page, f"docs/ops.md has no line\n{line}"
+        assert f" {line} " in page, f"docs/ops.md has no signature\n{line}"
 
 
 @pytest.mark.parametrize(
