@@ -4,7 +4,7 @@ V := .venv/bin
 # A GPU machine's own torch is used; elsewhere this pin is what arrives quickly.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint bench resources prove gpu build clean
+.PHONY: demo test lint docs bench resources prove gpu build clean
 
 $(V)/.torch:
 	$(PYTHON) -m venv $(shell $(PYTHON) -c "import torch; assert torch.version.cuda" 2>/dev/null && echo --system-site-packages) .venv
@@ -38,6 +38,9 @@ lint: $(V)/.dev
 	$(V)/python -m ruff format --check .
 	$(V)/python -m mypy
 	$(V)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*') tests/helpers/*.cpp tests/gpu/*.cu tests/gpu/ptx/core/*
+
+docs: $(V)/.dev
+	NO_MKDOCS_2_WARNING=1 $(V)/mkdocs build
 
 bench: $(V)/.dev
 	$(V)/python -m pytest bench

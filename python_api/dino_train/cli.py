@@ -1,4 +1,4 @@
-"""The command line: dino-train pretrain | pack | evaluate <protocol> | export."""
+"""The command line: dino-train pretrain | pack | evaluate <protocol> | export | --version."""
 
 import logging
 import sys
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from dino_train import __version__
 from dino_train.config.options import WeightsOptions
 from dino_train.config.pretrain import PRESETS, PretrainConfig, default_workers
 from dino_train.data.folder import ImageFolder
@@ -17,6 +18,8 @@ from dino_train.engine.learner import NonFiniteLoss
 from dino_train.engine.train import Interrupted, pretrain
 from dino_train.evaluate.commands import Evaluate
 from dino_train.models.export import FOLDERS, Format, export
+
+DESCRIPTION = "DINO pretraining, evaluation of the features, and export. --version prints the version."
 
 
 @dataclass
@@ -85,6 +88,9 @@ def _preset(argv: Sequence[str]) -> Pretrain:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. What a user got wrong is one line, not a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv == ["--version"]:
+        print(f"dino-train {__version__}")
+        return 0
     logging.basicConfig(format="dino-train: %(message)s", level=logging.WARNING)
     logging.getLogger("dino_train.models.weights").setLevel(logging.INFO)  # says which weights of a file it takes
     command = (
@@ -94,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         | Annotated[Export, tyro.conf.subcommand("export")]
     )
     try:
-        tyro.cli(command, args=argv, prog="dino-train").run()  # type: ignore[call-overload]
+        tyro.cli(command, args=argv, prog="dino-train", description=DESCRIPTION).run()  # type: ignore[call-overload]
     except Interrupted as stop:
         print(f"dino-train: {stop}", file=sys.stderr)
         return 128 + stop.signum
