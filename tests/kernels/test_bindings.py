@@ -10,7 +10,7 @@ import torch
 from dino_kernels import _C
 from dino_kernels._core.native import DTYPES
 
-STUB = ast.parse((Path(__file__).resolve().parent.parent / "dino_kernels/_C.pyi").read_text())
+STUB = ast.parse((Path(__file__).resolve().parents[2] / "dino_kernels/_C.pyi").read_text())
 COUNTS = {"tokens": 2, "channels": 3, "threads": 1, "dtype": DTYPES[torch.float32]}
 
 
