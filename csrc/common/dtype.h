@@ -14,7 +14,7 @@ enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 inline int64_t width_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }  // bytes
 
 // --- 16-bit floats -----------------------------------------------------------------------------------
-// Bit arithmetic instead of F16C / AVX512-BF16 intrinsics: plain loops over it vectorise on every target.
+// Bit arithmetic instead of F16C / AVX512-BF16 intrinsics: plain loops over it vectorize on every target.
 
 template <class To, class From>
 inline To bits_as(From from) {
@@ -52,7 +52,7 @@ inline uint16_t float_to_half(float f) {
     return uint16_t(sign | h);
 }
 
-// One value of a tensor as float, and the inverse, for loops compiled for their dtypes: see with_dtype.
+// One value of a tensor as float, and the inverse, in loops that with_dtype compiles for each dtype.
 template <DType D>
 DINO_INLINE inline float value(const void* x, int64_t i) {
     if constexpr (D == DType::f32) return static_cast<const float*>(x)[i];
@@ -68,7 +68,7 @@ DINO_INLINE inline void put(void* x, int64_t i, float f) {
         static_cast<uint16_t*>(x)[i] = D == DType::bf16 ? float_to_bf16(f) : float_to_half(f);
 }
 
-// The value that `put` then stands for.
+// f as `put` rounds it.
 template <DType D>
 DINO_INLINE inline float rounded(float f) {
     if constexpr (D == DType::f32) return f;

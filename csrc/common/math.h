@@ -5,8 +5,7 @@
 
 namespace dino {
 
-// Denormal results become zero while it lives: each costs a hundred cycles on most CPUs, and a sharp
-// softmax over many outputs is full of them.
+// Flushes denormals to zero while it lives: each costs about a hundred cycles, and a sharp softmax is full of them.
 class FlushDenormals {
 #if defined(__x86_64__)
     unsigned saved = __builtin_ia32_stmxcsr();
@@ -20,8 +19,7 @@ class FlushDenormals {
 #endif
 };
 
-// exp(x) for x <= 0 within 2 ulp: 2^n * p(r), x = n ln 2 + r. Below -87 it stays at the smallest normal
-// float.
+// exp(x) for x <= 0 within 2 ulp: 2^n * p(r), x = n ln 2 + r. Below -87 it is the smallest normal float.
 DINO_INLINE inline float exp_negative(float x) {
     constexpr float kRound = 0x1.8p23f;  // adding it leaves round(x) in the low mantissa bits
     x = x < -87.0f ? -87.0f : x;

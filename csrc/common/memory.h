@@ -30,10 +30,10 @@ class BufferOf {
     int64_t size_ = 0;
 
    public:
-    T* fit(int64_t size) {  // what it held is lost if it grows
+    T* fit(int64_t size) {  // the contents are lost if it grows
         if (size > size_) {
             size = (size + 63) / 64 * 64;
-            size_ = 0;  // unless there is memory
+            size_ = 0;  // if the allocation fails
             size_t bytes = size_t(size) * sizeof(T), border = bytes < kHugePage ? 64 : kHugePage;
             bytes = (bytes + border - 1) / border * border;
             data_.reset(static_cast<T*>(std::aligned_alloc(border, bytes)));

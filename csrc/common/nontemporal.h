@@ -9,7 +9,7 @@
 
 namespace dino {
 
-constexpr int64_t kCached = 16 << 20;  // bytes of a result that a last-level cache may still hold for its reader
+constexpr int64_t kCached = 16 << 20;  // bytes of a result that may still be in a last-level cache when it is read
 
 #if defined(__x86_64__)
 // Whole cache lines at a time: parts of a line may leave the core one by one.

@@ -1,5 +1,5 @@
-// Threads: torch's own OpenMP workers, found at run time. A second pool beside them would compete with
-// their spinning for the same cores, and linking an OpenMP library of our own would start one.
+// Threads: torch's own OpenMP workers, found at run time. A second pool would compete
+// with their busy waiting for the same cores, and linking another OpenMP library would start one.
 #include "common/parallel.h"
 
 #include <dlfcn.h>
@@ -24,7 +24,7 @@ struct alignas(64) Range {
 struct Job {
     const std::function<void(int64_t)>& body;
     std::vector<Range>& ranges;
-    int (*number)() = nullptr;  // of the calling thread; null: as they come
+    int (*number)() = nullptr;  // of the calling thread; null: in order of arrival
     std::atomic<int> workers{0};
 };
 
@@ -37,7 +37,7 @@ void work(void* data) {
     }
 }
 
-// An exception cannot leave the other threads behind: it ends the process.
+// An exception in a worker ends the process.
 void work_together(void* data) noexcept { work(data); }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Clip, AdamW, EMA and 16-bit copies over flat buffers: a pass for the norms of the gradient, a pass for the rest. It
-// waits for memory, so that to clear the gradient it has just read takes no time.
+// is bound by memory: clearing the gradient that it has just read takes no extra time.
 // Formula in dino_kernels/ops/adamw_ema.py.
 #include "cpu/adamw_ema.h"
 
@@ -55,8 +55,8 @@ DINO_INLINE inline void update_block(const AdamwEmaArgs& a, int64_t i, int64_t n
     for (int64_t j = 0; j < n; ++j) t[j] = momentum * t[j] + rest * s[j];
 }
 
-// n values of x to [offset, offset + n) of `to`, rounded through `scratch`; copies of a whole net are read at the next
-// step, when no cache holds them any more.
+// n values of x to [offset, offset + n) of `to`, rounded through `scratch`; copies of a large net have left
+// the caches when the next step reads them.
 DINO_INLINE inline void put_copy(const AdamwEmaArgs& a, void* to, DType dtype, int64_t offset, int64_t n,
                                  const float* x, void* scratch) {
     int64_t width = width_of(dtype);
@@ -88,7 +88,7 @@ DINO_INLINE inline void normalize(const AdamwEmaArgs& a, const float* v, float g
     put_copy(a, to, a.rows_dtype, row * n, n, scratch, rounded);
 }
 
-// Rows [first, first + count) of the weight-normed layer, and what they are multiplied as.
+// Rows [first, first + count) of the weight-normed layer, and their normalized copies.
 DINO_MULTIVERSION
 void update_rows(const AdamwEmaArgs& a, int64_t first, int64_t count, const Factors* f) {
     float scratch[kMostChannels];

@@ -6,8 +6,8 @@
 namespace dino {
 
 struct AdamwEmaArgs {
-    float* student;  // flat, as all up to the copies
-    void* grad;      // of the first `cleared` segments it becomes zero
+    float* student;  // flat, as all of the next
+    void* grad;      // set to zero in the first `cleared` segments
     float *exp_avg, *exp_avg_sq, *teacher;
     void *student_16, *teacher_16;  // or null
     DType grad_dtype, student_16_dtype, teacher_16_dtype;
@@ -16,8 +16,8 @@ struct AdamwEmaArgs {
     int64_t* steps;                                                   // [segments]
     const bool *decayed, *frozen;                                     // [segments]
     double lr, weight_decay, momentum, clip_norm, beta1, beta2, eps;  // clip_norm 0: none
-    // Or null: the rows [rows, channels] of a weight-normed layer, whose v is the last segment and g the one before;
-    // they take the place of the last segment's copies.
+    // Null, or the normalized rows [rows, channels] of a weight-normed layer, whose v is the last segment and g the one
+    // before. They replace the copies of the last segment.
     void *student_rows, *teacher_rows;
     DType rows_dtype;
     int64_t rows, channels;  // channels at most kMostChannels
@@ -25,7 +25,7 @@ struct AdamwEmaArgs {
     int threads;
 };
 constexpr int64_t kMostChannels = 4096;
-// Whether a gradient's norm was not finite; then nothing was changed.
+// Returns whether a gradient's norm was not finite; then nothing was changed.
 bool adamw_ema_step(const AdamwEmaArgs& args);
 
 }  // namespace dino

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 14;  // elements a task of the forward pass
 
-// Goes through rows in order and tells of each where it is in a tensor that may have only some of them, or -1.
+// Walks rows in order: at(row) is the index of the row in a tensor that may hold only some rows, or -1.
 class Walk {
     RowsOf rows_;
     int64_t next_;

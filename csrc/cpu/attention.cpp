@@ -107,7 +107,7 @@ struct Scratch {
 };
 
 // A head of a sequence. Operands have rows of units of channels, [n, depth], or pairs of rows, [n / pair, columns];
-// what pads them is zero.
+// padding is zero.
 struct Task {
     const AttentionArgs& a;
     const Microkernel& kernel;
@@ -145,7 +145,7 @@ struct Task {
                to.fit(padded(count) * depth_row), padded(count), depth_row);
         return to.fit(0);
     }
-    // Floats [count, columns], which are lost, to their place
+    // Writes floats [count, columns], which it overwrites, to their place
     void write(float* rows, int64_t count, void* to, int64_t offset, int64_t stride) const {
         if (kernel.pair == 2) kernel.pair_columns(rows, count, columns, rows, columns / 2);
         scatter(rows, columns / kernel.pair, count, a.channels, kernel.pair, to, a.dtype, offset, stride);
@@ -192,7 +192,7 @@ void Task::forward() const {
     float *k = read_qkv(1, 0, n, s.k), *v = read_qkv(2, 0, n, s.v);
     float *k_transposed = transposed(k, width, depth_row, s.k_transposed), *v_pairs = paired(v, s.v_pairs);
     float *scores = s.scores.fit(kStripe * width), *out = s.out.fit(kStripe * columns);
-    float* mask = s.mask.fit(width);  // 0 for the keys there are, -inf for those that pad
+    float* mask = s.mask.fit(width);  // padding mask: 0 for keys, -inf for padding
     std::fill_n(mask, n, 0.0f);
     std::fill(mask + n, mask + width, -std::numeric_limits<float>::infinity());
     float inverse_total[kStripe];
@@ -214,7 +214,7 @@ void Task::backward() const {
     float *grad_out = read(a.grad_out, 0, n, s.grad_out), *out = read(a.out, 0, n, s.out);
     float *lse = s.lse.fit(width), *delta = s.delta.fit(width);
     std::copy_n(a.lse + head * a.tokens + begin, n, lse);
-    std::fill(lse + n, lse + width, std::numeric_limits<float>::infinity());  // no probability for what pads
+    std::fill(lse + n, lse + width, std::numeric_limits<float>::infinity());  // no probability for padding
     for (int64_t i = 0; i < width; i += kLanes)
         kernel.row_dots(grad_out + i * depth_row, out + i * depth_row, depth_row, delta + i);
     float *q_transposed = transposed(q, width, depth_row, s.q_transposed), *q_pairs = paired(q, s.q_pairs);

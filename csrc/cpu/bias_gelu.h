@@ -20,7 +20,7 @@ struct BiasGeluBackwardArgs {
     const float* bias;         // [C]
     void* grad_x;              // [T, C]
     float* partial;            // [groups, C]: gradients of the bias
-    void* out;                 // [T, C], gelu(x + bias) once more, or null
+    void* out;                 // [T, C], gelu(x + bias) recomputed, or null
     int64_t tokens, channels, groups;
     DType dtype;
     int threads;

@@ -71,7 +71,7 @@ Stats student_stats(const Row& row, const float* q, float* exps, float* block_ma
     for (int64_t k = 0; k < row.outputs; k += kBlock) {
         int64_t n = std::min(kBlock, row.outputs - k);
         const float* s = load(row.data, row.dtype, row.offset + k, n, scratch);
-        // The next block is on its way while this one is computed; the hardware stops at page ends.
+        // Prefetches the next block; the hardware prefetcher stops at page ends.
         int64_t width = width_of(row.dtype);
         const char* next = static_cast<const char*>(row.data) + (row.offset + k + n) * width;
         for (int64_t i = 0; i < std::min(kBlock, row.outputs - k - n) * width; i += 64) __builtin_prefetch(next + i);
@@ -138,7 +138,7 @@ int64_t gradient_bytes(const DinoLossArgs& a) { return a.views * a.batch * a.out
 // Loss and gradient of views [begin, end) of image b; returns the sum over its pairs.
 double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end) {
     FlushDenormals flush;
-    // Kept by the thread: fresh memory would cost its page faults at every image.
+    // Kept by the thread: new memory would cost page faults for every image.
     thread_local std::vector<float> scratch;
     scratch.resize(3 * a.outputs + (a.outputs + kBlock - 1) / kBlock);
     float *q[2] = {scratch.data(), scratch.data() + a.outputs}, *exps = scratch.data() + 2 * a.outputs;
@@ -174,14 +174,14 @@ double dino_loss(const DinoLossArgs& a) {
     parallel_for((a.outputs + kColumns - 1) / kColumns, a.threads, [&](int64_t task) {
         mean_columns(a, task * kColumns, std::min(kColumns, a.outputs - task * kColumns));
     });
-    // With fewer images than threads an image's views are shared out, at the price of its softmax again.
+    // With fewer images than threads, tasks share an image's views and recompute its softmax.
     int64_t groups = std::min(a.views, (a.threads + a.batch - 1) / a.batch);
     std::vector<double> losses(a.batch * groups);
     parallel_for(a.batch * groups, a.threads, [&](int64_t task) {
         int64_t b = task / groups, group = task % groups;
         losses[task] = image_views(a, b, group * a.views / groups, (group + 1) * a.views / groups);
     });
-    double total = 0;  // in task order: the same whatever thread did what
+    double total = 0;  // in order of tasks, whatever thread ran them
     for (double loss : losses) total += loss;
     return total / double((2 * a.views - 2) * a.batch);
 }

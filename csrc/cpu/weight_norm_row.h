@@ -1,4 +1,4 @@
-// What is done with one row of a weight-normed layer; formulas in dino_kernels/ops/weight_norm.py.
+// One row of a weight-normed layer; formulas in dino_kernels/ops/weight_norm.py.
 #pragma once
 
 #include <cmath>

@@ -1,11 +1,11 @@
 // Clip, AdamW, the teacher's average and 16-bit copies in one pass: dino_kernels/ops/adamw_ema.py has the formulas.
 //
 // 1. norm_kernel: the sum of squares of each block of 4096 gradients.
-// 2. segment_kernel: a block a segment adds those up, in order, and makes the factors of its update.
+// 2. segment_kernel: a block a segment adds those up, in order, and computes the factors of its update.
 // 3. update_kernel: each block of weights, moments, teacher and copies; clears the gradient it has read.
 // 4. rows_kernel: a warp a row of the weight-normed last layer of both nets.
-// Where segments begin travels in the kernels' parameters (12 bytes a segment, up to kMost a launch): nothing is
-// uploaded or kept, and a captured graph has it in its nodes. A block finds its segment by bisection in the constant
+// The segments' offsets are kernel parameters (12 bytes a segment, up to kMost a launch): nothing is uploaded or kept,
+// and a captured graph holds them in its nodes. A block finds its segment by bisection in the constant
 // cache. Bytes: 4 an element for the norms, 36 for the update, with 16-bit copies 40, 4 less where nothing is cleared.
 #include "cuda/common.cuh"
 

@@ -1,10 +1,10 @@
 // t = m t + (1 - m) s over a list of tensors: dino_kernels/ops/ema_update.py has the definition.
 //
-// One block of threads for each 4096 elements of a tensor. The list travels in the kernel's parameters (32 bytes a
-// tensor, up to kMost a launch), so there is no table to upload, to keep, or to find again when a graph is replayed; a
-// block finds its tensor by bisection in the constant cache. Each thread has four loads of 16 bytes of each operand
-// under way before it computes; a tensor that is not aligned to that, and the last elements, go one by one.
-// Bytes: 12 an element with a float32 source, each touched once. It is bound by memory.
+// One block of threads for each 4096 elements of a tensor. The list is a kernel parameter (32 bytes a tensor, up to
+// kMost a launch), so no table must be uploaded or kept for the replay of a graph; a block finds its tensor by
+// bisection in the constant cache. Each thread issues four 16-byte loads of each operand before it computes; a tensor
+// that is not aligned to 16 bytes, and the last elements, are processed one by one. Bytes: 12 an element with a float32
+// source, each touched once. It is bound by memory.
 #include "cuda/common.cuh"
 
 namespace dino::cuda {

@@ -17,7 +17,7 @@ struct Scalar {
     double value;
 };
 
-struct EmaArgs {  // the arrays are the host's, and may go after the call
+struct EmaArgs {  // the arrays are on the host and read during the call only
     float* const* targets;
     const void* const* sources;
     const int64_t* sizes;
@@ -55,12 +55,12 @@ struct DinoLossScaleArgs {
 void launch_dino_loss_scale(const DinoLossScaleArgs& args, Stream stream);
 
 struct AdamwEmaArgs {
-    float* student;  // flat, as all up to the copies
-    void* grad;      // of the first `cleared` segments it becomes zero
+    float* student;  // flat, as all of the next
+    void* grad;      // set to zero in the first `cleared` segments
     float *exp_avg, *exp_avg_sq, *teacher;
     void *student_16, *teacher_16;  // or null
-    // Or null: the rows [rows, channels] of a weight-normed layer, whose v is the last segment and g the one before;
-    // they take the place of the last segment's copies.
+    // Null, or the normalized rows [rows, channels] of a weight-normed layer, whose v is the last segment and g the one
+    // before. They replace the copies of the last segment.
     void *student_rows, *teacher_rows;
     int64_t* steps;                // [segments]
     const bool *decayed, *frozen;  // [segments]
@@ -68,7 +68,7 @@ struct AdamwEmaArgs {
     // Scratch: [offsets[segments] / 4096 + segments]; [segments, 4]
     float *partials, *factors;
     DType grad_dtype, student_16_dtype, teacher_16_dtype, rows_dtype;
-    const int64_t* offsets;  // [segments + 1], the host's
+    const int64_t* offsets;  // [segments + 1], on the host
     int64_t segments, cleared, rows, channels;
     Scalar lr, weight_decay, momentum;
     double clip_norm, beta1, beta2, eps;  // clip_norm 0: none
@@ -84,7 +84,7 @@ struct AttentionArgs {     // D = 64; every address and stride a multiple of 16 
     int64_t tokens, heads, token_stride, part_stride, head_stride;
     DType dtype;  // f16 or bf16
     float scale;  // > 0
-    // (sequences, tokens of each, at most 256) in packed order, the host's
+    // (sequences, tokens of each, at most 256) in packed order, on the host
     const int64_t* groups;
     int64_t group_count;
 };

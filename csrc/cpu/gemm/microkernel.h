@@ -20,9 +20,8 @@
 namespace dino {
 namespace {
 
-constexpr int64_t kLanes =
-    16;                       // units of a vector of AVX-512 and of a row of an AMX tile; narrower vectors take several
-constexpr int64_t kTile = 8;  // rows of a microkernel's block of C
+constexpr int64_t kLanes = 16;  // units of an AVX-512 vector and of a row of an AMX tile; narrower vectors take several
+constexpr int64_t kTile = 8;    // rows of a microkernel's block of C
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 

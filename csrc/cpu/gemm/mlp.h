@@ -12,13 +12,13 @@ struct MlpArgs {
     void *out, *hidden;                 // [T, C]; the first product without bias [T, H], or null
     int64_t tokens, channels, hidden_channels;
     DType dtype;        // bf16 or f32
-    Products products;  // tiles: of bf16
+    Products products;  // amx: bf16 only
     int threads;
 };
 void mlp(const MlpArgs& args);
 
 struct MlpBackwardArgs {
-    const void *grad, *x, *hidden, *weight1, *weight2;  // hidden: null if the product is to be made once more
+    const void *grad, *x, *hidden, *weight1, *weight2;  // hidden: null to recompute it
     const float* bias1;
     void* grad_x;
     float *grad_weight1, *grad_bias1, *grad_weight2, *grad_bias2;  // added to

@@ -13,7 +13,7 @@ struct WeightNormProductBackwardArgs {
     bool overwrite;          // grad_v is overwritten, not added to
     int64_t tokens, rows, channels;
     DType dtype;        // bf16 or f32
-    Products products;  // tiles: of bf16
+    Products products;  // amx: bf16 only
     int threads;
 };
 void weight_norm_product_backward(const WeightNormProductBackwardArgs& args);

@@ -114,7 +114,7 @@ void solarize(int64_t n, uint8_t* levels) {
     for (int64_t i = 0; i < n; ++i) levels[i] = levels[i] < 128 ? levels[i] : uint8_t(255 - levels[i]);
 }
 
-// Past the caches: a batch does not fit them and waits to be read.
+// Streaming stores: a batch does not fit the caches and is read later.
 DINO_MULTIVERSION
 void normalize(const uint8_t* plane, int64_t n, float mean, float std, DType dtype, void* out, int64_t offset) {
     constexpr int64_t kPart = 1024;

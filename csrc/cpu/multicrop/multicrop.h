@@ -22,7 +22,7 @@ struct MultiCropArgs {
     void* const* out;  // [views], each [images, 3, size, size], contiguous but for the first dimension
     const int64_t *sizes, *out_strides;  // [views]; strides in elements from image to image
     int64_t images, views;
-    bool levels;  // bytes as they are, else normalized and in dtype
+    bool levels;  // out has uint8 levels, else normalized values of dtype
     DType dtype;
     int threads;
 };

@@ -11,7 +11,7 @@
 #pragma clang fp contract(off)
 #else
 #pragma GCC optimize("fp-contract=off")
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of what its own intrinsics leave open
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns about its own intrinsics
 #endif
 
 // Elements of vectors a and b, seen as of a type, of the numbers that follow
@@ -36,7 +36,7 @@ namespace dino {
 // The box of an image of a row stride in bytes, resized to planes [3, size, size] and flipped as the crop says.
 void resample(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes);
 
-// The same where DINO_HAS_QUADS and Loops has no other way
+// The same by quads, where DINO_HAS_QUADS and Loops has no columns()
 void resample_quads(const uint8_t* image, int64_t row_stride, const Crop& crop, uint8_t* planes);
 
 // Brightness, contrast, saturation and hue in the crop's order, if it has jitter; then grayscale, if it has that.
