@@ -125,7 +125,7 @@ def last_layer(device: str, sizes: Sizes) -> Case:
 
     def ours():
         dino_kernels.weight_norm_(out, v, length)
-        dino_kernels.weight_norm_product_backward_(grad_v, None, grad, x, v, length, fresh=True)
+        dino_kernels.weight_norm_product_backward_(grad_v, None, grad, x, v, length, overwrite=True)
         return out, grad_v
 
     def plain(v, length, grad, x):

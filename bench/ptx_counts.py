@@ -131,7 +131,7 @@ def weight_norm() -> Call:
 
     def run() -> None:
         grad = dino_kernels.weight_norm_(torch.empty(v.shape, dtype=torch.bfloat16), v, g)
-        dino_kernels.weight_norm_backward_(torch.zeros_like(v), torch.zeros_like(g), grad.float(), v, g)
+        torch.ops.dino_kernels.weight_norm_backward_(torch.zeros_like(v), torch.zeros_like(g), grad.float(), v, g)
 
     return Call("weight", v.numel(), 16, 6 + 16, run)
 

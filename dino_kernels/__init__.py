@@ -1,7 +1,6 @@
 """Fused kernels for DINO pretraining: native C++ on the CPU, Triton or CUDA C++ on the GPU."""
 
 from dino_kernels._core.backends import set_backend
-from dino_kernels._core.registry import without_autograd
 from dino_kernels.ops.adamw_ema import adamw_ema_step_, adamw_ema_step_reference_
 from dino_kernels.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from dino_kernels.ops.add_product import add_product_, add_product_reference_
@@ -17,8 +16,6 @@ from dino_kernels.ops.mlp import mlp, mlp_reference
 from dino_kernels.ops.multicrop import CROP, CropKind, draw_crops, multicrop, multicrop_packed
 from dino_kernels.ops.weight_norm import (
     weight_norm_,
-    weight_norm_backward_,
-    weight_norm_backward_reference_,
     weight_norm_product_backward_,
     weight_norm_product_backward_reference_,
     weight_norm_reference_,
@@ -55,10 +52,7 @@ __all__ = [
     "multicrop_packed",
     "set_backend",
     "weight_norm_",
-    "weight_norm_backward_",
-    "weight_norm_backward_reference_",
     "weight_norm_product_backward_",
     "weight_norm_product_backward_reference_",
     "weight_norm_reference_",
-    "without_autograd",
 ]

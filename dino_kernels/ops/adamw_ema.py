@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dino_kernels._core.backends import gpu_function
 from dino_kernels._core.native import _C, DTYPES, address, setting
 from dino_kernels._core.registry import custom_op
 from dino_kernels._core.results import last_layer
@@ -240,7 +239,12 @@ _WRITTEN = (
 )
 
 
-@custom_op("adamw_ema_step_", mutates_args=_WRITTEN)
+@custom_op(
+    "adamw_ema_step_",
+    mutates_args=_WRITTEN,
+    triton="adamw_ema.step_triton",
+    cuda="adamw_ema.step_cuda",
+)
 def _step_(
     student: Tensor,
     grad: Tensor,
@@ -269,12 +273,6 @@ def _step_(
         student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets,
         steps, decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps, cleared,
     )  # fmt: skip
-
-
-@_step_.register_kernel("cuda")
-def _(student, *others):
-    with torch.cuda.device(student.device):  # kernels are launched on the current device
-        gpu_function("adamw_ema", "step", student.device)(student, *others)
 
 
 # --- CPU ---------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def add_layer_norm_reference(
 # --- registration ------------------------------------------------------------------------------------
 
 
-@custom_op("add_layer_norm")
+@custom_op("add_layer_norm", triton="add_layer_norm.forward_triton")
 def _norm(
     x: Tensor,
     branch: Tensor,
@@ -126,20 +126,16 @@ def _norm(
     return _forward_cpu(x, branch, weight, bias, scale, rows, normed_rows, eps)
 
 
-@_norm.register_kernel("cuda")
-def _(x, *args):
-    from dino_kernels.triton.add_layer_norm import forward_triton
-
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        return forward_triton(x, *args)
-
-
 @_norm.register_fake
 def _(x, branch, weight, bias, scale, rows, normed_rows, eps):
     return empty_outputs(x, branch, normed_rows)
 
 
-@custom_op("add_layer_norm_backward_", mutates_args=("grad_weight", "grad_bias", "branch_sums"))
+@custom_op(
+    "add_layer_norm_backward_",
+    mutates_args=("grad_weight", "grad_bias", "branch_sums"),
+    triton="add_layer_norm.backward_triton",
+)
 def _norm_backward_(
     grad_total: Tensor | None,
     grad_normed: Tensor,
@@ -161,14 +157,6 @@ def _norm_backward_(
         grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias,
         branch_sums,
     )  # fmt: skip
-
-
-@_norm_backward_.register_kernel("cuda")
-def _(grad_total, grad_normed, total, *args):
-    from dino_kernels.triton.add_layer_norm import backward_triton
-
-    with torch.cuda.device(total.device):
-        return backward_triton(grad_total, grad_normed, total, *args)
 
 
 @_norm_backward_.register_fake
