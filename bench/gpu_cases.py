@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from bench_dino_loss import einsum_form
 from dino_train.engine.optim import clip_gradients
-from gpu_block_cases import add_layer_norm, attention_cases, bias_gelu, drop_path_add, linear, mlp
+from gpu_block_cases import add_layer_norm, attention_cases, bias_gelu, linear, mlp
 from gpu_report import OURS
 from gpu_setting import CROPS, Case, Provider, Random, Sizes, compiled, name_of
 from torch import Tensor
@@ -339,7 +339,6 @@ def first_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
         "dino_head_loss bfloat16": partial(dino_head_loss, sizes=sizes, dtype=torch.bfloat16),
         "add_layer_norm": partial(add_layer_norm, sizes=sizes),
         "bias_gelu": partial(bias_gelu, sizes=sizes),
-        "drop_path_add": partial(drop_path_add, sizes=sizes),
         "multicrop": partial(multicrop, sizes=sizes),
         "linear": partial(linear, sizes=sizes),
         "mlp": partial(mlp, sizes=sizes),

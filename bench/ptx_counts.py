@@ -119,13 +119,6 @@ def mlp() -> Call:
     )
 
 
-def drop_path_add() -> Call:
-    tokens = IMAGES // 8 * (2 * 197 + 8 * 37)
-    x, branch = randn(tokens, 384, dtype=torch.float32), randn(tokens, 384)
-    op = partial(dino_kernels.drop_path_add, scale=torch.ones(tokens))
-    return Call("channel of a token", x.numel(), 8, 10 + 6, differentiated(op, x, branch))
-
-
 def weight_norm() -> Call:
     v, g = randn(OUTPUTS // 16, 256, dtype=torch.float32), torch.ones(OUTPUTS // 16, 1)
 
@@ -169,7 +162,7 @@ OPS = {
     **{
         op.__name__: op
         for op in (
-            dino_loss, dino_head_loss, add_layer_norm, bias_gelu, mlp, drop_path_add, weight_norm, ema_update,
+            dino_loss, dino_head_loss, add_layer_norm, bias_gelu, mlp, weight_norm, ema_update,
             adamw_ema, multicrop,
         )
     },

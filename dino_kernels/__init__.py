@@ -8,7 +8,6 @@ from dino_kernels.ops.attention import attention, attention_reference
 from dino_kernels.ops.bias_gelu import bias_gelu, bias_gelu_reference
 from dino_kernels.ops.dino_head_loss import dino_head_loss, dino_head_loss_reference
 from dino_kernels.ops.dino_loss import dino_loss, dino_loss_reference
-from dino_kernels.ops.drop_path_add import drop_path_add, drop_path_add_reference
 from dino_kernels.ops.ema_update import ema_update_, ema_update_reference_
 from dino_kernels.ops.fused_block import FusedBlock
 from dino_kernels.ops.linear import linear, linear_reference
@@ -40,8 +39,6 @@ __all__ = [
     "dino_loss",
     "dino_loss_reference",
     "draw_crops",
-    "drop_path_add",
-    "drop_path_add_reference",
     "ema_update_",
     "ema_update_reference_",
     "linear",

@@ -145,8 +145,6 @@ def test_every_op_is_registered_with_a_fake_and_a_gpu_kernel():
         "add_layer_norm_backward_",
         "bias_gelu",
         "bias_gelu_backward",
-        "drop_path_add",
-        "drop_path_add_backward",
         "add_product_",
         "weight_norm_",
         "weight_norm_backward_",

@@ -22,7 +22,6 @@ from torch import Tensor
 from dino_kernels._core.native import _C, DTYPES, address
 from dino_kernels._core.registry import custom_op
 from dino_kernels._core.results import empty_gradients, empty_outputs, same_gradient
-from dino_kernels.ops.drop_path_add import check_residual
 
 __all__ = ["add_layer_norm", "add_layer_norm_reference"]
 
@@ -70,7 +69,7 @@ def add_layer_norm(
                 f"{name} must have one dimension, dtype int32, be contiguous and on {x.device} as x, "
                 f"got {list(value.shape)}, {value.dtype}, strides {list(value.stride())} on {value.device}"
             )
-    check_residual(x, branch, scale, rows)
+    _check_residual(x, branch, scale, rows)
     channels = x.shape[1]
     if channels > 4096:
         raise ValueError(f"x must have at most 4096 channels, got shape {list(x.shape)}")
@@ -106,6 +105,39 @@ def add_layer_norm_reference(
     read = total if normed_rows is None else total.index_select(0, normed_rows)
     normed = torch.nn.functional.layer_norm(read.to(weight.dtype), weight.shape, weight, bias, eps)
     return total, normed.to(branch.dtype)
+
+
+def _check_residual(x: Tensor, branch: Tensor, scale: Tensor | None, rows: Tensor | None = None) -> None:
+    """Raises ValueError if x [T, C], branch and scale do not fit each other.
+
+    branch is [T, C] or, with rows [B], [B, C]; scale is a factor for each of its rows, [B] or [B, 1], or None.
+    """
+    for name, value in (("x", x), ("branch", branch)):
+        if value.ndim != 2 or not value.shape[1] or value.dtype not in DTYPES or not value.is_contiguous():
+            raise ValueError(
+                f"{name} must have shape [T, C] with C >= 1 (flatten other dimensions into T), dtype float32, float16 "
+                f"or bfloat16 and be contiguous, got shape {list(value.shape)}, {value.dtype}, "
+                f"strides {list(value.stride())}"
+            )
+    count = len(x if rows is None else rows)
+    if list(branch.shape) != [count, x.shape[1]] or x.device != branch.device:
+        wanted = "the shape and device of x" if rows is None else "a row for each of rows, the channels and device of x"
+        raise ValueError(
+            f"branch must have {wanted}, {[count, x.shape[1]]} on {x.device}, "
+            f"got {list(branch.shape)} on {branch.device}"
+        )
+    if scale is None:
+        return
+    if list(scale.shape) not in ([count], [count, 1]) or scale.dtype != torch.float32 or not scale.is_contiguous():
+        raise ValueError(
+            f"scale must have shape [{count}] or [{count}, 1], dtype float32 and be contiguous, "
+            f"got {list(scale.shape)}, {scale.dtype}, strides {list(scale.stride())}"
+        )
+    if scale.requires_grad or scale.device != x.device:
+        raise ValueError(
+            f"scale must be on {x.device} as x and need no gradient (detach it), "
+            f"got {scale.device}, requires_grad={scale.requires_grad}"
+        )
 
 
 # --- registration ------------------------------------------------------------------------------------

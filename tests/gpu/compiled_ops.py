@@ -127,15 +127,6 @@ def test_bias_gelu(dtype, tokens, channels):
     check(D.bias_gelu, D.bias_gelu_reference, [randn(tokens, channels, dtype=dtype), randn(channels)], dtype)
 
 
-@pytest.mark.parametrize(
-    "dtype, tokens, channels",
-    [(BRAIN, 65, 777), (HALF, 5, 384), pytest.param(FULL, 37, 1, marks=pytest.mark.prove)],
-)
-def test_drop_path_add(dtype, tokens, channels):
-    inputs = [randn(tokens, channels), randn(tokens, channels, dtype=dtype)]
-    check(D.drop_path_add, D.drop_path_add_reference, inputs, dtype, scale=randn(tokens).relu())
-
-
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize(
     "dtype, tokens, channels",
