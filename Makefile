@@ -4,14 +4,14 @@ V := .venv/bin
 # A GPU machine's own torch is used; elsewhere this pin is what arrives quickly.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint bench resources prove gpu build clean
+.PHONY: demo test lint docs bench resources prove gpu build clean
 
 $(V)/.torch:
 	$(PYTHON) -m venv $(shell $(PYTHON) -c "import torch; assert torch.version.cuda" 2>/dev/null && echo --system-site-packages) .venv
 	$(V)/python -c "import torch" 2>/dev/null || $(V)/pip install --quiet "$(TORCH)"
 	touch $@
 
-$(V)/.built: $(V)/.torch setup.py pyproject.toml $(wildcard csrc/* csrc/cuda/*)
+$(V)/.built: $(V)/.torch setup.py pyproject.toml $(shell find csrc -type f)
 	$(V)/pip install --quiet "setuptools>=70" wheel "pybind11>=2.12" ninja
 	$(V)/pip install --quiet --no-build-isolation --editable ".[train]"
 	touch $@
@@ -26,7 +26,9 @@ build: $(V)/.built
 
 demo: build
 	$(V)/dino-train pretrain --preset demo --resume
+	$(V)/dino-train evaluate baselines --checkpoint runs/demo
 	$(V)/dino-train evaluate attention --checkpoint runs/demo
+	$(V)/dino-train evaluate report --checkpoint runs/demo
 
 test: $(V)/.dev
 	$(V)/python -m pytest
@@ -35,7 +37,10 @@ lint: $(V)/.dev
 	$(V)/python -m ruff check .
 	$(V)/python -m ruff format --check .
 	$(V)/python -m mypy
-	$(V)/clang-format --dry-run --Werror csrc/*.* csrc/cuda/* tests/helpers/*.cpp tests/gpu/*.cu tests/gpu/ptx/core/*
+	$(V)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*') tests/helpers/*.cpp tests/gpu/*.cu tests/gpu/ptx/core/*
+
+docs: $(V)/.dev
+	NO_MKDOCS_2_WARNING=1 $(V)/mkdocs build
 
 bench: $(V)/.dev
 	$(V)/python -m pytest bench
@@ -55,7 +60,7 @@ prove: $(V)/.dev
 # On a machine with a GPU, with the Python that has its torch: no .venv and no network.
 OUT ?= gpu-results
 gpu:
-	$(PYTHON) bench/gpu.py --output "$(OUT)"
+	$(PYTHON) bench/gpu/gpu.py --output "$(OUT)"
 
 clean:
 	rm -rf .venv build dist runs *.egg-info dino_kernels/*.so

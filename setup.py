@@ -17,7 +17,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# -fopenmp-simd: vectorize annotated loops; no OpenMP library is linked (csrc/parallel.cpp says why).
+# -fopenmp-simd: vectorize annotated loops; no OpenMP library is linked (csrc/common/parallel.cpp says why).
 CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp-simd -fno-trapping-math -fno-math-errno -Wall"
 X86_FLAGS = " -mprefer-vector-width=512"  # in the AVX-512 versions; says nothing about the others
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden --threads 0"
@@ -110,7 +110,8 @@ def ninja_file(sources: list[str], output: Path) -> str:
     if not nvcc:
         print("dino-kernels: nvcc not found, building the CPU kernels only", flush=True)
     x86 = os.uname().machine == "x86_64"
-    includes = f'-I"{pybind11_include()}" -I"{sysconfig.get_paths()["include"]}"'
+    csrc = f'-I"{here / "csrc"}"'
+    includes = f'{csrc} -I"{pybind11_include()}" -I"{sysconfig.get_paths()["include"]}"'
     archs = known_archs(nvcc)
     codes = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
     link = "$cxx"
@@ -124,7 +125,7 @@ def ninja_file(sources: list[str], output: Path) -> str:
         f"  command = $cxx -MMD -MF $out.d {CXX_FLAGS + X86_FLAGS * x86} {includes} -c $in -o $out",
         "  depfile = $out.d",
         "rule cuda",
-        f"  command = $nvcc -MD -MF $out.d {NVCC_FLAGS} {codes} -c $in -o $out",
+        f"  command = $nvcc -MD -MF $out.d {NVCC_FLAGS} {csrc} {codes} -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
         f"  command = {link} -shared $in -o $out -ldl -lpthread",
@@ -132,8 +133,8 @@ def ninja_file(sources: list[str], output: Path) -> str:
     objects = []
     for source in sources:
         rule = "cuda" if source.endswith(".cu") else "cpp"
-        if nvcc or not source.startswith("csrc/cuda/"):
-            objects.append(f"{Path(source).name}.o")
+        if nvcc or not (rule == "cuda" or source == "csrc/bindings/cuda.cpp"):
+            objects.append(source.replace("/", ".") + ".o")
             lines.append(f"build {objects[-1]}: {rule} {quote(Path(source).absolute())}")
     lines.append(f"build {quote(output)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"

@@ -1,11 +1,11 @@
-"""The optimizer phase (clip, AdamW, EMA, bfloat16 copies) of a ViT-Ti/16 and its head against torch's best and the
-reference's loops: the case of gpu.py at a size for a CPU."""
+"""The optimizer phase (clip, AdamW, EMA, bfloat16 copies) of a ViT-Ti/16 and its head, compared with torch's fastest
+form and the reference's loops: the case of gpu.py at a size for a CPU."""
 
 import pytest
 import torch
-from gpu_cases import adamw_ema
 from gpu_report import OURS
-from gpu_setting import Sizes
+from op_cases import adamw_ema
+from setting import Sizes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDERS = {"adamw_ema_step_": OURS, "torch_fused_and_foreach": "torch fused", "reference": "reference"}

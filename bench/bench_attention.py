@@ -1,4 +1,4 @@
-"""attention forward + backward on the packed crops of a step (ViT-Ti, batch 4) against torch's own forms."""
+"""attention forward + backward on the packed crops of a step (ViT-Ti, batch 4), compared with torch's attention."""
 
 import pytest
 import torch
@@ -8,11 +8,11 @@ from dino_kernels import attention, attention_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, CHANNELS = 3, 64
-GROUPS = ((8, 197), (32, 37))  # (sequences, tokens each): 2 global crops and 8 local ones of 4 images
+GROUPS = ((8, 197), (32, 37))  # (sequences, tokens per sequence): 2 global and 8 local crops of 4 images
 
 
 def sdpa(qkv, cu_seqlens):
-    """scaled_dot_product_attention, a call for each length."""
+    """scaled_dot_product_attention, one call per sequence length."""
     outs, begin = [], 0
     for count, length in GROUPS:
         x = qkv[begin : begin + count * length].unflatten(0, (count, length)).permute(2, 0, 3, 1, 4)

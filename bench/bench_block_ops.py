@@ -1,4 +1,4 @@
-"""Linear layers and fusions of a transformer block, forward + backward, against eager and compiled.
+"""Linear layers and fused ops of a transformer block, forward + backward, compared with eager and torch.compile.
 
 The packed crops of a step of ViT-Ti, 4 images: 8 sequences of 197 tokens and 32 of 37.
 """

@@ -1,4 +1,4 @@
-"""The last layer and the loss, forward + backward from the bottleneck's rows, against plain products and the loss."""
+"""Last layer and loss, forward + backward from the bottleneck output, compared with separate GEMMs and loss."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""dino_loss forward + backward + batch center against the forms others use."""
+"""dino_loss forward + backward + batch center, compared with other implementations."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ OUTPUTS, VIEWS = 65536, 10
 
 
 def einsum_form(student, teacher, center, student_temp=0.1, teacher_temp=0.04):
-    """log_softmax once a student row, all pairs by one einsum (the form of DINOv3 and lightly)."""
+    """One log_softmax per student row, all pairs by one einsum (as in DINOv3 and lightly)."""
     batch = teacher.shape[0] // 2
     log_p = (student.float() / student_temp).log_softmax(dim=-1).unflatten(0, (-1, batch))
     q = ((teacher.float() - center) / teacher_temp).softmax(dim=-1).unflatten(0, (2, batch))
@@ -26,7 +26,7 @@ def test_loss(benchmark, op, dtype, batch):
     torch.set_num_threads(2)
     benchmark.group = f"dino_loss, forward + backward, K={OUTPUTS} V={VIEWS} B={batch} {dtype} {DEVICE}"
     g = torch.Generator().manual_seed(0)
-    # Cosines of a 256-wide bottleneck, as a weight-normed last layer gives them.
+    # Same scale as cosines of 256-dimensional vectors, the output of a weight-normalized last layer.
     student = (torch.randn(VIEWS * batch, OUTPUTS, generator=g) / 16).to(DEVICE, dtype).requires_grad_()
     teacher = (torch.randn(2 * batch, OUTPUTS, generator=g) / 16).to(DEVICE, dtype)
     center = torch.zeros(OUTPUTS, device=DEVICE)

@@ -1,4 +1,4 @@
-"""ema_update_ over the parameters of a ViT-Ti/16 and its head against the reference's loop and torch's best."""
+"""ema_update_ of the parameters of a ViT-Ti/16 and its head, compared with the reference's loop and torch's fastest."""
 
 import pytest
 import torch

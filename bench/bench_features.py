@@ -1,10 +1,11 @@
-"""Features for k-NN of photos: images a second of ours and of the reference's script (eval_knn.py:30-120).
+"""Extraction of features for k-NN from photos: images per second, compared with the reference (eval_knn.py:30-120).
 
     python bench/bench_features.py --photos DIR_OR_ZIP --arch vit_small
 
-The reference decodes, resizes and crops with Pillow in processes and runs a plain float32 ViT; ours is what `dino-train
-evaluate knn --precision bfloat16` runs. Both from files to features, in turn, medians; batches of 32 images of 224
-pixels, two workers and two torch threads on the same cores. Without --photos the pictures are mosaics of embedded ones.
+The reference decodes, resizes and crops with Pillow in worker processes and runs a plain float32 ViT; ours is the code
+of `dino-train evaluate knn --precision bfloat16`. Both run from files to features, alternating; medians. Batches of 32
+images of 224 pixels, two workers and two torch threads on the same cores. Without --photos, the images are mosaics of
+the embedded images.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def ours(images: ImageFolder, backbone: torch.nn.Module) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", help="folder, .zip or .tar of images; default: mosaics of the embedded ones")
+    parser.add_argument("--photos", help="folder, .zip or .tar of images; default: mosaics of the embedded images")
     parser.add_argument("--arch", default="vit_small", choices=["vit_nano", "vit_tiny", "vit_small", "vit_base"])
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
@@ -97,7 +98,7 @@ def main() -> None:
         rate = statistics.median(values)
         similarity = torch.cosine_similarity(found[name], found["reference"]).min()
         ratio = rate / statistics.median(rates["reference"])
-        print(f"{name:16} {rate:7.1f} images/s ({ratio:.1f}x)   least cosine to the reference's {similarity:.6f}")
+        print(f"{name:16} {rate:7.1f} images/s ({ratio:.1f}x)   minimum cosine to the reference {similarity:.6f}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Ten crops of a photo, 2 of 224 pixels and 8 of 96: ours against the reference's transforms on Pillow, and others.
+"""Ten crops of a photo, 2 of 224 pixels and 8 of 96, compared with the reference's Pillow transforms and others.
 
     python bench/bench_multicrop.py --photos DIR_OR_ZIP --json multicrop.json
 
-Prints how far each step is from Pillow's bytes; of each provider the time for the crops of a decoded image on one core;
-and the images a second of whole loaders, from files to batches, with one and with two workers (our threads, the others'
-processes). Medians of rounds in which the providers take turns; all make normalized float32 crops. Without --photos the
-pictures are mosaics of embedded ones. The AVX2 code is measured on a processor with AVX-512 by building for it alone
-(libgcc chooses among the versions, which heeds no GLIBC_TUNABLES):
+Prints the difference of each step from Pillow's bytes; for each provider the time for the crops of a decoded image on
+one core; and images per second of complete loaders, from files to batches, with one and two workers (threads in ours,
+processes in the others). Medians over rounds in which the providers alternate; all compute normalized float32 crops.
+Without --photos, the images are mosaics of the embedded images. To measure the AVX2 code on a processor with AVX-512,
+build only that version (libgcc selects the version and ignores GLIBC_TUNABLES):
 
     CXX="g++ -march=x86-64-v3 -DDINO_ONE_VERSION" python setup.py build_ext --inplace
 """
@@ -43,8 +43,8 @@ KINDS = PretrainConfig().crop_kinds
 
 
 def only(step: str, drawn: np.ndarray) -> np.ndarray:
-    """Drawn crops with all steps but the resize and the given one off, and that one on in each of them. The four of the
-    jitter are never quite off together: the way to hue and back, which also rounds, is part of them."""
+    """Drawn crops with the resize and the given step on in every crop, and all other steps off. The four jitter steps
+    are never completely off: the conversion to HSV and back, which rounds, is always part of them."""
     crops = drawn.copy()
     for name in ("flip", "jitter", "grayscale", "solarize"):
         crops[name] = name == step or (name == "jitter" and step in JITTER)
@@ -61,7 +61,7 @@ def our_levels(image: np.ndarray, crops: np.ndarray) -> list[np.ndarray]:
 
 
 def parity(images: list[Image.Image], tables: list[np.ndarray]) -> dict[str, dict[str, float]]:
-    """Of each step and of whole crops: the share of bytes that are not Pillow's, largest and mean difference."""
+    """For each step and for whole crops: fraction of bytes that differ from Pillow, largest and mean difference."""
     report = {}
     for step in (*STEPS, "whole crop"):
         differences = []
@@ -79,7 +79,7 @@ def parity(images: list[Image.Image], tables: list[np.ndarray]) -> dict[str, dic
 
 
 def picture(image: Image.Image) -> Image.Image:
-    """All crops of an image side by side, ours above Pillow's."""
+    """All crops of an image in one row, ours above Pillow's."""
     crops = draw_crops(0, 0, 0, KINDS, image.size[::-1])
     ours = our_levels(np.asarray(image), crops)
     theirs = [pillow_levels(image, crop).astype(np.uint8) for crop in crops]
@@ -93,12 +93,12 @@ def picture(image: Image.Image) -> Image.Image:
 
 # --- providers ---------------------------------------------------------------------------------------
 
-# Makes all crops of a decoded image; its number seeds the random draws.
+# Computes all crops of a decoded image; the index of the image is the random seed.
 Provider = Callable[[int, Any], Any]
 
 
 def ours(batch: list[torch.Tensor]) -> Provider:
-    """Fills the rows of a batch, as a loader does."""
+    """Fills the rows of a batch, like the loader."""
 
     def crop(number: int, image: np.ndarray) -> None:
         rows = [view[number : number + 1] for view in batch]
@@ -112,7 +112,7 @@ def pillow(number: int, image: Image.Image) -> list[torch.Tensor]:
 
 
 def albumentations() -> Provider:
-    """The same law with its closest transforms: resized by area, since its bicubic has no antialiasing."""
+    """The closest transforms to the same distribution; resized by area, since its bicubic has no antialiasing."""
     import albumentations as A  # noqa: N812
     import cv2
 
@@ -142,11 +142,11 @@ def albumentations() -> Provider:
 # --- measuring ---------------------------------------------------------------------------------------
 
 REFERENCE = "reference transforms on Pillow"
-BATCH, SKIPPED, STEPS_MEASURED = 4, 15, 60  # steps of the slowest; ours run ten times as many
+BATCH, SKIPPED, STEPS_MEASURED = 4, 15, 60  # steps of the slowest loader; ours runs ten times as many
 
 
 def crop_times(images: list[Image.Image], rounds: int) -> dict[str, float]:
-    """Milliseconds an image of each provider on one core, decoded images in."""
+    """Milliseconds per decoded image of each provider on one core."""
     batch = [torch.zeros(len(images), 3, kind.size, kind.size) for kind in KINDS]
     found: dict[str, Provider] = {"ours": ours(batch), REFERENCE: pillow}
     try:
@@ -171,7 +171,7 @@ def our_loader(images: ImageFolder, workers: int) -> CropLoader:
 
 
 def rate(batches: Iterable[Any]) -> float:
-    """Images a second once the workers have started: of the first batches some are ready before they are asked for."""
+    """Images per second in steady state: the first batches are skipped, since some of them are already prefetched."""
     iterator, count = iter(batches), 0
     for _ in range(SKIPPED):
         next(iterator)
@@ -182,7 +182,7 @@ def rate(batches: Iterable[Any]) -> float:
 
 
 def loader_rates(images: ImageFolder, packed: ImageFolder, rounds: int) -> dict[str, dict[int, float]]:
-    """Images a second of each loader by number of workers."""
+    """Images per second of each loader by number of workers."""
     loaders: dict[str, Callable[[int], Iterable[Any]]] = {
         "ours": lambda workers: our_loader(images, workers),
         "ours, packed to 400 pixels": lambda workers: our_loader(packed, workers),
@@ -202,13 +202,13 @@ def processor() -> str:
 
 
 def copies(images: ImageFolder, folder: Path, count: int) -> None:
-    """Plain files, which processes can read at the same time."""
+    """Copy the images to plain files, which several processes can read at the same time."""
     for i, name in enumerate(images.names[:count]):
         (folder / f"{i}{Path(name).suffix}").write_bytes(images.read(i))
 
 
 def mosaics(folder: Path, count: int) -> None:
-    """Pictures of 512 x 384 pixels, each of 192 embedded ones."""
+    """Write images of 512 x 384 pixels, each a mosaic of 192 embedded images."""
     small = ImageFolder(EMBEDDED_DATA)
     for number in range(count):
         image = Image.new("RGB", (512, 384))
@@ -220,10 +220,10 @@ def mosaics(folder: Path, count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", help="folder, .zip or .tar of images; default: mosaics of the embedded ones")
+    parser.add_argument("--photos", help="folder, .zip or .tar of images; default: mosaics of the embedded images")
     parser.add_argument("--json", help="file to write the results to")
     parser.add_argument("--picture", help="PNG to draw ten crops of the first image to, ours above Pillow's")
-    parser.add_argument("--images", type=int, default=40, help="how many of them")
+    parser.add_argument("--images", type=int, default=40, help="number of images")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,13 +1,13 @@
-"""One whole training step of DINO: ours against the reference's and against the best of stock PyTorch.
+"""One complete training step of DINO, compared with the reference and with the fastest form of stock PyTorch.
 
     python bench/bench_step.py --arch vit_tiny --batch 4 --steps 8 --json step.json
-    python bench/bench_step.py --reference-repo PATH ...      also a clone of facebookresearch/dino itself
+    python bench/bench_step.py --reference-repo PATH ...      also measures a clone of facebookresearch/dino
 
-Every provider is a process of its own, so that peak memory is its own: the most it held resident (CPU) or allocated
-(CUDA). They wait for each other: one step of each in turn, from the same weights, on the same random crops made
-beforehand. Phases come from further steps, because their timers synchronize. Ours runs in the environment that
-dino-train sets for itself, the others in the plain one. On a GPU they come one after the other instead, because all at
-once need not fit in its memory, and ours has no phases there: it is one CUDA graph.
+Every provider runs in a separate process, to measure its peak memory: maximum resident (CPU) or allocated (CUDA). The
+providers alternate, one step each, from the same weights, on the same random crops, which are computed before. Phases
+are timed in additional steps, because their timers synchronize. Ours runs with the environment variables that
+dino-train sets, the others without. On a GPU the providers run one after the other, because together they may not fit
+in its memory; ours has no phases there, since it is one CUDA graph.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_run import output_of
+from machine import output_of
 from step_peers import FIRST_STEP, PEERS, PHASES, SIZES, STEPS_PER_EPOCH, ReferenceRepo, Setting, start_weights
 
-BATCHES = 4  # different ones, used in turn
-PHASE_STEPS = 4  # at most
-# Cores that other programs may take. More of it falls on the peers, whose threads spin while they wait for each other:
-# with one of two cores taken their steps took 4 times as long, ours, whose threads sleep (OMP_WAIT_POLICY), no longer.
+BATCHES = 4  # number of different batches, used in turn
+PHASE_STEPS = 4  # maximum
+# Cores that other programs may use. They slow down the peers most, because threads of the peers spin while they wait:
+# with one of two cores busy their steps took 4 times as long, ours, whose threads sleep, did not take longer.
 MOST_OTHERS = 0.1
 
 
@@ -41,7 +41,7 @@ MOST_OTHERS = 0.1
 
 
 def learner(setting: Setting, precision: str, **changes: Any):
-    """A Learner with everything but the setting and the changes at its default."""
+    """A Learner with the default configuration except for `setting` and `changes`."""
     from dino_train.config.pretrain import PretrainConfig
     from dino_train.engine.learner import Learner
 
@@ -74,7 +74,7 @@ def ours(setting: Setting, weights: dict[str, torch.Tensor], precision: str, **c
 
 def build(name: str, setting: Setting, precision: str, reference_repo: Path | None = None):
     weights = start_weights(setting)
-    if name == "ours_plain":  # op by op on a GPU, too
+    if name == "ours_plain":  # eager, also on a GPU
         return ours(setting, weights, precision, cuda_graph=False)
     if name.startswith("ours"):
         return ours(setting, weights, "float32" if name == "ours_float32" else precision)
@@ -96,7 +96,7 @@ class PhaseTimer:
 
 
 def serve(connection: Connection, name: str, setting: Setting, options: argparse.Namespace) -> None:
-    """Answers every message with a step: False for a plain one, True for one with the phases timed; None ends."""
+    """Runs one step per message: False for a normal step, True for one with timed phases; None ends the process."""
     cuda = setting.device == "cuda"
     synchronize = torch.cuda.synchronize if cuda else int
     if options.threads:
@@ -118,32 +118,32 @@ def serve(connection: Connection, name: str, setting: Setting, options: argparse
 
     steps = count(FIRST_STEP)
     take(next(steps), False)
-    if cuda:  # compilers and convolutions have tried what they try; the capture of a graph is yet to come
+    if cuda:  # compilers and convolution autotuning are done; the graph is captured later
         torch.cuda.reset_peak_memory_stats()
     for _ in range(options.warmup - 1):
         take(next(steps), False)
     connection.send(torch.get_num_threads())
     busy = time.process_time()
     while (phases := connection.recv()) is not None:
-        idle_cpu = time.process_time() - busy  # what threads of a finished step spend on waiting
+        idle_cpu = time.process_time() - busy  # CPU time of threads that wait after a step
         answer = take(next(steps), phases)
-        # Since the second step: a replayed graph allocates nothing, so timed ones would hide what ours holds.
+        # Peak since the second step: a replayed graph allocates nothing, so timed steps would not show its memory.
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_resident_mib()
         connection.send(answer | {"peak_mib": peak, "idle_cpu_ms": 1e3 * idle_cpu})
         busy = time.process_time()
 
 
 def busy_cpu_s() -> float:
-    """CPU time that all processes together, and other machines on this host, took from our cores so far."""
+    """CPU time that all processes, and other virtual machines of this host, have used on our cores so far."""
     cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
-    # All but idle, iowait and what guests took, which stands under user too.
+    # All columns but idle, iowait and guest, which is included in user.
     ticks = sum(int(x) for core, *times in lines if core in cores for x in (*times[:3], *times[5:8]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def peak_resident_mib() -> float:
-    """Of this process alone; ru_maxrss would begin at what the parent held when it started this one."""
+    """Peak of this process; ru_maxrss would start at the value of the parent process."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) / 1024
 
@@ -168,7 +168,7 @@ class Provider:
         self.threads = self.receive()
 
     def step(self, phases: bool) -> dict[str, Any]:
-        time.sleep(0.02)  # threads of the one before still spin for some milliseconds
+        time.sleep(0.02)  # threads of the previous provider still spin for some milliseconds
         self.connection.send(phases)
         return self.receive()
 
@@ -185,7 +185,7 @@ class Provider:
 
 @cache
 def dino_train_environment() -> dict[str, str]:
-    """Some of it must stand before a process starts, so it is asked for."""
+    """The environment variables that dino-train sets. Some must be set before a process starts."""
     code = "import json, os; from dino_train.common.process import tune; tune(); print(json.dumps(dict(os.environ)))"
     return json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
 
@@ -234,16 +234,16 @@ def machine() -> dict[str, Any]:
 
 
 def tables(rows: dict[str, dict[str, Any]]) -> str:
-    """Speed and memory of all, with ratios of ours to each; then the phases."""
-    mine = rows.get("ours")
+    """Markdown tables: speed and memory of all providers with ratios to ours, then the phases."""
+    ours_row = rows.get("ours")
     lines = [
         "| provider | images/s | step ms | speed, ours / it | peak MiB | memory, ours / it |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for name, row in rows.items():
-        speed = f"{row['step_ms'] / mine['step_ms']:.2f}" if mine else ""
+        speed = f"{row['step_ms'] / ours_row['step_ms']:.2f}" if ours_row else ""
         step = f"{row['step_ms']:.0f} ({min(row['all_step_ms']):.0f} to {max(row['all_step_ms']):.0f})"
-        memory = f"{mine['peak_mib'] / row['peak_mib']:.2f}" if mine else ""
+        memory = f"{ours_row['peak_mib'] / row['peak_mib']:.2f}" if ours_row else ""
         cells = (name, f"{row['images_per_s']:.2f}", step, speed, f"{row['peak_mib']:.0f}", memory)
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"| phase, ms | {' | '.join(PHASES)} |", "|---|" + "--:|" * len(PHASES)]
@@ -251,7 +251,7 @@ def tables(rows: dict[str, dict[str, Any]]) -> str:
         cells = [f"{row['phases'][phase]:.1f}" if phase in row["phases"] else "" for phase in PHASES]
         lines.append(f"| {' | '.join([name, *cells])} |")
     if (others := max(row["others_cores"] for row in rows.values())) > MOST_OTHERS:
-        lines += ["", f"Other programs took {others:.2f} cores meanwhile: these times say nothing, repeat them alone."]
+        lines += ["", f"Other programs used {others:.2f} cores: these times are not valid, repeat on an idle machine."]
     return "\n".join(lines)
 
 
@@ -259,19 +259,19 @@ def parse() -> argparse.Namespace:
     at_least_one = partial(bounded, 1)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", choices=SIZES, default="vit_tiny")
-    parser.add_argument("--batch", type=at_least_one, default=4, help="images a step")
-    parser.add_argument("--steps", type=at_least_one, default=8, help="timed steps of each")
-    parser.add_argument("--warmup", type=at_least_one, help="steps before them; default: 2, on a GPU 6")
+    parser.add_argument("--batch", type=at_least_one, default=4, help="images per step")
+    parser.add_argument("--steps", type=at_least_one, default=8, help="timed steps of each provider")
+    parser.add_argument("--warmup", type=at_least_one, help="warm-up steps; default: 2, on a GPU 6")
     parser.add_argument("--local-crops", type=partial(bounded, 0), default=8)
     parser.add_argument("--out-dim", type=partial(bounded, 2), default=65536)
-    parser.add_argument("--threads", type=at_least_one, help="default: torch's")
+    parser.add_argument("--threads", type=at_least_one, help="default: that of torch")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of ours")
-    parser.add_argument("--providers", help="some of them, with commas between; default: all")
-    parser.add_argument("--reference-repo", type=Path, help="a clone of facebookresearch/dino, measured too")
+    parser.add_argument("--providers", help="comma-separated list; default: all")
+    parser.add_argument("--reference-repo", type=Path, help="a clone of facebookresearch/dino to measure too")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
-    if options.warmup is None:  # ours captures its graph in the fourth, and a float16 scaler needs some to settle
+    if options.warmup is None:  # ours captures a graph in step 4; the float16 scaler must adapt
         options.warmup = 6 if options.device == "cuda" else 2
     known = ["ours", *PEERS]
     if options.device == "cuda":

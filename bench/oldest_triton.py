@@ -1,12 +1,11 @@
-"""Prints a folder with the oldest Triton that pyproject.toml admits, for PYTHONPATH; pip installs it there once."""
+"""Prints a folder, for PYTHONPATH, with the oldest Triton that pyproject.toml allows; pip installs it there once."""
 
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from machine import ROOT
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
-"""The random crops as the reference makes them: Pillow's operations one after the other (main_dino.py:419-465), and its
-loader of worker processes. The oracle of the tests, and the peer of the benchmarks."""
+"""The random crops of the reference, computed by a sequence of Pillow operations (main_dino.py:419-465), and its loader
+with worker processes. Expected values for the tests, and peer of the benchmarks."""
 
 import io
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _ENHANCE = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 def pillow_crop(image: Image.Image, crop: np.void) -> Tensor:
     """A row of CROP by Pillow: float32 [3, size, size], normalized."""
     size = int(crop["size"])
-    # Crop before resizing: resize(box=...) would let pixels outside the box leak in through the filter.
+    # Crop before resizing: with resize(box=...) the filter would read pixels outside the box.
     image = image.crop(tuple(crop["box"].tolist())).resize((size, size), Image.Resampling.BICUBIC)
     return normalized(_adjust(image, crop))
 
@@ -34,7 +34,7 @@ def normalized(image: Image.Image) -> Tensor:
 
 
 def pillow_levels(image: Image.Image, crop: np.void) -> np.ndarray:
-    """Without the normalization, int [size, size, 3]; rows before columns, which Pillow 13 does not always do."""
+    """Crop without normalization, int [size, size, 3]; resizes rows before columns, unlike Pillow 13 in some cases."""
     size = int(crop["size"])
     image = image.crop(tuple(crop["box"].tolist()))
     for shape in ((size, image.height), (size, size)):
@@ -57,7 +57,7 @@ def _adjust(image: Image.Image, crop: np.void) -> Image.Image:
 
 
 def _shift_hue(image: Image.Image, factor: float) -> Image.Image:
-    """Turn the hue by `factor` of the circle: 8-bit addition that wraps around, truncated toward zero."""
+    """Shift the hue by `factor` of the circle: 8-bit addition with wrap-around, truncated toward zero."""
     shift = int(factor * 255)
     hue, saturation, value = image.convert("HSV").split()
     hue = hue.point([(level + shift) % 256 for level in range(256)])
@@ -70,7 +70,7 @@ def pillow_decode(data: bytes) -> Image.Image:
 
 
 class Crops(Dataset):
-    """All crops of an image, by its number."""
+    """All crops of an image, by its index."""
 
     def __init__(self, images: ImageFolder, kinds: Sequence[CropKind]) -> None:
         self.images, self.kinds = images, kinds
@@ -86,6 +86,6 @@ class Crops(Dataset):
 def reference_loader(
     images: ImageFolder, kinds: Sequence[CropKind], batch_size: int, steps: int, num_workers: int
 ) -> DataLoader:
-    """Batches of images in turn, as main_dino.py:145-154 loads them."""
+    """Batches of images in order, loaded as in main_dino.py:145-154."""
     order = [i % len(images) for i in range(steps * batch_size)]
     return DataLoader(Crops(images, kinds), batch_size, sampler=order, num_workers=num_workers)

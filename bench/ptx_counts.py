@@ -1,12 +1,12 @@
-"""What the GPU kernels execute at the reference setting, counted by the PTX emulator: nothing is timed.
+"""Instruction and byte counts of the GPU kernels at the reference sizes, from the PTX emulator: nothing is timed.
 
     python bench/ptx_counts.py [--archs 80 90] [--ops attention_197 ...] [--before table.md] [--output table.md]
-    python bench/ptx_counts.py --backend cuda ...       the CUDA C++ kernels, of the ops that have them
+    python bench/ptx_counts.py --backend cuda ...       the CUDA C++ kernels, for ops that have them
 
-Each op runs at the tile shapes of the reference setting (64 images, 2 crops of 224 and 8 of 96 pixels, K = 65536) with
-fewer sequences, rows or columns; computed times are scaled up from there. Instructions are those of PTX that a thread
-executes, which ptxas still changes: resources-triton-*.md has the lengths of the loops that it makes. Bytes are those
-that threads load from and store to global memory, hits of caches included.
+Each op runs with the tile shapes of the reference sizes (64 images, 2 crops of 224 and 8 of 96 pixels, K = 65536) but
+fewer sequences, rows or columns; computed times are scaled up. Instructions are PTX instructions executed per thread,
+before ptxas: resources-triton-*.md has the lengths of the compiled loops. Bytes are all loads from and stores to global
+memory by threads, including cache hits.
 """
 
 import argparse
@@ -22,32 +22,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_setting import CROPS
+from machine import ROOT
+from setting import CROPS
 
 import dino_kernels
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+TESTS = ROOT / "tests"
 sys.path += [str(TESTS / "helpers"), str(TESTS / "gpu")]
-IMAGES, OUTPUTS, PARAMETERS = 64, 65536, 44e6  # the parameters are those of ViT-S with its head
-# Of an H200: what it does a second, by kind. 132 SMs at 1.98 GHz issue 4 instructions of a warp and make 16
-# exponentials (or other special functions) a cycle; dense bf16 products and bytes are measured values.
+IMAGES, OUTPUTS, PARAMETERS = 64, 65536, 44e6  # parameters of ViT-S with its head
+# H200, operations per second by kind. 132 SMs at 1.98 GHz issue 4 warp instructions and compute 16 exponentials (or
+# other special functions) per cycle; dense bf16 FLOPs and bytes are measured values.
 SECOND = {"issue": 4 * 132 * 1.98e9, "special": 16 * 132 * 1.98e9, "matrix": 790e12}
-COPY = 4.3e12  # bytes a second
-# Microseconds that a measurement on an H200 should find
+COPY = 4.3e12  # bytes per second
+# Targets of measurements on an H200, in microseconds
 TARGETS = {"attention_197": 85, "attention_37": 63, "dino_loss": 60, "dino_head_loss": 200, "adamw_ema": 520}
 HEADER = """# Instructions, exponentials and bytes of the {kernels} kernels, counted
 
-Made by `python bench/ptx_counts.py --backend {backend}`: it executes the compiled kernels on a CPU, no GPU was used and
-nothing timed. Launches are those of a call, forward and backward; instructions (of PTX), exponentials and bytes of
-global memory (hits of caches included) are an element's. Computed us: the reference setting on an H200, to compare
-designs only. Of a kernel the largest of the issue of instructions, of special functions (exponentials and others) and
-of matrix products; of an op their sum, or the floor: the bytes that must be moved, at 4.3 TB/s.
+Made by `python bench/ptx_counts.py --backend {backend}`: it emulates the compiled kernels on a CPU; no GPU was used and
+nothing was timed. Launches: per call, forward and backward. PTX instructions, exponentials and bytes of global memory
+(including cache hits): per element. Computed us: estimate at the reference sizes on an H200, only to compare designs:
+for a kernel, the maximum over instruction issue, special functions (exponentials and others) and matrix products; for
+an op, the sum over its kernels, or the floor (the bytes that must be moved, at 4.3 TB/s) if that is larger.
 """
 
 
 @dataclass
 class Call:
-    """Of an op: its elements, how many times as many the reference setting has, bytes that one must move at least."""
+    """A call of an op: its elements, the factor to the reference sizes, minimum bytes to move per element."""
 
     element: str
     elements: int
@@ -91,7 +92,7 @@ def attention(count: int, length: int) -> Call:
     qkv = randn(count * length, 3, 6, 64)
     bounds = torch.arange(0, len(qkv) + 1, length, dtype=torch.int32)
     run = differentiated(dino_kernels.attention, qkv, cu_seqlens=bounds, groups=[(count, length)])
-    # Forward and backward: 8 and 16 bytes of a token's channel
+    # Forward 8 and backward 16 bytes per token and channel
     return Call("query and key", 6 * count * length**2, IMAGES, 24 * 64 / length, run)
 
 
@@ -110,7 +111,8 @@ def bias_gelu() -> Call:
 
 
 def mlp() -> Call:
-    """The forward's first product with gelu: of a token's hidden channel both are written, and 384 channels read."""
+    """The first GEMM of the forward with GELU: per token, 1536 hidden values are written before and after GELU, and 384
+    channels are read."""
     tokens = IMAGES // 32 * (2 * 197 + 8 * 37)
     x, weight = randn(tokens, 384), randn(1536, 384)
     hidden = importlib.import_module("dino_kernels.triton.mlp").hidden_triton
@@ -172,7 +174,7 @@ CUDA_OPS = ["attention_197", "attention_37", "dino_loss", "ema_update", "adamw_e
 
 
 def count(job: tuple[str, int, str]) -> list[dict]:
-    """A row a kernel, and one of all of an op; in a process of its own, since Triton keeps what it compiled."""
+    """One row per kernel and one for the whole op; in a separate process, since Triton caches compiled kernels."""
     from ptx import launch
 
     name, arch, backend = job
@@ -203,7 +205,7 @@ def count(job: tuple[str, int, str]) -> list[dict]:
 
 
 def busy(total: Counter, call: Call) -> tuple[float, str]:
-    """Seconds of a kernel at the reference setting, but for its bytes, and what takes them."""
+    """Seconds of a kernel at the reference sizes without memory traffic, and the limiting resource."""
     kinds = {"issue": "warps", "special": "special", "matrix": "products"}
     return max((total[key] / SECOND[kind] * call.scale, kind) for kind, key in kinds.items())
 
@@ -217,7 +219,7 @@ def row(
         "chip": f"sm_{arch}",
         "op": op,
         "element": call.element,
-        "kernel": re.sub(r".*\d([a-z_]+_kernel).*", r"\1", kernel).strip("_"),  # of a mangled name the function's
+        "kernel": re.sub(r".*\d([a-z_]+_kernel).*", r"\1", kernel).strip("_"),  # function name without mangling
         "launches": str(total["launches"]),
         **{key: f"{value:.3g}" for key, value in per_element.items()},
         "computed us": f"{time * 1e6:.3g}" if arch == 90 else "-",
@@ -227,8 +229,8 @@ def row(
     }
 
 
-def beside(before: list[dict], after: list[dict]) -> list[dict]:
-    """Of all of each op: what it was and what it is."""
+def compared(before: list[dict], after: list[dict]) -> list[dict]:
+    """One row per op with its totals before and after."""
     old = {(row["chip"], row["op"]): row for row in before if row["kernel"] == "all"}
     changing = ("launches", "instructions", "exponentials", "bytes", "computed us")
     return [
@@ -257,7 +259,7 @@ def main() -> None:
     parser.add_argument("--archs", nargs="+", type=int, choices=(80, 90), default=[80, 90])
     parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
     parser.add_argument("--ops", nargs="+", choices=OPS, help="all by default")
-    parser.add_argument("--before", type=Path, help="an earlier table, which is set beside this one")
+    parser.add_argument("--before", type=Path, help="an earlier table, to compare with")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with_kernels = CUDA_OPS if options.backend == "cuda" else list(OPS)
@@ -269,7 +271,7 @@ def main() -> None:
     ]
     text = f"{HEADER.format(kernels=kernels, backend=options.backend)}Compiled with {compiler}.\n\n"
     if options.before:
-        text += f"## Before and after\n\n{table(beside(read(options.before.read_text()), rows))}\n## Each kernel\n\n"
+        text += f"## Before and after\n\n{table(compared(read(options.before.read_text()), rows))}\n## Each kernel\n\n"
     text += table(rows)
     if options.output:
         options.output.write_text(text)

@@ -1,10 +1,10 @@
-"""What every Triton kernel needs on each chip, from ahead-of-time compilation: no GPU is used.
+"""Registers, shared memory and spills of every Triton kernel per GPU, from ahead-of-time compilation, without a GPU.
 
     python bench/resources.py [--targets sm_90 ...] [--ops dino_loss ...] [--output bench/results]
 
-Each op is run on meta tensors at the shapes of the reference setting (64 images, 2 crops of 224 and 8 of 96 pixels,
-K = 65536), with every launch turned into a compilation: what is listed is what would be launched, tile shapes and
-specializations included. Prints the table; writes resources-triton-<version>.md into the folder given.
+Each op runs on meta tensors at the reference sizes (64 images, 2 crops of 224 and 8 of 96 pixels, K = 65536); every
+launch only compiles, so the table lists the kernels that would be launched, with their tile shapes and specializations.
+Prints the table; writes resources-triton-<version>.md into the given folder.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import triton
-from gpu_setting import CROPS
+from setting import CROPS
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -36,7 +36,7 @@ from dino_kernels.triton import mlp as mlp_triton
 from dino_kernels.triton import multicrop as multicrop_triton
 from dino_kernels.triton import weight_norm as weight_norm_triton
 
-TARGETS = {  # (backend, architecture, threads a warp), bytes of shared memory a program may use
+TARGETS = {  # (backend, architecture, threads per warp), shared memory limit of a program in bytes
     "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
     "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
@@ -53,7 +53,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def dino_loss() -> None:
     center = meta(OUTPUTS, dtype=torch.float32)
-    for temp in (torch.tensor(0.1), meta(dtype=torch.float32)):  # a number and the address of one
+    for temp in (torch.tensor(0.1), meta(dtype=torch.float32)):  # a float and a 0-d tensor
         student = meta(10 * IMAGES, OUTPUTS)
         dino_loss_triton.forward_triton(student, meta(2 * IMAGES, OUTPUTS), center, temp, temp, student)
     dino_loss_triton.scale_triton(student, temp)
@@ -93,7 +93,7 @@ def adamw_ema() -> None:
     for size, setting, dtype in (
         (384 * 384, numbers, torch.float32),
         (384 * 384, addresses, torch.bfloat16),
-        (383 * 383, addresses, torch.float32),  # segments begin at odd addresses
+        (383 * 383, addresses, torch.float32),  # segments start at odd addresses
         (383 * 383, addresses, torch.bfloat16),
     ):
         offsets = [size * i for i in range(149)]
@@ -175,7 +175,7 @@ OPS = (
 
 
 class Driver:
-    """Stands in for a GPU: enough for Triton to compile for it."""
+    """Replaces the driver of a GPU: sufficient for Triton to compile for it."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -191,7 +191,7 @@ class Driver:
 
 
 def compile_ops(names: list[str], target: str) -> list[dict]:
-    """The rows of one target; call it once a process, since Triton keeps what it compiled."""
+    """The rows of one target; call it once per process, since Triton caches compiled kernels."""
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     triton.runtime.driver.set_active(Driver(TARGETS[target][0]))
     rows: dict[str, dict] = {}
@@ -202,7 +202,7 @@ def compile_ops(names: list[str], target: str) -> list[dict]:
         constants = " ".join(f"{k}={v}" for k, v in kwargs.items() if k.isupper())
         row = {"op": op.__name__, "kernel": self.__name__.strip("_"), "constants": constants, "target": target}
         row |= {"warps": compiled.metadata.num_warps, **resources(compiled)}
-        # Several dtypes and alignments share a row, which tells the most that any of them needs.
+        # Several dtypes and alignments share a row, which has the maximum over them.
         known = rows.setdefault(str([row[key] for key in ("op", "kernel", "constants", "warps")]), row)
         for key in ("registers", "spills", "shared", "loops"):
             known[key] = max(known[key], row[key])
@@ -228,7 +228,7 @@ def resources(compiled) -> dict:
         registers, stack, local = (int(re.findall(rf"{key}:(\d+)", report)[-1]) for key in ("REG", "STACK", "LOCAL"))
         spills = stack + local
     else:
-        # Scalar registers spill into lanes of vector registers, never to memory: not counted.
+        # Scalar registers spill into lanes of vector registers, never to memory, so they are not counted.
         registers, spills = (
             int(re.findall(rf"\.{key}:\s+(\d+)", assembly)[-1]) for key in ("vgpr_count", "vgpr_spill_count")
         )
@@ -247,7 +247,7 @@ def output(*command: str) -> str:
 
 
 def loops(sass: str) -> list[int]:
-    """Instructions of each innermost loop, in order: from a label to a branch back to it that has no other inside."""
+    """Instructions of each innermost loop, in order: from a label to a branch back to it, without a loop inside."""
     labels: dict[str, int] = {}
     branches, count = [], 0
     for line in sass.splitlines():
@@ -259,7 +259,7 @@ def loops(sass: str) -> list[int]:
             if back and back[1] in labels:
                 branches.append((labels[back[1]], count))
     inner = [(a, b) for a, b in branches if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in branches)]
-    return [b - a for a, b in inner if b - a > 1]  # the last instruction of a kernel branches to itself
+    return [b - a for a, b in inner if b - a > 1]  # a kernel ends with a branch to itself
 
 
 def table(rows: list[dict]) -> str:

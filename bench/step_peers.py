@@ -1,11 +1,11 @@
-"""The training steps that bench_step.py measures ours against, each one `Peer(setting, weights).step(step, crops)`.
+"""The peers of our training step in bench_step.py, each with `Peer(setting, weights).step(step, crops)`.
 
-Reference is DINO's published step written out plainly, with what makes it slow: a forward per resolution, attention
-that keeps its matrix, weight norm in every forward, the loss pair by pair, loops over parameters, values read back
-every step. It leaves out only the wrapper for several processes, which costs nothing measurable on one. Stock is the
-same nets with the fastest things PyTorch ships. ReferenceRepo runs a clone of facebookresearch/dino itself.
+Reference is the published step of DINO in plain form, including the parts that make it slow: one forward per
+resolution, attention with a stored matrix, weight norm in every forward, the loss pair by pair, loops over parameters,
+device-to-host syncs in every step. Only DistributedDataParallel is left out; on one process it has no measurable cost.
+Stock is the same networks with the fastest parts of PyTorch. ReferenceRepo runs a clone of facebookresearch/dino.
 
-None shares code with the product; parameters have the same names, so that all start from the same weights.
+The peers share no code with the trainer. Parameters have the same names, so that all start from the same weights.
 """
 
 import importlib
@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 SIZES = {"vit_nano": (96, 3, 3), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12)}
 STEPS_PER_EPOCH, EPOCHS, WARMUP_EPOCHS, FROZEN_EPOCHS = 10, 100, 10, 1
-FIRST_STEP = STEPS_PER_EPOCH * WARMUP_EPOCHS  # from here on everything is trained, at about the peak rate
+FIRST_STEP = STEPS_PER_EPOCH * WARMUP_EPOCHS  # from here on all layers are trained, near the peak learning rate
 MIN_LR, DECAY, LAST_DECAY, MOMENTUM, CLIP, TEACHER_TEMP = 1e-6, 0.04, 0.4, 0.996, 3.0, 0.04
 PHASES = ("teacher", "student_forward", "loss", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained; the rest is the reference's default."""
+    """The varied options; all others are the defaults of the reference."""
 
     arch: str
     batch: int
@@ -50,7 +50,7 @@ class Setting:
     lr: float = 0.0005
 
     def crops(self, seed: int) -> list[Tensor]:
-        """A batch of random float32 crops, global ones first, in host memory."""
+        """A batch of random float32 crops, global crops first, in host memory."""
         g = torch.Generator().manual_seed(seed)
         sizes = [self.global_size] * 2 + [self.local_size] * self.local_crops
         return [torch.randn(self.batch, 3, size, size, generator=g) for size in sizes]
@@ -77,7 +77,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, dim: int, heads: int, fused: bool, drop_path: float):
         super().__init__()
-        # As a tensor, so that all blocks are one function to a compiler.
+        # A tensor, so that torch.compile compiles all blocks as one function.
         self.drops, keep = drop_path > 0, torch.tensor(1 - drop_path)
         self.register_buffer("keep", keep, persistent=False)
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads, fused)
@@ -137,13 +137,13 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = torch._weight_norm(self.weight_v, self.weight_g, 0)
-        if self.keep:  # until the next forward, as the hook of nn.utils.weight_norm does
+        if self.keep:  # until the next forward, like the hook of nn.utils.weight_norm
             self.weight = weight
         return F.linear(x, weight)
 
 
 class Net(nn.Module):
-    """Backbone and head over a list of crops, the consecutive crops of one size in one forward."""
+    """Backbone and head applied to a list of crops, with one forward for consecutive crops of equal size."""
 
     def __init__(self, setting: Setting, drop_path: float = 0.0, *, fused: bool = False, keep: bool = True):
         super().__init__()
@@ -165,7 +165,7 @@ class Net(nn.Module):
 
 
 def compile_blocks(*nets: Net, backend: str = "inductor") -> None:
-    """Region by region: all blocks are compiled once for each shape, which takes a twelfth of the time of all of it."""
+    """Regional compilation: one block is compiled per shape, which takes a twelfth of the time of the whole network."""
     for net in nets:
         for block in net.backbone.blocks:
             block.compile(dynamic=False, backend=backend)
@@ -180,12 +180,12 @@ def start_weights(setting: Setting) -> dict[str, Tensor]:
 
 
 class Reference:
-    """`dtype` is that of the autocast: the reference trains in float16, with a gradient scaler, on a GPU and knows no
-    CPU."""
+    """`dtype` is that of autocast. The reference uses float16 with a gradient scaler on a GPU; it does not support
+    CPUs."""
 
     def __init__(self, setting: Setting, weights: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
         self.setting, self.phase_hook = setting, None
-        torch.backends.cudnn.benchmark = True  # as main_dino.py sets it
+        torch.backends.cudnn.benchmark = True  # as in main_dino.py
         self.dtype = dtype or (torch.float16 if setting.device == "cuda" else torch.float32)
         self.scaler = torch.amp.GradScaler(setting.device, enabled=self.dtype == torch.float16)
         self.student, self.teacher = (net.to(setting.device) for net in self.nets())
@@ -198,7 +198,7 @@ class Reference:
         self.weight_decay, self.momentum = self.schedule(DECAY, LAST_DECAY), self.schedule(MOMENTUM, 1.0)
 
     def step(self, step: int, crops: list[Tensor]) -> float:
-        """One update of everything; the loss."""
+        """One update of student, center and teacher; returns the loss."""
         for i, group in enumerate(self.optimizer.param_groups):
             group["lr"] = self.lr[step]
             if i == 0:
@@ -265,7 +265,7 @@ class Reference:
             raise RuntimeError(f"the loss of {type(self).__name__} is {loss.item()}")
 
     def clip(self) -> None:
-        norms = []  # read back, and then not used
+        norms = []  # copied to the host but not used, as in the reference
         for _, p in self.student.named_parameters():
             if p.grad is not None:
                 norm = p.grad.norm(2)
@@ -286,15 +286,15 @@ class Reference:
 
 
 class Stock(Reference):
-    """The fastest that PyTorch ships: bfloat16, fused AdamW, foreach instead of loops, one log_softmax a view."""
+    """The fastest parts of PyTorch: bfloat16, fused AdamW, foreach instead of loops, one log_softmax per view."""
 
     def __init__(self, setting: Setting, weights: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(setting, weights, dtype)
-        if setting.device == "cuda":  # on the CPU it does not help (ViT-Ti, batch 4, 2 cores: 637 ms against 635)
+        if setting.device == "cuda":  # on the CPU it does not help (ViT-Ti, batch 4, 2 cores: 637 instead of 635 ms)
             compile_blocks(self.student, self.teacher)
 
     def nets(self) -> tuple[nn.Module, nn.Module]:
-        # On the CPU the naive attention is the faster one under autocast (the same step: 538 ms against 635).
+        # On the CPU, naive attention is faster under autocast (same step: 538 instead of 635 ms).
         make = partial(Net, self.setting, fused=self.setting.device == "cuda", keep=False)
         return make(self.setting.drop_path), make()
 
@@ -303,7 +303,7 @@ class Stock(Reference):
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         # Linear in the targets, so each view needs one log_softmax. Faster than an einsum over pairs, which autocast
-        # rounds to 16 bit (forward and backward at 40 x 65536, 2 cores: 6.4 ms against 7.2).
+        # rounds to 16 bit (forward and backward at 40 x 65536, 2 cores: 6.4 instead of 7.2 ms).
         views = (student / 0.1).log_softmax(dim=-1, dtype=torch.float32).unflatten(0, (-1, self.setting.batch))
         targets = ((teacher - self.center) / TEACHER_TEMP).softmax(dim=-1).detach().unflatten(0, (2, -1))
         self.update_center(teacher)
@@ -311,7 +311,7 @@ class Stock(Reference):
         return total / (2 * (len(views) - 1) * self.setting.batch)
 
     def check(self, loss: Tensor) -> None:
-        """Nothing is read back before the step's end."""
+        """No device-to-host sync before the end of the step."""
 
     @torch.no_grad()
     def clip(self) -> None:
@@ -325,11 +325,12 @@ class Stock(Reference):
 
 
 class ReferenceRepo(Reference):
-    """A clone of facebookresearch/dino: its nets, loss, clipping, groups and schedules, in the order of its loop."""
+    """A clone of facebookresearch/dino: its networks, loss, clipping, parameter groups and schedules, in the order of
+    its training loop."""
 
     def __init__(self, repo: Path, setting: Setting, weights: dict[str, Tensor]) -> None:
         self.main, self.utils, self.vits = import_reference(repo)
-        if not dist.is_initialized():  # its loss and its student expect a group, be it of one process
+        if not dist.is_initialized():  # its loss and its student need a process group, even for one process
             backend = "nccl" if setting.device == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         super().__init__(setting, weights)
@@ -357,7 +358,7 @@ class ReferenceRepo(Reference):
         return self.utils.cosine_scheduler(start, end, EPOCHS, STEPS_PER_EPOCH, warmup_epochs)
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.dino_loss(student, teacher, WARMUP_EPOCHS)  # its temperature is the same in every epoch
+        return self.dino_loss(student, teacher, WARMUP_EPOCHS)  # its temperature does not depend on the epoch
 
     def clip(self) -> None:
         self.utils.clip_gradients(self.student, CLIP)
@@ -367,12 +368,12 @@ class ReferenceRepo(Reference):
 
 
 def import_reference(repo: Path) -> list[ModuleType]:
-    """main_dino, utils and vision_transformer of a clone. torchvision, which it reads pictures with, may be missing."""
+    """main_dino, utils and vision_transformer of a clone. torchvision, needed only for images, may be missing."""
     if importlib.util.find_spec("torchvision") is None:
         torchvision = sys.modules["torchvision"] = ModuleType("torchvision")
         for name in ("datasets", "transforms", "models"):
             setattr(torchvision, name, ModuleType(name))
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of its weight norm
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from its weight norm
     sys.path.insert(0, str(repo))
     return [importlib.import_module(name) for name in ("main_dino", "utils", "vision_transformer")]
 

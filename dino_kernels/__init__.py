@@ -1,5 +1,7 @@
 """Fused kernels for DINO pretraining: native C++ on the CPU, Triton or CUDA C++ on the GPU."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from dino_kernels._core.backends import set_backend
 from dino_kernels.ops.adamw_ema import adamw_ema_step_, adamw_ema_step_reference_
 from dino_kernels.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
@@ -19,6 +21,11 @@ from dino_kernels.ops.weight_norm import (
     weight_norm_product_backward_reference_,
     weight_norm_reference_,
 )
+
+try:
+    __version__ = version("dino-kernels")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "CROP",

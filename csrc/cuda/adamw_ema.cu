@@ -7,7 +7,7 @@
 // Where segments begin travels in the kernels' parameters (12 bytes a segment, up to kMost a launch): nothing is
 // uploaded or kept, and a captured graph has it in its nodes. A block finds its segment by bisection in the constant
 // cache. Bytes: 4 an element for the norms, 36 for the update, with 16-bit copies 40, 4 less where nothing is cleared.
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace dino::cuda {
 namespace {

@@ -1,5 +1,5 @@
-// Self-attention of sequences of at most 256 tokens, D = 64, forward and backward: dino_kernels/ops/attention.py has the
-// formulas. Tensor cores by mma.sync, so that one source serves every architecture from sm_80 on.
+// Self-attention of sequences of at most 256 tokens, D = 64, forward and backward: dino_kernels/ops/attention.py has
+// the formulas. Tensor cores by mma.sync, so that one source serves every architecture from sm_80 on.
 //
 // A block of threads owns a (sequence, head) and keeps what it needs of it in shared memory, read once: rows of 128
 // bytes, whose pieces of 16 bytes are permuted by the row's number so that ldmatrix meets no bank twice.
@@ -9,7 +9,7 @@
 // fixed order without atomics: bitwise repeatable.
 // Bytes: forward reads qkv and writes out, 8 an element of out; backward reads qkv, out and its gradient, writes
 // grad, 16.
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace dino::cuda {
 namespace {
@@ -118,8 +118,8 @@ struct Sequence {
         int64_t head = blockIdx.x % a.heads;
         rows = first + blockIdx.x / a.heads * length;
         column = head * kD, lse = head * a.tokens + rows, padded = (length + 15) / 16 * 16;
-        q = static_cast<const T*>(a.qkv) + rows * a.stride_t + head * a.stride_h;
-        k = q + a.stride_3, v = k + a.stride_3;
+        q = static_cast<const T*>(a.qkv) + rows * a.token_stride + head * a.head_stride;
+        k = q + a.part_stride, v = k + a.part_stride;
     }
 };
 
@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(256) attention_short_kernel(AttentionArgs a, i
     char* memory = reinterpret_cast<char*>(shared);
     Sequence<T> x(a, first, length);
     uint32_t keys = 0, values = x.padded * kRowBytes, base = uint32_t(__cvta_generic_to_shared(memory));
-    copy_rows(memory, keys, x.k, a.stride_t, length, x.padded);
-    copy_rows(memory, values, x.v, a.stride_t, length, x.padded);
+    copy_rows(memory, keys, x.k, a.token_stride, length, x.padded);
+    copy_rows(memory, values, x.v, a.token_stride, length, x.padded);
     commit_copies();
     keys += base + piece(row_of_b(), piece_of_b()), values += base + piece(row_of_a(), piece_of_a());
     int lane = threadIdx.x % 32, row = lane / 4, pair = 2 * (lane % 4);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(256) attention_short_kernel(AttentionArgs a, i
 #pragma unroll
         for (int i = 0; i < 16; ++i) {  // in the order of A's registers: row, row + 8, and both 8 columns on
             int r = rows[i % 2];
-            const T* from = x.q + r * a.stride_t + i / 4 * 16 + i / 2 % 2 * 8 + pair;
+            const T* from = x.q + r * a.token_stride + i / 4 * 16 + i / 2 % 2 * 8 + pair;
             q[i / 4][i % 4] = r < length ? __ldg(reinterpret_cast<const uint32_t*>(from)) : 0u;
         }
         if (!copied) wait_for_copies<0>(), __syncthreads(), copied = true;
@@ -225,9 +225,9 @@ __global__ void __launch_bounds__(512) attention_short_backward_kernel(Attention
     int padded = x.padded, tile_bytes = padded * kRowBytes, ds_bytes = padded * 2 * kQueries;
     uint32_t queries = 0, keys = tile_bytes, values = 2 * tile_bytes, grads = 3 * tile_bytes, ds = 4 * tile_bytes;
     float* statistics = reinterpret_cast<float*>(memory + ds + 2 * ds_bytes);  // lse log2(e), delta; each [padded]
-    copy_rows(memory, queries, x.q, a.stride_t, length, padded);
-    copy_rows(memory, keys, x.k, a.stride_t, length, padded);
-    copy_rows(memory, values, x.v, a.stride_t, length, padded);
+    copy_rows(memory, queries, x.q, a.token_stride, length, padded);
+    copy_rows(memory, keys, x.k, a.token_stride, length, padded);
+    copy_rows(memory, values, x.v, a.token_stride, length, padded);
     commit_copies();
     const T* grad_out = static_cast<const T*>(a.grad_out) + x.rows * a.heads * kD + x.column;
     const T* out = static_cast<const T*>(a.out) + x.rows * a.heads * kD + x.column;

@@ -10,7 +10,7 @@
 #include <string>
 #include <type_traits>
 
-#include "launch.h"
+#include "cuda/launch.h"
 
 namespace dino::cuda {
 

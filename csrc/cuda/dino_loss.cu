@@ -9,7 +9,7 @@
 //    224 KiB (from sm_90 on) of the ring; a longer row passes through it twice. A thread reads only what it has
 //    copied itself, so the copies need no barrier, and the gradient may overwrite the logits.
 // Exponentials: 9/8 an element for the log-sum-exp, 1 for the gradient, 2 a teacher's element. Sums have a fixed order.
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace dino::cuda {
 namespace {

@@ -5,7 +5,7 @@
 // block finds its tensor by bisection in the constant cache. Each thread has four loads of 16 bytes of each operand
 // under way before it computes; a tensor that is not aligned to that, and the last elements, go one by one.
 // Bytes: 12 an element with a float32 source, each touched once. It is bound by memory.
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace dino::cuda {
 namespace {

@@ -1,10 +1,10 @@
-// Launchers of the CUDA C++ kernels: what csrc/kernels.h is for the CPU. Every pointer is of the device unless it says
-// otherwise; nothing synchronizes, so that all of it may be captured in a CUDA graph.
+// Launchers of the CUDA C++ kernels. Every pointer is of the device unless it says otherwise; nothing synchronizes, so
+// that all of it may be captured in a CUDA graph.
 #pragma once
 
 #include <cstdint>
 
-#include "../kernels.h"
+#include "common/dtype.h"
 
 namespace dino::cuda {
 
@@ -81,7 +81,7 @@ struct AttentionArgs {     // D = 64; every address and stride a multiple of 16 
     float* lse;            // [H, T]
     const void* grad_out;  // like out; for the backward pass
     void* grad;            // [T, 3, H, D]
-    int64_t tokens, heads, stride_t, stride_3, stride_h;
+    int64_t tokens, heads, token_stride, part_stride, head_stride;
     DType dtype;  // f16 or bf16
     float scale;  // > 0
     // (sequences, tokens of each, at most 256) in packed order, the host's

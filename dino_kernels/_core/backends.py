@@ -94,7 +94,7 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return capability == (major, minor) or (major >= 10 and arch[-1] != "a" and capability[0] == major)
 
 
-def kernels():
+def kernels() -> "_C.Cuda":
     """The launchers of the CUDA C++ kernels."""
     return _C.cuda
 

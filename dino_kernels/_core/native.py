@@ -7,24 +7,30 @@ import numpy as np
 import torch
 
 try:
-    from dino_kernels import _C  # type: ignore[attr-defined]
+    from dino_kernels import _C
+    from dino_kernels._C import Products
 except ImportError as error:
     raise ImportError(
         f"the compiled part of dino_kernels does not load ({error}); "
         "build it with `pip install .` or, in the source tree, `python setup.py build_ext --inplace`"
     ) from error
 
-# enum class DType in csrc/kernels.h
+# enum class DType in csrc/common/dtype.h
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# the steps of a crop's jitter, struct Crop there
+# the steps of a crop's jitter, struct Crop in csrc/cpu/multicrop/multicrop.h
 JITTER: tuple[str, ...] = ("brightness", "contrast", "saturation", "hue")
 
-__all__ = ["DTYPES", "JITTER", "_C", "address", "reused_empty", "setting"]
+__all__ = ["DTYPES", "JITTER", "Products", "_C", "address", "dtype_of", "reused_empty", "setting"]
 
 
 def address(x: torch.Tensor | None) -> int:
     """Where a tensor's values begin; 0 for a tensor that may be left out and is."""
     return 0 if x is None else x.data_ptr()
+
+
+def dtype_of(x: torch.Tensor | None) -> int:
+    """The number of a tensor's dtype; any for a tensor that may be left out and is."""
+    return 0 if x is None else DTYPES[x.dtype]
 
 
 _spare: list[np.ndarray] = []  # at most one buffer, waiting for the next tensor of its size

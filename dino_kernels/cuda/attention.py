@@ -1,5 +1,7 @@
 """The CUDA C++ kernels of attention over short sequences, csrc/cuda/attention_short.cu."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,14 +24,15 @@ def fits_cuda(qkv: Tensor, groups: list[int], scale: float, *others: Tensor) -> 
 def forward_cuda(qkv, cu_seqlens, groups, scale):
     tokens, _, heads, channels = qkv.shape
     out, lse = qkv.new_empty(tokens, heads, channels), qkv.new_empty(heads, tokens, dtype=torch.float32)
-    _run(qkv, groups, scale, out, lse)
+    backends.kernels().attention_short(**_arguments(qkv, groups, scale, out, lse))
     return out, lse
 
 
 def backward_cuda(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums):
     assert grad_out.is_contiguous() and out.is_contiguous() and lse.is_contiguous()
     grad = qkv.new_empty(qkv.shape)
-    _run(qkv, groups, scale, out, lse, grad_out, grad)
+    arguments = _arguments(qkv, groups, scale, out, lse)
+    backends.kernels().attention_short_backward(**arguments, grad_out=grad_out.data_ptr(), grad=grad.data_ptr())
     if sums is not None:
         from dino_kernels.triton.column_sums import add_column_sums
 
@@ -37,13 +40,20 @@ def backward_cuda(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums):
     return grad
 
 
-def _run(qkv: Tensor, groups: list[int], scale: float, *others: Tensor) -> None:
-    """The forward pass, or with the gradients after out and lse the backward pass."""
-    backends.kernels().attention_short(
-        [x.data_ptr() for x in (qkv, *others)],
-        [len(qkv), qkv.shape[2], *qkv.stride()[:3]],
-        DTYPES[qkv.dtype],
-        scale,
-        groups,
-        backends.stream(),
-    )
+def _arguments(qkv: Tensor, groups: list[int], scale: float, out: Tensor, lse: Tensor) -> dict[str, Any]:
+    """Those that the forward and the backward pass have in common."""
+    token_stride, part_stride, head_stride, _ = qkv.stride()
+    return {
+        "qkv": qkv.data_ptr(),
+        "out": out.data_ptr(),
+        "lse": lse.data_ptr(),
+        "tokens": qkv.shape[0],
+        "heads": qkv.shape[2],
+        "token_stride": token_stride,
+        "part_stride": part_stride,
+        "head_stride": head_stride,
+        "dtype": DTYPES[qkv.dtype],
+        "scale": scale,
+        "groups": groups,
+        "stream": backends.stream(),
+    }

@@ -8,10 +8,10 @@ __all__ = ["update_cuda"]
 
 def update_cuda(targets, sources, momentum):
     backends.kernels().ema_update(
-        [t.data_ptr() for t in targets],
-        [s.data_ptr() for s in sources],
-        [t.numel() for t in targets],
-        [DTYPES[s.dtype] for s in sources],
-        backends.given(momentum),
-        backends.stream(),
+        targets=[t.data_ptr() for t in targets],
+        sources=[s.data_ptr() for s in sources],
+        sizes=[t.numel() for t in targets],
+        source_dtypes=[DTYPES[s.dtype] for s in sources],
+        momentum=backends.given(momentum),
+        stream=backends.stream(),
     )

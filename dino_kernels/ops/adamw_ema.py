@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dino_kernels._core.native import _C, DTYPES, address, setting
+from dino_kernels._core.native import _C, DTYPES, address, dtype_of, setting
 from dino_kernels._core.registry import custom_op
 from dino_kernels._core.results import last_layer
 from dino_kernels.ops.ema_update import momentum_tensor
@@ -282,17 +282,36 @@ def _step_cpu(
     student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets, steps,
     decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps, cleared,
 ):  # fmt: skip
-    optional = (student_16, teacher_16, student_rows, teacher_rows)
-    dtypes = [0 if x is None else DTYPES[x.dtype] for x in (grad, *optional[:3])]
+    rows, channels = (0, 0) if student_rows is None else student_rows.shape
     refused = _C.adamw_ema_step(
-        [address(x) for x in (student, grad, exp_avg, exp_avg_sq, teacher, *optional)],
-        dtypes,
-        offsets,
-        [x.data_ptr() for x in (steps, decayed, frozen)],
-        [float(x) for x in (lr, weight_decay, momentum, clip_norm, beta1, beta2, eps)],
-        [0, 0] if student_rows is None else list(student_rows.shape),
-        cleared,
-        torch.get_num_threads(),
+        student=student.data_ptr(),
+        grad=grad.data_ptr(),
+        exp_avg=exp_avg.data_ptr(),
+        exp_avg_sq=exp_avg_sq.data_ptr(),
+        teacher=teacher.data_ptr(),
+        student_16=address(student_16),
+        teacher_16=address(teacher_16),
+        student_rows=address(student_rows),
+        teacher_rows=address(teacher_rows),
+        grad_dtype=DTYPES[grad.dtype],
+        student_16_dtype=dtype_of(student_16),
+        teacher_16_dtype=dtype_of(teacher_16),
+        rows_dtype=dtype_of(student_rows),
+        offsets=offsets,
+        steps=steps.data_ptr(),
+        decayed=decayed.data_ptr(),
+        frozen=frozen.data_ptr(),
+        lr=float(lr),
+        weight_decay=float(weight_decay),
+        momentum=float(momentum),
+        clip_norm=clip_norm,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        rows=rows,
+        channels=channels,
+        cleared=cleared,
+        threads=torch.get_num_threads(),
     )
     nonfinite.fill_(refused)
     if refused:

@@ -22,6 +22,7 @@ from torch import Tensor
 from dino_kernels._core.native import _C, DTYPES, address
 from dino_kernels._core.registry import custom_op
 from dino_kernels._core.results import empty_gradients, empty_outputs, same_gradient
+from dino_kernels.ops.add_product import add_column_sums_cpu
 
 __all__ = ["add_layer_norm", "add_layer_norm_reference"]
 
@@ -239,24 +240,35 @@ _norm.register_autograd(_backward, setup_context=_setup)
 GROUPS = 64  # of tokens, at most, whatever the number of threads: their sums do not depend on it
 
 
-def numbers(rows: Tensor | None) -> tuple[int, int]:
-    """RowsOf in csrc/kernels.h"""
-    return (0, -1) if rows is None else (rows.data_ptr(), rows.shape[0])
+def count_of(rows: Tensor | None) -> int:
+    """As struct RowsOf in csrc/cpu/add_layer_norm.h has it."""
+    return -1 if rows is None else rows.shape[0]
 
 
 def _forward_cpu(x, branch, weight, bias, scale, rows, normed_rows, eps):
-    outputs = empty_outputs(x, branch, normed_rows)
+    total, normed, mean, rstd = empty_outputs(x, branch, normed_rows)
     _C.add_layer_norm(
-        *(address(t) for t in (x, branch, scale, weight, bias, *outputs)),
-        numbers(rows),
-        numbers(normed_rows),
-        *x.shape,
-        DTYPES[x.dtype],
-        DTYPES[branch.dtype],
-        eps,
-        torch.get_num_threads(),
+        x=x.data_ptr(),
+        branch=branch.data_ptr(),
+        scale=address(scale),
+        branch_rows=address(rows),
+        branch_rows_count=count_of(rows),
+        normed_rows=address(normed_rows),
+        normed_rows_count=count_of(normed_rows),
+        weight=weight.data_ptr(),
+        bias=bias.data_ptr(),
+        total=total.data_ptr(),
+        normed=normed.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        tokens=x.shape[0],
+        channels=x.shape[1],
+        x_dtype=DTYPES[x.dtype],
+        branch_dtype=DTYPES[branch.dtype],
+        eps=eps,
+        threads=torch.get_num_threads(),
     )
-    return outputs
+    return total, normed, mean, rstd
 
 
 def _backward_cpu(
@@ -266,19 +278,29 @@ def _backward_cpu(
     groups = min(GROUPS, len(total))
     partial = weight.new_empty(groups, 2, len(weight))
     _C.add_layer_norm_backward(
-        *(address(t) for t in (grad_total, grad_normed, total, mean, rstd, weight, scale)),
-        *(address(t) for t in (grad_x, grad_branch if grad_branch.numel() else None)),
-        *(t.data_ptr() for t in (partial, grad_weight, grad_bias)),
-        numbers(rows),
-        numbers(normed_rows),
-        *total.shape,
-        groups,
-        DTYPES[total.dtype],
-        DTYPES[grad_normed.dtype],
-        torch.get_num_threads(),
+        grad_total=address(grad_total),
+        grad_normed=grad_normed.data_ptr(),
+        total=total.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        weight=weight.data_ptr(),
+        scale=address(scale),
+        branch_rows=address(rows),
+        branch_rows_count=count_of(rows),
+        normed_rows=address(normed_rows),
+        normed_rows_count=count_of(normed_rows),
+        grad_x=grad_x.data_ptr(),
+        grad_branch=grad_branch.data_ptr() if grad_branch.numel() else 0,
+        partial=partial.data_ptr(),
+        grad_weight=grad_weight.data_ptr(),
+        grad_bias=grad_bias.data_ptr(),
+        tokens=total.shape[0],
+        channels=total.shape[1],
+        groups=groups,
+        x_dtype=DTYPES[total.dtype],
+        branch_dtype=DTYPES[grad_normed.dtype],
+        threads=torch.get_num_threads(),
     )
     if branch_sums is not None:
-        summed = grad_branch if grad_branch.ndim == 2 else grad_x
-        addresses = branch_sums.data_ptr(), summed.data_ptr()
-        _C.add_column_sums(*addresses, DTYPES[summed.dtype], *summed.shape, torch.get_num_threads())
+        add_column_sums_cpu(branch_sums, grad_branch if grad_branch.ndim == 2 else grad_x)
     return grad_x, grad_branch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dino_kernels._core.backends import GpuKernel
-from dino_kernels._core.native import _C, DTYPES, address
+from dino_kernels._core.native import _C, DTYPES, Products, address
 from dino_kernels._core.registry import custom_op
 from dino_kernels.ops.linear import products_of
 
@@ -90,15 +90,50 @@ def _(into, grad, x, into_bias):
 
 
 def _add_cpu(into, grad, x, into_bias):
-    if products := products_of(grad, x, work=grad.numel() * x.shape[1]):
-        pointers = (into.data_ptr(), grad.data_ptr(), x.data_ptr(), address(into_bias))
-        return _C.add_linear(*pointers, *grad.shape, x.shape[1], DTYPES[x.dtype], products, torch.get_num_threads())
+    products = products_of(grad, x, work=grad.numel() * x.shape[1])
+    if products != Products.library:
+        return _C.add_linear(
+            into=into.data_ptr(),
+            grad=grad.data_ptr(),
+            x=x.data_ptr(),
+            into_bias=address(into_bias),
+            tokens=grad.shape[0],
+            outputs=grad.shape[1],
+            inputs=x.shape[1],
+            dtype=DTYPES[x.dtype],
+            products=products,
+            threads=torch.get_num_threads(),
+        )
     if into_bias is not None:
-        addresses = (into_bias.data_ptr(), grad.data_ptr())
-        _C.add_column_sums(*addresses, DTYPES[grad.dtype], *grad.shape, torch.get_num_threads())
+        add_column_sums_cpu(into_bias, grad)
     if x.dtype == torch.float32:
-        arguments = (into.data_ptr(), grad.data_ptr(), x.data_ptr(), *grad.shape, x.shape[1])
-        _C.add_product(*arguments, torch.get_num_threads())
+        _C.add_product(
+            into=into.data_ptr(),
+            grad=grad.data_ptr(),
+            x=x.data_ptr(),
+            tokens=grad.shape[0],
+            outputs=grad.shape[1],
+            inputs=x.shape[1],
+            threads=torch.get_num_threads(),
+        )
     else:  # torch's mixed sum would write a float32 copy first
         made = grad.t() @ x
-        _C.add_to(into.data_ptr(), made.data_ptr(), DTYPES[made.dtype], made.numel(), torch.get_num_threads())
+        _C.add_to(
+            into=into.data_ptr(),
+            x=made.data_ptr(),
+            count=made.numel(),
+            dtype=DTYPES[made.dtype],
+            threads=torch.get_num_threads(),
+        )
+
+
+def add_column_sums_cpu(into: Tensor, x: Tensor) -> None:
+    """into [columns], float32, += the sums of the columns of x, contiguous."""
+    _C.add_column_sums(
+        into=into.data_ptr(),
+        x=x.data_ptr(),
+        rows=x.numel() // len(into),
+        columns=len(into),
+        dtype=DTYPES[x.dtype],
+        threads=torch.get_num_threads(),
+    )

@@ -9,13 +9,15 @@ Backward, with P the probabilities, rebuilt from lse (the natural logarithm of e
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dino_kernels._core.native import _C, DTYPES
+from dino_kernels._core.native import _C, DTYPES, Products
 from dino_kernels._core.registry import custom_op
 from dino_kernels.cuda.attention import fits_cuda
+from dino_kernels.ops.add_product import add_column_sums_cpu
 
 __all__ = ["attention", "attention_reference"]
 
@@ -162,13 +164,13 @@ _attention.register_autograd(_backward, setup_context=_setup)
 
 # --- CPU ---------------------------------------------------------------------------------------------
 
-_BF16_PRODUCTS = 2  # of bfloat16 tensors, where the processor has them: 1 pairs of values, 2 tiles of pairs; 0 widens
+_BF16_PRODUCTS = Products.amx  # of bfloat16 tensors, or what the processor has instead
 
 
 def _forward_cpu(qkv, cu_seqlens, groups, scale):
     _check_bounds(len(qkv), cu_seqlens, groups)
     out, lse = _outputs(qkv)
-    _run(qkv, cu_seqlens, scale, out, lse)
+    _C.attention(**_arguments(qkv, cu_seqlens, scale, out, lse))
     return out, lse
 
 
@@ -176,24 +178,34 @@ def _backward_cpu(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums):
     assert grad_out.is_contiguous() and out.is_contiguous() and lse.is_contiguous()
     _check_bounds(len(qkv), cu_seqlens, groups)
     grad = qkv.new_empty(qkv.shape)
-    _run(qkv, cu_seqlens, scale, out, lse, grad_out, grad)
+    arguments = _arguments(qkv, cu_seqlens, scale, out, lse)
+    _C.attention_backward(**arguments, grad_out=grad_out.data_ptr(), grad=grad.data_ptr())
     if sums is not None:
-        addresses = (sums.data_ptr(), grad.data_ptr())
-        _C.add_column_sums(*addresses, DTYPES[grad.dtype], len(grad), len(sums), torch.get_num_threads())
+        add_column_sums_cpu(sums, grad)
     return grad
 
 
-def _run(qkv: Tensor, cu_seqlens: Tensor, scale: float, *others: Tensor) -> None:
-    """The forward pass, or with the gradients after out and lse the backward pass."""
+def _arguments(qkv: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor, lse: Tensor) -> dict[str, Any]:
+    """Those that the forward and the backward pass have in common."""
     tokens, _, heads, channels = qkv.shape
-    _C.attention(
-        [t.data_ptr() for t in (qkv, cu_seqlens, *others)],
-        [len(cu_seqlens) - 1, tokens, heads, channels, *qkv.stride()[:3]],
-        DTYPES[qkv.dtype],
-        scale,
-        _BF16_PRODUCTS,
-        torch.get_num_threads(),
-    )
+    token_stride, part_stride, head_stride, _ = qkv.stride()
+    return {
+        "qkv": qkv.data_ptr(),
+        "bounds": cu_seqlens.data_ptr(),
+        "out": out.data_ptr(),
+        "lse": lse.data_ptr(),
+        "sequences": len(cu_seqlens) - 1,
+        "tokens": tokens,
+        "heads": heads,
+        "channels": channels,
+        "token_stride": token_stride,
+        "part_stride": part_stride,
+        "head_stride": head_stride,
+        "dtype": DTYPES[qkv.dtype],
+        "scale": scale,
+        "products": _BF16_PRODUCTS,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _check_bounds(tokens: int, cu_seqlens: Tensor, groups: list[int]) -> None:

@@ -98,7 +98,16 @@ _gelu.register_autograd(_backward, setup_context=_setup)
 
 def _forward_cpu(x, bias):
     out, bias = torch.empty_like(x), bias.float()
-    _C.bias_gelu(x.data_ptr(), bias.data_ptr(), out.data_ptr(), *x.shape, DTYPES[x.dtype], torch.get_num_threads())
+    tokens, channels = x.shape
+    _C.bias_gelu(
+        x=x.data_ptr(),
+        bias=bias.data_ptr(),
+        out=out.data_ptr(),
+        tokens=tokens,
+        channels=channels,
+        dtype=DTYPES[x.dtype],
+        threads=torch.get_num_threads(),
+    )
     return out
 
 
@@ -107,11 +116,16 @@ def _backward_cpu(grad_out, x, bias, again):
     groups = min(64, len(x))  # whatever the number of threads, so that the sums do not depend on it
     partial = wide_bias.new_empty(groups, len(bias))
     _C.bias_gelu_backward(
-        *(t.data_ptr() for t in (grad_out, x, wide_bias, grad_x, partial)),
-        out.data_ptr() if again else 0,
-        *x.shape,
-        groups,
-        DTYPES[x.dtype],
-        torch.get_num_threads(),
+        grad_out=grad_out.data_ptr(),
+        x=x.data_ptr(),
+        bias=wide_bias.data_ptr(),
+        grad_x=grad_x.data_ptr(),
+        partial=partial.data_ptr(),
+        out=out.data_ptr() if again else 0,
+        tokens=x.shape[0],
+        channels=x.shape[1],
+        groups=groups,
+        dtype=DTYPES[x.dtype],
+        threads=torch.get_num_threads(),
     )
     return grad_x, partial.sum(0).to(bias.dtype), out

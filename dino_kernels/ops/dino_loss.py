@@ -220,22 +220,22 @@ def _forward_cpu(student, teacher, center, student_temp, teacher_temp, grad):
     batch_center = torch.empty_like(center)
     batch = teacher.shape[0] // 2
     loss = _C.dino_loss(
-        student.data_ptr(),
-        teacher.data_ptr(),
-        center.data_ptr(),
-        grad.data_ptr(),
-        batch_center.data_ptr(),
-        student.shape[0] // batch,
-        batch,
-        student.shape[1],
-        student.stride(0),
-        teacher.stride(0),
-        grad.stride(0),
-        DTYPES[student.dtype],
-        DTYPES[teacher.dtype],
-        float(student_temp),
-        float(teacher_temp),
-        torch.get_num_threads(),
+        student=student.data_ptr(),
+        teacher=teacher.data_ptr(),
+        center=center.data_ptr(),
+        grad=grad.data_ptr(),
+        batch_center=batch_center.data_ptr(),
+        views=student.shape[0] // batch,
+        batch=batch,
+        outputs=student.shape[1],
+        student_stride=student.stride(0),
+        teacher_stride=teacher.stride(0),
+        grad_stride=grad.stride(0),
+        student_dtype=DTYPES[student.dtype],
+        teacher_dtype=DTYPES[teacher.dtype],
+        student_temp=float(student_temp),
+        teacher_temp=float(teacher_temp),
+        threads=torch.get_num_threads(),
     )
     return torch.tensor(loss, dtype=torch.float32, device="cpu"), batch_center
 

@@ -91,10 +91,10 @@ def _(targets, sources, momentum):
 
 def _update_cpu(targets, sources, momentum):
     _C.ema_update(
-        [t.data_ptr() for t in targets],
-        [s.data_ptr() for s in sources],
-        [t.numel() for t in targets],
-        [DTYPES[s.dtype] for s in sources],
-        float(momentum),
-        torch.get_num_threads(),
+        targets=[t.data_ptr() for t in targets],
+        sources=[s.data_ptr() for s in sources],
+        sizes=[t.numel() for t in targets],
+        source_dtypes=[DTYPES[s.dtype] for s in sources],
+        momentum=float(momentum),
+        threads=torch.get_num_threads(),
     )

@@ -10,14 +10,14 @@ Dimensions: T tokens, of which drop path leaves A to the attention, M to the MLP
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dino_kernels._core.native import _C, DTYPES, address
+from dino_kernels._core.native import _C, DTYPES, Products, address
 from dino_kernels._core.registry import on_plain_cpu
-from dino_kernels.ops.add_layer_norm import GROUPS, numbers
+from dino_kernels.ops.add_layer_norm import GROUPS, count_of
 from dino_kernels.ops.linear import products_of
 
 __all__ = ["FusedBlock"]
@@ -44,7 +44,7 @@ class FusedBlock(NamedTuple):
         """Whether the kernels take x [T, C] and its norm [A, C]."""
         dense = x.dtype == torch.float32 and x.is_contiguous()
         operands = normed, *self.weights[:3:2], *self.weights[6:9:2]
-        return dense and on_plain_cpu(normed) and bool(products_of(*operands))
+        return dense and on_plain_cpu(normed) and products_of(*operands) != Products.library
 
     def forward(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """out [T, C] float32, its next_norm [N, C] of the dtype of normed, and what lies between, for the backward."""
@@ -53,7 +53,14 @@ class FusedBlock(NamedTuple):
         out, scratch = torch.empty_like(x), normed.new_empty(x.shape)
         next_rows = self.rows[2]
         out_normed = normed.new_empty((x if next_rows is None else next_rows).shape[0], x.shape[1])
-        block.forward(_addresses((kept, x, normed, out, out_normed, scratch)))
+        block.forward(
+            saved=kept.data_ptr(),
+            x=x.data_ptr(),
+            normed=normed.data_ptr(),
+            out=out.data_ptr(),
+            out_normed=out_normed.data_ptr(),
+            scratch=scratch.data_ptr(),
+        )
         return out, out_normed, kept
 
     def backward_(
@@ -71,18 +78,54 @@ class FusedBlock(NamedTuple):
         branch = max(a, (out if mlp_rows is None else mlp_rows).shape[0])
         grad_x, grad_normed_x = torch.empty_like(out), torch.empty_like(normed)
         scratch, partial = normed.new_empty(2 * branch + 3 * a, c), out.new_empty(GROUPS, 2, c)
-        operands = kept, grad, grad_normed, normed, out, grad_x, grad_normed_x, scratch, partial
-        into = [t.data_ptr() for t in grads]  # a None is an error here, in the kernels it would be address 0
-        self._native(out, normed).backward(_addresses(operands), into)
+        self._native(out, normed).backward(
+            saved=kept.data_ptr(),
+            grad=address(grad),
+            grad_normed=grad_normed.data_ptr(),
+            normed=normed.data_ptr(),
+            out=out.data_ptr(),
+            grad_x=grad_x.data_ptr(),
+            grad_normed_x=grad_normed_x.data_ptr(),
+            scratch=scratch.data_ptr(),
+            partial=partial.data_ptr(),
+            **_addresses(grads),
+        )
         return grad_x, grad_normed_x
 
-    def _native(self, x: Tensor, normed: Tensor) -> Any:
-        """`_C.FusedBlock`; shape[0], because len() of a tensor is Python."""
-        sizes = self.cu_seqlens.shape[0] - 1, *x.shape, self.heads, self.weights[6].shape[0], GROUPS
-        operands, rows = (*self.weights, self.cu_seqlens, *self.scales), [numbers(rows) for rows in self.rows]
-        by = DTYPES[normed.dtype], products_of(normed), torch.get_num_threads()
-        return _C.FusedBlock(_addresses(operands), rows, sizes, self.eps, *by)
+    def _native(self, x: Tensor, normed: Tensor) -> _C.FusedBlock:
+        """shape[0], because len() of a tensor is Python."""
+        attention_rows, mlp_rows, next_rows = self.rows
+        scale, mlp_scale = self.scales
+        return _C.FusedBlock(
+            **_addresses(self.weights),
+            bounds=self.cu_seqlens.data_ptr(),
+            scale=address(scale),
+            mlp_scale=address(mlp_scale),
+            attention_rows=address(attention_rows),
+            attention_rows_count=count_of(attention_rows),
+            mlp_rows=address(mlp_rows),
+            mlp_rows_count=count_of(mlp_rows),
+            next_rows=address(next_rows),
+            next_rows_count=count_of(next_rows),
+            sequences=self.cu_seqlens.shape[0] - 1,
+            tokens=x.shape[0],
+            channels=x.shape[1],
+            heads=self.heads,
+            hidden_channels=self.weights[6].shape[0],
+            groups=GROUPS,
+            eps=self.eps,
+            dtype=DTYPES[normed.dtype],
+            products=products_of(normed),
+            threads=torch.get_num_threads(),
+        )
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [address(t) for t in tensors]
+# The order of FusedBlock.weights and of their gradients.
+_WEIGHTS = (
+    "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "norm_weight", "norm_bias",
+    "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "next_norm_weight", "next_norm_bias",
+)  # fmt: skip
+
+
+def _addresses(tensors: Sequence[Tensor]) -> dict[str, int]:
+    return {name: t.data_ptr() for name, t in zip(_WEIGHTS, tensors, strict=True)}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_kernels._core.native import _C, DTYPES, address
+from dino_kernels._core.native import _C, DTYPES, Products, address
 from dino_kernels._core.registry import custom_op
 
 __all__ = ["linear", "linear_reference"]
@@ -22,7 +22,7 @@ __all__ = ["linear", "linear_reference"]
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
     """x W^T + bias, or x W + bias. Sums are float32; a repeated call is bitwise equal.
 
-    With matrix tiles, float32 terms below 1e-33 lose digits, and an infinite one makes its sum NaN.
+    With AMX, float32 terms below 1e-33 lose digits, and an infinite one makes its sum NaN.
 
     Args:
         x: [T, D], float32, float16, bfloat16 or float64.
@@ -106,36 +106,46 @@ _linear.register_autograd(_backward, setup_context=_setup)
 
 # --- CPU ---------------------------------------------------------------------------------------------
 
-LIBRARY, FLOATS, TILES = range(3)  # enum class Products in csrc/kernels.h
-_PRODUCTS = {dtype: _C.best_products(DTYPES[dtype]) for dtype in (torch.float32, torch.bfloat16)}
-_SPLIT = 1 << 25  # multiply-adds of float32 from which tiles take it; small nets keep plain float32's rounding
+_PRODUCTS = {dtype: _C.best_products(dtype=DTYPES[dtype]) for dtype in (torch.float32, torch.bfloat16)}
+_SPLIT = 1 << 25  # multiply-adds of float32 from which AMX takes it; small nets keep plain float32's rounding
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def products_of(*operands: Tensor, work: int = 0) -> int:
-    """What multiplies operands [rows, multiple of 32, not 0] in the kernels of linear layers; LIBRARY: not those.
+def products_of(*operands: Tensor, work: int = 0) -> Products:
+    """What multiplies operands [rows, multiple of 32, not 0] in the kernels of linear layers; library: not those.
 
-    work: multiply-adds, of a kernel that takes float32 by tiles too.
+    work: multiply-adds, of a kernel that takes float32 with AMX too.
     """
     dtype = operands[0].dtype
-    products = _PRODUCTS.get(dtype, LIBRARY)
-    if products == TILES and dtype == torch.float32 and work < _SPLIT:
-        products = FLOATS if work else LIBRARY
-    fits = products and all(
+    products = _PRODUCTS.get(dtype, Products.library)
+    if dtype == torch.float32 and work < _SPLIT and products == Products.amx:
+        products = Products.f32 if work else Products.library
+    fits = products != Products.library and all(
         x.dtype == dtype and x.shape[1] and x.shape[1] % 32 == 0 and x.is_contiguous() and not x.is_cuda
         for x in operands
     )
-    return products if fits else LIBRARY
+    return products if fits else Products.library
 
 
 def _linear_cpu(x, weight, bias, transposed):
     outputs = weight.shape[1 if transposed else 0]
     bias = None if bias is None else bias.contiguous()  # what oneDNN takes it for too, and does not check
-    products = products_of(x, weight, work=len(x) * weight.numel()) if outputs % 32 == 0 else LIBRARY
-    if products:
+    products = products_of(x, weight, work=len(x) * weight.numel()) if outputs % 32 == 0 else Products.library
+    if products != Products.library:
         out, wide_bias = x.new_empty(len(x), outputs), None if bias is None else bias.float()
-        addresses = (address(t) for t in (x, weight, wide_bias, out))
-        _C.linear(*addresses, *x.shape, outputs, transposed, DTYPES[x.dtype], products, torch.get_num_threads())
+        _C.linear(
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            bias=address(wide_bias),
+            out=out.data_ptr(),
+            tokens=x.shape[0],
+            depth=x.shape[1],
+            outputs=outputs,
+            transposed=transposed,
+            dtype=DTYPES[x.dtype],
+            products=products,
+            threads=torch.get_num_threads(),
+        )
         return out
     if x.dtype == torch.float32 and _HAS_ONEDNN and x.shape[1]:
         # oneDNN, twice as fast as the library behind F.linear on AMD's AVX-512; torch takes it for 16 bit anyway.

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_kernels._core.backends import GpuKernel
-from dino_kernels._core.native import _C, DTYPES, address
+from dino_kernels._core.native import _C, DTYPES, Products
 from dino_kernels._core.registry import custom_op
 from dino_kernels.ops.add_product import add_product_
 from dino_kernels.ops.bias_gelu import bias_gelu
-from dino_kernels.ops.linear import TILES, linear, products_of
+from dino_kernels.ops.linear import linear, products_of
 
 __all__ = ["mlp", "mlp_reference"]
 
@@ -96,7 +96,7 @@ def _(x, weight1, bias1, weight2, bias2, keep):
 
 @_mlp.register_fake
 def _(x, weight1, bias1, weight2, bias2, keep):
-    kept = keep and products_of(x, weight1, weight2) != TILES
+    kept = keep and products_of(x, weight1, weight2) != Products.amx
     return torch.empty_like(x), x.new_empty(len(x) if kept else 0, len(weight1))
 
 
@@ -175,23 +175,54 @@ def _backward_(grad, x, hidden, weight1, bias1, weight2, grad_weight1, grad_bias
 
 
 def _forward_cpu(x, weight1, bias1, weight2, bias2, keep):
-    if not (products := products_of(x, weight1, weight2)):
+    products = products_of(x, weight1, weight2)
+    if products == Products.library:
         return _forward(x, weight1, bias1, weight2, bias2, keep)
-    kept = keep and products != TILES
+    kept = keep and products != Products.amx
     out, hidden = torch.empty_like(x), x.new_empty(len(x) if kept else 0, len(weight1))
     wide = bias2.float()
-    addresses = [address(t) for t in (x, weight1, weight2, bias1, wide, out, hidden if kept else None)]
-    _C.mlp(addresses, *x.shape, len(weight1), DTYPES[x.dtype], products, torch.get_num_threads())
+    _C.mlp(
+        x=x.data_ptr(),
+        weight1=weight1.data_ptr(),
+        bias1=bias1.data_ptr(),
+        weight2=weight2.data_ptr(),
+        bias2=wide.data_ptr(),
+        out=out.data_ptr(),
+        hidden=hidden.data_ptr() if kept else 0,
+        tokens=x.shape[0],
+        channels=x.shape[1],
+        hidden_channels=weight1.shape[0],
+        dtype=DTYPES[x.dtype],
+        products=products,
+        threads=torch.get_num_threads(),
+    )
     return out, hidden
 
 
-def _backward_cpu(grad, x, hidden, weight1, bias1, weight2, *grads):
-    if not (products := products_of(grad, x, weight1, weight2)):
-        return _backward_(grad, x, hidden, weight1, bias1, weight2, *grads)
+def _backward_cpu(grad, x, hidden, weight1, bias1, weight2, grad_weight1, grad_bias1, grad_weight2, grad_bias2):
+    products = products_of(grad, x, weight1, weight2)
+    if products == Products.library:
+        return _backward_(grad, x, hidden, weight1, bias1, weight2, grad_weight1, grad_bias1, grad_weight2, grad_bias2)
     grad_x = torch.empty_like(x)
-    kept = hidden if len(hidden) else None
-    if grads[3] is None:
-        grads = *grads[:3], bias1.new_zeros(x.shape[1])
-    addresses = [address(t) for t in (grad, x, kept, weight1, weight2, bias1, grad_x, *grads)]
-    _C.mlp_backward(addresses, *x.shape, len(weight1), DTYPES[x.dtype], products, torch.get_num_threads())
+    if grad_bias2 is None:
+        grad_bias2 = bias1.new_zeros(x.shape[1])
+    _C.mlp_backward(
+        grad=grad.data_ptr(),
+        x=x.data_ptr(),
+        hidden=hidden.data_ptr() if len(hidden) else 0,
+        weight1=weight1.data_ptr(),
+        bias1=bias1.data_ptr(),
+        weight2=weight2.data_ptr(),
+        grad_x=grad_x.data_ptr(),
+        grad_weight1=grad_weight1.data_ptr(),
+        grad_bias1=grad_bias1.data_ptr(),
+        grad_weight2=grad_weight2.data_ptr(),
+        grad_bias2=grad_bias2.data_ptr(),
+        tokens=x.shape[0],
+        channels=x.shape[1],
+        hidden_channels=weight1.shape[0],
+        dtype=DTYPES[x.dtype],
+        products=products,
+        threads=torch.get_num_threads(),
+    )
     return grad_x

@@ -33,9 +33,9 @@ from dino_kernels._core.native import _C, DTYPES, JITTER
 
 __all__ = ["CROP", "CropKind", "draw_crops", "multicrop", "multicrop_packed"]
 
-# A drawn crop; struct Crop in csrc/kernels.h. box: left, top, right, bottom in pixels of the image; size: side of the
-# output in pixels; hue: fraction of the circle; blur: radius in pixels, 0 for none; order: indices into JITTER, used
-# as the four factors are only if jitter is set.
+# A drawn crop; struct Crop in csrc/cpu/multicrop/multicrop.h. box: left, top, right, bottom in pixels of the image;
+# size: side of the output in pixels; hue: fraction of the circle; blur: radius in pixels, 0 for none; order: indices
+# into JITTER, used as the four factors are only if jitter is set.
 CROP = np.dtype(
     [
         ("box", np.int32, 4),
@@ -152,16 +152,17 @@ def multicrop(
         return
     crops = np.ascontiguousarray(crops)
     _C.multicrop(
-        [image.ctypes.data for image in arrays],
-        [image.shape[0] for image in arrays],
-        [image.shape[1] for image in arrays],
-        [image.strides[0] for image in arrays],
-        crops.ctypes.data,
-        [view.data_ptr() for view in out],
-        [view.shape[-1] for view in out],
-        [view.stride(0) for view in out],
-        DTYPES.get(out[0].dtype, -1),
-        torch.get_num_threads() if threads is None else threads,
+        pixels=[image.ctypes.data for image in arrays],
+        heights=[image.shape[0] for image in arrays],
+        widths=[image.shape[1] for image in arrays],
+        row_strides=[image.strides[0] for image in arrays],
+        crops=crops.ctypes.data,
+        out=[view.data_ptr() for view in out],
+        sizes=[view.shape[-1] for view in out],
+        out_strides=[view.stride(0) for view in out],
+        levels=out[0].dtype == torch.uint8,
+        dtype=DTYPES.get(out[0].dtype, 0),
+        threads=torch.get_num_threads() if threads is None else threads,
     )
 
 
@@ -195,7 +196,8 @@ def multicrop_packed(pixels: Tensor, places: np.ndarray, crops: np.ndarray, out:
         return
     crops = np.ascontiguousarray(crops)
     _, heights, widths = places.T.tolist()
-    _C.check_crops(crops.ctypes.data, heights, widths, [view.shape[-1] for view in out])
+    sizes = [view.shape[-1] for view in out]
+    _C.check_crops(crops=crops.ctypes.data, heights=heights, widths=widths, sizes=sizes)
     if pixels.is_cpu:
         _packed_cpu(pixels, places, crops, out)
     else:

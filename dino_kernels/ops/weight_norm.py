@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dino_kernels._core.backends import GpuKernel
-from dino_kernels._core.native import _C, DTYPES, address
+from dino_kernels._core.native import _C, DTYPES, Products, address
 from dino_kernels._core.registry import custom_op
 from dino_kernels.ops.linear import products_of
 
@@ -173,25 +173,46 @@ _MOST_TOKENS = 1024  # whose pairs stay in the second-level cache
 
 def _product_backward_cpu(grad_v, grad_g, grad, x, v, g, fresh):
     products = products_of(grad, x)
-    if not products or len(x) > _MOST_TOKENS:
+    if products == Products.library or len(x) > _MOST_TOKENS:
         return _product_backward(grad_v, grad_g, grad, x, v, g, fresh)
-    addresses = [address(t) for t in (grad, x, v, g, grad_v, grad_g)]
-    dtype = DTYPES[x.dtype]
-    _C.weight_norm_product_backward(addresses, fresh, len(x), *v.shape, dtype, products, torch.get_num_threads())
+    _C.weight_norm_product_backward(
+        grad=grad.data_ptr(),
+        x=x.data_ptr(),
+        v=v.data_ptr(),
+        g=g.data_ptr(),
+        grad_v=grad_v.data_ptr(),
+        grad_g=address(grad_g),
+        overwrite=fresh,
+        tokens=x.shape[0],
+        rows=v.shape[0],
+        channels=v.shape[1],
+        dtype=DTYPES[x.dtype],
+        products=products,
+        threads=torch.get_num_threads(),
+    )
 
 
 def _forward_cpu(out, v, g):
-    _C.weight_norm(v.data_ptr(), g.data_ptr(), out.data_ptr(), *v.shape, DTYPES[out.dtype], torch.get_num_threads())
+    _C.weight_norm(
+        v=v.data_ptr(),
+        g=g.data_ptr(),
+        w=out.data_ptr(),
+        rows=v.shape[0],
+        channels=v.shape[1],
+        dtype=DTYPES[out.dtype],
+        threads=torch.get_num_threads(),
+    )
 
 
 def _backward_cpu(grad_v, grad_g, grad_w, v, g):
     _C.weight_norm_backward(
-        grad_w.data_ptr(),
-        v.data_ptr(),
-        g.data_ptr(),
-        grad_v.data_ptr(),
-        address(grad_g),
-        *v.shape,
-        DTYPES[grad_w.dtype],
-        torch.get_num_threads(),
+        grad_w=grad_w.data_ptr(),
+        v=v.data_ptr(),
+        g=g.data_ptr(),
+        grad_v=grad_v.data_ptr(),
+        grad_g=address(grad_g),
+        rows=v.shape[0],
+        channels=v.shape[1],
+        dtype=DTYPES[grad_w.dtype],
+        threads=torch.get_num_threads(),
     )

@@ -1,6 +1,6 @@
 """Triton kernel of mlp on 16-bit tensors: the first layer's product, with bias and gelu as its epilogue.
 
-The same in the backward pass, the second layer's product with gelu's slope, spills registers (bench/LOG.md).
+The same in the backward pass, the second layer's product with gelu's slope, spills registers (docs/log.md).
 """
 
 import triton

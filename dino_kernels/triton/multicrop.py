@@ -1,4 +1,4 @@
-"""Triton kernel of multicrop_packed: the law of dino_kernels/ops/multicrop.py, the arithmetic of csrc/multicrop*.
+"""Triton kernel of multicrop_packed: the law of dino_kernels/ops/multicrop.py, the arithmetic of csrc/cpu/multicrop.
 
 A program makes a crop, step by step with barriers between. What a step leaves is in memory that this program alone
 touches: the weights of the resize, and two areas of levels in three planes, the first of which holds the rows after
@@ -27,7 +27,7 @@ _BLOCK = 512  # pixels at a time, 2 a thread
 # of the image; _WIDTH, _HEIGHT: of the box; _TAPS_*: inputs of an output at most; _WEIGHTS_*, _SPARE, _LEVELS: where
 # these begin in the scratch; _BRIGHTNESS, _CONTRAST, _SATURATION: the bits of a float32; _HUE: in 256ths of a circle;
 # _CONTRAST_AT: the place of contrast in _ORDER, which is four columns; _PASSES: of the blur, in both directions;
-# _RADIUS, _WHOLE, _PART: as struct Box of csrc/multicrop.h; _THRESHOLD: of solarize; _OUT: address.
+# _RADIUS, _WHOLE, _PART: as struct Box of csrc/cpu/multicrop/parts.h; _THRESHOLD: of solarize; _OUT: address.
 (
     _CORNER, _STRIDE, _WIDTH, _HEIGHT, _TAPS_X, _TAPS_Y, _WEIGHTS_X, _WEIGHTS_Y, _SPARE, _LEVELS, _FLIP,
     _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _CONTRAST_AT, _GRAYSCALE,
@@ -116,7 +116,8 @@ def _byte_below(x):
 
 @triton.jit
 def _channel(turned, s, v):
-    """v where the hue is near, v (1 - s) where it is far; `turned`: see channel() in csrc/multicrop_color.cpp."""
+    """v where the hue is near, v (1 - s) where it is far; `turned`: see channel() in
+    csrc/cpu/multicrop/vectors_color.h."""
     turned = tl.where(turned >= 1530, turned - 1530, turned)
     fallen = _level(tl.minimum(turned, 1020 - turned)).to(tl.float32)
     return (v * (65025.0 - s * fallen) * (1 / 65025) + 0.5).to(tl.int32)

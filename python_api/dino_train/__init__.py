@@ -1,16 +1,22 @@
-"""Pretraining with DINO on `dino_kernels`, and what became of it: `load_backbone`."""
+"""DINO pretraining on `dino_kernels`; `load_backbone` reads the trained backbones."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dino_kernels import __version__
     from dino_train.models.weights import load_backbone
 
-__all__ = ["load_backbone"]
+__all__ = ["__version__", "load_backbone"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "load_backbone":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dino_train.models.weights import load_backbone  # torch, and all the rest: only for who asks
+    """Both import torch, which takes seconds: on first use only."""
+    if name == "__version__":
+        from dino_kernels import __version__
 
-    return load_backbone
+        return __version__
+    if name == "load_backbone":
+        from dino_train.models.weights import load_backbone
+
+        return load_backbone
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: dino-train pretrain | pack | evaluate <protocol> | export."""
+"""The command line: dino-train pretrain | pack | evaluate <protocol> | export | --version."""
 
 import logging
 import sys
@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
+from dino_train import __version__
 from dino_train.config.options import WeightsOptions
 from dino_train.config.pretrain import PRESETS, PretrainConfig, default_workers
 from dino_train.data.folder import ImageFolder
@@ -16,6 +17,7 @@ from dino_train.data.pack import pack
 from dino_train.engine.learner import NonFiniteLoss
 from dino_train.engine.train import Interrupted, pretrain
 from dino_train.evaluate.attention import Attention
+from dino_train.evaluate.baselines import Baselines
 from dino_train.evaluate.copy_detection import CopyDetection
 from dino_train.evaluate.finetune import Finetune
 from dino_train.evaluate.knn import Knn
@@ -25,6 +27,7 @@ from dino_train.evaluate.retrieval import Retrieval
 from dino_train.evaluate.video_segmentation import VideoSegmentation
 from dino_train.models.export import FOLDERS, Format, export
 
+DESCRIPTION = "DINO pretraining, evaluation of the features, and export. --version prints the version."
 _WORDS = {"on": True, "true": True, "1": True, "yes": True, "off": False, "false": False, "0": False, "no": False}
 
 
@@ -143,8 +146,9 @@ _Evaluate: Any = Annotated[
         "video-segmentation", VideoSegmentation, data=_alias("--data-path"), radius=_alias("--size-mask-neighborhood")
     )
     | _evaluate("attention", Attention, data=_alias("--image"))
+    | _evaluate("baselines", Baselines, data=_alias("--data-path"))
     | _evaluate("report", Report, checkpoint=_alias("--run")),
-    tyro.conf.subcommand("evaluate", description="How good a trained backbone is, by one of several protocols."),
+    tyro.conf.subcommand("evaluate", description="Evaluate a trained backbone with one of several protocols."),
 ]
 
 
@@ -162,6 +166,9 @@ def _preset(argv: Sequence[str]) -> PretrainConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. What a user got wrong is one line, not a traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv == ["--version"]:
+        print(f"dino-train {__version__}")
+        return 0
     logging.basicConfig(format="dino-train: %(message)s", level=logging.WARNING)
     logging.getLogger("dino_train.models.weights").setLevel(logging.INFO)  # says which weights of a file it takes
     command = (
@@ -171,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         | Annotated[Export, tyro.conf.subcommand("export")]
     )
     try:
-        tyro.cli(command, args=argv, prog="dino-train").run()  # type: ignore[call-overload]
+        tyro.cli(command, args=argv, prog="dino-train", description=DESCRIPTION).run()  # type: ignore[call-overload]
     except Interrupted as stop:
         print(f"dino-train: {stop}", file=sys.stderr)
         return 128 + stop.signum

@@ -61,7 +61,7 @@ def test_the_cases_are_called_below_ncu(tmp_path, monkeypatch, capfd):
     "said, reason",
     [
         ("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", "ERR_NVGPUCTRPERM"),
-        ("==WARNING== No kernels were profiled.", "it said nothing of an error"),
+        ("==WARNING== No kernels were profiled.", "it printed no error"),
     ],
 )
 def test_where_counters_may_not_be_read_that_is_said(tmp_path, monkeypatch, said, reason):

@@ -9,7 +9,7 @@ import gpu_report
 import pytest
 import torch
 from gpu_report import OURS
-from gpu_setting import Case
+from setting import Case
 
 X = torch.ones(3)
 

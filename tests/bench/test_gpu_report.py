@@ -1,16 +1,16 @@
-"""bench/gpu.py's arithmetic and verdicts, and what it writes."""
+"""bench/gpu/gpu.py's arithmetic and verdicts, and what it writes."""
 
 import json
 
 import gpu
-import gpu_cases
 import gpu_report
 import gpu_targets
+import op_cases
 import pytest
 from dino_train.models.vit import build_model
 from gpu_report import COMPILED, OURS, PLAIN
-from gpu_setting import TOY, Sizes
 from PIL import Image
+from setting import TOY, Sizes
 
 CEILINGS = {"copy_bytes_per_s": 4.3e12, "bf16_flops_per_s": 790e12}  # of an H200
 HEADER = {"device": "cuda", "gpu": "NVIDIA H200", "toy": False}
@@ -51,7 +51,7 @@ def test_the_updates_are_those_of_the_trainers_nets(arch, sizes):
     with torch.device("meta"):
         net = build_model(arch, **settings, use_bn_in_head=False, norm_last_layer=True)
     trained = [tuple(p.shape) for p in net.parameters() if p.requires_grad]
-    assert sorted(trained) == sorted(gpu_cases.parameter_shapes(sizes))
+    assert sorted(trained) == sorted(op_cases.parameter_shapes(sizes))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_updates_are_those_of_the_trainers_nets(arch, sizes):
     ],
 )
 def test_bytes_and_flops_of_cases(name, moved, flops):
-    case = gpu_cases.first_cases(TOY)[name]("meta")
+    case = op_cases.first_cases(TOY)[name]("meta")
     assert (case.bytes, case.flops) == (moved, flops)
 
 
@@ -143,7 +143,7 @@ def test_counters_that_cannot_be_read_fail_no_run():
 def test_absolute_times_are_judged_on_an_h200_only():
     part = P("", "case", "", 2, gpu_targets.time(), at_most=True, h200=True)
     assert judge(part, row()) == ("1", "met")
-    assert judge(part, row(), gpu="NVIDIA H100 80GB HBM3") == ("1", "not judged: written for H200")
+    assert judge(part, row(), gpu="NVIDIA H100 80GB HBM3") == ("1", "not judged: valid for H200 only")
 
 
 @pytest.mark.parametrize("header, text", [({"device": "cpu"}, "on a GPU"), ({"toy": True}, "toy sizes")])
@@ -205,7 +205,7 @@ def test_what_is_written(tmp_path):
         "| 1 | 0.1 | 4300 | 0 | 1 | 100 | 100.0 | 40.0 | 1.0e-03 |",
         "| op | 1.0e-03 | 1.0e-04 | False | wrong values: out off by 1.0e-03, not repeatable |",
         "| 2 values | 3 | mlp: died of SIGSEGV |",
-        "2 launches and 0.03 ms of kernels a step",
+        "2 launches and 0.03 ms of kernels per step",
         "| k | 2 | 30.0 | 100.0 |",
         "| start | 60 | 9 | 2000 | 2100 | 0.01 | {'step': 24, 'knn10': 50.0} | 9.0 |",
         "| _student_kernel | 1 | 50 | - |",

@@ -1,4 +1,4 @@
-"""bench/gpu.py as a whole without a GPU, on a machine without optional libraries, with tasks that fail; and killed."""
+"""gpu.py as a whole without a GPU, on a machine without optional libraries, with tasks that fail; and killed."""
 
 import json
 import os
@@ -196,7 +196,6 @@ def test_where_the_device_fails_in_forked_processes_they_start_from_nothing(tmp_
 
 def test_on_a_gpu_it_builds_first_and_knows_the_chip(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "mine")
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     said = {"nvidia-smi": "580.1\n580.1", "git": "abc", sys.executable: "9 0 NVIDIA H200"}
     monkeypatch.setattr(gpu, "output_of", lambda *command: said[command[0]])
@@ -207,8 +206,7 @@ def test_on_a_gpu_it_builds_first_and_knows_the_chip(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path)])
     assert gpu.main() == 0
     assert done == ["build", "cuda", (("cuda", False), 90)]
-    paths = [str(ROOT / part) for part in ("bench", "", "python_api")]
-    assert os.environ["PYTHONPATH"].split(os.pathsep) == [*paths, "mine"]
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [*gpu.PATHS, "mine"]
     text = (tmp_path / "results.md").read_text()
     assert text.startswith("# Kernels on NVIDIA H200\n")
     assert "* driver: 580.1\n" in text and "* build: done, 5 s" in text and "* commit: abc" in text
@@ -230,14 +228,14 @@ def test_a_build_says_how_it_ended(tmp_path, monkeypatch):
         assert gpu.build(tmp_path / "log").startswith(expected)
     (tmp_path / "setup.py").write_text("import time; time.sleep(60)")
     monkeypatch.setattr(gpu, "BUILD_SECONDS", 1)
-    assert gpu.build(tmp_path / "log") == "failed: not done after 1 s, see log.txt"
+    assert gpu.build(tmp_path / "log") == "failed: not complete after 1 s, see log.txt"
     assert "built" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
     done = subprocess.run([sys.executable, gpu.__file__, "--output", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 1 and "no CUDA device here. A rehearsal without one: --toy --device cpu" in done.stderr
+    assert done.returncode == 1 and "no CUDA device. For a dry run without one: --toy --device cpu" in done.stderr
 
 
 def test_failures_are_named_as_they_are_run():

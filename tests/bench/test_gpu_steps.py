@@ -28,7 +28,7 @@ def peers():
 def test_targets_of_a_whole_step():
     rows = {OURS: step_row(captured=True), **peers()}
     verdicts, table = step_verdicts(rows)
-    assert verdicts == [("10", "not judged: written for H200"), ("4", "met"), ("1.4", "not met"), ("0.4", "met")]
+    assert verdicts == [("10", "not judged: valid for H200 only"), ("4", "met"), ("1.4", "not met"), ("0.4", "met")]
     assert "| ViT-S/16 | reference | 1600 | 40 | 39 | 45 | 250 | 10.5 | - |  |" in table
     assert f"| ViT-S/16 | {OURS} | 6400 | 10 | 9 | 15 | 100 | 10.5 | - | a CUDA graph |" in table
     assert step_verdicts(rows, gpu_name="NVIDIA H200")[0][0] == ("10", "met")

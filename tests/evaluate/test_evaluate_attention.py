@@ -143,7 +143,7 @@ def test_masks_that_do_not_fit_are_named(run, tmp_path, capsys):
     assert "a.png has mode RGB, expected one channel" in capsys.readouterr().err
     Image.new("L", (10, 20)).save(mask)
     assert main(words) == 1
-    assert "a.png has 10x20 pixels, expected 20x10 as its image has" in capsys.readouterr().err
+    assert "a.png has 10x20 pixels, expected 20x10 like its image" in capsys.readouterr().err
     mask.rename(mask.with_name("b.png"))
     assert main(words) == 1
     assert "expected <name of the image>.png" in capsys.readouterr().err

@@ -145,7 +145,7 @@ def test_published_classifiers_are_evaluated_without_training(tmp_path, capsys):
     assert evaluate(capsys, *words, data) == found
     shutil.rmtree(data / "val/red")
     error = error_of(capsys, *words, data)
-    assert "tells 3 classes apart by 192 features" in error and "has 2 class folders and vit_nano gives 192" in error
+    assert "has 3 classes and 192 features" in error and "has 2 class folders and vit_nano gives 192" in error
     assert "vit_nano gives 96" in error_of(capsys, *words[:-3], "--data", data)
 
 

@@ -113,7 +113,7 @@ def test_features_and_knn_of_a_known_backbone(folders, tmp_path):
 def test_knn_without_labels_says_what_it_needs(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     images = ImageFolder(tmp_path)
-    with pytest.raises(ValueError, match="a folder for each of two classes or more.*a.png lies in none"):
+    with pytest.raises(ValueError, match="a folder for each of two classes or more.*a.png is in none"):
         knn_accuracy(MeanColor(), images, images, 8)
 
 
@@ -199,9 +199,9 @@ def test_images_that_cannot_be_read_are_told_also_when_the_features_are_kept(set
     assert "skipped unreadable image train/red/3.png: empty file" in caplog.text
     caplog.clear()
     assert evaluate(capsys, *words) == first and first["train"] == 35
-    assert "skipped unreadable image train/red/3.png: no kept features" in caplog.text
+    assert "skipped unreadable image train/red/3.png: not in the cached features" in caplog.text
     assert "1 of 36 training images could not be read" in caplog.text
-    assert "there are only 35 training images: larger k take all of them" in caplog.text
+    assert "there are only 35 training images: larger k use all of them" in caplog.text
 
 
 def test_the_runs_images_are_the_default(setting, capsys, caplog):
@@ -281,7 +281,7 @@ def test_what_is_wrong_with_the_data_is_said(setting, capsys, tmp_path):
     assert "a folder for each of two classes or more, train/<class>/ and val/<class>/; " in (
         error := error_of(capsys, *words, flat)
     )
-    assert "0.png lies in none" in error
+    assert "0.png is in none" in error
     assert "no such folder" in error_of(capsys, *words, tmp_path / "nowhere")
     few = colored_classes(tmp_path / "few", train=4, val=0) / "train"
     assert "no held-out image" in error_of(capsys, *words, few)

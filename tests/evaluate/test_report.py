@@ -63,7 +63,7 @@ def test_signs_of_a_collapse():
     assert [fine for fine, _ in checks(well, log_k)] == [True, True, True]
     uniform = well + [a_row(loss=log_k, entropy=log_k, single=log_k)] * 10
     assert [fine for fine, _ in checks(uniform, log_k)] == [True, False, True]
-    assert "in 10 of the last 10 lines; it is 4.16 now, 3.00 in the first" in checks(uniform, log_k)[1][1]
+    assert "in 10 of the last 10 lines; it is 4.16 now and was 3.00 in the first" in checks(uniform, log_k)[1][1]
     assert [fine for fine, _ in checks(uniform[:-1], log_k)] == [True, True, True]  # nine in a row are not ten
     constant = well + [a_row(entropy=1.0, single=1.0)] * 10
     assert [fine for fine, _ in checks(constant, log_k)] == [True, True, False]
@@ -87,13 +87,13 @@ def test_a_run_without_its_images_or_weights_still_has_its_curves(run, tmp_path,
         shutil.copy(run / name, folder)
     assert main(["evaluate", "report", "--run", str(folder)]) == 0
     text = (folder / "report.html").read_text()
-    assert text.count("<svg ") == len(PANELS) and "No pictures: no checkpoint at" in text
-    assert "no pictures: no checkpoint at" in caplog.text
+    assert text.count("<svg ") == len(PANELS) and "No images: no checkpoint at" in text
+    assert "no images: no checkpoint at" in caplog.text
     shutil.copy(run / "last.pt", folder)
     config = json.loads((run / "config.json").read_text()) | {"data": "/nowhere"}
     (folder / "config.json").write_text(json.dumps(config))
     assert main(["evaluate", "report", "--run", str(folder)]) == 0
-    assert "No pictures: no such folder, zip or tar file: /nowhere" in (folder / "report.html").read_text()
+    assert "No images: no such folder, zip or tar file: /nowhere" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

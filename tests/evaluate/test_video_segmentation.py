@@ -345,7 +345,7 @@ def test_a_video_that_fails_leaves_nothing_behind(backbone, tmp_path):
         ),
         (
             lambda root: (root / "ImageSets/2017/val.txt").write_text("\n"),
-            "val.txt is empty: expected the name of a video",
+            "val.txt is empty: expected one video name per line",
         ),
         (
             lambda root: (root / "ImageSets/2017/val.txt").write_text("three\n"),
@@ -361,11 +361,11 @@ def test_a_video_that_fails_leaves_nothing_behind(backbone, tmp_path):
         ),
         (
             lambda root: save_labels(np.ones((90, 120)), root / "Annotations/480p/one/00000.png"),
-            "00000.png has 120 x 90 pixels, expected 128 x 96 as the first frame",
+            "00000.png has 120 x 90 pixels, expected 128 x 96 like the first frame",
         ),
         (
             lambda root: save_labels(np.ones((90, 120)), root / "Annotations/480p/one/00002.png"),
-            "00002.png has 120 x 90 pixels, expected 128 x 96 as the first frame",
+            "00002.png has 120 x 90 pixels, expected 128 x 96 like the first frame",
         ),
         (
             lambda root: Image.new("RGB", SIZE).save(root / "Annotations/480p/one/00000.png"),

@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_changes_nothing(config, monk
         return update(self, number, [crop * math.nan for crop in crops] if number == poisoned else crops)
 
     monkeypatch.setattr(Learner, "step", step)
-    message = rf"loss is nan at step {poisoned} .*last.pt is from before"
+    message = rf"loss is nan at step {poisoned} .*last.pt was written before this"
     with Double().installed(), pytest.raises(NonFiniteLoss, match=message):
         pretrain(config)
     state = checkpoint.load(config.output_dir / "last.pt")
@@ -244,7 +244,7 @@ def test_a_capture_that_fails_leaves_plain_steps_and_a_warning(config, monkeypat
         else:  # the gradient is complete, and stays
             monkeypatch.setattr(learner.AdamWithEMA, "step", optimize_or_fail)
         pretrain(config)
-    assert gpu.replays == 0 and caplog.text.count("steps run without a CUDA graph, since the capture failed") == 2
+    assert gpu.replays == 0 and caplog.text.count("steps run without a CUDA graph, because the capture failed") == 2
     assert "operation not permitted" in caplog.text
     assert_same(final_weights(config), final_weights(plain))
 
@@ -385,7 +385,7 @@ def test_ranks_join_by_their_devices_names(monkeypatch):
 def test_batch_norm_over_ranks_and_no_graph_there(config, monkeypatch):
     monkeypatch.setattr(parallel, "size", lambda: 2)
     monkeypatch.setattr(parallel, "broadcast", lambda tensors: None)
-    monkeypatch.setattr(gradient_sum.GradientSum, "__init__", lambda self, arena: None)
+    monkeypatch.setattr(gradient_sum.GradientSum, "__init__", lambda self, flat: None)
     with Double().installed():
         net = Learner(replace(config, use_bn_in_head=True), 5, CPU)
     assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in net.student.modules()) == 2

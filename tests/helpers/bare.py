@@ -28,5 +28,5 @@ ABSENT = (
 def environment(folder: Path) -> dict[str, str]:
     """Of a process that finds this tree and, through a file in the folder, none of the ABSENT."""
     (folder / "sitecustomize.py").write_text(BLOCKER.format(names=ABSENT))
-    paths = [str(folder), *(str(ROOT / part) for part in (".", "python_api", "bench"))]
+    paths = [str(folder), *(str(ROOT / part) for part in (".", "python_api", "bench", "bench/cases", "bench/gpu"))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

@@ -47,7 +47,7 @@ def build(arch: str) -> Path:
 
     folder = ROOT / "build" / f"cuda_double_{arch}"
     folder.mkdir(parents=True, exist_ok=True)
-    csrc = ROOT / "csrc/cuda"
+    csrc = ROOT / "csrc"
     includes = f"-I{csrc} -I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
     flags = "-MD -MF $out.d -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden"
     gencode = f"-gencode=arch=compute_{arch},code=compute_{arch}"
@@ -56,16 +56,19 @@ def build(arch: str) -> Path:
         f"  command = {NVCC} {flags} -O1 {includes} -c $in -o $out",
         "  depfile = $out.d",
         "rule cuda",
-        f"  command = {NVCC} {flags} -O3 -lineinfo {gencode} --keep --keep-dir . -c $in -o $out",
+        f"  command = {NVCC} {flags} -O3 -lineinfo -I{csrc} {gencode} --keep --keep-dir . -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
         "  command = g++ -shared $in -o $out",
     ]
     objects = []
-    for path in [*sorted(csrc.glob("*.c*")), ROOT / "tests/helpers/cuda_runtime_double.cpp"]:
-        if path.suffix in (".cpp", ".cu"):
-            objects.append(f"{path.name}.o")
-            lines.append(f"build {objects[-1]}: {'cuda' if path.suffix == '.cu' else 'cpp'} {path}")
+    for path in [
+        *sorted(csrc.glob("cuda/*.cu")),
+        csrc / "bindings/cuda.cpp",
+        ROOT / "tests/helpers/cuda_runtime_double.cpp",
+    ]:
+        objects.append(f"{path.name}.o")
+        lines.append(f"build {objects[-1]}: {'cuda' if path.suffix == '.cu' else 'cpp'} {path}")
     lines.append(f"build cuda_double.so: link {' '.join(objects)}")
     with open(folder / "lock", "w") as lock:  # of processes that test at the same time
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -104,8 +107,8 @@ class Emulated:
         function = getattr(self._double, name)
 
         @functools.wraps(function)
-        def call(*args):
-            result = function(*args)
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
             if self._error:
                 error, self._error = self._error, None
                 raise error

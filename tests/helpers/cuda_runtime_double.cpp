@@ -8,7 +8,7 @@
 #include <map>
 #include <string>
 
-#include "cuda_bindings.h"
+#include "bindings/bindings.h"
 
 namespace {
 
@@ -76,7 +76,7 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
 }
 
 PYBIND11_MODULE(cuda_double, m) {
-    bind_cuda(m);
+    dino::bindings::bind_cuda(m);
     m.def("set_launcher", [](uintptr_t function) { launcher = reinterpret_cast<Launcher>(function); });
     m.def("set_attribute", [](int attribute, int value) { attributes[attribute] = value; });
 }

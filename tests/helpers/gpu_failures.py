@@ -1,4 +1,4 @@
-"""bench/gpu.py on a double of the GPU, with tasks that fail in the midst of the others: a program, and those tasks."""
+"""gpu.py on a double of the GPU, with tasks that fail in the midst of the others: a program, and those tasks."""
 
 import importlib
 import os

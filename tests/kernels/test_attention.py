@@ -5,6 +5,7 @@ import torch
 from checks import DTYPES, assert_as_accurate, use_backend
 
 from dino_kernels import attention, attention_reference
+from dino_kernels._core.native import Products
 
 LENGTHS = [37, 1, 0, 64, 37, 37, 65, 130]
 
@@ -155,14 +156,16 @@ def test_lengths_around_the_borders_of_the_paths(device, length):
 
 
 class TestCPU:
-    """Around the borders of tiles and blocks; bfloat16 by the processor's tiles, by its pairs and widened."""
+    """Around the borders of tiles and blocks; bfloat16 with AMX, by pairs and widened."""
 
-    KINDS = [*((dtype, 2) for dtype in DTYPES), (torch.bfloat16, 1), (torch.bfloat16, 0)]
+    KINDS = [
+        *((dtype, Products.amx) for dtype in DTYPES),
+        (torch.bfloat16, Products.bf16_pairs),
+        (torch.bfloat16, Products.f32),
+    ]
     LENGTHS = [1, 15, 16, 17, 0, 33, 197, 330]
 
-    @pytest.fixture(
-        params=KINDS, ids=lambda kind: f"{kind[0]}".removeprefix("torch.") + ("-widened", "-pairs", "")[kind[1]]
-    )
+    @pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}-{kind[1].name}".removeprefix("torch."))
     def dtype(self, request, monkeypatch):
         dtype, products = request.param
         monkeypatch.setattr(importlib.import_module("dino_kernels.ops.attention"), "_BF16_PRODUCTS", products)

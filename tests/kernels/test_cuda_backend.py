@@ -110,7 +110,9 @@ def test_this_build_has_the_kernels():
     assert {"80", "90a"} <= set(backends.compiled_archs())
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA: "):  # without a driver it fails as it is called, and not before
-            backends.kernels().ema_update([16], [16], [4], [0], (0, False, 0.5), 0)
+            backends.kernels().ema_update(
+                targets=[16], sources=[16], sizes=[4], source_dtypes=[0], momentum=(0, False, 0.5), stream=0
+            )
 
 
 @needs_nvcc
@@ -124,6 +126,7 @@ def test_no_kernel_spills_registers(tmp_path, source, arch):
         "-O3",
         "-std=c++17",
         f"-arch=sm_{arch}",
+        f"-I{ROOT}/csrc",
         "--resource-usage",
         "-o",
         str(tmp_path / "cubin"),

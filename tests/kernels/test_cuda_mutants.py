@@ -89,7 +89,7 @@ def test_a_fault_is_noticed(monkeypatch, tmp_path, name):
     text = (ROOT / f"csrc/cuda/{file}.cu").read_text()
     assert text.count(right) == 1
     (tmp_path / f"{file}.cu").write_text(text.replace(right, wrong))
-    command = [NVCC, "-ptx", "-O3", "-std=c++17", "-arch=sm_90a", f"-I{ROOT}/csrc/cuda", "-o", str(tmp_path / "ptx")]
+    command = [NVCC, "-ptx", "-O3", "-std=c++17", "-arch=sm_90a", f"-I{ROOT}/csrc", "-o", str(tmp_path / "ptx")]
     subprocess.run([*command, str(tmp_path / f"{file}.cu")], check=True)
     broken = launch.Module((tmp_path / "ptx").read_text())
     programs, op = emulated("90a").programs, use(monkeypatch, file)

@@ -1,4 +1,4 @@
-"""The kernels for matrix tiles on a processor without: their own tests, on a build that emulates the instructions."""
+"""The kernels for AMX on a processor without: their own tests, on a build that emulates the instructions."""
 
 import os
 import shutil
@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino_kernels._core.native import _C, DTYPES
-from dino_kernels.ops.linear import TILES
+from dino_kernels._core.native import _C, DTYPES, Products
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ["linear", "mlp", "fused_block", "add_product", "weight_norm", "attention"]
 
 
-@pytest.mark.skipif(_C.best_products(DTYPES[torch.bfloat16]) == TILES, reason="they run on the processor's own")
+@pytest.mark.skipif(
+    _C.best_products(dtype=DTYPES[torch.bfloat16]) == Products.amx, reason="they run on the processor's own"
+)
 @pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="needs AVX-512")
 def test_kernels_for_tiles(tmp_path):
     for name in ("csrc", "dino_kernels", "python_api", "tests"):
@@ -35,4 +36,4 @@ def test_kernels_for_tiles(tmp_path):
 
     run("setup.py", "build_ext", "--inplace")
     output = run("-m", "pytest", "-q", "-k", "not triton", *(f"tests/kernels/test_{name}.py" for name in TESTS))
-    assert "matrix tiles" not in output, "skipped: the build found no tiles"
+    assert "with AMX" not in output, "skipped: the build found no AMX"

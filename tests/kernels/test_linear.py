@@ -6,7 +6,7 @@ from launches import counted
 from dino_kernels import linear, linear_reference
 
 # (tokens, inputs, outputs): few tokens, blocks of tokens and what is left, units beyond a chunk; weights beyond a
-# second-level cache; two do not fit tiles.
+# second-level cache; two do not fit AMX.
 SHAPES = [
     (1, 32, 32),
     (37, 64, 96),

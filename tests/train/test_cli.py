@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
+import dino_train
 import pytest
 import torch
 from dino_train import cli
@@ -19,6 +21,8 @@ from dino_train.evaluate.linear import Linear
 from dino_train.evaluate.retrieval import Retrieval
 from safetensors import safe_open
 from tiny_run import TINY, tiny_run
+
+import dino_kernels
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +115,12 @@ def test_errors_are_short_and_say_what_is_wrong(run, tmp_path, capsys, words, me
         code = stop.code
     error = " ".join(capsys.readouterr().err.split())
     assert code in (1, 2) and re.search(message, error) and "Traceback" not in error, error
+
+
+def test_version_is_that_of_both_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dino-train {dino_train.__version__}\n"
+    assert dino_train.__version__ == dino_kernels.__version__ == version("dino-kernels")
 
 
 def test_export_is_the_teachers_backbone(run, tmp_path):

@@ -156,12 +156,12 @@ def test_with_another_number_of_ranks_the_run_goes_on_with_a_warning(straight, t
     alone = {**RANKS, "data": images, "output_dir": tmp_path / "run", "epochs": 4, "batch_size_per_gpu": 4}
     pretrain(replace(PretrainConfig(**alone), resume=True))
     assert [record.getMessage() for record in caplog.records] == [
-        "the interrupted run had 2 processes and this one has 1: it goes on, but will not be bitwise the same as "
-        "without the interruption"
+        "the interrupted run had 2 processes and this one has 1: it continues, but will not be bitwise identical to "
+        "a run without the interruption"
     ]
     assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 20
     codes, said = run_both(job(images, tmp_path / "run", epochs=5))
-    assert codes == [0, 0] and said.count("had 1 processes and this one has 2: it goes on") == 1, said
+    assert codes == [0, 0] and said.count("had 1 processes and this one has 2: it continues") == 1, said
     assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 25
 
 

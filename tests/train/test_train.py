@@ -222,7 +222,7 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_written(config, monkeypatc
 
     monkeypatch.setattr(checkpoint, "save", failing)
     pretrain(config)
-    assert calls == [5, 10, 15] and "No space left on device; training goes on" in caplog.text
+    assert calls == [5, 10, 15] and "No space left on device; training continues" in caplog.text
 
 
 def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(config, monkeypatch):
@@ -232,7 +232,7 @@ def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(config, monke
         return update(self, step, [c * float("nan") for c in crops] if step == 7 else crops)
 
     monkeypatch.setattr(Learner, "step", poisoned)
-    message = r"loss is nan at step 7 \(epoch 1, lr .*\). Try a lower --lr, .*last.pt is from before"
+    message = r"loss is nan at step 7 \(epoch 1, lr .*\). Try a lower --lr, .*last.pt was written before this"
     with pytest.raises(NonFiniteLoss, match=message):
         pretrain(config)
     state = checkpoint.load(config.output_dir / "last.pt")

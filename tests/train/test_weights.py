@@ -253,17 +253,3 @@ def test_safetensors_that_are_none(tmp_path):
         dino_train.load_backbone(tmp_path / "junk.safetensors")
     with pytest.raises(ValueError, match="no weights at"):
         dino_train.load_backbone(tmp_path / "nothing.safetensors")
-
-
-def test_the_readmes_lines(tmp_path, monkeypatch):
-    lines = re.search(
-        r"\n    import dino_train\n(?:    .+\n)+", (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    )
-    monkeypatch.chdir(tmp_path)
-    torch.save(published_vit(dim=192, depth=12), tmp_path / "backbone.pth")
-    assert main(["export", "--checkpoint", "backbone.pth"]) == 0
-    names = {"images": torch.randn(2, 3, SIZE, SIZE)}
-    exec(re.sub(r"^    ", "", lines[0], flags=re.MULTILINE), names)  # noqa: S102
-    assert names["features"].shape == (2, 192) and names["attention"].shape == (2, 3, 17)
-    assert [tokens.shape for tokens in names["tokens"]] == [(2, 17, 192)] * 4
-    torch.testing.assert_close(names["tokens"][-1][:, 0], names["features"], rtol=0, atol=1e-5)

@@ -1,1 +1,1 @@
-"""What the other rooms use: device, files, checkpoints, ranks, the process."""
+"""Shared by the other packages of the trainer: devices, files, checkpoints, ranks, settings of the process."""

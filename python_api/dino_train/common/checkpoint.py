@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit.
 
-A file is complete or absent: it is written beside its place, synced, then renamed. The previous last.pt stays as
-previous.pt, and checksums decide which of the two is used.
+A file is complete or absent: it is written under a temporary name, synced, then renamed. The previous last.pt is kept
+as previous.pt, and is used if the checksums of last.pt do not match.
 """
 
 import argparse
@@ -20,10 +20,10 @@ _numpy_scalar = np.float64(0).__reduce__()[0]
 
 logger = logging.getLogger(__name__)
 
-# Harmless types in the reference's checkpoints: its arguments, in which its launcher for SLURM sets a path, and numpy
-# scalars as learning rates.
+# Safe types in checkpoints of the reference code: its arguments (with a path set by its SLURM launcher) and learning
+# rates as numpy scalars.
 _REFERENCE_TYPES: list[Any] = [argparse.Namespace, np.dtype, np.dtypes.Float64DType]
-# What numpy 1 and 2, and Python 3.13 and others, name differently; a file has the name of its writer's.
+# numpy 1 and 2, and Python 3.13 and older, use different names; a file has the names of the versions that wrote it.
 _REFERENCE_TYPES += [(_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 _REFERENCE_TYPES += [(PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
 
@@ -40,16 +40,16 @@ def exists(folder: Path) -> bool:
 
 
 def require_none(folder: Path) -> None:
-    """ValueError if a new run would overwrite the one in a folder."""
+    """Raise ValueError if a new run would overwrite the one in `folder`."""
     if exists(folder):
         raise ValueError(f"{folder} holds a run already: add --resume to continue it, or choose another --output-dir")
 
 
 def save(state: dict[str, Any], path: Path, *, previous: Path | None = None) -> None:
-    """Write `state` to `path` atomically; a file that stood there moves to `previous` first, if given.
+    """Write `state` to `path` atomically. If `previous` is given, an existing file is first renamed to it.
 
     Raises:
-        CheckpointError: it could not be written (disk full, no permission); what was there before stands.
+        CheckpointError: it could not be written (disk full, no permission); the existing file is unchanged.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -63,7 +63,7 @@ def save(state: dict[str, Any], path: Path, *, previous: Path | None = None) -> 
         os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(directory)  # or a power cut could undo the renames
+            os.fsync(directory)  # otherwise a power cut could undo the renames
         finally:
             os.close(directory)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as either
@@ -78,7 +78,7 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: no such file, damaged, or not a checkpoint that is safe to load.
     """
     try:
-        if zipfile.is_zipfile(path):  # torch.load itself does not look at the checksums
+        if zipfile.is_zipfile(path):  # torch.load does not verify the checksums
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     raise CheckpointError(f"{path} is damaged (a checksum does not match)")
@@ -86,13 +86,13 @@ def load(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
-    except (CheckpointError, MemoryError, OSError):  # the latter two may pass: the file is not damaged
+    except (CheckpointError, MemoryError, OSError):  # the last two may be temporary: the file is not damaged
         raise
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))  # amid torch's advice on how to run the file all the same
+        asked = re.search(r"GLOBAL (\S+)", str(error))  # torch's message also advises how to load it anyway
         why = f" and is not loaded for safety (it asks for {asked[1]})" if asked else ", or is not a checkpoint"
         raise CheckpointError(f"{path} is damaged, or holds more than tensors and plain values{why}") from error
-    except Exception as error:  # damaged files raise nearly anything: EOFError, struct.error, KeyError, ...
+    except Exception as error:  # damaged files raise almost any exception: EOFError, struct.error, KeyError, ...
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({_first_line(error)})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dictionary of weights")
@@ -100,10 +100,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path]:
-    """The run's last checkpoint and its path; the one before where the last is damaged or missing (logged).
+    """The run's last checkpoint and its path. If it is damaged or missing, the previous one, with a warning.
 
     Raises:
-        CheckpointError: there is no usable one.
+        CheckpointError: neither can be used.
     """
     problems = []
     for path in (folder / LAST, folder / PREVIOUS):

@@ -1,4 +1,4 @@
-"""All that the trainer asks of a GPU, in one place.
+"""The interface between the trainer and a GPU.
 
     gpu = gpu_of(device)      # None on a CPU
     if gpu is not None:
@@ -8,8 +8,8 @@
             done = gpu.record()
         gpu.wait(done)
 
-Every branch for a GPU in this package asks `gpu_of`, and calls nothing of torch.cuda itself: tests put a double into
-`_GPUS` that runs on the CPU and checks the order of what is asked, and so run these branches without a GPU.
+All GPU code of this package goes through `gpu_of` and does not call torch.cuda directly. Tests replace the entry in
+`_GPUS` with a test double that runs on the CPU and checks the order of the calls: so they run this code without a GPU.
 """
 
 from collections.abc import Callable
@@ -21,61 +21,61 @@ from torch import Tensor
 
 
 class Event(Protocol):
-    """A point in a stream's work."""
+    """A point in the work of a stream."""
 
     def synchronize(self) -> None:
-        """Make the host wait until the work before it is done."""
+        """Block the host until the work before the event is complete."""
 
 
 class Gpu(Protocol):
-    """What a GPU does for the trainer; work is queued in the current stream."""
+    """A GPU as the trainer uses it; work is queued in the current stream."""
 
     def describe(self) -> str:
         """Its name and memory."""
 
     def of_rank(self, number: int) -> torch.device:
-        """The device of a machine's process of this number, made the current one."""
+        """The device of the process with this local rank; it becomes the current device."""
 
     def group(self) -> dict[str, Any]:
-        """How torch.distributed.init_process_group connects such devices; called on the rank's own."""
+        """Keyword arguments of torch.distributed.init_process_group; called on the device of this rank."""
 
     def tune_convolutions(self) -> None:
-        """Have convolutions of one shape, which come every step, use the fastest deterministic algorithm."""
+        """Choose the fastest deterministic convolution algorithms; shapes are the same in every step."""
 
     def stream(self) -> Any:
-        """A new stream beside the current one."""
+        """A new stream."""
 
     def using(self, stream: Any) -> AbstractContextManager[Any]:
-        """Makes a stream the current one."""
+        """Context in which `stream` is the current stream."""
 
     def record(self) -> Event:
-        """The current end of the current stream."""
+        """An event at the current end of the current stream."""
 
     def wait(self, event: Any) -> None:
-        """The current stream's next work starts after the event."""
+        """Work queued in the current stream from now on starts after the event."""
 
     def pinned(self, count: int) -> Tensor:
-        """Host memory for uploads, uint8 [count]."""
+        """Pinned host memory for uploads, uint8 [count]."""
 
     def upload(self, pinned: Tensor) -> Tensor:
-        """A copy on the device, without waiting: `pinned` must not change until an event after it is synchronized."""
+        """Asynchronous copy to the device: `pinned` must not change until an event recorded after it is complete."""
 
     def capture(self, body: Callable[[], None], stream: Any) -> Callable[[], None]:
-        """Queue `body`'s work into a graph instead of running it; what is returned runs the graph.
+        """Capture the work of `body` in a graph without running it; returns the function that replays the graph.
 
         Raises:
-            RuntimeError: it cannot be captured. Nothing has run, and the device is usable as before.
+            RuntimeError: it cannot be captured. Nothing has run, and the device can still be used.
         """
 
     def random_state(self) -> Tensor:
-        """Of its generator, uint8, on the CPU."""
+        """State of the device's random generator, uint8, on the CPU."""
 
     def set_random_state(self, state: Tensor) -> None:
-        """The inverse."""
+        """Set the state that `random_state` returned."""
 
 
 class Cuda:
-    """An NVIDIA GPU (or one of AMD, under torch's same names)."""
+    """An NVIDIA GPU (or an AMD GPU, which torch also calls cuda)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -117,12 +117,12 @@ class Cuda:
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         try:
-            with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):  # the outer one undoes a failed end
+            # The outer context restores the stream if the capture fails.
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
                 body()
         except RuntimeError:
-            generator.graphsafe_set_state(
-                generator.clone_state()
-            )  # the old one would refuse to be used outside a graph
+            # After a failed capture, the old state cannot be used outside a graph.
+            generator.graphsafe_set_state(generator.clone_state())
             raise
         return graph.replay
 
@@ -137,13 +137,13 @@ _GPUS: dict[str, Callable[[torch.device], Gpu]] = {"cuda": Cuda}
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
-    """What the device is asked by, if it is a GPU."""
+    """The interface to the device if it is a GPU, else None."""
     make = _GPUS.get(device.type)
     return None if make is None else make(device)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device; ValueError where cuda is asked for and absent."""
+    """The device of --device; ValueError if cuda is requested but not available."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

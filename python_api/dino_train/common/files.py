@@ -8,8 +8,8 @@ from pathlib import Path
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, in a folder that is made; what is written there takes its place at the end of the
-    block, and after an error nothing is left of it."""
+    """A temporary path in the same folder as `path`; the folder is created. The file written there is renamed to `path`
+    at the end of the block, or removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""Rows of metrics of a run: metrics.jsonl and TensorBoard."""
+"""Metrics of a run: metrics.jsonl and TensorBoard."""
 
 import json
 import os
@@ -11,11 +11,11 @@ METRICS = "metrics.jsonl"
 
 
 class Metrics:
-    """Rows of a run, appended to metrics.jsonl and to TensorBoard where that is installed.
+    """Metrics of a run, appended to metrics.jsonl, and to TensorBoard if it is installed.
 
     Args:
-        folder: the run's folder; None writes nowhere.
-        step: rows beyond it, written after the checkpoint that a run resumes from, are dropped.
+        folder: the run's folder; None writes nothing.
+        step: rows of later steps, written after the checkpoint from which a run resumes, are dropped.
     """
 
     def __init__(self, folder: Path | None, step: int) -> None:
@@ -27,11 +27,11 @@ class Metrics:
         kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
         with atomic(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115  a line a write: nothing is lost with a kill
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115  line-buffered: nothing is lost on a kill
         self._board = _tensorboard(folder, step)
 
     def write(self, step: int, **values: Any) -> None:
-        """One row: the step after which it was measured, and what was measured."""
+        """One row: the number of steps done, and the measured values."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board:
             for name, value in values.items():
@@ -44,7 +44,7 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    """The rows of a run's metrics.jsonl, without an incomplete last line after a kill."""
     path = folder / METRICS
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -64,7 +64,7 @@ def _tensorboard(folder: Path, step: int):
 
 
 def collapse_signs(loss: float, entropy: float, single_entropy: float, log_k: float) -> dict[str, bool]:
-    """The two ways in which a teacher's output says nothing about the image, see `CollapseWatch`; all in nats."""
+    """The two ways in which a teacher can collapse, see `CollapseWatch`; all values in nats."""
     return {
         "uniform": abs(loss - log_k) < 1e-3 * log_k,
         "constant": entropy - single_entropy < 1e-3 * log_k and entropy < 0.9 * log_k,

@@ -1,4 +1,4 @@
-"""Data parallel training: one process a device, as torchrun starts them. Alone, every function here does nothing."""
+"""Data parallel training: one process per device, started by torchrun. In a single process, nothing is communicated."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from dino_train.common.device import gpu_of
 
 
 def join(device: torch.device) -> torch.device:
-    """Enter the group that torchrun's environment tells of, if any; returns this process's device."""
+    """Join the process group of torchrun's environment variables, if set; returns this process's device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return device
     options: dict[str, Any] = {"backend": "gloo"}
@@ -22,7 +22,7 @@ def join(device: torch.device) -> torch.device:
         own = gpu_of(device)
         assert own is not None
         options = own.group()
-    # torchrun keeps its store over a restart, with the addresses of processes that are gone in it.
+    # torchrun keeps its store over a restart, with the addresses of processes that have ended.
     store, number, count = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(store=store, rank=number, world_size=count, timeout=timedelta(minutes=10), **options)
@@ -30,7 +30,7 @@ def join(device: torch.device) -> torch.device:
 
 
 def leave() -> None:
-    """Leave it together, at a run's proper end: a process that just exits can abort in one of gloo's threads."""
+    """Leave the group together at the normal end of a run: otherwise a gloo thread can abort a process at its exit."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -50,7 +50,7 @@ def barrier() -> None:
 
 
 def largest(values: Sequence[int], device: torch.device) -> list[int]:
-    """The largest of each value over the ranks; every rank must ask."""
+    """The maximum of each value over the ranks; every rank must call it."""
     if size() == 1:
         return list(values)
     shared = torch.tensor(values, dtype=torch.int64, device=device)
@@ -59,7 +59,7 @@ def largest(values: Sequence[int], device: torch.device) -> list[int]:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows [n, ...] of all ranks, by rank; n may differ, and a rank without rows need not know their shape."""
+    """The rows [n, ...] of all ranks, in rank order; n may differ, and a rank without rows may pass any shape."""
     if size() == 1:
         return rows
     counts = torch.zeros(size(), dtype=torch.int64, device=rows.device)
@@ -76,20 +76,20 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def broadcast(tensors: Sequence[Tensor]) -> None:
-    """Rank 0's values, in place, everywhere."""
+    """Copy the values of rank 0 to all ranks, in place."""
     for tensor in tensors:
         dist.broadcast(tensor, 0)
 
 
 def mean(values: Tensor) -> "Pending":
-    """Starts the mean over the ranks, in place."""
+    """Start the mean over the ranks, in place."""
     if size() > 1:
         values /= size()
     return Pending([values])
 
 
 class Pending:
-    """Sums over the ranks that run in the background."""
+    """Asynchronous all-reduces (sums over the ranks)."""
 
     def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
         self.handles: list[dist.Work] = []

@@ -11,6 +11,7 @@ from dino_kernels import CropKind
 from dino_train.common.device import gpu_of
 from dino_train.models.vit import ARCHS
 
+_BLUR = {"dino": (1.0, 0.1, 0.5), "dinov2": (0.0, 0.9, 0.5), "small": (0.0, 0.0, 0.0)}
 EMBEDDED_DATA = Path(__file__).parents[1] / "data/cifar10-5k.zip"
 
 
@@ -100,9 +101,10 @@ class PretrainConfig:
     local_crops_size: int = 96
     """Side of a local crop, in pixels."""
 
-    augmentation: Literal["dino", "dinov2"] = "dino"
+    augmentation: Literal["dino", "dinov2", "small"] = "dino"
     """dino: blur as in the paper, with probability 1, 0.1 and 0.5 for the first global, the second and a local crop.
-    dinov2: as DINOv2 and DINOv3 were released, which take 1 - p for it: 0, 0.9 and 0.5."""
+    dinov2: as DINOv2 and DINOv3 were released, which take 1 - p for it: 0, 0.9 and 0.5. small: no blur, which leaves
+    little of images of few pixels."""
 
     saveckp_freq: int = 20
     """Keep a numbered checkpoint every so many epochs; last.pt is written after each. 0: last.pt only."""
@@ -171,8 +173,8 @@ class PretrainConfig:
     def crop_kinds(self) -> tuple[CropKind, ...]:
         """Of the crops of an image, in their order: the two global ones, then the local ones (main_dino.py:419-456)."""
         size, scale = self.global_crops_size, self.global_crops_scale
-        first, second = (1.0, 0.1) if self.augmentation == "dino" else (0.0, 0.9)
-        local = CropKind(self.local_crops_size, self.local_crops_scale, blur=0.5, solarize=0.0)
+        first, second, third = _BLUR[self.augmentation]
+        local = CropKind(self.local_crops_size, self.local_crops_scale, blur=third, solarize=0.0)
         return (
             CropKind(size, scale, blur=first, solarize=0.0),
             CropKind(size, scale, blur=second, solarize=0.2),

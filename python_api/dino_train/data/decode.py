@@ -1,4 +1,4 @@
-"""Bytes of an image file to pixels, and why that failed."""
+"""Decoding of image files, and the reason if it fails."""
 
 import io
 import warnings
@@ -11,10 +11,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 try:
     import simplejpeg
-except ImportError:  # Pillow makes the same pixels, more slowly
+except ImportError:  # Pillow decodes the same pixels, more slowly
     simplejpeg = None
 
-# Pillow warns about big pictures and damaged EXIF; what matters is reported as unreadable images.
+# Pillow warns about large images and damaged EXIF; relevant problems are reported as unreadable images.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -32,18 +32,18 @@ class UnreadableImage(ValueError):
 def decode(data: bytes) -> np.ndarray:
     """Pixels of an image file: uint8 [H, W, 3], RGB.
 
-    Turned upright by its EXIF orientation (which the reference ignores). Alpha is dropped, as Pillow's convert("RGB")
-    does. 16-bit gray keeps its high byte; float gray, and integer gray beyond 16 bits, is stretched from its finite
-    minimum..maximum to 0..255. Nearly anything may be raised: see `reason`.
+    The EXIF orientation is applied (the reference ignores it). Alpha is dropped, as in Pillow's convert("RGB"). 16-bit
+    gray keeps its high byte; float gray, and integer gray of more than 16 bits, is scaled from its finite
+    minimum..maximum to 0..255. Almost any exception may be raised: see `reason`.
     """
     if jpeg_size(data):
-        with suppress(ValueError):  # Pillow says what is damaged, and what is not worth a word
+        with suppress(ValueError):  # Pillow reports damage, or accepts the file
             return simplejpeg.decode_jpeg(data, "RGB")
     if not data:
         raise ValueError("empty file")
     image: Image.Image = Image.open(io.BytesIO(data))
     image.load()
-    with suppress(Exception):  # damaged EXIF does not make the picture unreadable
+    with suppress(Exception):  # damaged EXIF does not make the image unreadable
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip these at 255
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
@@ -51,16 +51,16 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def decode_smaller(data: bytes, shrink: float) -> np.ndarray:
-    """A file with a `jpeg_size`, decoded to the fewest eighths of its sides, at most four, that are at least 1 / shrink
-    of them: faster, and a little different from a resize of all its pixels."""
+    """Decode a file that has a `jpeg_size` at reduced size: each side times k / 8, with the smallest k in 1 .. 4 such
+    that k / 8 >= 1 / shrink. Faster, and slightly different from a resize of the full image."""
     height, width = jpeg_size(data)  # type: ignore[misc]
     least = {"min_height": int(np.ceil(height / shrink)), "min_width": int(np.ceil(width / shrink)), "min_factor": 2}
     return simplejpeg.decode_jpeg(data, "RGB", **least)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that libjpeg-turbo decodes to the very bytes that Pillow makes of it; None of other
-    files: what is to be turned, is in CMYK, or has too many pixels is left to Pillow, as all is without simplejpeg."""
+    """(height, width) of a JPEG that libjpeg-turbo decodes to the same bytes as Pillow. None for files that Pillow must
+    decode: with an EXIF orientation, in CMYK, or with too many pixels; and for all files without simplejpeg."""
     if simplejpeg is None or not data.startswith(b"\xff\xd8") or _has_exif(data):
         return None
     try:
@@ -72,7 +72,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _has_exif(data: bytes) -> bool:
-    """Whether a JPEG has an EXIF segment before its pixels."""
+    """Whether a JPEG has an EXIF segment before its image data."""
     at = 2
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
         if data[at + 1 : at + 2] == b"\xe1" and data[at + 4 : at + 10] == b"Exif\0\0":
@@ -87,10 +87,10 @@ def load_file(path: Path) -> Image.Image:
 
 
 def decoded(name: str, read: Callable[[], bytes]) -> np.ndarray:
-    """`decode` of what `read` returns; whatever goes wrong is an UnreadableImage of that name."""
+    """`decode` of the bytes that `read` returns; any exception is raised as an UnreadableImage of that name."""
     try:
         return decode(read())
-    except Exception as error:  # damaged files raise nearly anything: struct.error, zlib.error, ...
+    except Exception as error:  # damaged files raise almost any exception: struct.error, zlib.error, ...
         raise UnreadableImage(name, reason(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""Images from a folder, a .zip or a .tar, and the split into those to train on and those held out.
+"""Images from a folder, a .zip or a .tar, and the split into training and held-out images.
 
 train, held_out = split("photos.zip")
 pixels = train.pixels(0)        # uint8 [H, W, 3]
@@ -32,8 +32,8 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a step. epoch, index: what the random draws of its crops depend on; candidates: the image, and after
-    it those that take its place, in this order, if it cannot be read."""
+    """One image of a step. epoch, index: with the seed they determine its random crops; candidates: the image, followed
+    by the images that replace it, in this order, if it cannot be read."""
 
     epoch: int
     index: int
@@ -46,16 +46,16 @@ def generator(seed: int, *key: int) -> np.random.Generator:
 
 
 class ImageFolder:
-    """The images of a folder, or of a .zip or .tar of one, which is read in place, never extracted.
+    """The images of a folder, or of a .zip or .tar of a folder, which is read in place without extraction.
 
-    Takes .jpg .jpeg .png .webp .bmp .tif .tiff (any case) at any depth, follows links, and passes over hidden
-    files and `__MACOSX`. Single folders that wrap everything are descended into.
+    Includes .jpg .jpeg .png .webp .bmp .tif .tiff (any case) at any depth, follows links, and ignores hidden files and
+    `__MACOSX`. If a folder contains only one folder, the root moves down into it.
 
     names: sorted POSIX paths below the (innermost) root. prefix: that root below `path`, empty or ending in a slash.
-    classes: sorted names of the first folder level if every image lies in a folder and there are at least two
+    classes: sorted names of the first folder level if every image is in a folder and there are at least two
     folders, else []. labels: index into `classes` of each image, or None without classes.
-    Reading is safe from several threads.
-    Raises DataError if `path` is missing, none of the three, damaged, or has no image.
+    Reading is thread-safe.
+    Raises DataError if `path` is missing, none of the three kinds, damaged, or contains no image.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -87,12 +87,12 @@ class ImageFolder:
         return Image.fromarray(self.pixels(i))
 
     def read(self, i: int) -> bytes:
-        """The file of image i; may raise nearly anything."""
+        """The bytes of the file of image i; almost any exception may be raised."""
         return self._candidate(i)[1]()
 
     def sample(self, epoch: int, index: int) -> Sample:
-        """Image `index`, which the next ones stand in for (index + 1, ... modulo n): cropped by the random numbers of
-        `index`, so none is a duplicate of its own crops in the same epoch."""
+        """Image `index`; the next images (index + 1, ... modulo n) replace it if it cannot be read. A replacement uses
+        the random numbers of `index`, so its crops differ from those it has as a sample of the same epoch."""
         n = len(self)
         return Sample(epoch, index, lambda: (self._candidate((index + k) % n) for k in range(n)))
 
@@ -101,16 +101,16 @@ class ImageFolder:
     ) -> Generator[list[Sample], None, None]:
         """A rank's samples of each of the global steps start_step .. total_steps - 1.
 
-        An epoch is len(self) // batch_size steps through a permutation that depends only on (seed, epoch); what is left
-        over is dropped. A rank has its 1 / ranks of each batch.
+        An epoch is len(self) // batch_size steps through a permutation that depends only on (seed, epoch); the
+        remaining images are dropped. A rank gets 1 / ranks of each batch.
         """
-        order, shuffled_epoch, own = np.empty(0, int), -1, batch_size // ranks
+        order, shuffled_epoch, per_rank = np.empty(0, int), -1, batch_size // ranks
         for step in range(start_step, total_steps):
             epoch, position = divmod(step, len(self) // batch_size)
             if epoch != shuffled_epoch:
                 order, shuffled_epoch = generator(seed, epoch).permutation(len(self)), epoch
-            start = position * batch_size + rank * own
-            yield [self.sample(epoch, int(index)) for index in order[start : start + own]]
+            start = position * batch_size + rank * per_rank
+            yield [self.sample(epoch, int(index)) for index in order[start : start + per_rank]]
 
     def _candidate(self, i: int) -> Candidate:
         name = self.prefix + self.names[i]
@@ -121,7 +121,7 @@ class ImageFolder:
         return self._view("", [self.names[i] for i in indices], self.classes)
 
     def below(self, folder: str) -> "ImageFolder":
-        """The images below one first-level folder, named and classed relative to it."""
+        """The images below one first-level folder; names and classes are relative to it."""
         start = folder + "/"
         names = [name.removeprefix(start) for name in self.names if name.startswith(start)]
         return self._view(start, names, _classes(names))
@@ -166,7 +166,7 @@ class ImageFolder:
 
 
 def _walk(folder: str, prefix: str = "", parents: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Files below a folder, hidden folders left out; a link back to a parent is not followed."""
+    """Files below a folder, without hidden folders; a link to a parent folder is not followed."""
     real = os.path.realpath(folder)
     if real in parents:
         return
@@ -193,9 +193,9 @@ def _classes(names: list[str]) -> list[str]:
 def split(path: str | Path) -> tuple[ImageFolder, ImageFolder]:
     """Open `path` as (train, held_out), two ImageFolders with the same `classes`.
 
-    Folders `train` and `val` in its root are these two. Otherwise the min(512, n // 20) images with the
-    smallest SHA-256 of their name are held out, the same on any machine, from a folder and from a zip; where
-    there is `train` without `val`, from the images of `train`. Raises DataError as ImageFolder does.
+    If its root has the folders `train` and `val`, these are used. Otherwise the min(512, n // 20) images with the
+    smallest SHA-256 of their name are held out: the same on every machine, and for a folder and a zip of it. If there
+    is `train` without `val`, only the images of `train` are used. Raises DataError as ImageFolder does.
     """
     images = ImageFolder(path)
     tops = {name.partition("/")[0] for name in images.names if "/" in name}
@@ -205,7 +205,7 @@ def split(path: str | Path) -> tuple[ImageFolder, ImageFolder]:
         return train._view("", train.names, classes), held_out._view("", held_out.names, classes)
     if "train" in tops:
         images = images.below("train")
-    # Not a cyclic redundancy check: being linear, it would favor some classes among numbered names.
+    # Not CRC-32: it is linear, so it would favor some classes among numbered names.
     digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in images.names]
     order = sorted(range(len(images)), key=digests.__getitem__)
     n_held_out = min(512, len(images) // 20)

@@ -1,4 +1,4 @@
-"""Batches of crops, made ahead of their use by threads; and batches of whole images for evaluation.
+"""Batches of crops, prefetched by threads, and batches of whole images for evaluation.
 
     loader = CropLoader(
         train, config.crop_kinds, batch_size=64, seed=0, start_step=0, total_steps=1000, num_workers=2
@@ -7,7 +7,7 @@
     for crops, bad in loader:       # one global step each
         bad_images.add(bad)
 
-A sample is a function of (seed, epoch, index) alone: no number of threads or processes and no resume changes it.
+A sample depends only on (seed, epoch, index), not on the number of threads or processes, and not on a resume.
 """
 
 import logging
@@ -33,9 +33,9 @@ from dino_train.data.decode import UnreadableImage, decode, decode_smaller, jpeg
 from dino_train.data.folder import DataError, ImageFolder, Sample
 from dino_train.data.threads import Threads, in_order
 
-STALL_SECONDS = 60.0  # a file that takes longer to read is left out
+STALL_SECONDS = 60.0  # a file that takes longer to read is skipped
 
-# [3, 256]; numpy's, since torch would start threads of its own in each of ours
+# [3, 256]; numpy, because torch would start its own thread pool in each of our threads
 _MEAN, _STD = (np.array([values], np.float32).T for values in (IMAGENET_MEAN, IMAGENET_STD))
 _NORMALIZED = (np.arange(256, dtype=np.float32) / 255 - _MEAN) / _STD
 
@@ -43,11 +43,11 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Bad = list[tuple[str, str]]  # (name, reason) of unreadable images
-Batch = tuple[Tensor, Tensor, Tensor, Bad]  # pixels, labels and indices of images, and those left out
+Batch = tuple[Tensor, Tensor, Tensor, Bad]  # pixels, labels and indices of images, and the unreadable images
 
 
 class Images(Protocol):
-    """What images are taken from: an ImageFolder or a ShardStream."""
+    """A source of images: an ImageFolder or a ShardStream."""
 
     def __len__(self) -> int: ...
 
@@ -61,7 +61,7 @@ class Images(Protocol):
 
 
 class _Attempt:
-    """One thread's work on a row, which is given up if it hangs in a read."""
+    """The work of one thread on a row; it is abandoned if it hangs in a read."""
 
     def __init__(self) -> None:
         self._lock, self._since, self._over = Lock(), float("inf"), False
@@ -72,13 +72,13 @@ class _Attempt:
             self.name, self._since = name, time.monotonic()
 
     def has_read(self) -> bool:
-        """False if somebody else makes the row by now; otherwise nobody will."""
+        """False if the attempt was abandoned and another thread computes the row; if True, it cannot be abandoned."""
         with self._lock:
             self._since = float("inf")
             return not self._over
 
     def give_up(self) -> bool:
-        """True if it hangs: it will not touch the row any more."""
+        """True if the read hangs: this attempt will not write to the row."""
         with self._lock:
             self._over = time.monotonic() - self._since > STALL_SECONDS
             return self._over
@@ -86,39 +86,39 @@ class _Attempt:
 
 @dataclass
 class _Row:
-    """One image's place in a batch."""
+    """One image of a batch."""
 
     sample: Sample
-    views: list[Tensor]  # [1, 3, size, size] each; none where a GPU makes the crops
+    views: list[Tensor]  # [1, 3, size, size] each; empty if a GPU computes the crops
     attempt: _Attempt = field(default_factory=_Attempt)
     slow: set[str] = field(default_factory=set)  # images that were not read in time
-    bad: Bad = field(default_factory=list)  # what was found unreadable on the way
+    bad: Bad = field(default_factory=list)  # images that could not be read
     future: Future = field(default_factory=Future)
-    image: np.ndarray = field(default_factory=lambda: np.empty(0))  # decoded, for a GPU, with the table of its crops
+    image: np.ndarray = field(default_factory=lambda: np.empty(0))  # decoded image and table of its crops, for a GPU
     table: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 class _Slot:
-    """Rows of a batch that threads work on, and on a CPU the memory of its crops."""
+    """Rows of a batch in progress, and on a CPU the memory of its crops."""
 
     def __init__(self, crops: list[Tensor], rows: int) -> None:
         self.rows: list[_Row] = []
         self.crops = crops
-        self.views = [[crop[i : i + 1] for crop in crops] for i in range(rows)]  # a row's crops
+        self.views = [[crop[i : i + 1] for crop in crops] for i in range(rows)]  # crops of each row
 
 
 class _DeviceBatch:
-    """Memory of a batch on a GPU: pinned host memory for its decoded images, and its crops."""
+    """Memory of a batch for a GPU: pinned host memory for the decoded images, and device memory for the crops."""
 
     def __init__(self, gpu: Gpu, crops: list[Tensor]) -> None:
         self.gpu, self.crops = gpu, crops
         self.pixels = gpu.pinned(0)
-        self.copied: Event | None = None  # the host may write the pixels again
-        self.made: Event | None = None  # the crops are complete
-        self.used = gpu.record()  # the crops may be written again
+        self.copied: Event | None = None  # after it, the host may overwrite the pixels
+        self.made: Event | None = None  # after it, the crops are complete
+        self.used = gpu.record()  # after it, the crops may be overwritten
 
     def pack(self, rows: list[_Row]) -> tuple[Tensor, np.ndarray]:
-        """The rows' images one after the other, and where they lie: as `multicrop_packed` takes them."""
+        """The images of the rows, concatenated, and their offsets and sizes: the arguments of `multicrop_packed`."""
         if self.copied:
             self.copied.synchronize()
         sizes = [row.image.size for row in rows]
@@ -132,28 +132,29 @@ class _DeviceBatch:
 
 
 class CropLoader:
-    """Iterating yields ([B, 3, size, size] of each kind, unreadable images newly found) for each step.
+    """Iterating yields ([B, 3, size, size] of each kind, newly found unreadable images) for each step.
 
-    A batch stays as it is until the next one is asked for. An unreadable image is replaced by the sample's next
-    candidate, and decoded and reported once; one that takes longer than STALL_SECONDS to read is replaced that time.
+    A batch is valid until the next one is requested. An unreadable image is replaced by the next candidate of the
+    sample; it is decoded and reported only once. An image that takes longer than STALL_SECONDS to read is replaced in
+    this batch only.
 
     Args:
-        images: where they come from.
-        kinds: of the crops of an image.
-        batch_size: images of a step over all ranks.
-        seed: of order and crops.
+        images: the source of images.
+        kinds: kinds of crops of an image.
+        batch_size: images per step over all ranks.
+        seed: of the order and of the crops.
         start_step, total_steps: the steps start_step .. total_steps - 1 are yielded.
-        num_workers: threads.
-        rank, ranks: this process's share is 1 / ranks of every batch.
-        dtype: of the crops: float32, float16 or bfloat16, normalized by ImageNet's mean and deviation.
-        device: where the crops are wanted, and made: a GPU is sent the decoded images.
-        scaled_decode: let libjpeg-turbo shrink images all of whose crops are still made smaller then.
+        num_workers: number of threads.
+        rank, ranks: this process gets 1 / ranks of every batch.
+        dtype: of the crops: float32, float16 or bfloat16, normalized with ImageNet's mean and standard deviation.
+        device: device of the crops. A GPU computes them from the uploaded decoded images.
+        scaled_decode: decode a JPEG at reduced size if all of its crops are still downscaled from that size.
 
-    On a GPU crops are made in a stream of their own, one batch ahead of the step where its images are decoded by then.
+    On a GPU, crops are computed in a separate stream, one batch ahead of the step if its images are decoded in time.
 
     Raises:
         DataError: the images do not fill one batch; while iterating: none can be read.
-        RuntimeError: while iterating: the images end before the steps do.
+        RuntimeError: while iterating: there are fewer batches than steps.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class CropLoader:
 
     def __iter__(self) -> Generator[tuple[list[Tensor], Bad], None, None]:
         self._threads = Threads(self.num_workers)
-        ahead = 1 + max(1, -(-2 * self.num_workers // self.rows))  # so that no thread waits for the step
+        ahead = 1 + max(1, -(-2 * self.num_workers // self.rows))  # so that threads do not wait for the step
         spare = [_Slot([] if self._gpu else self._empty_crops(), self.rows) for _ in range(ahead)]
         batches = self._batches(spare) if self._gpu is None else self._batches_on_gpu(self._gpu, spare)
         try:
@@ -205,7 +206,7 @@ class CropLoader:
 
     def _batches_on_gpu(self, gpu: Gpu, spare: list[_Slot]) -> Generator[tuple[list[Tensor], Bad], None, None]:
         begun, stream = deque[_Slot](), gpu.stream()
-        free = [_DeviceBatch(gpu, self._empty_crops()) for _ in range(2)]  # one in use, and one ahead of it
+        free = [_DeviceBatch(gpu, self._empty_crops()) for _ in range(2)]  # one in use, one prefetched
         made = deque[tuple[_DeviceBatch, Bad]]()
         try:
             while True:
@@ -224,12 +225,12 @@ class CropLoader:
                 batch.used = gpu.record()
                 free.append(batch)
         finally:
-            for batch, _ in made:  # of which nobody made use: its memory may not be taken before it is written
+            for batch, _ in made:  # not yielded: their memory must not be freed while it is still written
                 assert batch.made
                 gpu.wait(batch.made)
 
     def _begin(self, spare: list[_Slot], begun: "deque[_Slot]") -> None:
-        """Have the threads make batches in all spare slots."""
+        """Start the threads on batches in all spare slots."""
         while spare and (samples := next(self._steps, None)):
             slot = spare.pop()
             slot.rows = [_Row(sample, views) for sample, views in zip(samples, slot.views, strict=True)]
@@ -242,7 +243,7 @@ class CropLoader:
         return [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
 
     def _finish(self, slot: _Slot, batch: _DeviceBatch | None = None, stream: object = None) -> Bad:
-        """Waits for a batch's rows, and queues what a GPU makes of them."""
+        """Wait for the rows of a batch; for a GPU, queue the upload and the crops."""
         bad = self._join(slot.rows)
         if batch is not None:
             pixels, places = batch.pack(slot.rows)
@@ -257,7 +258,7 @@ class CropLoader:
         return bad
 
     def _join(self, rows: list[_Row]) -> Bad:
-        """Waits for the threads; another one takes the work of one that hangs."""
+        """Wait for the rows; if a thread hangs, another one takes over its row."""
         while pending := [row for row in rows if not row.future.done()]:
             wait([row.future for row in pending], timeout=1)
             for row in pending:
@@ -268,11 +269,11 @@ class CropLoader:
                     self._threads.add()
                     row.future = self._threads.submit(self._make, row, row.attempt)
         for row in rows:
-            row.future.result()  # raises what its thread did
+            row.future.result()  # raises the exception of the thread
         return [entry for row in rows for entry in row.bad]
 
     def _make(self, row: _Row, attempt: _Attempt) -> None:
-        """Fills a row's views, or its image and table."""
+        """Fill the views of a row (CPU), or its image and table (GPU)."""
         for name, read in row.sample.candidates():
             if name in self._bad or name in row.slow:
                 continue
@@ -282,7 +283,7 @@ class CropLoader:
                 if not attempt.has_read():
                     return
                 image, crops = self._decode(data, row.sample)
-            except Exception as error:  # damaged files raise nearly anything
+            except Exception as error:  # damaged files raise almost any exception
                 if not attempt.has_read():
                     return
                 with self._lock:
@@ -296,20 +297,20 @@ class CropLoader:
         raise DataError(f"none of the {self._images} images could be read, the first: {': '.join(first)}")
 
     def _crop(self, row: _Row, image: np.ndarray, crops: np.ndarray) -> None:
-        """On a CPU; for a GPU it is what the upload will need."""
+        """Compute the crops on a CPU; for a GPU, keep the image and the table for the upload."""
         if self._gpu is not None:
             row.image, row.table = image, crops
         else:
             multicrop([image], crops[None], row.views, threads=1)
 
     def _decode(self, data: bytes, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """An image's pixels and the table of its crops."""
+        """Pixels of an image and the table of its crops."""
         if self.scaled_decode and (size := jpeg_size(data)):
             crops = self._draw(sample, size)
             sides = crops["box"][:, 2:] - crops["box"][:, :2]
             shrink = (sides.min(1) / crops["size"]).min()
             if shrink >= 2:
-                with suppress(ValueError):  # decode() says what is wrong
+                with suppress(ValueError):  # decode() below reports the error
                     image = decode_smaller(data, shrink)
                     return image, _shrunk(crops, size, image)
         image = decode(data)
@@ -320,7 +321,7 @@ class CropLoader:
 
 
 def _shrunk(crops: np.ndarray, size: tuple[int, int], image: np.ndarray) -> np.ndarray:
-    """Crops of an image of `size` (height, width), in the pixels of a smaller copy of it."""
+    """Crop boxes of an image of `size` (height, width), scaled to a smaller copy of it."""
     height, width = image.shape[:2]
     scale = np.array([width / size[1], height / size[0]] * 2)
     box = np.rint(crops["box"] * scale).astype(np.int32)
@@ -331,7 +332,7 @@ def _shrunk(crops: np.ndarray, size: tuple[int, int], image: np.ndarray) -> np.n
 
 
 def exactly(items: Iterable[Item], count: int, what: str) -> Generator[Item, None, None]:
-    """The items; RuntimeError if there are not `count` of them: what ends early would go on with less, unseen."""
+    """The items; RuntimeError if their number is not `count`, so that missing items do not go unnoticed."""
     given = 0
     for given, item in enumerate(items, 1):  # noqa: B007
         yield item
@@ -361,7 +362,8 @@ def eval_transform(image: Image.Image, size: int) -> Tensor:
     """Evaluation view of an RGB image: short side to round(size * 256 / 224) bicubic, central size x size
     crop, normalized: float32 [3, size, size] (`eval_knn.py:33-38`).
 
-    An image longer than 4:1 is first cut to its central 4:1, so that a thin strip does not become gigabytes.
+    An image with an aspect ratio above 4:1 is first center-cropped to 4:1, so that the resize of a thin strip does not
+    need gigabytes.
     """
     short = min(image.size)
     image = _center_crop(image, min(image.width, 4 * short), min(image.height, 4 * short))
@@ -382,10 +384,10 @@ def image_loader(
     num_workers: int,
     keys: Iterable[tuple[int, int]] | None = None,
 ) -> Iterator[Batch]:
-    """`transform(image, key)` of each key (epoch, index), in order and by threads; of every image once without keys.
+    """`transform(image, key)` of each key (epoch, index), in order, by threads. Without keys: every image once.
 
-    Yields (pixels [B, ...], labels int64 [B], -1 without labels, indices int64 [B], bad). Unreadable images are left
-    out of the tensors (so B may be below batch_size, even 0) and listed in bad.
+    Yields (pixels [B, ...], labels int64 [B], -1 without labels, indices int64 [B], bad). Unreadable images are not in
+    the tensors (B may be below batch_size, even 0) but listed in bad.
     """
     keys = ((0, index) for index in range(len(images))) if keys is None else keys
 
@@ -411,9 +413,9 @@ def eval_loader(images: ImageFolder, size: int, batch_size: int, num_workers: in
 
 
 class BadImages:
-    """Keeps the unreadable images of a run, and logs each of them once.
+    """Counts the unreadable images of a run, and logs each of them once.
 
-    n_images: images of the data set; batch_size: the least number that must be readable (0 for evaluation).
+    n_images: images of the data set; batch_size: the minimum number of readable images (0 for evaluation).
     """
 
     def __init__(self, n_images: int, batch_size: int) -> None:
@@ -426,7 +428,7 @@ class BadImages:
         return len(self._names)
 
     def add(self, bad: Bad) -> None:
-        """Log the new ones among `bad`. Raises DataError if fewer readable images than one batch remain."""
+        """Log the new ones in `bad`. Raises DataError if the readable images no longer fill one batch."""
         for name, why in bad:
             if name in self._names:
                 continue

@@ -1,4 +1,4 @@
-"""`dino-train pack`: a folder of images to one tar of small JPEGs, which decode several times faster."""
+"""`dino-train pack`: convert a folder of images to one tar of small JPEGs, which decode several times faster."""
 
 import hashlib
 import io
@@ -22,14 +22,15 @@ logger = logging.getLogger(__name__)
 
 
 def pack(images: ImageFolder, out: Path, *, size: int, quality: int, num_workers: int) -> int:
-    """Write all readable images to the tar `out` in a shuffled order; returns how many these are.
+    """Write all readable images to the tar `out` in shuffled order; returns their number.
 
-    An image is shrunk so that its longer side has at most `size` pixels and written as a JPEG of that quality; a JPEG
-    that is small enough stays as it is. Until all are there the file is `out`.partial, which the next call completes.
+    An image is downscaled so that its longer side has at most `size` pixels, and written as a JPEG of that quality; a
+    JPEG that is small enough is copied unchanged. The file is named `out`.partial until it is complete; the next call
+    continues an interrupted one.
 
     Raises:
         ValueError: `out` exists or does not end in .tar, size or quality out of range, or no image can be read.
-        OSError: the file cannot be written; what is written stays for the next call.
+        OSError: the file cannot be written; the part already written is kept for the next call.
     """
     from tqdm import tqdm
 
@@ -46,7 +47,7 @@ def pack(images: ImageFolder, out: Path, *, size: int, quality: int, num_workers
     with open(partial, "r+b" if partial.exists() else "w+b") as file:
         index = _begin(file, head)
         done = {name for name, *_ in index}
-        # A hash is a shuffle that every call repeats: who reads from front to back should not see a class at a time.
+        # Shuffled, so that sequential reading does not yield class after class; by hash, so that every call agrees.
         order = sorted(range(len(images)), key=lambda i: hashlib.sha256(names[i].encode(*ENCODING)).digest())
         missing = [i for i in order if names[i] not in done]
 
@@ -78,8 +79,8 @@ def pack(images: ImageFolder, out: Path, *, size: int, quality: int, num_workers
 
 
 def _record_names(names: list[str]) -> list[str]:
-    """Names of the records: those of the images, but ending in .jpg unless that of a JPEG, and with one dot, since
-    WebDataset takes what follows the first for the kind."""
+    """Names of the records: the names of the images, with .jpg as suffix if it is not that of a JPEG, and with only one
+    dot, since WebDataset takes all after the first dot as the suffix."""
     taken: set[str] = set()
     records = []
     for name in names:
@@ -95,7 +96,7 @@ def _record_names(names: list[str]) -> list[str]:
 
 def _record(data: bytes, size: int, quality: int) -> bytes:
     """The JPEG to be written for an image file."""
-    pixels = decode(data)  # what cannot be decoded has no place in the store
+    pixels = decode(data)  # raises if the image is unreadable
     height, width = pixels.shape[:2]
     longer = max(height, width)
     if longer <= size and jpeg_size(data):
@@ -110,7 +111,7 @@ def _record(data: bytes, size: int, quality: int) -> bytes:
 
 
 def _append(file: BinaryIO, name: str, data: bytes) -> tuple[int, int, int]:
-    """Writes a member; offset, size and checksum of its data."""
+    """Write a member; returns offset, size and checksum of its data."""
     file.write(header(name, len(data)))
     start = file.tell()
     file.write(data + bytes(-len(data) % BLOCK))
@@ -118,8 +119,8 @@ def _append(file: BinaryIO, name: str, data: bytes) -> tuple[int, int, int]:
 
 
 def _begin(file: BinaryIO, head: Head) -> list[tuple[str, int, int, int]]:
-    """The records that an interrupted call has left behind, with the file's position after them; none, and a new head,
-    if it had other settings or images."""
+    """The complete records of an interrupted call; the file is positioned after them. If that call had other options or
+    images, the file starts again with a new head and no records."""
     index: list[tuple[str, int, int, int]] = []
     end = 2 * BLOCK
     saved = Head.read(file.read(2 * BLOCK))
@@ -137,7 +138,7 @@ def _begin(file: BinaryIO, head: Head) -> list[tuple[str, int, int, int]]:
                     data = file.read(member.size)
                     index.append((member.name, member.offset_data, member.size, zlib.crc32(data)))
                     end = padded
-            except tarfile.TarError:  # the last header is not whole
+            except tarfile.TarError:  # the last header is incomplete
                 pass
     file.seek(0)
     file.write(head.to_bytes())

@@ -1,12 +1,12 @@
-"""Images from WebDataset shards: tar files that are read from front to back, local ones or streams.
+"""Images from WebDataset shards: local or remote tar files that are read sequentially.
 
     urls = shard_urls("train-{000000..000146}.tar")        # or "pipe:aws s3 cp s3://bucket/{000000..000146}.tar -"
     stream = ShardStream(urls, count_samples(urls, folder))
 
-An epoch is one sequence of all samples: the shards in an order that depends on (seed, epoch), each from front to back.
-A rank has one contiguous part of it, so that ranks have equally many samples whatever the shards hold; it reads only
-shards that reach into its part, and shuffles within windows of WINDOW samples. A resume skips shards and begins at its
-window.
+An epoch is one sequence of all samples: the shards in an order that depends on (seed, epoch), each read sequentially.
+A rank has one contiguous part of it, so that all ranks have the same number of samples, whatever the sizes of the
+shards. It reads only the shards that overlap its part, and shuffles within windows of WINDOW samples. A resume skips
+shards and starts at its window.
 """
 
 import json
@@ -27,7 +27,7 @@ from dino_train.common.files import atomic
 from dino_train.data.folder import SUFFIXES, Candidate, DataError, Sample, generator
 from dino_train.data.tar_index import Index
 
-WINDOW = 1024  # samples that are shuffled together, and kept in memory as files: 100 MB of ImageNet, up to four times
+WINDOW = 1024  # samples shuffled together; up to four windows are in memory, each 100 MB for ImageNet
 
 COUNTS = "shards.json"  # in a run's folder: samples of each shard
 
@@ -37,7 +37,7 @@ File = tuple[str, bytes | None]  # name and content; None where it could not be 
 
 
 def is_shards(data: str | Path) -> bool:
-    """Whether `data` names shards to be streamed, and not a folder or file to be read in place."""
+    """Whether `data` names shards to stream, not a folder or file to read in place."""
     text = str(data)
     return not Path(text).exists() and ("{" in text or "://" in text or text.startswith("pipe:"))
 
@@ -50,17 +50,17 @@ def shard_urls(data: str) -> list[str]:
 
 
 class ShardStream:
-    """Samples of shards, as `CropLoader` takes them.
+    """Samples of shards, a source of images for `CropLoader`.
 
     Args:
-        urls: of the shards: paths, or what WebDataset opens (`pipe:COMMAND`, `https://`, `s3://`, ...).
-        counts: samples of each.
+        urls: of the shards: paths, or URLs that WebDataset opens (`pipe:COMMAND`, `https://`, `s3://`, ...).
+        counts: number of samples of each shard.
     """
 
     def __init__(self, urls: Sequence[str], counts: Sequence[int]) -> None:
         self.urls, self.counts = list(urls), np.array(counts, np.int64)
-        self.first = np.concatenate([[0], np.cumsum(self.counts)])  # number of each shard's first sample
-        self.names = [f"{url} {count}" for url, count in zip(urls, counts, strict=True)]  # what an order follows from
+        self.first = np.concatenate([[0], np.cumsum(self.counts)])  # index of each shard's first sample
+        self.names = [f"{url} {count}" for url, count in zip(urls, counts, strict=True)]  # they identify the order
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -68,9 +68,9 @@ class ShardStream:
     def steps(
         self, batch_size: int, seed: int, start_step: int, total_steps: int, rank: int = 0, ranks: int = 1
     ) -> Generator[list[Sample], None, None]:
-        """A rank's samples of the steps start_step .. total_steps - 1; a thread reads the next window."""
-        own, steps_per_epoch = batch_size // ranks, len(self) // batch_size
-        plan = _plan(start_step, total_steps, steps_per_epoch, own)
+        """A rank's samples of each of the steps start_step .. total_steps - 1; a thread prefetches the next window."""
+        share, steps_per_epoch = batch_size // ranks, len(self) // batch_size
+        plan = _plan(start_step, total_steps, steps_per_epoch, share)
         windows: Queue[_Window | Exception] = Queue(maxsize=1)
         stop = Event()
         reader = partial(self._read, plan, seed, rank * (len(self) // ranks), windows, stop)
@@ -78,23 +78,23 @@ class ShardStream:
         batch: list[Sample] = []
         try:
             for _ in range(start_step, total_steps):
-                while len(batch) < own:
+                while len(batch) < share:
                     window = windows.get()
                     if isinstance(window, Exception):
                         raise window
                     batch += window.samples()
-                yield batch[:own]
-                batch = batch[own:]
+                yield batch[:share]
+                batch = batch[share:]
         finally:
             stop.set()
 
     def _read(
         self, plan: Iterator[tuple[int, int, int, int]], seed: int, begin: int, windows: Queue, stop: Event
     ) -> None:
-        """Puts the windows of a plan into the queue; begin: where the rank's part of an epoch's sequence begins."""
+        """Put the windows of a plan into the queue; begin: offset of the rank's part in the sequence of an epoch."""
         try:
             files: Iterator[File] = iter(())
-            following = (-1, 0)  # the epoch and position of what `files` yields next
+            following = (-1, 0)  # epoch and position of the next item of `files`
             for epoch, first, last, skip in plan:
                 shards = generator(seed, epoch).permutation(len(self.urls))
                 if following != (epoch, first):
@@ -109,14 +109,14 @@ class ShardStream:
             _offer(error, windows, stop)
 
     def _numbers(self, shards: np.ndarray, first: int, last: int) -> np.ndarray:
-        """Which samples stand at first .. last - 1 of the sequence."""
+        """Indices of the samples at positions first .. last - 1 of the sequence."""
         ends = np.cumsum(self.counts[shards])
         position = np.arange(first, last)
         at = np.searchsorted(ends, position, side="right")
         return self.first[shards[at]] + position - (ends[at] - self.counts[shards[at]])
 
     def _files(self, shards: np.ndarray, first: int) -> Iterator[File]:
-        """The sequence from `first` on. A shard that fails yields files without content for what is missing."""
+        """The files of the sequence from `first` on; those that are missing in a shard that fails have no content."""
         skip = first
         for shard in shards:
             count = int(self.counts[shard])
@@ -138,7 +138,7 @@ class ShardStream:
 
 
 def _offer(item: object, queue: Queue, stop: Event) -> bool:
-    """Waits for room; False if nobody will make any."""
+    """Wait for a free place in the queue and put the item; False if `stop` is set."""
     while not stop.is_set():
         try:
             queue.put(item, timeout=0.5)
@@ -148,14 +148,14 @@ def _offer(item: object, queue: Queue, stop: Event) -> bool:
     return False
 
 
-def _plan(start_step: int, total_steps: int, steps_per_epoch: int, own: int) -> Iterator[tuple[int, int, int, int]]:
-    """(epoch, first, last, skip) of each window: its samples in a rank's part of the epoch, and how many of them, in
-    shuffled order, were used before the start."""
+def _plan(start_step: int, total_steps: int, steps_per_epoch: int, share: int) -> Iterator[tuple[int, int, int, int]]:
+    """(epoch, first, last, skip) of each window: its samples are first .. last - 1 of a rank's part of the epoch; the
+    first `skip` of them, in shuffled order, were used before start_step."""
     if start_step >= total_steps:
         return
-    used = own * steps_per_epoch
+    used = share * steps_per_epoch
     epoch, step = divmod(start_step, steps_per_epoch)
-    begin = step * own
+    begin = step * share
     while epoch * steps_per_epoch < total_steps:
         for first in range(begin // WINDOW * WINDOW, used, WINDOW):
             yield epoch, first, min(first + WINDOW, used), max(0, begin - first)
@@ -175,7 +175,7 @@ class _Window:
         ]
 
     def candidates(self, i: int) -> Iterator[Candidate]:
-        """Sample i, and for the case that it is unreadable those after it."""
+        """Sample i, followed by the samples that replace it if it is unreadable."""
         for k in range(len(self.files)):
             name, data = self.files[self.order[(i + k) % len(self.files)]]
             yield name, partial(_content, data)
@@ -188,13 +188,13 @@ def _content(data: bytes | None) -> bytes:
 
 
 def shard_files(url: str) -> Iterator[File]:
-    """The images of a shard, in its order, through WebDataset."""
+    """The images of a shard, in its order, read by WebDataset."""
     import webdataset
 
     for sample in webdataset.WebDataset([url], shardshuffle=False, nodesplitter=None, empty_check=False, seed=0):
         images = [key for key in sample if _is_image("." + key)]
         if images:
-            key = min(images, key=len)  # jpg, and not the seg.png beside it
+            key = min(images, key=len)  # jpg, not the seg.png of the same sample
             yield f"{url}: {sample['__key__']}.{key}", sample[key]
 
 
@@ -203,8 +203,8 @@ def _is_image(name: str) -> bool:
 
 
 def count_samples(urls: Sequence[str], folder: Path) -> list[int]:
-    """Samples of each shard. Those that `folder`/shards.json does not tell are counted, and then written there; several
-    ranks share this.
+    """Number of samples of each shard, from `folder`/shards.json. Shards that are not in it are counted, in parallel by
+    the ranks, and added to it.
 
     Raises DataError if a shard cannot be read.
     """
@@ -212,7 +212,7 @@ def count_samples(urls: Sequence[str], folder: Path) -> list[int]:
     known: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
     missing = [url for url in urls if url not in known]
     shares = [missing[rank :: parallel.size()] for rank in range(parallel.size())]
-    parallel.barrier()  # all have looked before the first one writes
+    parallel.barrier()  # all ranks have read the file before rank 0 writes it
     counted = parallel.gather(torch.tensor([_count(url) for url in shares[parallel.rank()]], dtype=torch.int64))
     known.update(zip([url for share in shares for url in share], counted.tolist(), strict=True))
     if missing and parallel.rank() == 0:
@@ -222,7 +222,7 @@ def count_samples(urls: Sequence[str], folder: Path) -> list[int]:
 
 
 def _count(url: str) -> int:
-    """By the headers of a local tar; a stream, and what is compressed, must be read."""
+    """From the headers of a local tar; a stream or a compressed file must be read completely."""
     from webdataset.tariterators import base_plus_ext
 
     path = Path(url.removeprefix("file:"))

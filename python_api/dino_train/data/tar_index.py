@@ -1,8 +1,8 @@
-"""Images in one tar file: read in place through a memory map, in any order.
+"""Random access to the images in one tar file through a memory map.
 
-Any uncompressed tar will do. Those that `dino-train pack` writes need no scan: their first member, __pack__, says how
-they were made and where the last one, __index__, lies, which lists offset, size and CRC-32 of every record. WebDataset
-passes over members of such names.
+Any uncompressed tar can be used. A tar written by `dino-train pack` needs no scan: its first member, __pack__, holds
+the options it was made with and the position of the last member, __index__, which lists offset, size and CRC-32 of
+every record. WebDataset ignores members with such names.
 """
 
 import io
@@ -17,12 +17,12 @@ import numpy as np
 
 BLOCK = tarfile.BLOCKSIZE
 HEAD, INDEX = "__pack__", "__index__"
-ENCODING = ("utf-8", "surrogateescape")  # of names, which need not be Unicode
+ENCODING = ("utf-8", "surrogateescape")  # of names, which may be invalid Unicode
 
 
 @dataclass
 class Head:
-    """What the first member tells, as JSON of one block. index: (offset, size) of the index; (0, 0) until the end."""
+    """Content of the first member, JSON in one block. index: (offset, size) of the index; (0, 0) in a partial file."""
 
     size: int
     quality: int
@@ -30,7 +30,7 @@ class Head:
     index: tuple[int, int] = (0, 0)
 
     def to_bytes(self) -> bytes:
-        """The member, header included: two blocks."""
+        """The member with its header: two blocks."""
         data = json.dumps(asdict(self)).encode()
         assert len(data) <= BLOCK
         return header(HEAD, BLOCK) + data.ljust(BLOCK)
@@ -45,15 +45,15 @@ class Head:
 
 
 def header(name: str, size: int) -> bytes:
-    """The blocks before a member's data."""
+    """The header blocks of a member."""
     info = tarfile.TarInfo(name)
     info.size = size
     return info.tobuf(tarfile.PAX_FORMAT, *ENCODING)
 
 
 class Index:
-    """Where the records lie. names: of the records; table: [n, 3] uint64, offset and size in bytes and CRC-32,
-    which a scan leaves out."""
+    """Positions of the records. names: of the records; table: uint64 [n, 3], offset and size in bytes and CRC-32, or
+    [n, 2] without CRC-32 from a scan."""
 
     def __init__(self, names: list[str], table: np.ndarray) -> None:
         self.names, self.table = names, table
@@ -72,11 +72,11 @@ class Index:
 
     @classmethod
     def scan(cls, path: Path) -> "Index":
-        """Of a tar without one, and so without checksums."""
+        """The index of a tar that has none, without checksums."""
         names, rows = [], []
         with tarfile.open(path, "r:", encoding=ENCODING[0], errors=ENCODING[1]) as tar:
             while member := tar.next():
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of them
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all members otherwise
                 if member.isreg():
                     names.append(member.name)
                     rows.append((member.offset_data, member.size))
@@ -84,7 +84,7 @@ class Index:
 
 
 class Store:
-    """A tar file's members. Raises ValueError, tarfile.TarError or OSError if it is damaged."""
+    """Members of a tar file. Raises ValueError, tarfile.TarError or OSError if it is damaged."""
 
     def __init__(self, path: Path) -> None:
         with open(path, "rb") as file:
@@ -102,7 +102,7 @@ class Store:
         return list(self._rows)
 
     def read(self, name: str) -> bytes:
-        """Raises ValueError if it is not what was written."""
+        """The data of a member; ValueError if it is truncated or its checksum does not match."""
         start, size, *checksum = self._table[self._rows[name]].tolist()
         data = self._bytes[start : start + size]
         if len(data) < size:

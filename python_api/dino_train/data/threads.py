@@ -1,4 +1,4 @@
-"""Threads for work that leaves the GIL: reading, decoding, cropping, encoding."""
+"""Threads for work that releases the GIL: reading, decoding, cropping, encoding."""
 
 import atexit
 import time
@@ -15,8 +15,8 @@ Result = TypeVar("Result")
 
 
 class Threads:
-    """As concurrent.futures.ThreadPoolExecutor, but a thread that hangs in a read can be given a substitute, and keeps
-    no process from ending for long."""
+    """Like concurrent.futures.ThreadPoolExecutor, but a thread can be added in place of one that hangs in a read, and a
+    hanging thread does not block the exit of the process."""
 
     _all: "WeakSet[Threads]" = WeakSet()
 
@@ -29,7 +29,7 @@ class Threads:
             self.add()
 
     def add(self) -> None:
-        """One thread more."""
+        """Start one more thread."""
         self._threads.append(Thread(target=self._run, name="dino-train worker", daemon=True))
         self._threads[-1].start()
 
@@ -39,7 +39,7 @@ class Threads:
         return future
 
     def close(self) -> None:
-        """Drops what has not begun, and waits for the rest; not for long, since a read may hang."""
+        """Cancel work that has not started, and wait up to 2 seconds for the rest, since a read may hang."""
         while not self._work.empty():
             if entry := self._work.get():
                 entry[0].cancel()
@@ -56,12 +56,12 @@ class Threads:
                 future.set_result(function(*arguments))
             except BaseException as error:
                 future.set_exception(error)
-            del entry, future, arguments  # or they would live until the next task comes
+            del entry, future, arguments  # otherwise they stay alive until the next task
 
 
 @atexit.register
 def _close_all() -> None:
-    """Python ends daemon threads that ask for its lock while it exits, which aborts the process in the midst of C++."""
+    """At exit, Python ends daemon threads that wait for the GIL; in the middle of C++ code this aborts the process."""
     for threads in list(Threads._all):
         threads.close()
 
@@ -69,7 +69,7 @@ def _close_all() -> None:
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
 ) -> Iterator[Result]:
-    """`map` by several threads, at most `ahead` items before the one that is asked for."""
+    """`map` with several threads, at most `ahead` items ahead of the consumer."""
     pool, pending = Threads(threads), deque[Future]()
     try:
         for item in items:

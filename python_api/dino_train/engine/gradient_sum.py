@@ -1,24 +1,24 @@
-"""The sum of gradients over the ranks, during the backward pass. Alone, a process does nothing of it."""
+"""All-reduce of gradients over the ranks, during the backward pass. With a single process, it does nothing."""
 
 from torch import Tensor
 
 from dino_kernels.nn import FlatParameters
 from dino_train.common.parallel import Pending, size
 
-BUCKETS = 4  # few large sums: the last one waits for the backward's end, the others run beside it
+BUCKETS = 4  # few large all-reduces: all but the last overlap with the backward
 
 
 class GradientSum:
-    """Sums a net's flat gradient over the ranks, a few large slices at a time, each as soon as backward has filled it.
+    """Sums a net's flat gradient over the ranks in a few large slices, each when the backward has computed it.
 
-    Made anew when it changes which parameters are trained.
+    Create a new one when the set of trained parameters changes.
     """
 
     def __init__(self, flat: FlatParameters) -> None:
         self.pending = Pending()
         self.slices: list[Tensor] = []
         self.members: list[int] = []  # parameters with a gradient in each slice
-        self.missing: list[int] = []  # of those, still to come in this backward
+        self.missing: list[int] = []  # of these, not yet computed in this backward
         self._hooks: list = []
         if size() == 1:
             return
@@ -31,7 +31,7 @@ class GradientSum:
             self.slices[-1] = flat.grad[begin : flat.offsets[i + 1]]
             if parameter.requires_grad:
                 self.members[-1] += 1
-                # The node runs, and its hook, even where a layer added the gradient itself.
+                # The node and its hook run even if a layer wrote the gradient itself.
                 view = parameter.expand_as(parameter)
                 assert view.grad_fn is not None
                 node = view.grad_fn.next_functions[0][0]
@@ -48,11 +48,11 @@ class GradientSum:
         return count
 
     def start(self) -> None:
-        """Before the backward whose end completes the gradient."""
+        """Call before the last backward of a step, which completes the gradient."""
         self.missing = list(self.members)
 
     def wait(self) -> None:
-        """After it."""
+        """Call after that backward: wait for the sums."""
         assert not any(self.missing), self.missing
         self.pending.wait()
 

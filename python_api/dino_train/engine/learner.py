@@ -1,4 +1,4 @@
-"""One DINO training step, exactly the reference's: loss, center, clipping, optimizer, teacher."""
+"""One DINO training step, identical to the reference: loss, center, gradient clipping, optimizer, teacher EMA."""
 
 import math
 from collections.abc import Callable
@@ -30,12 +30,12 @@ CENTER_MOMENTUM = 0.9  # main_dino.py:365
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; nothing was updated by that step."""
+    """The loss became NaN or infinite; that step has not updated anything."""
 
 
 @dataclass
 class StepResult:
-    """What a step tells. Tensors stay on the device: reading them is the caller's choice."""
+    """Results of a step. Tensors stay on the device; the caller decides when to synchronize."""
 
     loss_tensor: Tensor
     lr: float
@@ -53,8 +53,8 @@ class StepResult:
     def teacher_entropy(self) -> tuple[float, float]:
         """(entropy of the mean teacher output over the batch, mean entropy of a single output), in nats.
 
-        Both at ln K: outputs are uniform. Both equal below it: one constant output, whatever the image. Of the
-        teacher's last layer and the center as they are when this is called.
+        Both at ln K: the outputs are uniform. Both equal and below ln K: the output is the same for all images.
+        Computed with the current last layer of the teacher and the current center.
         """
         logits = self.learner.teacher.head.last_layer(self.teacher_z).float()
         q = ((logits - self.learner.center) / self.teacher_temp).softmax(dim=-1)
@@ -66,12 +66,12 @@ class Learner:
     """Student, teacher, center, optimizer and schedules of one run.
 
     Args:
-        config: the run's settings.
-        steps_per_epoch: optimizer steps an epoch.
-        device: where the nets live.
+        config: configuration of the run.
+        steps_per_epoch: optimizer steps per epoch.
+        device: device of the networks.
     """
 
-    phase_hook: Callable[[str], None] | None = None  # called after each phase of a step, by a benchmark
+    phase_hook: Callable[[str], None] | None = None  # called after each phase of a step; for benchmarks
 
     def __init__(self, config: PretrainConfig, steps_per_epoch: int, device: torch.device) -> None:
         self.config, self.steps_per_epoch, self.device = config, steps_per_epoch, device
@@ -84,7 +84,7 @@ class Learner:
             self.student.backbone.checkpoint_activations = config.checkpoint_activations
         self.student_flat = FlatParameters(self.student, self.dtype)
         self.teacher_flat = FlatParameters(self.teacher, self.dtype)
-        if parallel.size() > 1:  # one set of weights, whatever each rank's generator gave
+        if parallel.size() > 1:  # all ranks start from the weights of rank 0
             weights = self.student_flat.weights, self.teacher_flat.weights
             parallel.broadcast([*weights, *self.student.buffers(), *self.teacher.buffers()])
             self._renew()
@@ -103,11 +103,11 @@ class Learner:
         self.teacher_temp = teacher_temp_schedule(
             config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs, config.epochs
         )
-        # All of it on the device at once: a step then picks its row there, and waits for no copy.
+        # The whole schedule is on the device: a step reads its row there, without a host-to-device copy.
         columns = (self.lr, self.weight_decay, self.momentum, np.repeat(self.teacher_temp, steps_per_epoch))
         self.schedule = torch.tensor(np.stack(columns, axis=1), device=device)
         self.settings = torch.zeros(4, dtype=torch.float64, device=device)
-        self.update = self._fresh_update()
+        self.update = self._new_update()
 
     def _build(self, drop_path_rate: float, norm_last_layer: bool) -> DINOModel:
         c = self.config
@@ -140,14 +140,14 @@ class Learner:
     def step(self, step: int, crops: list[Tensor]) -> StepResult:
         """One update of student, center and teacher (main_dino.py:303-350).
 
-        A loss that is not finite changes nothing; that it was so is in the result.
+        With AdamW, a non-finite loss updates nothing; the caller sees it in the result.
 
         Args:
-            step: global step, which sets the schedules.
-            crops: V tensors [B, 3, h, w] float32 on the device, the two global ones first.
+            step: global step, the index into the schedules.
+            crops: V tensors [B, 3, h, w] float32 on the device, the two global crops first.
 
         Raises:
-            NonFiniteLoss: with sgd or lars, whose passes have no guard; before anything was changed.
+            NonFiniteLoss: with sgd or lars, which check the loss on the host; before any update.
         """
         self._freeze(step // self.steps_per_epoch)
         self.settings.copy_(self.schedule[step])
@@ -155,14 +155,14 @@ class Learner:
         return StepResult(loss, *self.schedule_values(step), teacher_z, self)
 
     def schedule_values(self, step: int) -> tuple[float, float, float, float]:
-        """Learning rate, weight decay, momentum of the teacher and its temperature."""
+        """Learning rate, weight decay, teacher momentum and teacher temperature."""
         temp = self.teacher_temp[step // self.steps_per_epoch]
         return float(self.lr[step]), float(self.weight_decay[step]), float(self.momentum[step]), float(temp)
 
     def _update(self, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """All of a step that runs on the device, with the settings there; loss and what the teacher's last layer
-        took."""
-        self.student_flat.overwrite_grads()  # also where a capture broke off after a backward
+        """The device work of a step, with the scheduled scalars on the device. Returns the loss and the input of the
+        teacher's last layer."""
+        self.student_flat.overwrite_grads()  # also after a failed capture that included a backward
         lr, decay, momentum, teacher_temp = self.settings.unbind()
         loss, batch_center, teacher_z = self._gradients(crops, teacher_temp)
         center = self.center.lerp(batch_center, 1 - CENTER_MOMENTUM)
@@ -182,8 +182,8 @@ class Learner:
         epoch = step // self.steps_per_epoch
         return f"the loss is {loss} at step {step} (epoch {epoch}, lr {self.lr[step]:.3g})"
 
-    def _fresh_update(self) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
-        # The other optimizers ask the device; sums over ranks in a graph are untried.
+    def _new_update(self) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
+        # The other optimizers synchronize with the device; all-reduces inside a graph are not tested.
         graphed = self.config.cuda_graph and parallel.size() == 1 and isinstance(self.optimizer, AdamWithEMA)
         return Graphed(self.gpu, self._update) if graphed and self.gpu is not None else self._update
 
@@ -196,37 +196,37 @@ class Learner:
             self.gradient_sum = GradientSum(self.student_flat)
             if isinstance(self.optimizer, AdamWithEMA):
                 self.optimizer.track_frozen()
-            self.update = self._fresh_update()
+            self.update = self._new_update()
 
     def _gradients(self, crops: list[Tensor], teacher_temp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Fills the student's gradient; loss and batch center over all parts and ranks, and what the teacher's last
-        layer took here."""
+        """Compute the student's gradient. Returns the loss and batch center over all micro-batches and ranks, and the
+        input of the teacher's last layer on this rank."""
         count = self.config.accumulate
-        parts = list(zip(*(crop.chunk(count) for crop in crops), strict=True))
-        told, rows = None, []
-        for i, part in enumerate(parts):
-            loss, batch_center, teacher_z = self._forward(list(part), teacher_temp)
+        micro_batches = list(zip(*(crop.chunk(count) for crop in crops), strict=True))
+        total, rows = None, []
+        for i, micro_batch in enumerate(micro_batches):
+            loss, batch_center, teacher_z = self._forward(list(micro_batch), teacher_temp)
             rows.append(teacher_z)
             share = torch.cat([batch_center, loss.detach().view(1)])
             share = share if count == 1 else share / count
-            told = share if told is None else told + share
-            if i == count - 1:  # the center crosses the ranks beside the backward, and the gradient as it comes
-                mean = parallel.mean(told)
+            total = share if total is None else total + share
+            if i == count - 1:  # all-reduces of center and gradient overlap with the backward
+                mean = parallel.mean(total)
                 self.gradient_sum.start()
             losses = count * parallel.size()
             (loss if losses == 1 else loss / losses).backward()
         self.gradient_sum.wait()
         mean.wait()
         self._phase("backward")
-        assert told is not None
-        return told[-1], told[:-1], torch.cat(rows)
+        assert total is not None
+        return total[-1], total[:-1], torch.cat(rows)
 
     def _forward(self, crops: list[Tensor], teacher_temp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, batch center and what the teacher's last layer took, of some images."""
+        """Loss, batch center and input of the teacher's last layer, of one micro-batch."""
         low = self.dtype == torch.bfloat16
-        # Layers with copies of their weights need no autocast; a ResNet's have none.
+        # ViT layers hold bfloat16 copies of their weights and need no autocast; a ResNet has no copies.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low and self.config.arch == "resnet50"):
-            with torch.no_grad():  # the teacher stays in train mode: its batch norms see its own batches
+            with torch.no_grad():  # the teacher is in train mode: its batch norms use its own batches
                 teacher_z = self.teacher.bottleneck(crops[:2])
             self._phase("teacher")
             student_z = self.student.bottleneck(crops)
@@ -254,7 +254,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Load what `state_dict` returned."""
         for name, net in (("student", self.student), ("teacher", self.teacher)):
             net.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])

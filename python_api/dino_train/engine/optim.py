@@ -1,4 +1,4 @@
-"""Schedules, parameter groups, gradient clipping and optimizers, as the reference trains with them."""
+"""Schedules, parameter groups, gradient clipping and optimizers, as in the reference."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,10 +14,10 @@ from dino_kernels.nn import FlatParameters
 def cosine_schedule(
     start: float, end: float, steps: int, *, warmup_steps: int = 0, warmup_start: float = 0.0
 ) -> np.ndarray:
-    """One value a step, float64 [steps]: linear from warmup_start to start, then half a cosine to end.
+    """One value per step, float64 [steps]: linear from warmup_start to start, then half a cosine to end.
 
-    As utils.py:187-198: the warm-up includes its end point, so that `start` stands twice. A warm-up longer
-    than the run is cut off (the reference fails on it).
+    As utils.py:187-198: the warm-up includes its end point, so `start` appears twice. A warm-up longer than the run is
+    cut off (the reference fails on it).
     """
     warmup = np.linspace(warmup_start, start, warmup_steps)
     cosine_steps = max(0, steps - warmup_steps)
@@ -27,7 +27,7 @@ def cosine_schedule(
 
 
 def teacher_temp_schedule(warmup: float, temp: float, warmup_epochs: int, epochs: int) -> np.ndarray:
-    """One teacher temperature an epoch [epochs]: linear over the warm-up, then constant (main_dino.py:372-376)."""
+    """One teacher temperature per epoch, [epochs]: linear during the warm-up, then constant (main_dino.py:372-376)."""
     linear = np.linspace(warmup, temp, warmup_epochs)
     return np.concatenate([linear, np.full(max(0, epochs - warmup_epochs), temp)])[:epochs]
 
@@ -35,7 +35,7 @@ def teacher_temp_schedule(warmup: float, temp: float, warmup_epochs: int, epochs
 def parameter_groups(model: nn.Module) -> list[dict]:
     """Trainable parameters in two groups: with weight decay, and without (biases and vectors; utils.py:632-643).
 
-    The class token, position embedding and weight_g decay, as in the reference.
+    Weight decay is applied to the class token, the position embedding and weight_g, as in the reference.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -47,7 +47,7 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-    """Scale each gradient tensor by itself to an L2 norm of at most max_norm (utils.py:132-141), in place."""
+    """Scale each gradient tensor separately to an L2 norm of at most max_norm (utils.py:132-141), in place."""
     grads = [p.grad for p in parameters if p.grad is not None]
     scales = torch._foreach_norm(grads)
     torch._foreach_add_(scales, 1e-6)
@@ -58,10 +58,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose steps are scaled to the norm of their tensor (You et al. 2017; utils.py:553-591).
+    """SGD with momentum, with updates scaled by the norm of each tensor (You et al. 2017; utils.py:553-591).
 
     For tensors of more than one dimension d = grad + weight_decay * w and d *= eta |w| / |d| (1 if either norm
-    is 0); vectors take the plain gradient. mu = momentum * mu + d, w -= lr * mu.
+    is 0); for vectors d = grad. mu = momentum * mu + d, w -= lr * mu.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""`dino-train pretrain`: the run around the step. Data, checkpoints, signals, evaluation, logging."""
+"""`dino-train pretrain`: the training loop with data, checkpoints, signals, evaluation and logging."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has written a checkpoint."""
+    """The run received a signal to stop and has written a checkpoint."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Raises:
         DataError, CheckpointError, ValueError: with a message for the user.
-        NonFiniteLoss: the loss became NaN or infinite; the last good checkpoint stands.
+        NonFiniteLoss: the loss became NaN or infinite; the last good checkpoint is kept.
         Interrupted: SIGTERM or Ctrl-C, after a checkpoint was written.
     """
     run = Run(config)
@@ -57,7 +57,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 class Run:
-    """One process's pretraining run."""
+    """The pretraining run of one process."""
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
@@ -79,16 +79,16 @@ class Run:
         self.bad = BadImages(len(self.train_images), self.batch_size)
         self.bad_held_out = BadImages(len(self.held_out or ()), 0)
         self.stop_signal = 0
-        self.waited = 0.0  # seconds for crops since the last line of metrics
-        self.unread: list[tuple[int, torch.Tensor]] = []  # steps and their losses since these were last read
-        self.step = self._resume() if config.resume and checkpoint.exists(config.output_dir) else self._start_fresh()
+        self.waited = 0.0  # seconds spent waiting for crops since the last log line
+        self.unread: list[tuple[int, torch.Tensor]] = []  # (step, loss) of steps whose loss is not yet read
+        self.step = self._resume() if config.resume and checkpoint.exists(config.output_dir) else self._start_new()
         if self.gpu is None:
             use_huge_pages()
         self.last_saved = time.monotonic()
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def _start_fresh(self) -> int:
+    def _start_new(self) -> int:
         folder = self.config.output_dir
         checkpoint.require_none(folder)
         if self.config.resume:
@@ -123,9 +123,8 @@ class Run:
             )
         last = path.with_name(checkpoint.LAST)
         parallel.barrier()
-        if (
-            path != last and parallel.rank() == 0
-        ):  # or the next save would put the damaged one in the place of the good one
+        # The damaged last.pt is moved away; otherwise the next save would rename it over the good previous.pt.
+        if path != last and parallel.rank() == 0:
             if last.exists():
                 last.replace(last.with_name("last.damaged.pt"))
             path.replace(last)
@@ -133,35 +132,35 @@ class Run:
         return step
 
     def _seed_rank(self, step: int) -> None:
-        """The same weights everywhere, but each rank its own drop path."""
+        """Give each rank its own random numbers for drop path; the weights are the same on all ranks."""
         torch.manual_seed(self.config.seed + 1_000_003 * parallel.rank() + step)
 
     def _random_states(self) -> dict[str, torch.Tensor]:
-        """Of all ranks, a row each; every rank must ask."""
+        """Random states of all ranks, one row per rank; every rank must call it."""
         states = {"torch": torch.get_rng_state()}
         if self.gpu is not None:
             states["cuda"] = self.gpu.random_state()
         return {name: parallel.gather(state[None].to(self.device)).cpu() for name, state in states.items()}
 
     def _set_random_state(self, saved: dict[str, Any], step: int) -> None:
-        states, rank = torch.atleast_2d(saved["torch"]), parallel.rank()  # earlier versions saved that of rank 0
+        states, rank = torch.atleast_2d(saved["torch"]), parallel.rank()  # older checkpoints have only rank 0
         if len(states) != parallel.size():
             if rank == 0:
                 logger.warning(
-                    "the interrupted run had %d processes and this one has %d: it goes on, but will not be bitwise the "
-                    "same as without the interruption",
+                    "the interrupted run had %d processes and this one has %d: it continues, but will not be bitwise "
+                    "identical to a run without the interruption",
                     len(states),
                     parallel.size(),
                 )
             self._seed_rank(step)
             return
-        torch.set_rng_state(states[rank].clone())  # torch 2.13 crashes at a row that does not begin its storage
-        if self.gpu is not None and len(saved.get("cuda", ())):  # a run on CPUs has none
+        torch.set_rng_state(states[rank].clone())  # torch 2.13 crashes on a row with a storage offset
+        if self.gpu is not None and len(saved.get("cuda", ())):  # absent in checkpoints of a CPU run
             self.gpu.set_random_state(saved["cuda"][rank].clone())
 
     @cached_property
     def _sampler_state(self) -> dict[str, Any]:
-        """What the order of the images follows from, beside the step."""
+        """All that determines the order of the images, apart from the step."""
         names = hashlib.sha256("\n".join(self.train_images.names).encode("utf-8", "surrogateescape"))
         return {
             "seed": self.config.seed,
@@ -171,8 +170,8 @@ class Run:
         }
 
     def save(self) -> None:
-        """Write last.pt; keys of the reference (main_dino.py:276-284) and what an exact resume needs."""
-        self.last_saved = time.monotonic()  # on all ranks, also if it fails: they decide together when the next is due
+        """Write last.pt: the keys of the reference (main_dino.py:276-284) and the state for an exact resume."""
+        self.last_saved = time.monotonic()  # on all ranks, also after a failure: they decide together about the next
         self._check_losses()
         if not torch.stack(torch._foreach_norm(list(self.learner.student.parameters()))).isfinite().all():
             raise NonFiniteLoss(
@@ -192,15 +191,15 @@ class Run:
         folder = self.config.output_dir
         epoch, within = divmod(self.step, self.steps_per_epoch)
         if self.config.saveckp_freq and not within and epoch and epoch % self.config.saveckp_freq == 0:
-            checkpoint.save(state, folder / f"checkpoint{epoch:04d}.pt")  # first: a resumed run does not come back here
+            checkpoint.save(state, folder / f"checkpoint{epoch:04d}.pt")  # first: a resumed run does not repeat it
         checkpoint.save(state, folder / checkpoint.LAST, previous=folder / checkpoint.PREVIOUS)
 
     def try_save(self) -> None:
-        """Save during training: a full disk must not end a run that may find room again later."""
+        """Save during training: a full disk must not end the run, since space may become free later."""
         try:
             self.save()
         except checkpoint.CheckpointError as error:
-            logger.warning("%s; training goes on", error)
+            logger.warning("%s; training continues", error)
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -243,7 +242,7 @@ class Run:
             device=self.device,
             scaled_decode=config.scaled_decode,
         )
-        with closing(iter(loader)) as batches:  # its threads end with the loop, however that ends
+        with closing(iter(loader)) as batches:  # stops its threads, also after an exception
             self._train_on(batches)
 
     def _train_on(self, batches: Iterator[tuple[list[torch.Tensor], Bad]]) -> None:
@@ -263,7 +262,7 @@ class Run:
             self._log(result)
             stopping, save_due = self._requests()
             if self.step % self.steps_per_epoch == 0:
-                # Saved before the evaluation, which can take long; a failure counts at the end only.
+                # Before the evaluation, which can take long. A failed save is an error only at the end of the run.
                 self.save() if self.step == self.total_steps else self.try_save()
                 if not stopping:
                     self.evaluate()
@@ -278,10 +277,10 @@ class Run:
                 )
 
     def _requests(self) -> tuple[int, int]:
-        """The signal that asks to stop, if any, and whether a checkpoint is due, on any rank: all must act alike.
+        """The stop signal (0 if none) and whether a checkpoint is due, on any rank: all ranks must do the same.
 
-        GPUs ask each other only where they are read anyway. A CPU's steps are slow, and torchrun kills a rank that has
-        not ended 30 seconds after a signal.
+        Ranks on GPUs communicate only in steps that synchronize anyway. Steps on a CPU are slow, and torchrun kills a
+        rank that is still running 30 seconds after a signal, so these communicate in every step.
         """
         due = time.monotonic() - self.last_saved >= 60 * self.config.save_minutes
         quiet = self.step % self.config.log_interval and self.step % self.steps_per_epoch
@@ -293,7 +292,7 @@ class Run:
     def _advice(self) -> str:
         return (
             "Try a lower --lr, a smaller --clip-grad or --precision float32. "
-            f"{self.config.output_dir / checkpoint.LAST} is from before"
+            f"{self.config.output_dir / checkpoint.LAST} was written before this"
         )
 
     def _evaluated(self) -> bool:
@@ -302,7 +301,7 @@ class Run:
         return bool(parallel.largest([done], self.device)[0])
 
     def _check_losses(self) -> None:
-        """Read the losses that wait on the device. A step whose loss was not finite has changed nothing."""
+        """Copy the losses from the device and check them. A step with a non-finite loss has not updated anything."""
         values = torch.stack([loss for _, loss in self.unread]).tolist() if self.unread else []
         for (step, _), value in zip(self.unread, values, strict=True):
             if not math.isfinite(value):
@@ -334,11 +333,11 @@ class Run:
         self.watch.update(self.step, result.loss, entropy, single_entropy)
 
     def evaluate(self) -> None:
-        """View retrieval after every epoch, k-NN when it is due, of the teacher's backbone."""
+        """Evaluate the teacher's backbone: view retrieval after every epoch, k-NN every `knn_freq` epochs."""
         config, backbone = self.config, self.learner.teacher.backbone
         epoch, began = self.step // self.steps_per_epoch, time.monotonic()
         values: dict[str, float] = {}
-        used: dict[str, int] = {}  # images that were judged
+        used: dict[str, int] = {}  # number of evaluated images
         held_out, workers = self.held_out, config.num_workers
         if held_out is not None and len(held_out) > 1:
             kinds = config.crop_kinds[:2]
@@ -391,10 +390,10 @@ def _labelled(images: ImageFolder | ShardStream | None) -> TypeGuard[ImageFolder
 
 
 class _Signals:
-    """While it is entered, a SIGTERM or Ctrl-C asks the run to stop after its step; a second Ctrl-C kills.
+    """Inside this context, SIGTERM or Ctrl-C stops the run after the current step; a second Ctrl-C kills it.
 
-    Not so under torchrun, which may hand on a signal that has reached its ranks already, as a scheduler's does, and
-    which signals those that are about to end when the first one has.
+    Under torchrun, further signals do not kill: it may forward a signal that a scheduler has also sent to the ranks,
+    and after the first rank has ended it signals the others, which are about to end.
     """
 
     def __init__(self, run: Run) -> None:

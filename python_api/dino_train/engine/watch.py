@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress, warnings of a collapse, curves."""
+"""Output of a run for the user: progress, warnings of a collapse, curves."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a plain line every `interval` steps; nothing where `quiet`."""
+    """A progress bar on a terminal, otherwise a line every `interval` steps; no output if `quiet`."""
 
     def __init__(self, first: int, total: int, epochs: int, batch: int, interval: int, *, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -28,13 +28,13 @@ class Progress:
                 self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True)
 
     def due(self, done: int) -> bool:
-        """After step number `done`: moves the bar, and tells whether `update` is to be called."""
+        """Call after step number `done`: advances the bar, and returns whether to call `update`."""
         if self.bar:
             self.bar.update(done - self.bar.n)
         return done % self.interval == 0 or done == self.total
 
     def update(self, done: int, epoch: int, loss: float, lr: float) -> None:
-        """A line; `rate` is then the images a second since the last one, and `seconds` how long that is ago."""
+        """Write a line, and set `rate` and `seconds`: images per second and time since the last line."""
         now = time.monotonic()
         step, then = self._last
         self.seconds = max(now - then, 1e-9)
@@ -48,14 +48,14 @@ class Progress:
             self.say(f"step {done}/{self.total}  {text}  ETA {_duration(remaining)}")
 
     def say(self, text: str) -> None:
-        """A line that does not tear the bar."""
+        """Print a line without breaking the bar."""
         if self.bar:
             self.bar.write(text)
         elif not self.quiet:
             print(text, flush=True)
 
     def skip(self, seconds: float) -> None:
-        """Leave what just ran (an evaluation) out of the images a second and of the ETA."""
+        """Exclude the last `seconds` (of an evaluation) from the images per second and the ETA."""
         self.start += seconds
         self._last = (self._last[0], self._last[1] + seconds)
 
@@ -70,10 +70,10 @@ def _duration(seconds: float) -> str:
 
 
 class CollapseWatch:
-    """Warns once when the teacher's output says nothing about the image, over `patience` log lines in a row.
+    """Warns once if the teacher's output does not depend on the image in `patience` consecutive log lines.
 
-    Uniform: the loss stays at ln K. Constant: the mean output has no more entropy than a single one, so all
-    images get the same. Early in a run, and within the learning rate's warm-up, both are normal.
+    Uniform: the loss stays at ln K. Constant: the entropy of the mean output is that of a single output, so all images
+    get the same output. Early in a run, during the learning rate warm-up, both are normal.
     """
 
     def __init__(self, outputs: int, quiet_steps: int, patience: int = 10) -> None:
@@ -101,7 +101,7 @@ class CollapseWatch:
 
 
 def plot_curves(folder: Path) -> Path | str:
-    """Draw loss, k-NN, view retrieval and teacher entropy of a run into curves.png; its path, or why there is none."""
+    """Plot loss, k-NN, view retrieval and teacher entropy of a run to curves.png; its path, or why there is none."""
     try:
         import matplotlib
     except ImportError:

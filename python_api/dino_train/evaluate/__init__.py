@@ -1,6 +1,6 @@
-"""How good a backbone is: one file a protocol, each with its command `dino-train evaluate <protocol>`.
+"""Evaluation of a backbone: one file per protocol, each with its command `dino-train evaluate <protocol>`.
 
-`protocol` has what the commands share, `features` the extraction and its cache, `metrics` the numbers.
+`protocol` has the common options of the commands, `features` the extraction and its cache, `metrics` the metrics.
 """
 
 from .knn import knn_accuracy, view_retrieval

@@ -1,4 +1,5 @@
-"""Where the class token looks: pictures, video, overlap (`visualize_attention.py`, `video_generation.py`)."""
+"""Attention maps of the class token: images, video, overlap with masks (`visualize_attention.py`,
+`video_generation.py`)."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,7 @@ from dino_train.evaluate.protocol import Protocol
 from dino_train.models.vit import VisionTransformer
 from dino_train.models.weights import Trained
 
-CELL = 128  # side of a sheet's cell, in pixels
+CELL = 128  # side of a cell in the sheet, in pixels
 SHEET_ROWS = 16
 
 Loader = Callable[[], Image.Image]
@@ -35,7 +36,7 @@ Item = TypeVar("Item")
 def attention_of(backbone: VisionTransformer, image: Image.Image, working_size: int) -> Tensor:
     """Attention of the class token to each patch, per head: float32 [heads, rows, columns], on the CPU.
 
-    The image is resized so that its short side is `working_size`, then both sides to a multiple of the patch.
+    The image is resized so that its short side is about `working_size` and both sides are multiples of the patch size.
     """
     p = backbone.patch_size
     scale = working_size / min(image.size)
@@ -47,10 +48,10 @@ def attention_of(backbone: VisionTransformer, image: Image.Image, working_size: 
 
 
 def keep_mass(maps: Tensor, mass: float) -> Tensor:
-    """The fewest patches that together have at least `mass` of each map's sum (visualize_attention.py:172-179).
+    """Smallest set of patches with at least the fraction `mass` of each map's sum (visualize_attention.py:172-179).
 
     Args:
-        maps: [heads, rows, columns], not negative.
+        maps: [heads, rows, columns], nonnegative.
         mass: in (0, 1].
 
     Returns:
@@ -62,18 +63,18 @@ def keep_mass(maps: Tensor, mass: float) -> Tensor:
 
 
 def to_range(values: Tensor) -> np.ndarray:
-    """Maps [..., rows, columns], each scaled to its own range, in [0, 1]."""
+    """Maps [..., rows, columns], each scaled from its minimum..maximum to [0, 1]."""
     low, high = values.amin((-2, -1), keepdim=True), values.amax((-2, -1), keepdim=True)
     return ((values - low) / (high - low).clamp_min(1e-12)).numpy()
 
 
 def enlarge(mask: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """A mask [rows, columns] at (width, height) pixels: bool [height, width]."""
+    """A mask [rows, columns] resized to (width, height) pixels: bool [height, width]."""
     return np.asarray(Image.fromarray(mask.numpy().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) > 0
 
 
 def heat(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """A map in [0, 1] as colors (inferno), enlarged smoothly to (width, height) pixels."""
+    """A map in [0, 1] as colors (inferno), resized (bicubic) to (width, height) pixels."""
     from matplotlib import colormaps
 
     gray = Image.fromarray(np.uint8(np.clip(values, 0, 1) * 255)).resize(size, Image.Resampling.BICUBIC)
@@ -81,12 +82,12 @@ def heat(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
 
 
 def overlay(image: Image.Image, values: np.ndarray) -> Image.Image:
-    """The map over the image: dim where it is low."""
+    """The image with the map as overlay: dark where the map is low."""
     return Image.blend(image, heat(values, image.size), 0.6)
 
 
 def write_maps(maps: Tensor, image: Image.Image, stem: Path, mass: float) -> list[Path]:
-    """PNGs at the image's size of each head's map and their mean: alone, over the image, and thresholded.
+    """Write PNGs of image size of each head's map and of their mean: the map, an overlay, and a thresholded mask.
 
     Returns their paths: STEM_head0.png, STEM_head0_overlay.png, STEM_head0_mask.png, ..., STEM_mean_mask.png.
     """
@@ -104,28 +105,28 @@ def write_maps(maps: Tensor, image: Image.Image, stem: Path, mass: float) -> lis
 
 
 def sheet_row(maps: Tensor, image: Image.Image) -> np.ndarray:
-    """The image, its heads' mean over it, then each head's map, beside each other: uint8 [height, width, 3]."""
+    """The image, an overlay of the heads' mean, and each head's map, in one row: uint8 [height, width, 3]."""
     big = image.resize((CELL, CELL), Image.Resampling.BICUBIC)
     cells = [big, overlay(big, to_range(maps.mean(0))), *(heat(m, big.size) for m in to_range(maps))]
     return np.concatenate([np.pad(np.asarray(c), ((2, 2), (2, 2), (0, 0)), constant_values=255) for c in cells], axis=1)
 
 
 def frame(maps: Tensor, image: Image.Image, mass: float) -> Image.Image:
-    """One picture of a video: the mean over the heads of what `keep_mass` leaves of each, over the image."""
+    """One frame of a video: the image overlaid with the mean over the heads of their maps, masked by `keep_mass`."""
     return overlay(image, to_range((maps * keep_mass(maps, mass)).mean(0)))
 
 
 def load_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A mask's foreground and what counts, bool [height, width] each.
+    """Foreground of a mask, and the pixels that are evaluated: bool [height, width] each.
 
-    In a picture with a palette, as of PASCAL VOC, 0 is background and 255 the border that does not count; in any
-    other all that is not 0 is foreground.
+    In an image with a palette, as in PASCAL VOC, 0 is background and 255 the border, which is ignored; in other images
+    all nonzero pixels are foreground.
 
     Args:
         path: PNG. size: (width, height) of its image, in pixels.
 
     Raises:
-        ValueError: it cannot be read, has another size or three channels.
+        ValueError: it cannot be read, has a different size or three channels.
     """
     try:
         with Image.open(path) as picture:
@@ -134,7 +135,7 @@ def load_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray
         raise ValueError(f"mask {path} cannot be read: {error}") from error
     if picture.size != size:
         raise ValueError(
-            f"mask {path} has {picture.width}x{picture.height} pixels, expected {size[0]}x{size[1]} as its image has"
+            f"mask {path} has {picture.width}x{picture.height} pixels, expected {size[0]}x{size[1]} like its image"
         )
     levels = np.asarray(picture)
     if levels.ndim != 2:
@@ -155,17 +156,17 @@ class Attention(Protocol):
     data: tuple[Path, ...] = ()
     """Images, folders, .zip or .tar files of them, or a video. Default: 8 held-out images of the run's data."""
     masks: Path | None = None
-    """Folder of PNG masks with the images' names: prints the Jaccard similarity (paper, figure 4) and draws nothing.
-    Images without a mask are left out."""
+    """Folder of PNG masks with the names of the images: prints the Jaccard similarity (paper, figure 4) and writes no
+    images. Images without a mask are skipped."""
     threshold: float = 0.6
-    """Part of a map's mass that is kept when it is made a mask."""
+    """Fraction of a map's mass that its mask keeps."""
     output_dir: Path | None = None
-    """Where the PNGs go. Default: attention/ beside the checkpoint."""
+    """Folder for the PNGs. Default: attention/ next to the checkpoint."""
     image_size: int | None = None
-    """Short side in pixels at which the network sees an image. Default: 2 x its training size (at most 480)."""
+    """Short side in pixels of the network's input. Default: 2 x its training size (at most 480)."""
     fps: float | None = None
-    """Takes the images as frames: one picture each in frames/, and an MP4 at this rate where ffmpeg is installed.
-    Videos always are, by default at 25."""
+    """Treat the images as frames of a video: write one image each to frames/, and an MP4 at this frame rate if ffmpeg
+    is installed. For a video as input this is always done, by default at 25."""
 
     def check(self) -> None:
         if not 0 < self.threshold <= 1:
@@ -194,7 +195,7 @@ class Attention(Protocol):
         return self.output_dir or self.folder / "attention"
 
     def _images(self, trained: Trained) -> Iterator[tuple[str, Image.Image]]:
-        """(path, image) of each readable image asked for; the others are logged."""
+        """(path, image) of each chosen image that is readable; the others are logged."""
         for name, load in _progress(list(self._choose(trained)), "image"):
             try:
                 yield name, load()
@@ -202,7 +203,7 @@ class Attention(Protocol):
                 logging.warning("skipped %s", error)
 
     def _choose(self, trained: Trained) -> Iterator[tuple[str, Loader]]:
-        """(path, function that loads it) of each image asked for."""
+        """(path, function that loads it) of each chosen image."""
         for path in self.data:
             if path.is_dir() or path.suffix.lower() in (".zip", ".tar"):
                 images = ImageFolder(path)
@@ -240,7 +241,7 @@ class Attention(Protocol):
         fps = self.fps or 25.0
         folder = self._output / "frames"
         if folder.resolve() in [path.resolve() for path in self.data]:
-            raise ValueError(f"the pictures would overwrite their frames in {folder}: choose another --output-dir")
+            raise ValueError(f"the output images would overwrite their frames in {folder}: choose another --output-dir")
         folder.mkdir(parents=True, exist_ok=True)
         paths: list[Path] = []
         images = ffmpeg.read(videos[0], fps) if videos else (image for _, image in self._images(trained))
@@ -259,8 +260,8 @@ class Attention(Protocol):
     def _compare(self, trained: Trained, look: Callable[[Image.Image], Tensor]) -> None:
         assert self.masks is not None
         if not self.masks.is_dir():
-            raise ValueError(f"no folder {self.masks}: expected PNG masks named as the images")
-        overlaps: list[list[float]] = []  # of each head, then of their mean
+            raise ValueError(f"no folder {self.masks}: expected PNG masks with the names of the images")
+        overlaps: list[list[float]] = []  # per image: of each head, then of their mean
         for name, image in self._images(trained):
             path = self.masks / Path(name).with_suffix(".png")
             path = path if path.exists() else self.masks / path.name

@@ -20,13 +20,13 @@ from dino_train.evaluate.protocol import Extraction, log_skipped
 from dino_train.models.vit import VisionTransformer
 
 GEM_POWER = 4
-FOUND = 20  # results that count (eval_copy_detection.py:293)
+FOUND = 20  # only the first 20 results are evaluated (eval_copy_detection.py:293)
 ORIGINAL = "original"
 
 
 @torch.no_grad()
 def class_and_gem(backbone: VisionTransformer, pixels: Tensor) -> Tensor:
-    """Class token and generalized mean of the patch tokens, (mean of max(x, 1e-6)^4)^(1/4), side by side.
+    """Class token and generalized mean of the patch tokens, (mean of max(x, 1e-6)^4)^(1/4), concatenated.
 
     pixels: [B, 3, h, w]. Returns [B, 2 C] (eval_copy_detection.py:150-158).
     """
@@ -36,18 +36,19 @@ def class_and_gem(backbone: VisionTransformer, pixels: Tensor) -> Tensor:
 
 
 def square(size: int, image: Image.Image, key: object = None) -> Tensor:
-    """The image at size x size pixels whatever its shape, normalized."""
+    """The image resized to size x size pixels without keeping its aspect ratio, normalized."""
     return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 class Whitening:
-    """Turns features to the axes of other features and scales each to variance one (`utils.py:655`).
+    """PCA whitening, learned from the features of other images (`utils.py:655`).
 
-    The other features' mean is taken away; the axes and variances are those of their second moment about zero, as the
-    reference has it, with variances of at least 1e-5 of the largest.
+    Subtracts the mean of those features, rotates to their principal axes and scales each axis to variance one. As in
+    the reference, axes and variances are those of the second moment about zero; variances are at least 1e-5 of the
+    largest.
 
     Args:
-        features: [m, C] of images like those to come, m >= 2.
+        features: [m, C] of images similar to those that will be whitened, m >= 2.
     """
 
     def __init__(self, features: Tensor) -> None:
@@ -61,12 +62,12 @@ class Whitening:
 
 
 def block_precisions(database: Features, queries: Features) -> dict[str, float]:
-    """Mean average precision of each block of queries, in [0, 1], by the first 20 results.
+    """Mean average precision of each block of queries, in [0, 1], from the first 20 results.
 
     A block is a folder of queries. The original of a query is the image whose name has the same first four characters.
 
     Args:
-        database: the originals, and maybe distractors; rows of norm 1.
+        database: the originals, and optionally distractors; rows of norm 1.
         queries: rows of norm 1.
     """
     k = min(FOUND, len(database.paths))
@@ -88,15 +89,15 @@ class CopyDetection(Extraction):
     """Mean average precision of finding the original of altered images on Copydays (eval_copy_detection.py)."""
 
     data: Path
-    """Folder with original/, and of strong/, jpegqual/<quality>/ and crops/<percent>/ what is there."""
+    """Folder with original/ and at least one of strong/, jpegqual/<quality>/ and crops/<percent>/."""
     distractors: Path | None = None
-    """Images that are added to the originals. The paper takes 10,000 of YFCC100M."""
+    """Distractor images, added to the originals. The paper uses 10,000 of YFCC100M."""
     whitening: Path | None = None
-    """Images to learn a whitening of the features from. The paper takes 20,000 of YFCC100M."""
+    """Images to learn the whitening of the features from. The paper uses 20,000 of YFCC100M."""
     image_size: int = 320
-    """Side in pixels to which every image is resized, whatever its shape."""
+    """Side in pixels of the square to which every image is resized."""
     batch_size: int = 16
-    """Images that go through the network at once."""
+    """Images per forward pass."""
 
     def check(self) -> None:
         super().check()

@@ -1,8 +1,8 @@
-"""DAVIS 2016 and 2017: where its files are, and its two measures of a segmentation.
+"""DAVIS 2016 and 2017: location of its files, and its two metrics of a segmentation.
 
-Region similarity J is the intersection over the union of the two regions. Contour accuracy F is the harmonic mean of
-precision and recall of the boundary's pixels, where one counts as found if the other boundary passes within 0.8 % of
-the frame's diagonal (Perazzi et al. 2016, section 5; davis2017-evaluation, metrics.py).
+Region similarity J is the intersection over union of the two regions. Contour accuracy F is the harmonic mean of
+precision and recall of the boundary pixels. A boundary pixel is matched if the other boundary has a pixel within 0.8 %
+of the frame's diagonal (Perazzi et al. 2016, section 5; davis2017-evaluation, metrics.py).
 
 Dimensions: N objects, H x W pixels of a frame.
 """
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 TOLERANCE = 0.008  # of the diagonal
-VOID = 255  # a label of 2017 that belongs to no object
+VOID = 255  # ignore label of 2017
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ def validation_videos(root: Path, year: int) -> list[Video]:
     # 2016 lists frames: /JPEGImages/480p/NAME/00000.jpg
     names = list(dict.fromkeys(Path(word).parent.name if "/" in word else word for word in words))
     if not names:
-        raise ValueError(f"{present[0]} is empty: expected the name of a video a line")
+        raise ValueError(f"{present[0]} is empty: expected one video name per line")
     return [_video(root, name) for name in names]
 
 
 def _video(root: Path, name: str) -> Video:
     folders = {root / "JPEGImages/480p" / name: ".jpg", root / "Annotations/480p" / name: ".png"}
     frames, annotations = (sorted(folder.glob(f"[!.]*{suffix}")) for folder, suffix in folders.items())
-    if len(frames) < 3:  # the first is given, the last is not scored
+    if len(frames) < 3:  # the first is the input, the last is not scored
         raise ValueError(f"{next(iter(folders))} has {len(frames)} frames: expected at least 3 files NNNNN.jpg")
     for folder, suffix in folders.items():
         for stem in sorted({path.stem for path in frames + annotations}):
@@ -67,40 +67,40 @@ def _video(root: Path, name: str) -> Video:
 
 
 def read_mask(path: Path, year: int, size: tuple[int, int] | None = None) -> np.ndarray:
-    """An annotation or a result as labels uint8 [H, W], 0 the background; 2016 knows one object, 2017 several.
+    """An annotation or a result as labels uint8 [H, W], 0 for background; one object in 2016, several in 2017.
 
-    size: (width, height) that it must have.
+    size: required (width, height).
 
     Raises:
-        ValueError: not readable, of another size, or, in 2017, not an indexed PNG.
+        ValueError: not readable, of a different size, or, in 2017, not an indexed PNG.
     """
     try:
         with Image.open(path) as image:
             image.load()
-    except (OSError, SyntaxError) as error:  # Pillow raises either at a damaged PNG
+    except (OSError, SyntaxError) as error:  # Pillow raises either for a damaged PNG
         raise ValueError(f"{path} cannot be read: {error}") from error
     if size is not None and image.size != size:
         raise ValueError(
-            f"{path} has {image.width} x {image.height} pixels, expected {size[0]} x {size[1]} as the first frame"
+            f"{path} has {image.width} x {image.height} pixels, expected {size[0]} x {size[1]} like the first frame"
         )
-    if year == 2016:  # 0 and 255, in some files in three channels
+    if year == 2016:  # 0 and 255; some files have three channels
         labels = np.asarray(image if image.mode in ("P", "L", "1") else image.convert("L"))
         return (labels > 0).astype(np.uint8)
     if image.mode not in ("P", "L"):
         raise ValueError(f"{path} has colors of mode {image.mode}, expected an indexed PNG whose pixels are labels")
     labels = np.array(image)
-    labels[labels == VOID] = 0  # as the toolkit does
+    labels[labels == VOID] = 0  # as in davis2017-evaluation
     return labels
 
 
 def region_similarity(truth: Tensor, guess: Tensor) -> Tensor:
-    """Region similarity J of masks, bool [N, H, W]: float64 [N], 1 where both are empty."""
+    """Region similarity J of masks, bool [N, H, W]: float64 [N], 1 if both are empty."""
     both, either = (mask.sum((1, 2)).double() for mask in (truth & guess, truth | guess))
     return torch.where(either > 0, both / either.clamp_min(1), 1.0)
 
 
 def contour_accuracy(truth: Tensor, guess: Tensor) -> Tensor:
-    """Contour accuracy F of masks, bool [N, H, W]: float64 [N], 1 where neither has a boundary, 0 where one has."""
+    """Contour accuracy F of masks, bool [N, H, W]: float64 [N], 1 if neither has a boundary, 0 if only one has."""
     height, width = truth.shape[1:]
     radius = math.ceil(TOLERANCE * math.hypot(height, width))
     edges = [_boundary(mask) for mask in (truth, guess)]
@@ -114,14 +114,14 @@ def contour_accuracy(truth: Tensor, guess: Tensor) -> Tensor:
 
 
 def _boundary(masks: Tensor) -> Tensor:
-    """Pixels that differ from the one to the right, below or diagonally below; beyond the frame none does."""
+    """Pixels that differ from their right, lower or lower right neighbor; neighbors outside the frame do not count."""
     padded = F.pad(masks[:, None].float(), (0, 1, 0, 1), mode="replicate")[:, 0] > 0
     right, below, diagonal = padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, 1:, 1:]
     return (masks ^ right) | (masks ^ below) | (masks ^ diagonal)
 
 
 def _dilate(masks: Tensor, radius: int) -> Tensor:
-    """Pixels at most `radius` from one of the mask's, by a disk around each of them: a boundary has few."""
+    """Dilation by a disk of `radius`, drawn around each pixel of the mask: a boundary has few pixels."""
     axis = torch.arange(-radius, radius + 1, device=masks.device)
     down, right = (axis[:, None] ** 2 + axis**2 <= radius**2).nonzero().T
     count, height, width = masks.shape
@@ -132,9 +132,9 @@ def _dilate(masks: Tensor, radius: int) -> Tensor:
 
 
 def score(video: Video, folder: Path, year: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """J and F of each object of a video's first annotation, means over the frames between first and last: [N] each.
+    """J and F of each object of a video's first annotation, averaged over all frames but the first and last: [N] each.
 
-    folder: holds a result NNNNN.png for each frame.
+    folder: contains a result NNNNN.png for each frame.
 
     Raises:
         ValueError: as `read_mask`.

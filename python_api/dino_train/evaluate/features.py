@@ -1,4 +1,4 @@
-"""Features of images: extracted once, kept beside the checkpoint, saved and loaded as safetensors."""
+"""Features of images: extracted once, cached next to the checkpoint, saved and loaded as safetensors."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ class Features:
     """Features of images.
 
     values: [n, C] float32, on the CPU. labels: [n] int64, index into `classes`, -1 without classes. paths: of the n
-    images, below their data set's root.
+    images, relative to the root of their data set.
     """
 
     values: Tensor
@@ -33,8 +33,8 @@ class Features:
     classes: list[str]
 
     def save(self, path: Path) -> None:
-        """Write to a safetensors file, atomically: "values" and "labels" as they are, "paths" and "classes" as
-        UTF-8 bytes, each ended by a zero byte (a header has no room for a million names).
+        """Write atomically to a safetensors file: "values" and "labels" as tensors, "paths" and "classes" as UTF-8
+        bytes, each terminated by a zero byte (the header is too small for a million names).
 
         Raises:
             OSError: it could not be written.
@@ -55,7 +55,7 @@ class Features:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: no such file, damaged, or it has not the four tensors of `save`.
+            ValueError: no such file, damaged, or without the four tensors of `save`.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -72,7 +72,7 @@ class Features:
         if not len(features.values) == len(features.labels) == len(features.paths):
             raise ValueError(
                 f"{path} holds {len(features.values)} features, {len(features.labels)} labels and "
-                f"{len(features.paths)} paths, expected as many of each"
+                f"{len(features.paths)} paths, expected equal numbers"
             )
         return features
 
@@ -98,15 +98,15 @@ def extract(
     """Features [n, C] float32, labels [n] and indices [n] of a loader's readable images, on the CPU.
 
     Args:
-        backbone: put into eval mode meanwhile; its device is where the pixels go.
+        backbone: in eval mode during the extraction; the pixels are moved to its device.
         forward: pixels [B, 3, h, w] to features [B, C].
-        loader: as `eval_loader`.
-        count: images that it must yield or name as unreadable.
-        bad: what cannot be read is added.
-        title: names a progress bar, shown where errors go to a terminal; none where empty.
+        loader: like `eval_loader`.
+        count: expected number of images, including unreadable ones.
+        bad: unreadable images are added to it.
+        title: of a progress bar, shown if stderr is a terminal; no bar if empty.
 
     Raises:
-        RuntimeError: the loader ends before or after that.
+        RuntimeError: the loader yields a different number of images.
     """
     device = next(backbone.parameters()).device
     values = torch.empty(count, 0)
@@ -141,11 +141,11 @@ def _bar(title: str, total: int):
     return tqdm(total=total, desc=title, disable=None, unit="image", leave=False)
 
 
-FORMAT = 2  # of what is kept: raise it with a change of decoding, transforms or features
+FORMAT = 2  # of cached features: increase it when decoding, transforms or features change
 
 
 def weights_digest(backbone: nn.Module) -> str:
-    """Tells weights apart: SHA-256 of names, types, shapes and values."""
+    """Identifies weights: SHA-256 of names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in backbone.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -154,10 +154,10 @@ def weights_digest(backbone: nn.Module) -> str:
 
 
 class Cache:
-    """Features of one backbone, kept in a folder under a name that follows from all they depend on.
+    """Cache of features of one backbone: a folder of files whose names are hashes of all the features depend on.
 
-    These are the weights, the images (path, size and time of each file, and label) and `kind`, which says how pixels
-    and features are made. A file is complete or absent, so an interrupted extraction starts anew.
+    These are the weights, the images (path, size and time of each file, and label) and `kind`, which describes how
+    pixels and features are computed. A file is complete or absent, so an interrupted extraction starts again.
     """
 
     def __init__(self, backbone: nn.Module, folder: Path) -> None:
@@ -165,7 +165,7 @@ class Cache:
         self._weights = weights_digest(backbone)
 
     def path(self, images: ImageFolder, *, kind: str, title: str) -> Path:
-        """Where to keep what follows from the weights, the images and `kind`; without a suffix."""
+        """Path, without suffix, for results that depend on the weights, the images and `kind`."""
         key = hashlib.sha256(json.dumps([FORMAT, self._weights, kind, images.classes, _identity(images)]).encode())
         return self.folder / f"{title}-{key.hexdigest()[:24]}"
 
@@ -179,7 +179,8 @@ class Cache:
         kind: str,
         title: str,
     ) -> Features:
-        """Out of the cache, or by `extract` and then into it; `bad` learns of the unreadable images either way.
+        """Features from the cache, or computed by `extract` and cached. In both cases unreadable images are added to
+        `bad`.
 
         Raises:
             ValueError: none of the images can be read.
@@ -193,7 +194,7 @@ class Cache:
             else:
                 known = set(features.paths)
                 lost = [images.prefix + name for name in images.names if name not in known]
-                bad.add([(name, "no kept features, so it could not be read before") for name in lost])
+                bad.add([(name, "not in the cached features, so it could not be read before") for name in lost])
                 return features
         values, labels, indices = extract(self.backbone, forward, loader, len(images), bad, title)
         if not len(values):
@@ -202,12 +203,12 @@ class Cache:
         try:
             features.save(path)
         except OSError as error:
-            logger.warning("features are not kept for the next time: %s", error)
+            logger.warning("features are not cached: %s", error)
         return features
 
 
 def _identity(images: ImageFolder) -> list[Any]:
-    """Changes with the images: their names, labels, and sizes and times of the files."""
+    """Identifies the images: names, labels, and sizes and times of the files."""
     whole = images.path.stat()
     facts: list[Any] = [images.names, images.labels, str(images.path.resolve()), images.prefix]
     if images.path.is_file():
@@ -218,6 +219,6 @@ def _identity(images: ImageFolder) -> list[Any]:
 def _stat(path: Path) -> tuple[int, int] | None:
     try:
         stat = path.stat()
-    except OSError:  # it will be among the unreadable ones
+    except OSError:  # reported later as an unreadable image
         return None
     return stat.st_size, stat.st_mtime_ns

@@ -1,4 +1,4 @@
-"""Videos through the ffmpeg program, where it is installed."""
+"""Reading and writing videos with the ffmpeg program, if it is installed."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ def is_video(path: Path) -> bool:
 
 
 def read(path: Path, fps: float) -> Generator[Image.Image, None, None]:
-    """The frames of a video, `fps` of them a second, as RGB images.
+    """The frames of a video at `fps` frames per second, as RGB images.
 
     Raises:
         ValueError: ffmpeg is not installed, or cannot read the video.
@@ -30,7 +30,7 @@ def read(path: Path, fps: float) -> Generator[Image.Image, None, None]:
         assert process.stdout is not None
         count = 0
         try:
-            # A frame is "P6\n<width> <height>\n255\n" and the pixels.
+            # A frame is "P6\n<width> <height>\n255\n" followed by the pixels.
             while process.stdout.readline():
                 width, height = map(int, process.stdout.readline().split())
                 process.stdout.readline()
@@ -50,10 +50,10 @@ def read(path: Path, fps: float) -> Generator[Image.Image, None, None]:
 
 
 def write(frames: Sequence[Path], path: Path, fps: float) -> Path | None:
-    """An MP4 (H.264) of picture files of one size, or None where ffmpeg is not installed. Odd sides lose a pixel.
+    """Write an MP4 (H.264) of image files of equal size; None if ffmpeg is not installed. Odd sides lose a pixel.
 
     Raises:
-        ValueError: the pictures differ in size, or ffmpeg fails.
+        ValueError: the images differ in size, or ffmpeg fails.
     """
     program = shutil.which("ffmpeg")
     if program is None:
@@ -65,7 +65,7 @@ def write(frames: Sequence[Path], path: Path, fps: float) -> Path | None:
     if len(sizes) > 1:
         raise ValueError(f"frames of a video must have one size, got {' and '.join(f'{w}x{h}' for w, h in sizes)}")
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    # Frames are piped: a pattern of names would need them in one folder without gaps.
+    # Frames are piped: a file name pattern would require consecutive numbers in one folder.
     command = [program, "-v", "error", "-y", "-f", "image2pipe", "-framerate", str(fps), "-c:v", "png", "-i", "-"]
     command += ["-vf", "crop=trunc(iw/2)*2:trunc(ih/2)*2", "-c:v", "libx264", "-pix_fmt", "yuv420p", str(temporary)]
     with tempfile.TemporaryFile() as errors:
@@ -76,7 +76,7 @@ def write(frames: Sequence[Path], path: Path, fps: float) -> Path | None:
                 process.stdin.write(frame.read_bytes())
             process.stdin.close()
         except BrokenPipeError:
-            pass  # it says why
+            pass  # ffmpeg's own message is reported below
         if process.wait():
             errors.seek(0)
             temporary.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of the whole backbone with a linear head.
 
-The recipe is that of BEiT and MAE without mixing of images: AdamW, a learning rate that falls by a factor from layer to
-layer towards the input, label smoothing, drop path, random crops and flips.
+The recipe of BEiT and MAE without mixup and cutmix: AdamW, layer-wise learning rate decay, label smoothing, drop path,
+random crops and flips.
 """
 
 import logging
@@ -25,12 +25,12 @@ from dino_train.evaluate.protocol import Classification, log_skipped
 from dino_train.models.vit import VisionTransformer
 from dino_train.models.weights import Trained
 
-WARMUP = 0.05  # part of the steps in which the learning rate rises
-MIN_FACTOR = 1e-3  # of the learning rate at the end
+WARMUP = 0.05  # fraction of the steps
+MIN_FACTOR = 1e-3  # final learning rate relative to the maximum
 
 
 class Classifier(nn.Module):
-    """A backbone and a linear layer on its features: images [B, 3, h, w] to scores [B, classes]."""
+    """A backbone and a linear layer on its features: images [B, 3, h, w] to logits [B, classes]."""
 
     def __init__(self, backbone: nn.Module, dim: int, classes: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Classifier(nn.Module):
 
 
 def depth_of(name: str, layers: int) -> int:
-    """Layer of a parameter: 0 for what is before the blocks (or a ResNet's stages), `layers` + 1 for what is after."""
+    """Layer index of a parameter: 0 before the blocks (or the stages of a ResNet), `layers` + 1 after them."""
     parts = name.split(".")
     if parts[:2] == ["backbone", "blocks"]:
         return int(parts[2]) + 1
@@ -54,7 +54,8 @@ def depth_of(name: str, layers: int) -> int:
 
 
 def parameter_groups(model: Classifier, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: "scale" is layer_decay^(layers above); decayed are all matrices but class token and positions."""
+    """Parameter groups of AdamW: "scale" is layer_decay^(number of later layers). Weight decay is applied to all
+    tensors of two or more dimensions but the class token and the position embedding."""
     backbone = model.backbone
     layers = len(backbone.blocks) if isinstance(backbone, VisionTransformer) else 4
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -68,7 +69,7 @@ def parameter_groups(model: Classifier, layer_decay: float, weight_decay: float)
 
 
 def rate_factor(step: int, total: int) -> float:
-    """Linear rise over the first 5 % of the steps, then a cosine to 0.001."""
+    """Factor of the learning rate: linear warm-up during the first 5 % of the steps, then a cosine to 0.001."""
     warmup = max(1, round(WARMUP * total))
     if step < warmup:
         return (step + 1) / warmup
@@ -78,26 +79,26 @@ def rate_factor(step: int, total: int) -> float:
 
 @dataclass(kw_only=True)
 class Finetune(Classification):
-    """Supervised fine-tuning of the whole backbone; the result is a checkpoint like that of a run."""
+    """Supervised fine-tuning of the whole backbone; the result is a checkpoint like that of a pretraining run."""
 
     output_dir: Path | None = None
-    """Folder for last.pt and metrics.jsonl. Default: finetune/ beside the checkpoint."""
+    """Folder for last.pt and metrics.jsonl. Default: finetune/ next to the checkpoint."""
     resume: bool = False
-    """Continue from last.pt in output_dir, if it is there, after its last whole epoch."""
+    """Continue from last.pt in output_dir, if it exists, after the last complete epoch."""
     epochs: int = 100
     """Passes over the training images."""
     lr: float = 5e-4
     """Learning rate of the head for a batch of 256, scaled with the batch."""
     layer_decay: float = 0.75
-    """Factor of the learning rate from a layer to the one before it."""
+    """Layer-wise decay: the learning rate of a layer is this times that of the next layer."""
     weight_decay: float = 0.05
-    """AdamW's; not on biases, norms, class token and positions."""
+    """Weight decay of AdamW; not applied to biases, norms, class token and position embedding."""
     drop_path_rate: float = 0.1
-    """Probability that an image skips a branch of a ViT's last block; it rises linearly from 0 in the first."""
+    """Drop path probability in the last block of a ViT; it increases linearly from 0 in the first block."""
     label_smoothing: float = 0.1
-    """Part of a label's weight that is spread over all classes."""
+    """Fraction of the target probability that is distributed over all classes."""
     seed: int = 0
-    """Of the head, the order of the images, the random crops and drop path."""
+    """Seed of the head, the order of the images, the random crops and drop path."""
 
     def check(self) -> None:
         super().check()
@@ -132,7 +133,7 @@ class Finetune(Classification):
 
 
 class _Tuning:
-    """One fine-tuning run: what it has, and its loop."""
+    """One fine-tuning run: its state and its loop."""
 
     def __init__(self, options: Finetune, trained: Trained, train: ImageFolder, val: ImageFolder) -> None:
         self.options, self.trained, self.train_images, self.val = options, trained, train, val
@@ -150,10 +151,10 @@ class _Tuning:
         self.model = Classifier(backbone, dim, len(train.classes)).to(self.device)
         groups = parameter_groups(self.model, options.layer_decay, options.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr)
-        self.epoch = self._resume() if options.resume and checkpoint.exists(self.folder) else self._start_fresh()
+        self.epoch = self._resume() if options.resume and checkpoint.exists(self.folder) else self._start_new()
 
     def train(self, bad: BadImages, bad_held_out: BadImages) -> dict[str, float]:
-        """Train the epochs that are left; returns the last one's accuracy in percent."""
+        """Train the remaining epochs; returns the final accuracy in percent."""
         from tqdm import tqdm
 
         options = self.options
@@ -180,7 +181,7 @@ class _Tuning:
                 for step, (pixels, labels, _, unreadable) in enumerate(batches, first):
                     bad.add(unreadable)
                     if step % self.steps == 0:
-                        torch.manual_seed(options.seed + 1 + self.epoch)  # a resumed run drops the same paths
+                        torch.manual_seed(options.seed + 1 + self.epoch)  # the same drop path in a resumed run
                     if len(pixels):
                         losses.append(self._step(pixels, labels, rate_factor(step, total)))
                     if (step + 1) % self.steps == 0:
@@ -220,7 +221,7 @@ class _Tuning:
 
     @property
     def _fixed(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one before."""
+        """Options that must be the same in a resumed run."""
         options = self.options
         names = ("epochs", "lr", "layer_decay", "weight_decay", "drop_path_rate", "label_smoothing", "seed")
         own = {name: getattr(options, name) for name in (*names, "batch_size")}
@@ -229,7 +230,7 @@ class _Tuning:
 
     def _save(self) -> None:
         state = {
-            # As a run's checkpoint has it, so that every command takes it.
+            # The format of a pretraining checkpoint, so that every command can load it.
             "teacher": self.model.state_dict(),
             "args": {
                 "arch": self.trained.arch,
@@ -244,7 +245,7 @@ class _Tuning:
         }
         checkpoint.save(state, self.path, previous=self.folder / checkpoint.PREVIOUS)
 
-    def _start_fresh(self) -> int:
+    def _start_new(self) -> int:
         checkpoint.require_none(self.folder)
         return 0
 

@@ -1,4 +1,4 @@
-"""Random crops of labelled images, to train classifiers with."""
+"""Random crops of labelled images for training classifiers."""
 
 from collections.abc import Iterator
 
@@ -13,9 +13,9 @@ from dino_train.data.loader import Batch, exactly, image_loader, require_batch
 
 
 class RandomCrop:
-    """Crop of random place, area (8 to 100 %) and aspect ratio, mirrored at random; a function of (seed, epoch, index).
+    """Random resized crop (area 8 to 100 %) and random horizontal flip, determined by (seed, epoch, index).
 
-    As eval_linear.py:93-98, but resized with a bicubic filter in place of a bilinear one.
+    As eval_linear.py:93-98, but with bicubic instead of bilinear interpolation.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -32,11 +32,12 @@ class RandomCrop:
 def training_loader(
     images: ImageFolder, size: int, batch_size: int, num_workers: int, *, seed: int, start_step: int, total_steps: int
 ) -> Iterator[Batch]:
-    """Random crops of shuffled labelled images for the steps from `start_step`, len(images) // batch_size an epoch.
+    """Random crops of shuffled labelled images for the steps start_step .. total_steps - 1; an epoch has
+    len(images) // batch_size steps.
 
     Raises:
         DataError: the images do not fill one batch.
-        RuntimeError: while iterating: the images end before the steps do.
+        RuntimeError: while iterating: there are fewer batches than steps.
     """
     require_batch(len(images), batch_size)
     steps = images.steps(batch_size, seed, start_step, total_steps)

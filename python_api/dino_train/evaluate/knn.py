@@ -1,4 +1,4 @@
-"""Weighted k-NN classification (`eval_knn.py`), and retrieval of another view of an image."""
+"""Weighted k-NN classification (`eval_knn.py`), and retrieval of a second view of an image."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ from dino_train.evaluate.protocol import Frozen, require_labels
 
 PARTS = ("train", "val")  # names of dumped features
 KNN_TEMPERATURE = 0.07  # eval_knn.py:218
-RETRIEVAL_IMAGES = 256  # enough to tell 1 % from 3 %, few enough for every epoch
+RETRIEVAL_IMAGES = 256  # enough to distinguish 1 % from 3 %, few enough for every epoch
 BATCH = 64  # of view retrieval
 QUERY_BLOCK, TRAIN_BLOCK = 1024, 32768  # similarities computed at once: 128 MiB
 
@@ -31,17 +31,17 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """L2-normalized features [n, C] float32 and labels [n] of the readable images, on the backbone's device.
 
-    Several ranks share the images and all get all features.
+    The images are distributed over the ranks; every rank gets all features.
 
-    Images are resized, center-cropped to `size` pixels and normalized (eval_knn.py:36-41); what cannot be read is
-    added to `bad`.
+    Images are resized, center-cropped to `size` pixels and normalized (eval_knn.py:36-41); unreadable images are added
+    to `bad`.
     """
     device = next(backbone.parameters()).device
     share = images.subset(range(parallel.rank(), len(images), parallel.size()))
     features, labels, _ = extract(
         backbone, backbone, eval_loader(share, size, batch_size, num_workers), len(share), bad
     )
-    # A rank may have got no readable image, but must take part.
+    # A rank without readable images must take part too.
     all_features = parallel.gather(F.normalize(features, dim=1).to(device))
     all_labels = parallel.gather(labels.to(device))
     if not len(all_features):
@@ -50,15 +50,15 @@ def extract_features(
 
 
 def nearest(train: Tensor, queries: Tensor, k: int, title: str = "") -> tuple[Tensor, Tensor]:
-    """The k most similar training features of each query: similarities [n, k], falling, and their rows [n, k].
+    """The k most similar training features of each query: similarities [n, k], descending, and their rows [n, k].
 
-    Blocks of the products are merged into a running top-k, so that [n, m] never exists; each block of `train` is
-    moved once to the device of `queries`.
+    Similarities are computed in blocks and merged into a running top-k, so that the matrix [n, m] is never in memory;
+    each block of `train` is moved once to the device of `queries`.
 
     Args:
         train: [m, C] with m >= k, on any device.
         queries: [n, C].
-        title: names a progress bar, shown where errors go to a terminal; none where empty.
+        title: of a progress bar, shown if stderr is a terminal; no bar if empty.
     """
     best = torch.full((len(queries), k), -torch.inf, device=queries.device)
     rows = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
@@ -105,14 +105,14 @@ def knn_top(
 ) -> dict[int, dict[str, float]]:
     """Top-1 and top-5 accuracy in percent for each k: {10: {"top1": 33.1, "top5": 78.0}, ...}.
 
-    Top-5 counts voted classes alone; the reference fills up with classes without a vote, in no particular order, and so
-    has more of it for small k.
+    Top-5 considers only classes with votes. The reference fills up with classes without votes, in arbitrary order, so
+    its top-5 is higher for small k.
 
     Args:
         train_features: [m, C], rows of norm 1. train_labels: [m] int64, 0 to classes - 1.
         features: [n, C], rows of norm 1. labels: [n] int64.
-        ks: numbers of neighbors, cut to m where there are fewer.
-        title: of a progress bar, as of `nearest`.
+        ks: numbers of neighbors, at most m is used.
+        title: of a progress bar, as in `nearest`.
     """
     ks = list(ks)
     similarity, rows = nearest(train_features, features, min(max(ks), len(train_features)), title)
@@ -136,10 +136,10 @@ def knn_accuracy(
     ks: Iterable[int] = (10, 20),
     num_workers: int = 1,
 ) -> dict[str, float]:
-    """Top-1 accuracy in percent by k: {"knn10": 33.1, ...}. `bad` keeps the unreadable images of train and test.
+    """Top-1 accuracy in percent by k: {"knn10": 33.1, ...}. Unreadable images of train and test are added to `bad`.
 
     Raises:
-        ValueError: the images lie in no class folders, or none can be read.
+        ValueError: the images are not in class folders, or none can be read.
     """
     require_labels({"training": train, "held-out": test})
     train_bad, test_bad = bad or (BadImages(len(train), 0), BadImages(len(test), 0))
@@ -160,7 +160,7 @@ class Knn(Frozen):
     dump_features: Path | None = None
     """Folder for train.safetensors and val.safetensors: features with paths and labels."""
     load_features: Path | None = None
-    """Folder that --dump-features wrote, to use instead of a checkpoint and images."""
+    """Folder written by --dump-features, to use instead of a checkpoint and images."""
 
     def check(self) -> None:
         super().check()
@@ -176,7 +176,7 @@ class Knn(Frozen):
             for part, features in zip(PARTS, (train, val), strict=True):
                 features.save(self.dump_features / f"{part}.safetensors")
         if max(self.nb_knn) > len(train.paths):
-            logging.warning("there are only %d training images: larger k take all of them", len(train.paths))
+            logging.warning("there are only %d training images: larger k use all of them", len(train.paths))
         device = pick_device(self.device)
         values = knn_top(
             F.normalize(train.values, dim=1),
@@ -210,7 +210,7 @@ class Knn(Frozen):
 
 
 def recall_at_1(queries: Tensor, candidates: Tensor) -> float:
-    """Percent of rows whose most similar candidate (cosine; rows of norm 1) is the one of the same index."""
+    """Percent of rows whose most similar candidate (cosine; rows of norm 1) has the same index."""
     nearest = (queries @ candidates.T).argmax(dim=1)
     return 100 * (nearest == torch.arange(len(queries), device=nearest.device)).double().mean().item()
 
@@ -225,11 +225,11 @@ def view_retrieval(
     seed: int,
     num_workers: int = 1,
 ) -> tuple[float, int]:
-    """Recall at 1, in percent, of finding an image's second crop by its first among <= 256 images, and their number.
+    """Recall at 1, in percent, of retrieving an image's second crop by its first, and the number of images (<= 256).
 
     kinds: of the two crops.
 
-    The crops depend on the seed alone, so that values of different epochs compare.
+    The crops depend only on the seed, so that values of different epochs are comparable.
     """
     device = next(backbone.parameters()).device
     chosen = images.subset(range(0, len(images), max(1, len(images) // RETRIEVAL_IMAGES))[:RETRIEVAL_IMAGES])

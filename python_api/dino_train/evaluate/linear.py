@@ -1,4 +1,4 @@
-"""Linear classification of frozen features (`eval_linear.py`), many learning rates at once (as DINOv2 does)."""
+"""Linear classification of frozen features (`eval_linear.py`), with many learning rates at once (as in DINOv2)."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ from dino_train.models.resnet import ResNet
 from dino_train.models.vit import VisionTransformer
 from dino_train.models.weights import Trained, load_linear
 
-# For a batch of 256. DINOv2's grid, and what a few thousand images need beyond it.
+# For a batch of 256. The grid of DINOv2, and larger rates for data sets of a few thousand images.
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 REFERENCE_RATE = 0.001  # eval_linear.py:262
 MOMENTUM = 0.9
@@ -32,12 +32,12 @@ TEXT = "top-1 {top1:.2f} %  top-5 {top5:.2f} %"
 
 @torch.no_grad()
 def block_features(backbone: nn.Module, blocks: int, avgpool: bool, pixels: Tensor) -> Tensor:
-    """Class tokens of a ViT's last blocks side by side, the last with the mean patch token (eval_linear.py:171-177).
+    """Concatenated class tokens of a ViT's last blocks, optionally with the mean patch token (eval_linear.py:171-177).
 
     Args:
-        blocks: how many of them; those that the ViT has, where it has fewer. A ResNet's features are taken as they are.
-        avgpool: whether the mean of the last block's patch tokens is added, its channels between those of the last
-            class token as in the reference, whose published classifiers count on it.
+        blocks: number of blocks, at most all blocks of the ViT. For a ResNet, its features are returned.
+        avgpool: whether to add the mean of the last block's patch tokens. Its channels are interleaved with those of
+            the last class token, as in the reference and its published classifiers.
         pixels: [B, 3, h, w].
 
     Returns:
@@ -59,15 +59,15 @@ def n_features(backbone: VisionTransformer | ResNet, blocks: int, avgpool: bool)
 
 
 class Probes:
-    """G linear classifiers of the same features, each with a learning rate of its own, trained as one layer.
+    """G linear classifiers of the same features with different learning rates, trained as one layer.
 
-    Equal to G classifiers trained alone by SGD with momentum 0.9: no gradient of one depends on another. All start
-    from the same weights, normal with a standard deviation of 0.01, and biases of 0 (eval_linear.py:227).
+    Equivalent to G classifiers trained separately by SGD with momentum 0.9: their gradients are independent. All have
+    the same initial weights, normal with a standard deviation of 0.01, and zero biases (eval_linear.py:227).
 
     Args:
         dim, classes: sizes C and K of a classifier.
         rates: learning rates [G].
-        seed: of the first weights.
+        seed: of the initial weights.
     """
 
     def __init__(self, dim: int, classes: int, rates: Sequence[float], seed: int, device: torch.device) -> None:
@@ -82,7 +82,7 @@ class Probes:
         return F.linear(x, self.weight.flatten(0, 1), self.bias.flatten()).unflatten(1, self.bias.shape)
 
     def step(self, x: Tensor, labels: Tensor, factor: float) -> Tensor:
-        """One update of all at `factor` times their learning rates; returns their losses [G]."""
+        """One update of all classifiers with `factor` times their learning rates; returns their losses [G]."""
         scores = self.scores(x)
         targets = labels[:, None].expand(-1, len(self.rates))
         losses = F.cross_entropy(scores.transpose(1, 2), targets, reduction="none").mean(dim=0)
@@ -95,7 +95,7 @@ class Probes:
 
     @torch.no_grad()
     def accuracies(self, features: Tensor, labels: Tensor) -> list[dict[str, float]]:
-        """Top-1 and top-5 of each, in percent; `features` and `labels` may lie on another device."""
+        """Top-1 and top-5 of each classifier, in percent; `features` and `labels` may be on another device."""
         device = self.rates.device
         ranks = []
         for x, y in zip(features.split(1024), labels.split(1024), strict=True):
@@ -104,7 +104,7 @@ class Probes:
         return [accuracy(row) for row in torch.cat(ranks, dim=1)]
 
     def state(self) -> dict[str, Any]:
-        """What `load_state` needs to go on."""
+        """State for `load_state` to continue the training."""
         return {"weight": self.weight.detach(), "bias": self.bias.detach(), "velocity": self.velocity}
 
     @torch.no_grad()
@@ -118,34 +118,46 @@ class Probes:
 
 
 def cosine(epoch: int, epochs: int) -> float:
-    """Factor of the learning rate in an epoch: from 1 in the first towards 0 (eval_linear.py:109)."""
+    """Factor of the learning rate in an epoch: a cosine from 1 to 0 (eval_linear.py:109)."""
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def train_probes(probes: Probes, features: Features, epochs: int, batch_size: int, seed: int) -> None:
+    """Train on extracted features, in an order determined by the seed."""
+    from tqdm import tqdm
+
+    device = probes.rates.device
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in tqdm(range(epochs), "linear", disable=None, unit="epoch", leave=False):
+        for rows in torch.randperm(len(features.labels), generator=generator).split(batch_size):
+            x, labels = features.values[rows].to(device), features.labels[rows].to(device)
+            probes.step(x, labels, cosine(epoch, epochs))
 
 
 @dataclass(kw_only=True)
 class Linear(Frozen):
     """A linear classifier of frozen features, with the best of a grid of learning rates (eval_linear.py).
 
-    Features of central crops are extracted once; all rates are trained on them together. Which one is best is read
-    from the held-out images, so its accuracy is a little optimistic where these are few.
+    Features of center crops are extracted once; classifiers for all learning rates are trained on them together. The
+    best one is chosen on the held-out images, so its accuracy is slightly optimistic if there are few of them.
     """
 
     reference: bool = False
     """The reference's protocol: one learning rate, 0.001, and new random crops and flips in each epoch. After an
-    interruption the same command goes on from the last whole epoch."""
+    interruption, the same command continues from the last complete epoch."""
     linear_weights: Path | None = None
-    """A linear classifier that the reference published: nothing is trained, it is evaluated on val/ (or, without one,
-    on all images), whose class folders must be, sorted, the classes it was trained on."""
+    """A published linear classifier of the reference: it is evaluated without training on val/ (or on all images if
+    there is no val/), whose sorted class folders must be the classes that it was trained on."""
     lrs: tuple[float, ...] | None = None
     """Learning rates for a batch of 256, scaled with the batch. Default: 16 from 1e-5 to 1."""
     epochs: int = 100
     """Passes over the training images."""
     n_last_blocks: int | None = None
-    """Blocks of a ViT whose class tokens are joined. Default: 4, or 1 for ViT-B."""
+    """Number of last blocks of a ViT whose class tokens are concatenated. Default: 4, or 1 for ViT-B."""
     avgpool_patchtokens: bool | None = None
     """Whether the mean patch token is added. Default: for ViT-B only."""
     seed: int = 0
-    """Of the first weights, the order of the images and the random crops."""
+    """Seed of the initial weights, the order of the images and the random crops."""
 
     def check(self) -> None:
         super().check()
@@ -181,7 +193,9 @@ class Linear(Frozen):
             path = cache.path(train, kind=f"{self.kind(name, size)}, random crops, {settings}", title="linear")
             count = self._train_on_crops(train, probes, forward, size, path.with_suffix(".pt"))
         else:
-            count = self._train_on_features(extract(train, what="training"), probes)
+            features = extract(train, what="training")
+            train_probes(probes, features, self.epochs, self.batch_size, self.seed)
+            count = len(features.paths)
         self._report(probes.accuracies(held_out.values, held_out.labels), count, len(held_out.paths))
 
     def _report(self, accuracies: list[dict[str, float]], train: int, val: int) -> None:
@@ -197,22 +211,10 @@ class Linear(Frozen):
             "\n".join([*lines, f"best: {text.format_map(best)}"] if len(lines) > 1 else lines),
         )
 
-    def _train_on_features(self, features: Features, probes: Probes) -> int:
-        """In an order that follows from the seed; returns the number of images."""
-        from tqdm import tqdm
-
-        device = probes.rates.device
-        generator = torch.Generator().manual_seed(self.seed)
-        for epoch in tqdm(range(self.epochs), "linear", disable=None, unit="epoch", leave=False):
-            for rows in torch.randperm(len(features.labels), generator=generator).split(self.batch_size):
-                x, labels = features.values[rows].to(device), features.labels[rows].to(device)
-                probes.step(x, labels, cosine(epoch, self.epochs))
-        return len(features.paths)
-
     def _train_on_crops(
         self, images: ImageFolder, probes: Probes, forward: Callable[[Tensor], Tensor], size: int, path: Path
     ) -> int:
-        """On random crops, each epoch kept at `path`; an epoch's last images that fill no batch are left."""
+        """Train on random crops, with a checkpoint per epoch at `path`; an incomplete last batch is dropped."""
         from tqdm import tqdm
 
         device = probes.rates.device
@@ -242,7 +244,7 @@ class Linear(Frozen):
             logging.warning("%s; an interruption would lose %d epochs", error, epochs)
 
     def _resume(self, path: Path, probes: Probes) -> int:
-        """Epochs that were trained before an interruption."""
+        """Load the state of an interrupted training; returns the number of epochs already trained."""
         if not path.exists():
             return 0
         try:
@@ -251,11 +253,11 @@ class Linear(Frozen):
             logging.warning("%s; starting anew", error)
             return 0
         probes.load_state(state)
-        logging.warning("going on after %d of %d epochs, kept in %s", state["epochs"], self.epochs, path)
+        logging.warning("continuing after %d of %d epochs, saved in %s", state["epochs"], self.epochs, path)
         return state["epochs"]
 
     def _evaluate(self, path: Path, trained: Trained, dim: int, extract: Callable[..., Features]) -> None:
-        """A published classifier on the held-out images."""
+        """Evaluate a published classifier on the held-out images."""
         linear = load_linear(path)
         images = ImageFolder(self.images(trained))
         if any(name.startswith("val/") for name in images.names):
@@ -263,7 +265,7 @@ class Linear(Frozen):
         require_labels({"held-out": images})
         if (linear.in_features, linear.out_features) != (dim, len(images.classes)):
             raise ValueError(
-                f"{path} tells {linear.out_features} classes apart by {linear.in_features} features, but "
+                f"{path} has {linear.out_features} classes and {linear.in_features} features, but "
                 f"{images.path} has {len(images.classes)} class folders and {trained.arch} gives {dim} features: "
                 "expected the classes, backbone, --n-last-blocks and --avgpool-patchtokens that it was trained with"
             )

@@ -1,4 +1,4 @@
-"""The numbers that protocols report, as functions of scores, ranks and masks."""
+"""Metrics of the protocols, as functions of scores, ranks and masks."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Place of each row's label among the classes by falling score, from 1: int64 [n].
+    """Rank of each row's label among the classes by descending score, from 1: int64 [n].
 
-    A label that shares its score with others is ranked after them: a class without a vote is not predicted. NaN is
+    A label with the same score as other classes is ranked after them: a class without votes is not predicted. NaN is
     last.
 
     Args:
@@ -19,18 +19,18 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracy(ranks: Tensor) -> dict[str, float]:
-    """Percent of `label_ranks` that are 1 ("top1") or at most 5 ("top5", which is 100 with up to five classes)."""
+    """Percent of `label_ranks` that are 1 ("top1") or at most 5 ("top5"; always 100 with up to five classes)."""
     return {f"top{k}": 100 * int((ranks <= k).sum()) / len(ranks) for k in (1, 5)}
 
 
 def average_precision(ranks: Sequence[int] | np.ndarray, positives: int) -> float:
-    """Area under the precision-recall curve by trapezoids, as the Oxford buildings' evaluation has it (`utils.py:703`).
+    """Area under the precision-recall curve by the trapezoidal rule, as in the Oxford evaluation (`utils.py:703`).
 
     AP = 1/P sum_j (p(r_j) + p(r_j + 1)) / 2, with p(r) the precision among the first r results and p(0) = 1.
 
     Args:
-        ranks: increasing places r_j, from 0, at which positive images were retrieved.
-        positives: how many there are, P >= 1; those that were not retrieved count 0.
+        ranks: increasing ranks r_j, from 0, of the retrieved positive images.
+        positives: number P >= 1 of all positive images; those not retrieved contribute 0.
     """
     ranks = np.asarray(ranks, dtype=np.float64)
     found = np.arange(len(ranks))
@@ -39,7 +39,7 @@ def average_precision(ranks: Sequence[int] | np.ndarray, positives: int) -> floa
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two bool arrays of one shape, in [0, 1]; 1 where both are empty."""
+    """Intersection over union of two bool arrays of equal shape, in [0, 1]; 1 if both are empty."""
     union = np.count_nonzero(a | b)
     return np.count_nonzero(a & b) / union if union else 1.0
 
@@ -49,16 +49,16 @@ def mean_average_precision(
 ) -> dict[str, float]:
     """mAP and mean precision at k in percent, over the queries that have positives (`utils.py:735`).
 
-    The precision of a query at k is taken at its last positive, if that comes before k.
+    If the last positive of a query has a rank below k, its precision is taken there.
 
     Args:
-        ranks: [queries, n], rows of the database in the order in which they were retrieved.
-        positives: of each query, its rows.
-        passed: of each query, rows that are taken out of its ranks, neither right nor wrong, where not positive too.
+        ranks: [queries, n], rows of the database in order of retrieval.
+        positives: rows of the positives of each query.
+        passed: rows to ignore for each query; they are removed from its ranks unless they are positives.
         ks: numbers of first results.
 
     Returns:
-        {"mAP": 43.1, "mP@1": 80.0, ...}, empty where no query has a positive.
+        {"mAP": 43.1, "mP@1": 80.0, ...}, empty if no query has a positive.
     """
     found: list[list[float]] = []
     for order, right, neither in zip(ranks, positives, passed, strict=True):

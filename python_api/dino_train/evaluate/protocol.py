@@ -1,4 +1,4 @@
-"""What the commands of all protocols share: their options, and how they report."""
+"""Common options of the commands of all protocols, and the report of results."""
 
 import json
 import logging
@@ -32,30 +32,30 @@ class Protocol(WeightsOptions):
 
     @property
     def folder(self) -> Path:
-        """Where what belongs to the checkpoint is kept: its run's folder."""
+        """Folder for results of the checkpoint: the folder of its run."""
         return self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
 
     def load_vit(self) -> tuple[Trained, VisionTransformer]:
-        """As `load`; ValueError where the backbone has no tokens."""
+        """Like `load`; ValueError if the backbone has no tokens."""
         trained = self.load()
         if not isinstance(trained.backbone, VisionTransformer):
             raise ValueError(f"{trained.arch} has no tokens and no self-attention; choose a run of a ViT")
         return trained, trained.backbone
 
     def report(self, values: Mapping[str, Any], text: str) -> None:
-        """Print the result: `values` as JSON where that was asked for, else `text`."""
+        """Print the result: `values` as JSON with --json, else `text`."""
         print(json.dumps(values) if self.json else text)
 
 
 @dataclass(kw_only=True)
 class Extraction(Protocol):
-    """Options of the protocols that read images by workers."""
+    """Options of the protocols that read images with several threads."""
 
     num_workers: int = field(default_factory=default_workers)
     """Threads that read images."""
 
     def check(self) -> None:
-        """Raises ValueError for options that make no sense; not in __post_init__, whose errors tyro garbles."""
+        """Raises ValueError for invalid options. Not in __post_init__, since tyro garbles the errors from there."""
         require_least(self, num_workers=1)
 
 
@@ -64,12 +64,12 @@ class Classification(Extraction):
     """Options of the protocols that classify images."""
 
     data: Path | None = None
-    """Folder, .zip or .tar with train/<class>/ and val/<class>/, or <class>/ (then a few images are held out).
+    """Folder, .zip or .tar with train/<class>/ and val/<class>/, or with <class>/ (then some images are held out).
     Default: the run's images; the embedded CIFAR-10 images for published weights."""
     image_size: int | None = None
     """Side of the network's input in pixels. Default: the training size."""
     batch_size: int = 128
-    """Images that go through the network at once, and in an update where something is trained."""
+    """Images per forward pass, and per update if a classifier is trained."""
 
     def check(self) -> None:
         super().check()
@@ -79,17 +79,17 @@ class Classification(Extraction):
             )
 
     def images(self, trained: Trained) -> Path:
-        """Where the images are; logged where the user did not say it."""
+        """Path of the images; logged if the user did not pass it."""
         path = self.data or trained.data or EMBEDDED_DATA
         if not self.data:
             logging.warning("images: %s (--data takes others)", path)
         return path
 
     def split(self, trained: Trained) -> tuple[ImageFolder, ImageFolder]:
-        """Training and held-out images, as `data.split`, with labels.
+        """Training and held-out images with labels, as returned by `data.folder.split`.
 
         Raises:
-            ValueError: only one of train/ and val/ is there, val/ has other classes, or as `require_labels`.
+            ValueError: only one of train/ and val/ exists, val/ has other classes, or as in `require_labels`.
         """
         path = self.images(trained)
         train, val = split(path)
@@ -112,11 +112,11 @@ class Classification(Extraction):
 
 @dataclass(kw_only=True)
 class Frozen(Classification):
-    """Options of the protocols that classify by features of a frozen backbone."""
+    """Options of the protocols that classify with features of a frozen backbone."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of a ViT's matrix products in the extraction: bfloat16 is two to four times faster where the processor or GPU
-    multiplies it."""
+    """Precision of a ViT's GEMMs in the extraction: bfloat16 is two to four times faster on processors and GPUs with
+    bfloat16 instructions."""
 
     def load(self) -> Trained:
         trained = super().load()
@@ -127,17 +127,17 @@ class Frozen(Classification):
         return trained
 
     def cache(self, trained: Trained) -> Cache:
-        """The run's features."""
+        """Cache of the run's features."""
         return Cache(trained.backbone, self.folder / "features")
 
     def kind(self, name: str, size: int) -> str:
-        """Tells apart how features are made: `name` says of which outputs."""
+        """Describes how features are computed; part of the cache key. `name`: the outputs of the network used."""
         return f"{name}, center {size}" + (", bfloat16" if self.precision == "bfloat16" else "")
 
     def extract(
         self, cache: Cache, images: ImageFolder, forward: Callable[[Tensor], Tensor], name: str, size: int, what: str
     ) -> Features:
-        """Features of the central crops of images, from the cache where they are; `name` is that of `forward`.
+        """Features of the center crops of images, from the cache if possible; `name` identifies `forward`.
 
         Raises:
             ValueError: none can be read.
@@ -153,7 +153,7 @@ def require_labels(parts: dict[str, ImageFolder]) -> None:
     """Check that the parts of a data set, named in the messages, can be classified.
 
     Raises:
-        ValueError: a part is empty, or the images do not lie in folders of two classes or more.
+        ValueError: a part is empty, or the images are not in folders of two classes or more.
     """
     for what, images in parts.items():
         if not len(images):
@@ -163,13 +163,11 @@ def require_labels(parts: dict[str, ImageFolder]) -> None:
         stray = next(strays, None)
         raise ValueError(
             f"{images.path} has no labels: expected a folder for each of two classes or more, train/<class>/ and "
-            f"val/<class>/; " + (f"{stray} lies in none" if stray else "there is only one")
+            f"val/<class>/; " + (f"{stray} is in none" if stray else "there is only one")
         )
 
 
 def log_skipped(bad: BadImages, what: str) -> None:
-    """Say how many images a result is without."""
+    """Log how many images are missing in a result."""
     if bad.count:
-        logging.warning(
-            "%d of %d %s images could not be read; the result is without them", bad.count, bad.n_images, what
-        )
+        logging.warning("%d of %d %s images could not be read; the result excludes them", bad.count, bad.n_images, what)

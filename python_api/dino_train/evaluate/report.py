@@ -1,4 +1,4 @@
-"""One page about a run: curves, signs of a collapse, pictures, settings. It needs no network and no other file."""
+"""One HTML page about a run: curves, checks for collapse, images, options. It needs no other files and no internet."""
 
 import base64
 import io
@@ -29,12 +29,12 @@ from dino_train.evaluate.protocol import Protocol
 from dino_train.models.vit import VisionTransformer
 from dino_train.models.weights import Trained
 
-CELL = 120  # side of a picture, in pixels
-PICTURES = 8  # held-out images that are shown
+CELL = 120  # side of an image on the page, in pixels
+PICTURES = 8  # number of held-out images on the page
 NEIGHBORS = 5
-GALLERY = 2048  # training images among which neighbors are looked for
-POINTS = 300  # of a curve; more are averaged
-LAST_LINES = 10  # of the log, that tell whether a run is collapsing: as many as `CollapseWatch` waits for
+GALLERY = 2048  # training images that are searched for neighbors
+POINTS = 300  # maximum per curve; longer curves are averaged
+LAST_LINES = 10  # of the log that are checked for a collapse, as in `CollapseWatch`
 ENTROPIES = ("teacher_entropy", "teacher_single_entropy")
 COLORS = ("#2563eb", "#d97706", "#059669")
 
@@ -42,7 +42,7 @@ Row = dict[str, Any]
 
 
 class Panel(NamedTuple):
-    """A figure: what it shows, in what unit, of which metrics (name in metrics.jsonl, label)."""
+    """A figure: title, unit and metrics (name in metrics.jsonl, label)."""
 
     title: str
     unit: str
@@ -69,7 +69,7 @@ PANELS = (
 
 
 def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most POINTS points: where there are more, means of neighboring ones."""
+    """At most POINTS points: if there are more, means of neighboring points."""
     n = math.ceil(len(points) / POINTS)
     if n <= 1:
         return points
@@ -78,14 +78,14 @@ def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def draw(panel: Panel, rows: list[Row], log_k: float) -> str:
-    """The panel as an SVG element; empty where no row has its metrics."""
+    """The panel as an SVG element; empty if no row has its metrics."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     curves = [(label, [(r["step"], r[name]) for r in rows if name in r]) for name, label in panel.series]
     if not any(points for _, points in curves):
         return ""
-    # Text as text, in the page's font; names of clip paths that differ between the figures of one page.
+    # Text stays text, in the font of the page; the names of clip paths differ between the figures.
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": panel.title, "font.size": 9}
     with rc_context(style), io.StringIO() as file:
         figure = Figure(figsize=(4.2, 2.5), layout="constrained")
@@ -109,7 +109,7 @@ def draw(panel: Panel, rows: list[Row], log_k: float) -> str:
 
 
 def checks(rows: list[Row], log_k: float) -> list[tuple[bool, str]]:
-    """(is it well, what was looked at) of the last lines of the log."""
+    """(passed, description) of each check of the last lines of the log."""
     last, newest = rows[-LAST_LINES:], rows[-1]
     signs = [collapse_signs(row["loss"], row[ENTROPIES[0]], row[ENTROPIES[1]], log_k) for row in last]
     uniform, constant = (sum(sign[kind] for sign in signs) for kind in ("uniform", "constant"))
@@ -119,14 +119,14 @@ def checks(rows: list[Row], log_k: float) -> list[tuple[bool, str]]:
         (finite == len(rows), f"The loss is finite in {finite} of {len(rows)} lines of the log."),
         (
             uniform < len(last),
-            f"The loss stays at ln K = {log_k:.2f}, as of uniform outputs, in {uniform} of the last {len(last)} lines; "
-            f"it is {newest['loss']:.2f} now, {rows[0]['loss']:.2f} in the first.",
+            f"The loss is at ln K = {log_k:.2f} (uniform outputs) in {uniform} of the last {len(last)} lines; "
+            f"it is {newest['loss']:.2f} now and was {rows[0]['loss']:.2f} in the first line.",
         ),
         (
             constant < len(last),
-            f"All images get one output in {constant} of the last {len(last)} lines; the mean output's entropy is "
-            f"{mean:.2f}, that of one image's {single:.2f} on average: the outputs tell {mean - single:.2f} nats about "
-            "the image.",
+            f"All images get the same output in {constant} of the last {len(last)} lines; the entropy of the mean "
+            f"output is {mean:.2f}, of one image's output {single:.2f} on average: the outputs have "
+            f"{mean - single:.2f} nats of information about the image.",
         ),
     ]
 
@@ -138,7 +138,7 @@ def data_uri(image: Image.Image) -> str:
 
 
 def cell(image: Image.Image, *lines: str, kind: str = "") -> str:
-    """A picture and lines below it, cut off where they are too long."""
+    """An image with lines of text below it; lines that are too long are cut off."""
     text = "".join(f'<div class="{kind}" title="{escape(line)}">{escape(line)}</div>' for line in lines)
     return f'<div class="cell"><img src="{data_uri(image)}" alt="{escape(" ".join(lines))}">{text}</div>'
 
@@ -162,7 +162,7 @@ def class_of(images: ImageFolder, i: int) -> str:
 
 
 def attention_rows(trained: Trained, images: ImageFolder) -> Iterator[list[str]]:
-    """A row for each readable image: it, the mean of its attention maps over it, each map."""
+    """A row for each readable image: the image, an overlay of its mean attention map, and each map."""
     assert isinstance(trained.backbone, VisionTransformer)
     size = max(trained.image_size, min(480, 2 * trained.image_size))
     for i in range(len(images)):
@@ -179,7 +179,7 @@ def attention_rows(trained: Trained, images: ImageFolder) -> Iterator[list[str]]
 
 
 def neighbor_rows(trained: Trained, queries: ImageFolder, gallery: ImageFolder) -> Iterator[list[str]]:
-    """A row for each readable query: it and the training images of the most similar features (cosine)."""
+    """A row for each readable query: the query and the training images with the most similar features (cosine)."""
     found = []
     for images, title in ((queries, ""), (gallery, "neighbors")):
         loader = eval_loader(images, trained.image_size, 64, default_workers())
@@ -200,7 +200,7 @@ def neighbor_rows(trained: Trained, queries: ImageFolder, gallery: ImageFolder) 
 
 
 def pictures(report: "Report", config: Row) -> tuple[str, str, str]:
-    """The two sheets, and what is said of the second; where weights or images cannot be had, why."""
+    """The two image sheets and the caption of the second; if weights or images are not available, the reason."""
     try:
         trained = report.load()
         train, held_out = split(Path(config["data"]))
@@ -211,8 +211,8 @@ def pictures(report: "Report", config: Row) -> tuple[str, str, str]:
         is_vit = isinstance(trained.backbone, VisionTransformer)
         attention = grid(attention_rows(trained, queries)) if is_vit else f"{trained.arch} has no self-attention."
     except (ValueError, OSError) as error:
-        logging.warning("no pictures: %s", error)
-        return f"No pictures: {escape(str(error))}", f"No pictures: {escape(str(error))}", ""
+        logging.warning("no images: %s", error)
+        return f"No images: {escape(str(error))}", f"No images: {escape(str(error))}", ""
     about = (
         f"Held-out images and the {NEIGHBORS} training images, of {len(gallery)}, with the most similar features "
         "(cosine)." + (" Green: of the same class; no label was used in training." if train.labels else "")
@@ -225,7 +225,7 @@ def tile(title: str, value: str, note: str) -> str:
 
 
 def tiles(rows: list[Row], config: Row) -> Iterator[str]:
-    """The numbers that one looks for first."""
+    """The most important numbers."""
     logged = [row for row in rows if "loss" in row]
     yield tile("Epoch", f"{logged[-1]['epoch'] + 1} of {config['epochs']}", f"step {logged[-1]['step']:,}")
     yield tile("Loss", f"{logged[-1]['loss']:.3f}", f"ln K = {math.log(config['out_dim']):.2f}")
@@ -234,11 +234,11 @@ def tiles(rows: list[Row], config: Row) -> Iterator[str]:
         if values:
             yield tile(title, f"{values[-1]:.1f} %", f"from {values[0]:.1f}, best {max(values):.1f}")
     rates = sorted(row["images_per_second"] for row in logged)
-    yield tile("Images a second", f"{rates[len(rates) // 2]:,.0f}", "median")
+    yield tile("Images per second", f"{rates[len(rates) // 2]:,.0f}", "median")
 
 
 def settings(config: Row) -> str:
-    """Rows of a table: each setting, marked where it is not the default."""
+    """Rows of a table: each option, marked if it is not the default."""
     defaults = default_settings()
     marked = ((name, value, "" if value == defaults.get(name) else ' class="set"') for name, value in config.items())
     return "".join(
@@ -278,7 +278,7 @@ def read_run(folder: Path) -> tuple[list[Row], Row]:
 
 def write_page(path: Path, page: str) -> None:
     with atomic(path) as temporary:
-        temporary.write_bytes(page.encode("utf-8", "replace"))  # names of files may be no text
+        temporary.write_bytes(page.encode("utf-8", "replace"))  # file names may be invalid Unicode
 
 
 def verdict(well: bool, text: str) -> str:
@@ -295,12 +295,12 @@ def figures(rows: list[Row], log_k: float) -> Iterator[str]:
 
 @dataclass(kw_only=True)
 class Report(Protocol):
-    """One HTML page about a run: curves, signs of a collapse, attention, neighbors, settings."""
+    """One HTML page about a run: curves, checks for collapse, attention, neighbors, options."""
 
     checkpoint: Path
     """A run's folder, with metrics.jsonl and config.json."""
     output: Path | None = None
-    """The page. Default: report.html in the run's folder."""
+    """Output file. Default: report.html in the run's folder."""
 
     def run(self) -> None:
         folder = self.checkpoint.parent if self.checkpoint.is_file() else self.checkpoint

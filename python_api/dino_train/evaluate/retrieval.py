@@ -23,7 +23,7 @@ from dino_train.evaluate.protocol import Extraction
 
 KS = (1, 5, 10)
 SCALES = (1.0, 2**-0.5, 0.5)  # utils.py:806
-# Which annotations are positives and which are passed over; what is in neither is negative.
+# Annotations that are positives and annotations that are ignored; all other images are negatives.
 LEVELS = {
     "easy": (("easy",), ("junk", "hard")),
     "medium": (("easy", "hard"), ("junk",)),
@@ -40,10 +40,10 @@ _ALLOWED |= {
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Builds built-in containers and numpy arrays, and nothing that could run code."""
+    """Builds only built-in containers and numpy arrays, nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("__builtin__", "builtins")  # Python 2's name, and that of pickle's old protocols
+        module = module.replace("__builtin__", "builtins")  # the name in Python 2 and in old pickle protocols
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
@@ -51,7 +51,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 @dataclass
 class GroundTruth:
-    """Names of the database images and queries, and of each query the database rows by annotation."""
+    """Names of the database images and of the queries; for each query, database rows by annotation."""
 
     images: list[str]
     queries: list[str]
@@ -62,19 +62,19 @@ def load_ground_truth(path: Path) -> GroundTruth:
     """Read gnd_roxford5k.pkl or gnd_rparis6k.pkl: {"imlist", "qimlist", "gnd": [{"easy", "hard", "junk"}, ...]}.
 
     Raises:
-        ValueError: no such file, it holds more than plain values and numpy arrays (it is not run), or other values.
+        ValueError: no such file, other values, or more than plain values and numpy arrays (no code is run).
     """
     if not path.is_file():
         raise ValueError(f"no ground truth at {path}: expected the revisited data's <dataset>/{path.name}")
     try:
         with open(path, "rb") as file:
-            # Old files are Python 2's; latin1 reads their byte strings as text.
+            # Old files were written by Python 2; latin1 reads their byte strings as text.
             found = _PlainUnpickler(file, encoding="latin1").load()
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is damaged, or holds more than lists and numpy arrays and is not loaded for safety ({error})"
         ) from error
-    except Exception as error:  # damaged pickles raise nearly anything
+    except Exception as error:  # damaged pickles raise almost any exception
         raise ValueError(f"{path} is damaged or not a pickle ({error})") from error
     expected = 'a dict with "imlist", "qimlist" and "gnd", the last with "easy", "hard" and "junk" of each query'
     try:
@@ -86,7 +86,7 @@ def load_ground_truth(path: Path) -> GroundTruth:
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{path} holds no revisited ground truth ({error!r}): expected {expected}") from error
     if len(rows) != len(queries) or not rows:
-        raise ValueError(f"{path} has {len(queries)} queries and {len(rows)} annotations, expected as many of each")
+        raise ValueError(f"{path} has {len(queries)} queries and {len(rows)} annotations, expected equal numbers")
     for query, annotation in zip(queries, rows, strict=True):
         numbers = np.concatenate(list(annotation.values()))
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(images):
@@ -95,7 +95,7 @@ def load_ground_truth(path: Path) -> GroundTruth:
 
 
 def shrink(limit: int, image: Image.Image, key: object = None) -> Tensor:
-    """The image, made smaller to `limit` pixels on its long side if it is longer, normalized: [3, h, w]."""
+    """The image, downscaled if needed so that its long side is at most `limit` pixels, normalized: [3, h, w]."""
     small = image.copy()
     small.thumbnail((limit, limit), Image.Resampling.LANCZOS)
     return to_tensor(small)
@@ -107,13 +107,13 @@ def multi_scale(backbone: nn.Module, pixels: Tensor) -> Tensor:
     features = []
     for scale in SCALES:
         scaled = pixels if scale == 1 else F.interpolate(pixels, scale_factor=scale, mode="bilinear")
-        if min(scaled.shape[2:]) >= smallest:  # of a very small image only the larger scales count
+        if min(scaled.shape[2:]) >= smallest:  # a very small image uses only the larger scales
             features.append(backbone(scaled))
     return torch.stack(features).mean(dim=0)
 
 
 def rank(database: Tensor, queries: Tensor, device: torch.device) -> np.ndarray:
-    """Rows of the database by falling cosine similarity to each query: [queries, database]."""
+    """Rows of the database by descending cosine similarity to each query: [queries, database]."""
     database = F.normalize(database, dim=1).to(device)
     return np.stack(
         [
@@ -127,17 +127,17 @@ def rank(database: Tensor, queries: Tensor, device: torch.device) -> np.ndarray:
 class Retrieval(Extraction):
     """Mean average precision of image retrieval on revisited Oxford or Paris (eval_image_retrieval.py).
 
-    Whole query images are used, as the reference does, not the boxes in them.
+    Whole query images are used, not their annotated boxes, as in the reference.
     """
 
     data: Path
-    """Folder with roxford5k/ or rparis6k/, each with gnd_<dataset>.pkl and jpg/; or one of these two itself."""
+    """Folder with roxford5k/ or rparis6k/, each with gnd_<dataset>.pkl and jpg/; or one of these two folders."""
     dataset: Literal["roxford5k", "rparis6k"] = "roxford5k"
-    """Which of the two."""
+    """Which of the two data sets."""
     image_size: int = 224
-    """Longest side in pixels; larger images are made smaller."""
+    """Maximum of the long side in pixels; larger images are downscaled."""
     multiscale: bool = False
-    """Averages the features of three scales of an image."""
+    """Average the features of an image at three scales."""
 
     def check(self) -> None:
         super().check()
@@ -178,7 +178,7 @@ class Retrieval(Extraction):
     def _extract(
         self, cache: Cache, images: ImageFolder, names: list[str], forward: Callable[[Tensor], Tensor], title: str
     ) -> Tensor:
-        """Features of the images of these names (without suffix), in their order."""
+        """Features of the images with these names (without suffix), in this order."""
         number = {Path(name).stem: i for i, name in enumerate(images.names)}
         missing = [name for name in names if name not in number]
         if missing:

@@ -1,8 +1,8 @@
 """Video object segmentation on DAVIS by label propagation (eval_video_segmentation.py of the reference).
 
-The labels of a video's first frame are carried on, frame by frame, by the similarity of patch features alone: nothing
-is trained. A patch of the new frame takes the labels of the patches most similar to it among those near its place in
-the first frame and in the last few.
+The labels of a video's first frame are propagated frame by frame by the similarity of patch features, without training.
+A patch of a new frame takes the labels of the most similar patches near its position in the first frame and in the last
+few frames.
 
 Dimensions: h x w patches of a frame, C channels of a feature, K labels (0 is the background), n source frames.
 """
@@ -33,17 +33,17 @@ from dino_train.evaluate.protocol import Protocol
 from dino_train.models.vit import VisionTransformer
 
 TEMPERATURE = 0.1  # eval_video_segmentation.py:140
-TILE = 12  # side of the squares of patches that find their sources together: keeps the similarities small
+TILE = 12  # side of the squares of patches that are processed together: limits the size of the similarity matrix
 SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
 class Propagation:
-    """How labels are carried on. Defaults are the reference's (eval_video_segmentation.py:262-267).
+    """Options of the propagation. Defaults are those of the reference (eval_video_segmentation.py:262-267).
 
-    year: 2016 (one object a video) or 2017. n_last_frames: source frames beside the first. topk: source patches that
-    give a patch its labels. radius: how far from its place they may be, in patches; 0 is no bound. image_size: short
-    side of a frame as the network sees it, in pixels.
+    year: 2016 (one object per video) or 2017. n_last_frames: source frames in addition to the first. topk: source
+    patches that give a patch its labels. radius: their maximum distance from its position, in patches; 0 means no
+    limit. image_size: short side of the network's input, in pixels.
     """
 
     year: int = 2017
@@ -57,17 +57,17 @@ class Propagation:
 
 
 def propagate(query: Tensor, sources: Sequence[Tensor], labels: Sequence[Tensor], *, topk: int, radius: int) -> Tensor:
-    """Labels of a frame's patches: the mean of those of the most similar source patches (:115-154).
+    """Labels of a frame's patches: a weighted mean of the labels of the most similar source patches (:115-154).
 
     label_i = sum_j softmax_j(cosine(i, j) / 0.1) label_j over the `topk` most similar patches j of all sources, and
-    those as similar as the last of them, among the patches at most `radius` rows and columns from i.
+    those with the same similarity as the last of them, among the patches at most `radius` rows and columns from i.
 
-    The product is banded: squares of the frame are multiplied with what lies within their reach, not with all patches.
+    Similarities are computed in a band: a square of the frame with the source patches within its radius, not with all.
 
     Args:
         query: features of the frame [h, w, C], of norm 1.
-        sources: n tensors like it.
-        labels: n tensors [h, w, K], what each source patch belongs to.
+        sources: n tensors of the same shape.
+        labels: n tensors [h, w, K], soft labels of each source patch.
         topk, radius: as in `Propagation`.
 
     Returns:
@@ -79,7 +79,7 @@ def propagate(query: Tensor, sources: Sequence[Tensor], labels: Sequence[Tensor]
     for top, left in itertools.product(range(0, h, TILE), range(0, w, TILE)):
         down, right = (torch.arange(a, min(a + TILE, end), device=query.device) for a, end in ((top, h), (left, w)))
         tile = slice(top, top + TILE), slice(left, left + TILE)
-        # What the tile can reach; each of its patches reaches a part of that.
+        # Source patches within the radius of any patch of the tile.
         near = slice(max(0, top - reach), top + TILE + reach), slice(max(0, left - reach), left + TILE + reach)
         rows, columns = (torch.arange(end, device=query.device)[part] for part, end in zip(near, (h, w), strict=True))
         inside = ((down[:, None] - rows).abs() <= reach)[:, None, :, None]
@@ -96,8 +96,8 @@ def propagate(query: Tensor, sources: Sequence[Tensor], labels: Sequence[Tensor]
 
 
 def working_size(width: int, height: int, short: int, patch: int) -> tuple[int, int]:
-    """(width, height) at which the network sees a frame: the short side `short`, the long one cut to a multiple of 64
-    (:217-222); with patches that do not divide these, both to a multiple of the patch.
+    """(width, height) of the network's input: the short side is `short`, the long side is rounded down to a multiple of
+    64 (:217-222). If the patch size does not divide these, both sides are rounded down to a multiple of it.
 
     Raises:
         ValueError: `short` is below one patch.
@@ -111,8 +111,8 @@ def working_size(width: int, height: int, short: int, patch: int) -> tuple[int, 
 
 
 def frame_features(backbone: VisionTransformer, frame: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Patch tokens of the last block, of norm 1: [h, w, C] float32. The frame is resized to `size` without antialias,
-    as OpenCV does (:209-232), and normalized as in training (the reference's 0.228 in place of 0.229 is a slip)."""
+    """Patch tokens of the last block, of norm 1: [h, w, C] float32. The frame is resized to `size` without antialiasing
+    (as in OpenCV; :209-232) and normalized as in training (0.228 instead of 0.229 in the reference is an error)."""
     device = backbone.pos_embed.device
     pixels = torch.from_numpy(np.array(frame)).to(device).permute(2, 0, 1)[None].float()
     pixels = F.interpolate(pixels, size[::-1], mode="bilinear", align_corners=False).round_().div_(255)
@@ -125,8 +125,8 @@ def frame_features(backbone: VisionTransformer, frame: Image.Image, size: tuple[
 def labels_of(soft: Tensor, patch: int, size: tuple[int, int]) -> np.ndarray:
     """Labels of patches [h, w, K] to labels of pixels, uint8 [H, W] (:63-74).
 
-    Enlarged bilinearly by the patch's side, each label's map stretched to [0, 1], the largest taken, then resized to
-    `size`, (width, height), by the nearest pixel.
+    Upsampled (bilinear) by the patch size, each label's map scaled to [0, 1], argmax over the labels, then resized
+    (nearest) to `size`, (width, height).
     """
     maps = F.interpolate(soft.permute(2, 0, 1)[None], scale_factor=patch, mode="bilinear", align_corners=False)[0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
@@ -137,7 +137,7 @@ def labels_of(soft: Tensor, patch: int, size: tuple[int, int]) -> np.ndarray:
 
 @torch.no_grad()
 def segment(backbone: VisionTransformer, video: Video, options: Propagation) -> Iterator[np.ndarray]:
-    """Labels uint8 [H, W] of each frame: the first annotation, then what it is carried on to.
+    """Labels uint8 [H, W] of each frame: the first annotation, then the propagated labels.
 
     Raises:
         ValueError: a frame or the annotation cannot be read, they differ in size, or its labels are not 1, 2, ...
@@ -172,16 +172,16 @@ def segment(backbone: VisionTransformer, video: Video, options: Propagation) -> 
 def evaluate_videos(backbone: VisionTransformer, root: Path, folder: Path, options: Propagation) -> dict[str, Any]:
     """Segment the validation videos of a DAVIS folder and compare with its annotations.
 
-    Writes `folder`/VIDEO/NNNNN.png, indexed PNGs as the DAVIS tools take them. A video's folder appears when it is
-    complete; a second run skips those that are there.
+    Writes `folder`/VIDEO/NNNNN.png, indexed PNGs that the DAVIS tools can read. The folder of a video appears when it
+    is complete; a second run skips complete videos.
 
     Returns:
         {"J&F", "J", "F": percent, mean over all objects of all videos, "videos": {name: {"J": [percent of each object],
         "F": [...]}}}.
 
     Raises:
-        ValueError: `folder` holds results of other weights, data or options, or something else; as `segment`, `score`
-            and `validation_videos`.
+        ValueError: `folder` contains results of other weights, data or options, or other files; and as in `segment`,
+            `score` and `validation_videos`.
     """
     from tqdm import tqdm
 
@@ -202,7 +202,7 @@ def evaluate_videos(backbone: VisionTransformer, root: Path, folder: Path, optio
 
 
 def _write(folder: Path, video: Video, masks: Iterable[np.ndarray], bar: Any) -> None:
-    """The masks as indexed PNGs in `folder`, which appears when all are there."""
+    """Write the masks as indexed PNGs to `folder`, which appears when all are written."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -225,7 +225,7 @@ def _palette() -> bytes:
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Note in `folder` what its results come from, so that nothing else is taken for done or written over."""
+    """Record the source of the results in `folder`, so that other results are not reused or overwritten."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
     text = json.dumps(settings, indent=2) + "\n"
@@ -248,17 +248,17 @@ class VideoSegmentation(Protocol):
     data: Path
     """DAVIS folder, with JPEGImages/480p/, Annotations/480p/ and ImageSets/."""
     year: Literal[2016, 2017] = 2017
-    """2016 has one object a video, 2017 several."""
+    """2016 has one object per video, 2017 several."""
     n_last_frames: int = 7
-    """Frames that labels come from, beside the first."""
+    """Source frames of the labels, in addition to the first."""
     topk: int = 5
-    """Most similar patches that a patch takes its labels from."""
+    """Number of most similar patches from which a patch takes its labels."""
     radius: int = 12
-    """How far from its place they may be, in patches; 0 is no bound."""
+    """Their maximum distance from its position, in patches; 0 means no limit."""
     image_size: int = 480
-    """Short side in pixels at which the network sees a frame."""
+    """Short side in pixels of the network's input."""
     output_dir: Path | None = None
-    """Where the indexed PNGs go. Default: davis2016/ or davis2017/ beside the checkpoint."""
+    """Folder for the indexed PNGs. Default: davis2016/ or davis2017/ next to the checkpoint."""
 
     def run(self) -> None:
         options = Propagation(self.year, self.n_last_frames, self.topk, self.radius, self.image_size)

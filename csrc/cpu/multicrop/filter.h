@@ -1,0 +1,22 @@
+// The weights of a resize along one direction, as Pillow has them.
+#pragma once
+
+#include "cpu/multicrop/parts.h"
+
+namespace dino {
+
+// Output x is the sum of inputs first[x] <= i < end[x], each times weights[(i - first[x]) * size + x] in 2^-22. Taps
+// beyond weigh 0.
+struct Filter {
+    int32_t *first, *end, *weights;
+    int64_t size, taps;  // outputs; weights of each, a multiple of `unit`
+
+    // first[x] is a multiple of `border`; if flipped, the outputs come in the opposite order.
+    void make(int64_t inputs, int64_t outputs, int64_t border, int64_t unit, bool flip);
+
+   private:
+    BufferOf<int32_t> first_, begin_, end_, weights_;
+    BufferOf<double> center_, sum_, exact_;
+};
+
+}  // namespace dino
