@@ -50,7 +50,7 @@ def add_layer_norm(
         bias: [C], float32, contiguous.
         scale: drop path's factor of each row of branch [B] or [B, 1], float32, contiguous, without gradient: 0
             (dropped) or 1 / keep. None for 1.
-        rows: the token of each row of branch [B], int32, contiguous, rising, on the device of x. None: B = T, all.
+        rows: the token of each row of branch [B], int32, contiguous, sorted, on the device of x. None: B = T, all.
         normed_rows: the tokens to normalize [N], as rows. None: N = T, all.
         eps: added to the variance, > 0.
 

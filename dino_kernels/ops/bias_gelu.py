@@ -8,7 +8,7 @@ parabola, so a polynomial of degree 9 and one power of two give Q on [0, 8] (wha
 within 3e-8 of the exact one, rounding aside, and half the instructions of the form with erf, which at the 4 bytes an
 element of 16-bit tensors would hold a GPU up longer than its memory.
 
-Dimensions: T tokens, C channels. Only x is kept for the backward pass, which forms it anew. The gradient of the bias
+Dimensions: T tokens, C channels. Only x is saved for backward, which recomputes gelu's input. The gradient of the bias
 is summed by programs over their own rows in a fixed order, and then over the programs: no atomics.
 """
 

@@ -176,7 +176,7 @@ def _(student, teacher, center, student_temp, teacher_temp):
 
 @custom_op("dino_loss_scale_", mutates_args=("grad",), triton="dino_loss.scale_triton", cuda="dino_loss.scale_cuda")
 def _scale_(grad: Tensor, upstream: Tensor) -> None:
-    """grad *= upstream. No pass over memory for the usual upstream of one, and on a GPU no question to the host."""
+    """grad *= upstream. No pass over memory for the usual upstream of one, and on a GPU no device-to-host sync."""
     _scale_cpu(grad, upstream)
 
 

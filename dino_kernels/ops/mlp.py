@@ -82,7 +82,7 @@ _gelu_backward = GpuKernel(triton="bias_gelu.backward_triton")
 def _mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """(out, hidden: what the backward wants of it, with `keep`; else an empty tensor)"""
+    """(out, hidden: saved for backward, with `keep`; else an empty tensor)"""
     return _forward_cpu(x, weight1, bias1, weight2, bias2, keep)
 
 

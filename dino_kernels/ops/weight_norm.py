@@ -159,10 +159,10 @@ def _(grad_v, grad_g, grad, x, v, g, overwrite):
 _PART = 8192  # rows
 
 
-def _product_backward(grad_v, grad_g, grad, x, v, g, fresh):
+def _product_backward(grad_v, grad_g, grad, x, v, g, overwrite):
     for begin in range(0, len(v), _PART):
         part = slice(begin, begin + _PART)
-        if fresh:
+        if overwrite:
             grad_v[part].zero_()  # while it is in cache
         grad_w = grad[:, part].t() @ x
         _backward_(grad_v[part], None if grad_g is None else grad_g[part], grad_w, v[part], g[part])
@@ -171,10 +171,10 @@ def _product_backward(grad_v, grad_g, grad, x, v, g, fresh):
 _MOST_TOKENS = 1024  # whose pairs stay in the second-level cache
 
 
-def _product_backward_cpu(grad_v, grad_g, grad, x, v, g, fresh):
+def _product_backward_cpu(grad_v, grad_g, grad, x, v, g, overwrite):
     products = products_of(grad, x)
     if products == Products.library or len(x) > _MOST_TOKENS:
-        return _product_backward(grad_v, grad_g, grad, x, v, g, fresh)
+        return _product_backward(grad_v, grad_g, grad, x, v, g, overwrite)
     _C.weight_norm_product_backward(
         grad=grad.data_ptr(),
         x=x.data_ptr(),
@@ -182,7 +182,7 @@ def _product_backward_cpu(grad_v, grad_g, grad, x, v, g, fresh):
         g=g.data_ptr(),
         grad_v=grad_v.data_ptr(),
         grad_g=address(grad_g),
-        overwrite=fresh,
+        overwrite=overwrite,
         tokens=x.shape[0],
         rows=v.shape[0],
         channels=v.shape[1],
