@@ -4,7 +4,7 @@ V := .venv/bin
 # A GPU machine's own torch is used; elsewhere this pin is what arrives quickly.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint docs bench resources prove gpu build clean
+.PHONY: demo test test-all lint docs bench resources prove gpu build clean
 
 $(V)/.torch:
 	$(PYTHON) -m venv $(shell $(PYTHON) -c "import torch; assert torch.version.cuda" 2>/dev/null && echo --system-site-packages) .venv
@@ -30,8 +30,12 @@ demo: build
 	$(V)/dino-train evaluate attention --checkpoint runs/demo
 	$(V)/dino-train evaluate report --checkpoint runs/demo
 
+# One file at a time on each core, quick files first. `make test-all` takes the slow tests too, with all threads.
 test: $(V)/.dev
-	$(V)/python -m pytest
+	OMP_NUM_THREADS=1 $(V)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+test-all: $(V)/.dev
+	$(V)/python -m pytest -m "not prove"
 
 lint: $(V)/.dev
 	$(V)/python -m ruff check .

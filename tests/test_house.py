@@ -169,6 +169,7 @@ def test_an_extension_that_does_not_load_says_how_to_build_it(tmp_path):
     assert "python setup.py build_ext --inplace" in done.stderr
 
 
+@pytest.mark.slow
 class TestBuild:
     """setup.py in a copy of the tree; nothing is downloaded."""
 

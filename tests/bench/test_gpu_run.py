@@ -31,6 +31,8 @@ FAILURES = {
     "killed_by_the_host": "died of SIGKILL (perhaps the host's memory ran out), see the log",
 }
 
+pytestmark = pytest.mark.slow
+
 
 def command(folder: Path, *options: str) -> list[str]:
     program = str(ROOT / "tests/helpers/gpu_failures.py")

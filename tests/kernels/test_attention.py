@@ -116,7 +116,7 @@ def test_no_tokens(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [32, 64, 128])
+@pytest.mark.parametrize("channels", [64, *(pytest.param(n, marks=pytest.mark.slow) for n in (32, 128))])
 def test_every_path_of_known_lengths(device, dtype, channels):
     """A block and less, several blocks by one program (up to 320 tokens), several programs; empty groups."""
     groups = [(1, 197), (3, 37), (0, 5), (2, 0), (2, 16), (1, 1), (1, 64), (1, 330)]
@@ -131,7 +131,7 @@ def test_every_path_of_known_lengths(device, dtype, channels):
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *(pytest.param(x, marks=pytest.mark.slow) for x in DTYPES[:2])])
 @pytest.mark.parametrize("groups", [[], [(1, 197), (3, 37), (2, 0), (1, 64), (1, 330)]])
 def test_the_gradient_of_a_bias_is_added_to_what_is_there(device, dtype, groups):
     lengths = [length for count, length in groups for _ in range(count)] or LENGTHS

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = ["linear", "mlp", "fused_block", "add_product", "weight_norm", "attention"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     _C.best_products(dtype=DTYPES[torch.bfloat16]) == Products.amx, reason="they run on the processor's own"
 )

@@ -13,7 +13,10 @@ SHARED_LIMITS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 6
 TABLES = sorted((ROOT / "bench/results").glob("resources-triton-*.md"))
 
 
-@pytest.fixture(scope="module", params=["installed", pytest.param("oldest", marks=pytest.mark.prove)])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("installed", marks=pytest.mark.slow), pytest.param("oldest", marks=pytest.mark.prove)],
+)
 def rows(request, tmp_path_factory):
     """Made in a process of its own, because in this one the interpreter stands in for the compiler."""
     folder, environment = tmp_path_factory.mktemp("resources"), {**os.environ, "TRITON_INTERPRET": "0"}
