@@ -23,10 +23,6 @@ def bias_gelu(stream, branch, scale):
     return (branch.repeat(1, 4), torch.zeros(4 * CHANNELS, device=DEVICE)), {}
 
 
-def drop_path_add(stream, branch, scale):
-    return (stream, branch), {"scale": scale}
-
-
 def linear(stream, branch, scale):
     return (branch, branch[: 3 * CHANNELS].clone(), branch[0].repeat(3)), {}
 
@@ -39,9 +35,7 @@ def mlp(stream, branch, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16 branch"])
 @pytest.mark.parametrize("form", ["ours", "reference", "compiled reference"])
-@pytest.mark.parametrize(
-    "inputs", [add_layer_norm, bias_gelu, drop_path_add, linear, mlp], ids=lambda inputs: inputs.__name__
-)
+@pytest.mark.parametrize("inputs", [add_layer_norm, bias_gelu, linear, mlp], ids=lambda inputs: inputs.__name__)
 def test_block_op(benchmark, inputs, form, dtype):
     torch.set_num_threads(2)
     name = inputs.__name__

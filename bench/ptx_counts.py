@@ -121,19 +121,12 @@ def mlp() -> Call:
     )
 
 
-def drop_path_add() -> Call:
-    tokens = IMAGES // 8 * (2 * 197 + 8 * 37)
-    x, branch = randn(tokens, 384, dtype=torch.float32), randn(tokens, 384)
-    op = partial(dino_kernels.drop_path_add, scale=torch.ones(tokens))
-    return Call("channel of a token", x.numel(), 8, 10 + 6, differentiated(op, x, branch))
-
-
 def weight_norm() -> Call:
     v, g = randn(OUTPUTS // 16, 256, dtype=torch.float32), torch.ones(OUTPUTS // 16, 1)
 
     def run() -> None:
         grad = dino_kernels.weight_norm_(torch.empty(v.shape, dtype=torch.bfloat16), v, g)
-        dino_kernels.weight_norm_backward_(torch.zeros_like(v), torch.zeros_like(g), grad.float(), v, g)
+        torch.ops.dino_kernels.weight_norm_backward_(torch.zeros_like(v), torch.zeros_like(g), grad.float(), v, g)
 
     return Call("weight", v.numel(), 16, 6 + 16, run)
 
@@ -171,7 +164,7 @@ OPS = {
     **{
         op.__name__: op
         for op in (
-            dino_loss, dino_head_loss, add_layer_norm, bias_gelu, mlp, drop_path_add, weight_norm, ema_update,
+            dino_loss, dino_head_loss, add_layer_norm, bias_gelu, mlp, weight_norm, ema_update,
             adamw_ema, multicrop,
         )
     },

@@ -31,7 +31,6 @@ from dino_kernels.triton import bias_gelu as bias_gelu_triton
 from dino_kernels.triton import column_sums as column_sums_triton
 from dino_kernels.triton import dino_head_loss as dino_head_loss_triton
 from dino_kernels.triton import dino_loss as dino_loss_triton
-from dino_kernels.triton import drop_path_add as drop_path_add_triton
 from dino_kernels.triton import ema_update as ema_update_triton
 from dino_kernels.triton import mlp as mlp_triton
 from dino_kernels.triton import multicrop as multicrop_triton
@@ -143,13 +142,6 @@ def column_sums() -> None:
         column_sums_triton.add_column_sums(meta(TOKENS, channels), meta(channels, dtype=torch.float32))
 
 
-def drop_path_add() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        x, branch = meta(TOKENS, 384, dtype=dtype), meta(TOKENS, 384)
-        out = drop_path_add_triton.forward_triton(x, branch, meta(TOKENS, dtype=torch.float32))
-        drop_path_add_triton.backward_triton(out, meta(TOKENS, dtype=torch.float32), branch.dtype)
-
-
 def weight_norm() -> None:
     v, g = meta(65536, 256, dtype=torch.float32), meta(65536, 1, dtype=torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
@@ -177,7 +169,6 @@ OPS = (
     bias_gelu,
     column_sums,
     mlp,
-    drop_path_add,
     weight_norm,
     multicrop,
 )

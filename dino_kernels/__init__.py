@@ -3,7 +3,6 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from dino_kernels._core.backends import set_backend
-from dino_kernels._core.registry import without_autograd
 from dino_kernels.ops.adamw_ema import adamw_ema_step_, adamw_ema_step_reference_
 from dino_kernels.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from dino_kernels.ops.add_product import add_product_, add_product_reference_
@@ -11,7 +10,6 @@ from dino_kernels.ops.attention import attention, attention_reference
 from dino_kernels.ops.bias_gelu import bias_gelu, bias_gelu_reference
 from dino_kernels.ops.dino_head_loss import dino_head_loss, dino_head_loss_reference
 from dino_kernels.ops.dino_loss import dino_loss, dino_loss_reference
-from dino_kernels.ops.drop_path_add import drop_path_add, drop_path_add_reference
 from dino_kernels.ops.ema_update import ema_update_, ema_update_reference_
 from dino_kernels.ops.fused_block import FusedBlock
 from dino_kernels.ops.linear import linear, linear_reference
@@ -19,8 +17,6 @@ from dino_kernels.ops.mlp import mlp, mlp_reference
 from dino_kernels.ops.multicrop import CROP, CropKind, draw_crops, multicrop, multicrop_packed
 from dino_kernels.ops.weight_norm import (
     weight_norm_,
-    weight_norm_backward_,
-    weight_norm_backward_reference_,
     weight_norm_product_backward_,
     weight_norm_product_backward_reference_,
     weight_norm_reference_,
@@ -50,8 +46,6 @@ __all__ = [
     "dino_loss",
     "dino_loss_reference",
     "draw_crops",
-    "drop_path_add",
-    "drop_path_add_reference",
     "ema_update_",
     "ema_update_reference_",
     "linear",
@@ -62,10 +56,7 @@ __all__ = [
     "multicrop_packed",
     "set_backend",
     "weight_norm_",
-    "weight_norm_backward_",
-    "weight_norm_backward_reference_",
     "weight_norm_product_backward_",
     "weight_norm_product_backward_reference_",
     "weight_norm_reference_",
-    "without_autograd",
 ]

@@ -72,6 +72,28 @@ def test_every_folder_is_a_room():
         assert {path.parent.name for path in (ROOT / package).glob("*/*.py")} | {"."} == set(rooms)
 
 
+def test_the_trainer_uses_what_the_library_makes_public():
+    import dino_kernels
+    import dino_kernels.nn
+
+    public = {
+        "dino_kernels": {*dino_kernels.__all__, "__version__", "nn"},
+        "dino_kernels.nn": set(dino_kernels.nn.__all__),
+    }
+    for path in (ROOT / "python_api").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (module := node.module or "").startswith("dino_kernels"):
+                assert {alias.name for alias in node.names} <= public.get(module, set()), path
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("dino_kernels") for alias in node.names), path
+        assert not re.search(r"ops\.dino_kernels|dino_kernels::", path.read_text()), path  # an op by its name
+
+
+def test_the_command_line_alone_knows_its_library():
+    paths = [path for path in (ROOT / "python_api").rglob("*.py") if "tyro" in imported(path)]
+    assert [path.name for path in paths] == ["cli.py"]
+
+
 def test_csrc_includes_no_torch_header():
     for path in (ROOT / "csrc").rglob("*.*"):
         for header in re.findall(r'#include [<"](.*)[>"]', path.read_text()):
@@ -126,8 +148,6 @@ def test_every_op_is_registered_with_a_fake_and_a_gpu_kernel():
         "add_layer_norm_backward_",
         "bias_gelu",
         "bias_gelu_backward",
-        "drop_path_add",
-        "drop_path_add_backward",
         "add_product_",
         "weight_norm_",
         "weight_norm_backward_",

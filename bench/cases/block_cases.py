@@ -171,34 +171,6 @@ def bias_gelu(device: str, sizes: Sizes) -> Case:
     )
 
 
-def drop_path_add(device: str, sizes: Sizes) -> Case:
-    g, x, branch = stream(device, sizes)
-    scale = (g.uniform(len(x)) < 0.9) / 0.9
-    grad = g.normal(*x.shape)
-
-    def reference(x, branch, scale=scale[:, None]):
-        return [x + scale * branch]
-
-    def addcmul(x, branch):
-        return [torch.addcmul(x, branch, scale[:, None])]
-
-    return Case(
-        op="drop_path_add, forward + backward",
-        shape=str(list(x.shape)),
-        dtype="float32 stream, bfloat16 branch",
-        bytes=16 * x.numel(),  # forward 4 + 2 read, 4 written; backward 4 read, 2 written
-        flops=0,
-        results=("out", "grad x", "grad branch"),
-        providers={
-            OURS: lambda: differentiated(lambda *xs: [dino_kernels.drop_path_add(*xs, scale)], [x, branch], [grad]),
-            "reference": lambda: differentiated(reference, [x, branch], [grad]),
-            "compiled reference": partial(differentiated, compiled(reference), [x, branch], [grad]),
-            "addcmul": lambda: differentiated(addcmul, [x, branch], [grad]),
-        },
-        exact=lambda: differentiated(reference, [x.double(), branch.double()], [grad.double()]),
-    )
-
-
 def linear(device: str, sizes: Sizes) -> Case:
     """The QKV projection with its gradients."""
     g, x, _ = stream(device, sizes)

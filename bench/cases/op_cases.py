@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bench_dino_loss import einsum_form
-from block_cases import add_layer_norm, attention_cases, bias_gelu, drop_path_add, linear, mlp
+from block_cases import add_layer_norm, attention_cases, bias_gelu, linear, mlp
 from dino_train.engine.optim import clip_gradients
 from gpu_report import OURS
 from setting import CROPS, Case, Provider, Random, Sizes, compiled, name_of
@@ -125,7 +125,7 @@ def last_layer(device: str, sizes: Sizes) -> Case:
 
     def ours():
         dino_kernels.weight_norm_(out, v, length)
-        dino_kernels.weight_norm_product_backward_(grad_v, None, grad, x, v, length, fresh=True)
+        dino_kernels.weight_norm_product_backward_(grad_v, None, grad, x, v, length, overwrite=True)
         return out, grad_v
 
     def plain(v, length, grad, x):
@@ -198,7 +198,7 @@ def adamw_ema(device: str, sizes: Sizes) -> Case:
     """The phase after the backward: clip each tensor, AdamW, teacher EMA, bfloat16 copies of student and teacher."""
     g, shapes = Random(device), parameter_shapes(sizes)
     counts = [torch.Size(shape).numel() for shape in shapes]
-    padded = [(count + 15) // 16 * 16 for count in counts]  # like the segments of an arena
+    padded = [(count + 15) // 16 * 16 for count in counts]  # like the segments of FlatParameters
     offsets = [sum(padded[:i]) for i in range(len(padded) + 1)]
     begins = [g.normal(*shape) / 16 for shape in shapes], [g.normal(*shape) / 16 for shape in shapes]
     grads = [g.normal(*shape) / 100 for shape in shapes]
@@ -339,7 +339,6 @@ def first_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
         "dino_head_loss bfloat16": partial(dino_head_loss, sizes=sizes, dtype=torch.bfloat16),
         "add_layer_norm": partial(add_layer_norm, sizes=sizes),
         "bias_gelu": partial(bias_gelu, sizes=sizes),
-        "drop_path_add": partial(drop_path_add, sizes=sizes),
         "multicrop": partial(multicrop, sizes=sizes),
         "linear": partial(linear, sizes=sizes),
         "mlp": partial(mlp, sizes=sizes),

@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from dino_kernels._core.cuda_defaults import CUDA_BY_DEFAULT
 from dino_kernels._core.native import _C
 
-__all__ = ["given", "gpu_function", "kernels", "set_backend", "stream"]
+__all__ = ["GpuKernel", "given", "kernels", "set_backend", "stream"]
 
 _BACKENDS = ("triton", "cuda")
 _VARIABLE = "DINO_KERNELS_BACKEND"
@@ -46,11 +47,28 @@ def compiled_archs() -> list[str]:
     return list(kernels().archs) if hasattr(_C, "cuda") else []
 
 
-def gpu_function(op: str, name: str, device: torch.device, fits: Callable[[], bool] = lambda: True) -> Callable:
-    """<name>_triton of dino_kernels/triton/<op>.py, or <name>_cuda of dino_kernels/cuda/<op>.py where that is chosen
-    and the arguments fit it. They are imported here: a process on the CPU is spared Triton."""
-    backend = "cuda" if _takes_cuda(op, device) and fits() else "triton"
-    return getattr(importlib.import_module(f"dino_kernels.{backend}.{op}"), f"{name}_{backend}")
+class GpuKernel:
+    """A function that runs on the device of its first tensor, a GPU.
+
+    It is "module.function" of dino_kernels/triton, or of dino_kernels/cuda where that is chosen and `fits` says of the
+    arguments that the kernels take them. They are imported at a call: a process on the CPU is spared Triton.
+    """
+
+    def __init__(self, *, triton: str, cuda: str | None = None, fits: Callable[..., bool] = lambda *_: True) -> None:
+        self.triton, self.cuda, self.fits = triton, cuda, fits
+
+    def __call__(self, *args: Any) -> Any:
+        first = next(x for x in args if x is not None)
+        device = (first[0] if isinstance(first, list) else first).device
+        with torch.cuda.device(device):  # kernels are launched on the current device
+            return self.chosen(device, *args)(*args)
+
+    def chosen(self, device: torch.device, *args: Any) -> Callable[..., Any]:
+        backend, name = "triton", self.triton
+        if self.cuda is not None and _takes_cuda(self.cuda.partition(".")[0], device) and self.fits(*args):
+            backend, name = "cuda", self.cuda
+        module, function = name.split(".")
+        return getattr(importlib.import_module(f"dino_kernels.{backend}.{module}"), function)
 
 
 def _takes_cuda(op: str, device: torch.device) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
+from dino_kernels._core.backends import GpuKernel
+
 __all__ = ["custom_op", "on_plain_cpu", "without_autograd"]
 
 _OPS: dict[str, "_Op"] = {}
@@ -63,18 +65,31 @@ def on_plain_cpu(x: Any) -> bool:
     return plain and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling()
 
 
-def custom_op(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], _Op]:
-    """Registers dino_kernels::<name> with the decorated function as its CPU kernel and its schema."""
+def custom_op(
+    name: str,
+    *,
+    mutates_args: Sequence[str] = (),
+    triton: str | None = None,
+    cuda: str | None = None,
+    fits: Callable[..., bool] = lambda *_: True,
+) -> Callable[[Callable[..., Any]], _Op]:
+    """Registers dino_kernels::<name> with the decorated function as its CPU kernel and its schema.
+
+    triton, cuda, fits: its kernels on a GPU, of `GpuKernel`, with the arguments of the op. An op without them registers
+        a function of its own by `register_kernel("cuda")`.
+    """
 
     def register(function: Callable[..., Any]) -> _Op:
-        _OPS[name] = _Op(function, name, mutates_args)
-        return _OPS[name]
+        op = _OPS[name] = _Op(function, name, mutates_args)
+        if triton is not None:
+            op.register_kernel("cuda")(GpuKernel(triton=triton, cuda=cuda, fits=fits))
+        return op
 
     return register
 
 
 def without_autograd(name: str) -> Callable[..., Any]:
-    """The registered op dino_kernels::<name> for a caller that keeps gradients itself: its arguments are not checked.
+    """The op dino_kernels::<name> for `dino_kernels.nn`, which keeps gradients itself: its arguments are not checked.
 
     On CPU tensors it skips torch's dispatcher, which costs more than the smaller ops do.
     """

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def last_layer(weights: Tensor, offsets: Sequence[int], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """v [K, D] and g [K, 1] in flat weights, of a layer whose rows have the shape [K, D]."""
+def last_segments(weights: Tensor, offsets: Sequence[int], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """v [K, D] and g [K, 1] of a weight-normed layer with rows [K, D], whose g and v are the last two segments."""
     v, g = weights[offsets[-2] : offsets[-2] + rows.numel()], weights[offsets[-3] : offsets[-3] + len(rows)]
     return v.view(rows.shape), g.view(-1, 1)
 

@@ -198,7 +198,7 @@ _mlp, _mlp_backward_ = without_autograd("mlp"), without_autograd("mlp_backward_"
 
 
 def _heads(normed: Tensor, attn: Any, packing: Packing) -> tuple[Tensor, ...]:
-    """What the attention projects [T, C], and what a backward needs besides."""
+    """What the attention projects [T, C], and what else is saved for backward."""
     qkv = _linear(normed, *attn.qkv.copies, False).unflatten(1, (3, attn.num_heads, -1))
     heads, lse = _attention(qkv, packing.cu_seqlens, packing.flat, qkv.shape[3] ** -0.5)
     return heads.flatten(1), qkv, heads, lse
@@ -273,7 +273,7 @@ def _unfused_forward(
     class_only: bool,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    """The block's two results, and what a backward needs of what lies between."""
+    """The block's two results, and what is saved for backward of what lies between."""
     attn, norm, fc1, fc2 = block.attn, block.norm2, block.mlp.fc1, block.mlp.fc2
     assert attn.qkv.copies and attn.proj.copies and fc1.copies and fc2.copies
     (packing, scale, rows, _), (_, mlp_scale, mlp_rows, _), (_, _, next_rows, _) = branches

@@ -169,7 +169,7 @@ class _WeightNormProduct(torch.autograd.Function):
         layer, v, g = ctx.layer, ctx.layer.weight_v, ctx.layer.weight_g
         if v.requires_grad:
             grad_g = g.grad if g.requires_grad else None
-            weight_norm_product_backward_(v.grad, grad_g, grad, x, v, g, fresh=layer.overwrite_grad)
+            weight_norm_product_backward_(v.grad, grad_g, grad, x, v, g, overwrite=layer.overwrite_grad)
             layer.overwrite_grad = False
         return linear(grad, layer.rows, transposed=True) if ctx.needs_input_grad[0] else None, None, None, None
 

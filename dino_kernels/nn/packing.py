@@ -136,6 +136,10 @@ def drop_path(packing: Packing, depth: int, rate: float) -> list[tuple[Branch, B
     """
     if depth < 1 or not 0 <= rate < 1:
         raise ValueError(f"depth must be at least 1 and rate in [0, 1), got {depth} and {rate}")
+    return _draw(packing, depth, rate)
+
+
+def _draw(packing: Packing, depth: int, rate: float) -> list[tuple[Branch, Branch, Branch]]:
     device, sequences = packing.cu_seqlens.device, len(packing.cu_seqlens) - 1
     keep = 1 - torch.linspace(0, rate, depth, device=device).view(-1, 1, 1)
     kept = torch.rand(depth, 2, sequences, device=device) < keep

@@ -7,7 +7,7 @@ Per segment that is not frozen, with its own step count n (from 1), and then for
     m1 = beta1 m1 + (1 - beta1) g        m2 = beta2 m2 + (1 - beta2) g^2
     s  = s (1 - lr weight_decay) - lr / (1 - beta1^n) m1 / (sqrt(m2 / (1 - beta2^n)) + eps)
     t  = momentum t + (1 - momentum) s
-    w_k = g_k v_k / |v_k|                                                of both nets' weight-normed last layer
+    w_k = g_k v_k / |v_k|                                                of a weight-normed layer of both nets
 
 36 bytes a float32 parameter, and 4 for the norms; the reference's separate loops move about 125.
 """
@@ -17,10 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dino_kernels._core.backends import gpu_function
 from dino_kernels._core.native import _C, DTYPES, address, dtype_of, setting
 from dino_kernels._core.registry import custom_op
-from dino_kernels._core.results import last_layer
+from dino_kernels._core.results import last_segments
 from dino_kernels.ops.ema_update import momentum_tensor
 from dino_kernels.ops.weight_norm import weight_norm_reference_
 
@@ -51,7 +50,7 @@ def adamw_ema_step_(
     rows: tuple[Tensor, Tensor] | None = None,
     cleared: int = 0,
 ) -> None:
-    """One optimizer step of the student and one of the teacher, in place; on a GPU without a question to the host.
+    """One optimizer step of the student and one of the teacher, in place; on a GPU without a device-to-host sync.
 
     Formula in the module's docstring; main_dino.py:325-350, utils.py:132-141 and torch.optim.AdamW. Computed in
     float32; a repeated call on the same values is bitwise equal. If the norm of a segment's gradient is infinite or
@@ -60,7 +59,7 @@ def adamw_ema_step_(
     Args:
         student, exp_avg, exp_avg_sq, teacher: float32 [N], contiguous: weights, both moments, the teacher's weights.
         grad: [N], contiguous; float32, float16 or bfloat16. Zero where segments are padded.
-        offsets: S+1 bounds of the segments, rising from 0 to N, none empty; multiples of 16 give the widest
+        offsets: S+1 sorted bounds of the segments, from 0 to N, none empty; multiples of 16 give the widest
             memory accesses.
         steps: int64 [S], how often each segment was updated; incremented.
         decayed: bool [S], where weight decay applies.
@@ -169,7 +168,7 @@ def adamw_ema_step_reference_(
         if copy is not None:
             copy[:copied].copy_(weights[:copied])
     for out, weights in zip(rows or (), (student, teacher), strict=False):
-        weight_norm_reference_(out, *last_layer(weights, offsets, out))
+        weight_norm_reference_(out, *last_segments(weights, offsets, out))
 
 
 def _check(student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, offsets) -> None:
@@ -240,7 +239,12 @@ _WRITTEN = (
 )
 
 
-@custom_op("adamw_ema_step_", mutates_args=_WRITTEN)
+@custom_op(
+    "adamw_ema_step_",
+    mutates_args=_WRITTEN,
+    triton="adamw_ema.step_triton",
+    cuda="adamw_ema.step_cuda",
+)
 def _step_(
     student: Tensor,
     grad: Tensor,
@@ -269,12 +273,6 @@ def _step_(
         student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets,
         steps, decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps, cleared,
     )  # fmt: skip
-
-
-@_step_.register_kernel("cuda")
-def _(student, *others):
-    with torch.cuda.device(student.device):  # kernels are launched on the current device
-        gpu_function("adamw_ema", "step", student.device)(student, *others)
 
 
 # --- CPU ---------------------------------------------------------------------------------------------

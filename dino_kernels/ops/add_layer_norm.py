@@ -23,7 +23,6 @@ from dino_kernels._core.native import _C, DTYPES, address
 from dino_kernels._core.registry import custom_op
 from dino_kernels._core.results import empty_gradients, empty_outputs, same_gradient
 from dino_kernels.ops.add_product import add_column_sums_cpu
-from dino_kernels.ops.drop_path_add import check_residual
 
 __all__ = ["add_layer_norm", "add_layer_norm_reference"]
 
@@ -51,7 +50,7 @@ def add_layer_norm(
         bias: [C], float32, contiguous.
         scale: drop path's factor of each row of branch [B] or [B, 1], float32, contiguous, without gradient: 0
             (dropped) or 1 / keep. None for 1.
-        rows: the token of each row of branch [B], int32, contiguous, rising, on the device of x. None: B = T, all.
+        rows: the token of each row of branch [B], int32, contiguous, sorted, on the device of x. None: B = T, all.
         normed_rows: the tokens to normalize [N], as rows. None: N = T, all.
         eps: added to the variance, > 0.
 
@@ -71,7 +70,7 @@ def add_layer_norm(
                 f"{name} must have one dimension, dtype int32, be contiguous and on {x.device} as x, "
                 f"got {list(value.shape)}, {value.dtype}, strides {list(value.stride())} on {value.device}"
             )
-    check_residual(x, branch, scale, rows)
+    _check_residual(x, branch, scale, rows)
     channels = x.shape[1]
     if channels > 4096:
         raise ValueError(f"x must have at most 4096 channels, got shape {list(x.shape)}")
@@ -109,10 +108,43 @@ def add_layer_norm_reference(
     return total, normed.to(branch.dtype)
 
 
+def _check_residual(x: Tensor, branch: Tensor, scale: Tensor | None, rows: Tensor | None = None) -> None:
+    """Raises ValueError if x [T, C], branch and scale do not fit each other.
+
+    branch is [T, C] or, with rows [B], [B, C]; scale is a factor for each of its rows, [B] or [B, 1], or None.
+    """
+    for name, value in (("x", x), ("branch", branch)):
+        if value.ndim != 2 or not value.shape[1] or value.dtype not in DTYPES or not value.is_contiguous():
+            raise ValueError(
+                f"{name} must have shape [T, C] with C >= 1 (flatten other dimensions into T), dtype float32, float16 "
+                f"or bfloat16 and be contiguous, got shape {list(value.shape)}, {value.dtype}, "
+                f"strides {list(value.stride())}"
+            )
+    count = len(x if rows is None else rows)
+    if list(branch.shape) != [count, x.shape[1]] or x.device != branch.device:
+        wanted = "the shape and device of x" if rows is None else "a row for each of rows, the channels and device of x"
+        raise ValueError(
+            f"branch must have {wanted}, {[count, x.shape[1]]} on {x.device}, "
+            f"got {list(branch.shape)} on {branch.device}"
+        )
+    if scale is None:
+        return
+    if list(scale.shape) not in ([count], [count, 1]) or scale.dtype != torch.float32 or not scale.is_contiguous():
+        raise ValueError(
+            f"scale must have shape [{count}] or [{count}, 1], dtype float32 and be contiguous, "
+            f"got {list(scale.shape)}, {scale.dtype}, strides {list(scale.stride())}"
+        )
+    if scale.requires_grad or scale.device != x.device:
+        raise ValueError(
+            f"scale must be on {x.device} as x and need no gradient (detach it), "
+            f"got {scale.device}, requires_grad={scale.requires_grad}"
+        )
+
+
 # --- registration ------------------------------------------------------------------------------------
 
 
-@custom_op("add_layer_norm")
+@custom_op("add_layer_norm", triton="add_layer_norm.forward_triton")
 def _norm(
     x: Tensor,
     branch: Tensor,
@@ -127,20 +159,16 @@ def _norm(
     return _forward_cpu(x, branch, weight, bias, scale, rows, normed_rows, eps)
 
 
-@_norm.register_kernel("cuda")
-def _(x, *args):
-    from dino_kernels.triton.add_layer_norm import forward_triton
-
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        return forward_triton(x, *args)
-
-
 @_norm.register_fake
 def _(x, branch, weight, bias, scale, rows, normed_rows, eps):
     return empty_outputs(x, branch, normed_rows)
 
 
-@custom_op("add_layer_norm_backward_", mutates_args=("grad_weight", "grad_bias", "branch_sums"))
+@custom_op(
+    "add_layer_norm_backward_",
+    mutates_args=("grad_weight", "grad_bias", "branch_sums"),
+    triton="add_layer_norm.backward_triton",
+)
 def _norm_backward_(
     grad_total: Tensor | None,
     grad_normed: Tensor,
@@ -162,14 +190,6 @@ def _norm_backward_(
         grad_total, grad_normed, total, mean, rstd, weight, scale, rows, normed_rows, grad_weight, grad_bias,
         branch_sums,
     )  # fmt: skip
-
-
-@_norm_backward_.register_kernel("cuda")
-def _(grad_total, grad_normed, total, *args):
-    from dino_kernels.triton.add_layer_norm import backward_triton
-
-    with torch.cuda.device(total.device):
-        return backward_triton(grad_total, grad_normed, total, *args)
 
 
 @_norm_backward_.register_fake

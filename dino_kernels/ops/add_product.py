@@ -10,6 +10,7 @@ cuBLAS adds its float32 sums to what is there.
 import torch
 from torch import Tensor
 
+from dino_kernels._core.backends import GpuKernel
 from dino_kernels._core.native import _C, DTYPES, Products, address
 from dino_kernels._core.registry import custom_op
 from dino_kernels.ops.linear import products_of
@@ -66,6 +67,9 @@ def add_product_reference_(into: Tensor, grad: Tensor, x: Tensor, into_bias: Ten
 # --- registration ------------------------------------------------------------------------------------
 
 
+_add_column_sums = GpuKernel(triton="column_sums.add_column_sums")
+
+
 @custom_op("add_product_", mutates_args=("into", "into_bias"))
 def _add_(into: Tensor, grad: Tensor, x: Tensor, into_bias: Tensor | None) -> None:
     _add_cpu(into, grad, x, into_bias)
@@ -74,10 +78,7 @@ def _add_(into: Tensor, grad: Tensor, x: Tensor, into_bias: Tensor | None) -> No
 @_add_.register_kernel("cuda")
 def _(into, grad, x, into_bias):
     if into_bias is not None:
-        from dino_kernels.triton.column_sums import add_column_sums
-
-        with torch.cuda.device(grad.device):  # Triton launches on the current device
-            add_column_sums(grad, into_bias)
+        _add_column_sums(grad, into_bias)
     if x.dtype == torch.float32:
         into.addmm_(grad.t(), x)
     else:  # of cuBLAS's products that add to float32, torch has the batched one only

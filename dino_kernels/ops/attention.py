@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_kernels._core.backends import gpu_function
 from dino_kernels._core.native import _C, DTYPES, Products
 from dino_kernels._core.registry import custom_op
 from dino_kernels.cuda.attention import fits_cuda
@@ -98,17 +97,15 @@ def attention_reference(
 # --- registration ------------------------------------------------------------------------------------
 
 
-@custom_op("attention")
+@custom_op(
+    "attention",
+    triton="attention.forward_triton",
+    cuda="attention.forward_cuda",
+    fits=lambda qkv, _, groups, scale: fits_cuda(qkv, groups, scale),
+)
 def _attention(qkv: Tensor, cu_seqlens: Tensor, groups: list[int], scale: float) -> tuple[Tensor, Tensor]:
     """(out [T, H, D], lse [H, T] float32)"""
     return _forward_cpu(qkv, cu_seqlens, groups, scale)
-
-
-@_attention.register_kernel("cuda")
-def _(qkv, cu_seqlens, groups, scale):
-    forward = gpu_function("attention", "forward", qkv.device, lambda: fits_cuda(qkv, groups, scale))
-    with torch.cuda.device(qkv.device):  # kernels are launched on the current device
-        return forward(qkv, cu_seqlens, groups, scale)
 
 
 @_attention.register_fake
@@ -116,7 +113,13 @@ def _(qkv, cu_seqlens, groups, scale):
     return _outputs(qkv)
 
 
-@custom_op("attention_backward_", mutates_args=("sums",))
+@custom_op(
+    "attention_backward_",
+    mutates_args=("sums",),
+    triton="attention.backward_triton",
+    cuda="attention.backward_cuda",
+    fits=lambda grad, qkv, out, lse, bounds, groups, scale, sums: fits_cuda(qkv, groups, scale, grad),
+)
 def _attention_backward_(
     grad_out: Tensor,
     qkv: Tensor,
@@ -129,13 +132,6 @@ def _attention_backward_(
 ) -> Tensor:
     """The gradient of qkv; its sums over T are added to sums [3 H D], float32: the gradient of a bias of qkv."""
     return _backward_cpu(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums)
-
-
-@_attention_backward_.register_kernel("cuda")
-def _(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums):
-    backward = gpu_function("attention", "backward", qkv.device, lambda: fits_cuda(qkv, groups, scale, grad_out))
-    with torch.cuda.device(qkv.device):
-        return backward(grad_out, qkv, out, lse, cu_seqlens, groups, scale, sums)
 
 
 @_attention_backward_.register_fake

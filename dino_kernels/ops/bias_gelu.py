@@ -8,7 +8,7 @@ parabola, so a polynomial of degree 9 and one power of two give Q on [0, 8] (wha
 within 3e-8 of the exact one, rounding aside, and half the instructions of the form with erf, which at the 4 bytes an
 element of 16-bit tensors would hold a GPU up longer than its memory.
 
-Dimensions: T tokens, C channels. Only x is kept for the backward pass, which forms it anew. The gradient of the bias
+Dimensions: T tokens, C channels. Only x is saved for backward, which recomputes gelu's input. The gradient of the bias
 is summed by programs over their own rows in a fixed order, and then over the programs: no atomics.
 """
 
@@ -60,17 +60,9 @@ def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
 # --- registration ------------------------------------------------------------------------------------
 
 
-@custom_op("bias_gelu")
+@custom_op("bias_gelu", triton="bias_gelu.forward_triton")
 def _gelu(x: Tensor, bias: Tensor) -> Tensor:
     return _forward_cpu(x, bias)
-
-
-@_gelu.register_kernel("cuda")
-def _(x, bias):
-    from dino_kernels.triton.bias_gelu import forward_triton
-
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        return forward_triton(x, bias)
 
 
 @_gelu.register_fake
@@ -78,23 +70,15 @@ def _(x, bias):
     return torch.empty_like(x)
 
 
-@custom_op("bias_gelu_backward")
-def _gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+@custom_op("bias_gelu_backward", triton="bias_gelu.backward_triton")
+def _gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and bias; and, with `again`, the forward's output, for a caller that did not keep it (else
     empty)."""
     return _backward_cpu(grad_out, x, bias, again)
 
 
-@_gelu_backward.register_kernel("cuda")
-def _(grad_out, x, bias, again=False):
-    from dino_kernels.triton.bias_gelu import backward_triton
-
-    with torch.cuda.device(x.device):
-        return backward_triton(grad_out, x, bias, again)
-
-
 @_gelu_backward.register_fake
-def _(grad_out, x, bias, again=False):
+def _(grad_out, x, bias, again):
     return torch.empty_like(x), torch.empty_like(bias), empty_output(x, again)
 
 
@@ -103,7 +87,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out):
-    return torch.ops.dino_kernels.bias_gelu_backward(grad_out.contiguous(), *ctx.saved_tensors)[:2]
+    return torch.ops.dino_kernels.bias_gelu_backward(grad_out.contiguous(), *ctx.saved_tensors, False)[:2]
 
 
 _gelu.register_autograd(_backward, setup_context=_setup)

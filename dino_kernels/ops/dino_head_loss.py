@@ -143,7 +143,7 @@ def _check(
 # --- registration ------------------------------------------------------------------------------------
 
 
-@custom_op("dino_head_loss")
+@custom_op("dino_head_loss", triton="dino_head_loss.forward_triton")
 def _loss(
     student_z: Tensor,
     teacher_z: Tensor,
@@ -158,14 +158,6 @@ def _loss(
     return _forward_cpu(
         student_z, teacher_z, weight_student, weight_teacher, center, student_temp, teacher_temp, weight_grad
     )
-
-
-@_loss.register_kernel("cuda")
-def _(student_z, *others):
-    from dino_kernels.triton.dino_head_loss import forward_triton
-
-    with torch.cuda.device(student_z.device):  # Triton launches on the current device
-        return forward_triton(student_z, *others)
 
 
 @_loss.register_fake

@@ -17,7 +17,7 @@ Dimensions: V views an image (2 global first, then local), B images, K outputs; 
 import torch
 from torch import Tensor
 
-from dino_kernels._core.backends import gpu_function
+from dino_kernels._core.backends import GpuKernel
 from dino_kernels._core.native import _C, DTYPES, reused_empty, setting
 from dino_kernels._core.registry import custom_op
 
@@ -133,6 +133,9 @@ def temperature(name: str, value: float | Tensor, device: torch.device) -> Tenso
 # --- registration ------------------------------------------------------------------------------------
 
 
+_forward_gpu = GpuKernel(triton="dino_loss.forward_triton", cuda="dino_loss.forward_cuda")
+
+
 @custom_op("dino_loss")
 def _loss(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor
@@ -171,16 +174,10 @@ def _(student, teacher, center, student_temp, teacher_temp):
     return center.new_empty(()), torch.empty_like(center)
 
 
-@custom_op("dino_loss_scale_", mutates_args=("grad",))
+@custom_op("dino_loss_scale_", mutates_args=("grad",), triton="dino_loss.scale_triton", cuda="dino_loss.scale_cuda")
 def _scale_(grad: Tensor, upstream: Tensor) -> None:
-    """grad *= upstream. No pass over memory for the usual upstream of one, and on a GPU no question to the host."""
+    """grad *= upstream. No pass over memory for the usual upstream of one, and on a GPU no device-to-host sync."""
     _scale_cpu(grad, upstream)
-
-
-@_scale_.register_kernel("cuda")
-def _(grad, upstream):
-    with torch.cuda.device(grad.device):
-        gpu_function("dino_loss", "scale", grad.device)(grad, upstream)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -213,11 +210,6 @@ class _InPlace(torch.autograd.Function):
         return loss, batch_center
 
     backward = staticmethod(_backward)
-
-
-def _forward_gpu(student, *others):
-    with torch.cuda.device(student.device):  # kernels are launched on the current device
-        return gpu_function("dino_loss", "forward", student.device)(student, *others)
 
 
 # --- CPU ---------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dino_kernels._core.backends import gpu_function
 from dino_kernels._core.native import _C, DTYPES, setting
 from dino_kernels._core.registry import custom_op
 
@@ -77,15 +76,9 @@ def _check(targets: list[Tensor], sources: list[Tensor]) -> None:
 # --- registration ------------------------------------------------------------------------------------
 
 
-@custom_op("ema_update_", mutates_args=("targets",))
+@custom_op("ema_update_", mutates_args=("targets",), triton="ema_update.update_triton", cuda="ema_update.update_cuda")
 def _update_(targets: list[Tensor], sources: list[Tensor], momentum: Tensor) -> None:
     _update_cpu(targets, sources, momentum)
-
-
-@_update_.register_kernel("cuda")
-def _(targets, sources, momentum):
-    with torch.cuda.device(targets[0].device):  # kernels are launched on the current device
-        gpu_function("ema_update", "update", targets[0].device)(targets, sources, momentum)
 
 
 @_update_.register_fake

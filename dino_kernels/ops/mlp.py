@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_kernels._core.backends import GpuKernel
 from dino_kernels._core.native import _C, DTYPES, Products
 from dino_kernels._core.registry import custom_op
 from dino_kernels.ops.add_product import add_product_
@@ -73,11 +74,15 @@ def mlp_reference(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bi
 # --- registration ------------------------------------------------------------------------------------
 
 
+_hidden = GpuKernel(triton="mlp.hidden_triton")
+_gelu_backward = GpuKernel(triton="bias_gelu.backward_triton")
+
+
 @custom_op("mlp")
 def _mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """(out, hidden: what the backward wants of it, with `keep`; else an empty tensor)"""
+    """(out, hidden: saved for backward, with `keep`; else an empty tensor)"""
     return _forward_cpu(x, weight1, bias1, weight2, bias2, keep)
 
 
@@ -85,10 +90,7 @@ def _mlp(
 def _(x, weight1, bias1, weight2, bias2, keep):
     if x.dtype == torch.float32:  # whose products Triton makes without tensor cores
         return _forward(x, weight1, bias1, weight2, bias2, keep)
-    from dino_kernels.triton.mlp import hidden_triton
-
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        hidden, active = hidden_triton(x, weight1, bias1, keep)
+    hidden, active = _hidden(x, weight1, bias1, keep)
     return linear(active, weight2, bias2.to(x.dtype)), hidden
 
 
@@ -118,11 +120,8 @@ def _mlp_backward_(
 
 @_mlp_backward_.register_kernel("cuda")
 def _(grad, x, hidden, weight1, bias1, weight2, grad_weight1, grad_bias1, grad_weight2, grad_bias2):
-    from dino_kernels.triton.bias_gelu import backward_triton
-
     grad_active = linear(grad, weight2, transposed=True)
-    with torch.cuda.device(x.device):
-        grad_hidden, _, active = backward_triton(grad_active, hidden, bias1, True, grad_bias1)
+    grad_hidden, _, active = _gelu_backward(grad_active, hidden, bias1, True, grad_bias1)
     add_product_(grad_weight2, grad, active, grad_bias2)
     add_product_(grad_weight1, grad_hidden, x)
     return linear(grad_hidden, weight1, transposed=True)

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dino_kernels._core.backends import GpuKernel
 from dino_kernels._core.native import _C, DTYPES, JITTER
 
 __all__ = ["CROP", "CropKind", "draw_crops", "multicrop", "multicrop_packed"]
@@ -200,9 +201,10 @@ def multicrop_packed(pixels: Tensor, places: np.ndarray, crops: np.ndarray, out:
     if pixels.is_cpu:
         _packed_cpu(pixels, places, crops, out)
     else:
-        from dino_kernels.triton.multicrop import packed_triton
+        _packed_gpu(pixels, places, crops, out)
 
-        packed_triton(pixels, places, crops, out)
+
+_packed_gpu = GpuKernel(triton="multicrop.packed_triton")
 
 
 def _packed_cpu(pixels: Tensor, places: np.ndarray, crops: np.ndarray, out: Sequence[Tensor]) -> None:

@@ -4,21 +4,20 @@
     dL/dg_k = dL/dw_k . u_k        dL/dv_k = g_k / |v_k| (dL/dw_k - (dL/dw_k . u_k) u_k)
 
 Dimensions: K rows of D channels. The weights change once a step, so the step writes w once (in 16 bit where it is
-multiplied so) in place of normalizing K D numbers in every forward; the backward pass reads v anew and adds into the
+multiplied so) in place of normalizing K D numbers in every forward; the backward pass reads v again and adds into the
 gradients, which an optimizer's flat buffer holds.
 """
 
 import torch
 from torch import Tensor
 
+from dino_kernels._core.backends import GpuKernel
 from dino_kernels._core.native import _C, DTYPES, Products, address
 from dino_kernels._core.registry import custom_op
 from dino_kernels.ops.linear import products_of
 
 __all__ = [
     "weight_norm_",
-    "weight_norm_backward_",
-    "weight_norm_backward_reference_",
     "weight_norm_product_backward_",
     "weight_norm_product_backward_reference_",
     "weight_norm_reference_",
@@ -26,7 +25,7 @@ __all__ = [
 
 
 def weight_norm_(out: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """Writes the normalized rows to `out` and returns it; not differentiable, see `weight_norm_backward_`.
+    """Writes the normalized rows to `out` and returns it; not differentiable, see `weight_norm_product_backward_`.
 
     Salimans and Kingma 2016, equation 2; vision_transformer.py:276. Computed in float32; a row of zeros gives NaN,
     as there. A repeated call is bitwise equal.
@@ -49,27 +48,11 @@ def weight_norm_reference_(out: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return out.copy_(g * v / v.norm(dim=1, keepdim=True))
 
 
-def weight_norm_backward_(grad_v: Tensor, grad_g: Tensor | None, grad_w: Tensor, v: Tensor, g: Tensor) -> None:
-    """Adds the gradients of `weight_norm_`'s arguments into buffers.
-
-    Args:
-        grad_v: [K, D], float32, contiguous; added to.
-        grad_g: [K, 1], float32, contiguous; added to. None where the norms are not trained.
-        grad_w: gradient of the normalized rows [K, D], float32, float16 or bfloat16, contiguous.
-        v, g: as in `weight_norm_`.
-
-    Raises:
-        ValueError: a shape, dtype, device or stride that does not fit the above.
-    """
-    _check({"v": v, "g": g, "grad_w": grad_w, "grad_v": grad_v, "grad_g": g if grad_g is None else grad_g}, {"grad_w"})
-    torch.ops.dino_kernels.weight_norm_backward_(grad_v, grad_g, grad_w, v.detach(), g.detach())
-
-
 @torch.no_grad()
 def weight_norm_backward_reference_(
     grad_v: Tensor, grad_g: Tensor | None, grad_w: Tensor, v: Tensor, g: Tensor
 ) -> None:
-    """`weight_norm_backward_` in plain PyTorch."""
+    """From the gradient of the rows [K, D], in plain PyTorch."""
     norm = v.norm(dim=1, keepdim=True)
     along = (grad_w * v / norm).sum(dim=1, keepdim=True)
     grad_v += g / norm * (grad_w - along * v / norm)
@@ -94,17 +77,19 @@ def _check(named: dict[str, Tensor], any_width: set[str]) -> None:
 
 
 def weight_norm_product_backward_(
-    grad_v: Tensor, grad_g: Tensor | None, grad: Tensor, x: Tensor, v: Tensor, g: Tensor, *, fresh: bool = False
+    grad_v: Tensor, grad_g: Tensor | None, grad: Tensor, x: Tensor, v: Tensor, g: Tensor, *, overwrite: bool = False
 ) -> None:
     """Adds the gradients of `weight_norm_`'s arguments into buffers, from those of the logits x w^T.
 
-    On a CPU the gradient of w, as large as w, is made a part at a time, and never there as a whole.
+    On a CPU the gradient of w, as large as w, is computed a part at a time, and never stored as a whole.
 
     Args:
-        grad_v, grad_g, v, g: as in `weight_norm_backward_`.
+        grad_v: [K, D], float32, contiguous; added to.
+        grad_g: [K, 1], float32, contiguous; added to. None where the norms are not trained.
+        v, g: as in `weight_norm_`.
         grad: gradient of the logits [T, K], float32, float16 or bfloat16, contiguous.
         x: what the logits were made of [T, D], of the dtype of grad, contiguous.
-        fresh: grad_v is written in place of added to, so that nobody need clear it.
+        overwrite: grad_v is overwritten, not added to, so that nobody need clear it.
 
     Raises:
         ValueError: a shape, dtype, device or stride that does not fit the above.
@@ -120,16 +105,16 @@ def weight_norm_product_backward_(
         raise ValueError(f"grad and x must be contiguous, got strides {list(grad.stride())} and {list(x.stride())}")
     _check({"v": v, "g": g, "grad_v": grad_v, "grad_g": g if grad_g is None else grad_g}, set())
     torch.ops.dino_kernels.weight_norm_product_backward_(
-        grad_v, grad_g, grad.detach(), x.detach(), v.detach(), g.detach(), fresh
+        grad_v, grad_g, grad.detach(), x.detach(), v.detach(), g.detach(), overwrite
     )
 
 
 @torch.no_grad()
 def weight_norm_product_backward_reference_(
-    grad_v: Tensor, grad_g: Tensor | None, grad: Tensor, x: Tensor, v: Tensor, g: Tensor, *, fresh: bool = False
+    grad_v: Tensor, grad_g: Tensor | None, grad: Tensor, x: Tensor, v: Tensor, g: Tensor, *, overwrite: bool = False
 ) -> None:
     """`weight_norm_product_backward_` in plain PyTorch."""
-    if fresh:
+    if overwrite:
         grad_v.zero_()
     weight_norm_backward_reference_(grad_v, grad_g, grad.t() @ x, v, g)
 
@@ -137,50 +122,35 @@ def weight_norm_product_backward_reference_(
 # --- registration ------------------------------------------------------------------------------------
 
 
-@custom_op("weight_norm_", mutates_args=("out",))
+@custom_op("weight_norm_", mutates_args=("out",), triton="weight_norm.forward_triton")
 def _norm_(out: Tensor, v: Tensor, g: Tensor) -> None:
     _forward_cpu(out, v, g)
 
 
-@_norm_.register_kernel("cuda")
-def _(out, v, g):
-    from dino_kernels.triton.weight_norm import forward_triton
-
-    with torch.cuda.device(v.device):  # Triton launches on the current device
-        forward_triton(out, v, g)
-
-
-@custom_op("weight_norm_backward_", mutates_args=("grad_v", "grad_g"))
+@custom_op("weight_norm_backward_", mutates_args=("grad_v", "grad_g"), triton="weight_norm.backward_triton")
 def _backward_(grad_v: Tensor, grad_g: Tensor | None, grad_w: Tensor, v: Tensor, g: Tensor) -> None:
+    """From the gradient of the rows, of which the CPU computes a part at a time."""
     _backward_cpu(grad_v, grad_g, grad_w, v, g)
-
-
-@_backward_.register_kernel("cuda")
-def _(grad_v, *others):
-    from dino_kernels.triton.weight_norm import backward_triton
-
-    with torch.cuda.device(grad_v.device):
-        backward_triton(grad_v, *others)
 
 
 @custom_op("weight_norm_product_backward_", mutates_args=("grad_v", "grad_g"))
 def _product_backward_(
-    grad_v: Tensor, grad_g: Tensor | None, grad: Tensor, x: Tensor, v: Tensor, g: Tensor, fresh: bool
+    grad_v: Tensor, grad_g: Tensor | None, grad: Tensor, x: Tensor, v: Tensor, g: Tensor, overwrite: bool
 ) -> None:
-    _product_backward_cpu(grad_v, grad_g, grad, x, v, g, fresh)
+    _product_backward_cpu(grad_v, grad_g, grad, x, v, g, overwrite)
+
+
+_backward_gpu = GpuKernel(triton="weight_norm.backward_triton")
 
 
 @_product_backward_.register_kernel("cuda")
-def _(grad_v, grad_g, grad, x, v, g, fresh):
-    from dino_kernels.triton.weight_norm import backward_triton
-
-    grad_w = grad_v if fresh else torch.empty_like(v)  # a row is read as a whole before it is replaced
+def _(grad_v, grad_g, grad, x, v, g, overwrite):
+    grad_w = grad_v if overwrite else torch.empty_like(v)  # a row is read as a whole before it is replaced
     if x.dtype == torch.float32:
         torch.mm(grad.t(), x, out=grad_w)
     else:
         torch.mm(grad.t(), x, out_dtype=torch.float32, out=grad_w)
-    with torch.cuda.device(v.device):
-        backward_triton(grad_v, grad_g, grad_w, v, g, fresh)
+    _backward_gpu(grad_v, grad_g, grad_w, v, g, overwrite)
 
 
 # --- CPU ---------------------------------------------------------------------------------------------
@@ -189,10 +159,10 @@ def _(grad_v, grad_g, grad, x, v, g, fresh):
 _PART = 8192  # rows
 
 
-def _product_backward(grad_v, grad_g, grad, x, v, g, fresh):
+def _product_backward(grad_v, grad_g, grad, x, v, g, overwrite):
     for begin in range(0, len(v), _PART):
         part = slice(begin, begin + _PART)
-        if fresh:
+        if overwrite:
             grad_v[part].zero_()  # while it is in cache
         grad_w = grad[:, part].t() @ x
         _backward_(grad_v[part], None if grad_g is None else grad_g[part], grad_w, v[part], g[part])
@@ -201,10 +171,10 @@ def _product_backward(grad_v, grad_g, grad, x, v, g, fresh):
 _MOST_TOKENS = 1024  # whose pairs stay in the second-level cache
 
 
-def _product_backward_cpu(grad_v, grad_g, grad, x, v, g, fresh):
+def _product_backward_cpu(grad_v, grad_g, grad, x, v, g, overwrite):
     products = products_of(grad, x)
     if products == Products.library or len(x) > _MOST_TOKENS:
-        return _product_backward(grad_v, grad_g, grad, x, v, g, fresh)
+        return _product_backward(grad_v, grad_g, grad, x, v, g, overwrite)
     _C.weight_norm_product_backward(
         grad=grad.data_ptr(),
         x=x.data_ptr(),
@@ -212,7 +182,7 @@ def _product_backward_cpu(grad_v, grad_g, grad, x, v, g, fresh):
         g=g.data_ptr(),
         grad_v=grad_v.data_ptr(),
         grad_g=address(grad_g),
-        overwrite=fresh,
+        overwrite=overwrite,
         tokens=x.shape[0],
         rows=v.shape[0],
         channels=v.shape[1],

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dino_kernels._core.results import last_layer
+from dino_kernels._core.results import last_segments
 from dino_kernels.triton.common import argument, blend, blend_arguments, scalar
 from dino_kernels.triton.weight_norm import forward_triton
 
@@ -218,11 +218,11 @@ def step_triton(
             ROWS=_BLOCK // (2 * width), D=width, num_warps=16, enable_fp_fusion=False,
         )  # fmt: skip
     elif width:
-        forward_triton(student_rows, *last_layer(student, offsets, student_rows))
-        forward_triton(teacher_rows, *last_layer(teacher, offsets, teacher_rows))
+        forward_triton(student_rows, *last_segments(student, offsets, student_rows))
+        forward_triton(teacher_rows, *last_segments(teacher, offsets, teacher_rows))
 
 
 def _fits(offsets, rows, width):
-    """Whether the last layer's segments are not padded and programs own whole rows."""
+    """Whether the last two segments are not padded and programs own whole rows."""
     exact = [offsets[-2] - offsets[-3], offsets[-1] - offsets[-2]] == [rows, rows * width]
     return exact and width & (width - 1) == 0 and 2 * width <= _BLOCK and rows * width % _BLOCK == 0

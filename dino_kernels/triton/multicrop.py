@@ -368,11 +368,10 @@ def packed_triton(pixels: Tensor, places: np.ndarray, crops: np.ndarray, out: Se
     plan = torch.from_numpy(np.concatenate(plans))
     if pixels.is_cuda:
         plan = plan.pin_memory()  # whose memory torch keeps until it is uploaded
-    with torch.cuda.device_of(pixels):
-        plan = plan.to(pixels.device, non_blocking=True)
-        scratch = pixels.new_empty(max(weights), dtype=torch.int32), pixels.new_empty(max(levels))
-        for vs, rows in zip(groups, plan.split([len(rows) for rows in plans]), strict=True):
-            tile = {"SIZE": sizes[vs[0]], "LANES": triton.next_power_of_2(sizes[vs[0]]), "BLOCK": _BLOCK}
-            _crop_kernel[(len(rows),)](
-                pixels, rows, *scratch, out[0], **tile, num_warps=8, num_stages=1, enable_fp_fusion=False
-            )
+    plan = plan.to(pixels.device, non_blocking=True)
+    scratch = pixels.new_empty(max(weights), dtype=torch.int32), pixels.new_empty(max(levels))
+    for vs, rows in zip(groups, plan.split([len(rows) for rows in plans]), strict=True):
+        tile = {"SIZE": sizes[vs[0]], "LANES": triton.next_power_of_2(sizes[vs[0]]), "BLOCK": _BLOCK}
+        _crop_kernel[(len(rows),)](
+            pixels, rows, *scratch, out[0], **tile, num_warps=8, num_stages=1, enable_fp_fusion=False
+        )

@@ -2,10 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
@@ -16,10 +16,60 @@ from dino_train.data.folder import ImageFolder
 from dino_train.data.pack import pack
 from dino_train.engine.learner import NonFiniteLoss
 from dino_train.engine.train import Interrupted, pretrain
-from dino_train.evaluate.commands import Evaluate
+from dino_train.evaluate.attention import Attention
+from dino_train.evaluate.baselines import Baselines
+from dino_train.evaluate.copy_detection import CopyDetection
+from dino_train.evaluate.finetune import Finetune
+from dino_train.evaluate.knn import Knn
+from dino_train.evaluate.linear import Linear
+from dino_train.evaluate.report import Report
+from dino_train.evaluate.retrieval import Retrieval
+from dino_train.evaluate.video_segmentation import VideoSegmentation
 from dino_train.models.export import FOLDERS, Format, export
 
 DESCRIPTION = "DINO pretraining, evaluation of the features, and export. --version prints the version."
+_WORDS = {"on": True, "true": True, "1": True, "yes": True, "off": False, "false": False, "0": False, "no": False}
+
+
+def _switch(words: list[str]) -> bool:
+    if words[0].lower() not in _WORDS:
+        raise ValueError(f"expected true or false (or on, off, yes, no, 1, 0), got {words[0]}")
+    return _WORDS[words[0].lower()]
+
+
+def _word(hint: Any) -> Any:
+    """A bool, or None, that takes a word as the reference's flags do: --norm_last_layer false"""
+    switch = Annotated[
+        bool,
+        tyro.conf.FlagConversionOff,
+        tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{true,false}",
+            instance_from_str=_switch,
+            is_instance=lambda value: isinstance(value, bool),
+            str_from_instance=lambda value: [str(value).lower()],
+        ),
+    ]
+    return switch if hint is bool else switch | None
+
+
+def _single(hint: Any) -> Any:
+    """A bool that is a flag without its opposite: --json, no --no-json"""
+    return Annotated[hint, tyro.conf.FlagCreatePairsOff]
+
+
+def _alias(flag: str) -> Callable[[Any], Any]:
+    """An option with a second name."""
+    return lambda hint: Annotated[hint, tyro.conf.arg(aliases=[flag])]
+
+
+def _marked(options: type, **marks: Callable[[Any], Any]) -> Any:
+    """A dataclass of options with what tyro must know of some of them besides their types."""
+    hints = get_type_hints(options)
+    annotations = {name: mark(hints[name]) for name, mark in marks.items()}
+    namespace = {"__annotations__": annotations, "__doc__": options.__doc__, "__module__": options.__module__}
+    frozen = options.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    return dataclass(frozen=frozen, kw_only=True)(type(options.__name__, (options,), namespace))
 
 
 @dataclass
@@ -44,7 +94,7 @@ class Pack:
     """Write a folder of images as one tar of small JPEGs, which `pretrain --data` reads faster and other programs as
     WebDataset. Called again after an interruption, it goes on."""
 
-    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])]
+    data: Path
     """Folder, .zip or .tar of images."""
     out: Path
     """File to write; ends in .tar."""
@@ -74,7 +124,35 @@ class Pretrain(PretrainConfig):
         pretrain(self)
 
 
-def _preset(argv: Sequence[str]) -> Pretrain:
+def _evaluate(name: str, protocol: type, **marks: Callable[[Any], Any]) -> Any:
+    return Annotated[_marked(protocol, json=_single, **marks), tyro.conf.subcommand(name)]
+
+
+_WORDED = ("norm_last_layer", "use_bn_in_head", "cuda_graph", "checkpoint_activations", "scaled_decode")
+_Pretrain = _marked(Pretrain, data=_alias("--data-path"), **dict.fromkeys(_WORDED, _word))
+_Evaluate: Any = Annotated[
+    _evaluate("knn", Knn, data=_alias("--data-path"))
+    | _evaluate("linear", Linear, data=_alias("--data-path"), reference=_single, avgpool_patchtokens=_word)
+    | _evaluate("finetune", Finetune, data=_alias("--data-path"), resume=_single)
+    | _evaluate("retrieval", Retrieval, data=_alias("--data-path"), multiscale=_single)
+    | _evaluate(
+        "copy-detection",
+        CopyDetection,
+        data=_alias("--data-path"),
+        distractors=_alias("--distractors-path"),
+        whitening=_alias("--whitening-path"),
+    )
+    | _evaluate(
+        "video-segmentation", VideoSegmentation, data=_alias("--data-path"), radius=_alias("--size-mask-neighborhood")
+    )
+    | _evaluate("attention", Attention, data=_alias("--image"))
+    | _evaluate("baselines", Baselines, data=_alias("--data-path"))
+    | _evaluate("report", Report, checkpoint=_alias("--run")),
+    tyro.conf.subcommand("evaluate", description="Evaluate a trained backbone with one of several protocols."),
+]
+
+
+def _preset(argv: Sequence[str]) -> PretrainConfig:
     """The defaults that --preset asks for; tyro then reads the rest, and the flag itself, over them."""
     name = "none"
     for i, word in enumerate(argv):
@@ -82,7 +160,7 @@ def _preset(argv: Sequence[str]) -> Pretrain:
             name = argv[i + 1]
         elif word.startswith("--preset="):
             name = word.partition("=")[2]
-    return Pretrain(preset=name, **PRESETS[name]) if name in PRESETS else Pretrain()  # type: ignore[arg-type]
+    return _Pretrain(preset=name, **PRESETS[name]) if name in PRESETS else _Pretrain()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,9 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="dino-train: %(message)s", level=logging.WARNING)
     logging.getLogger("dino_train.models.weights").setLevel(logging.INFO)  # says which weights of a file it takes
     command = (
-        Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=_preset(argv))]
-        | Annotated[Pack, tyro.conf.subcommand("pack")]
-        | Evaluate
+        Annotated[_Pretrain, tyro.conf.subcommand("pretrain", default=_preset(argv))]
+        | Annotated[_marked(Pack, data=_alias("--data-path")), tyro.conf.subcommand("pack")]
+        | _Evaluate
         | Annotated[Export, tyro.conf.subcommand("export")]
     )
     try:

@@ -385,7 +385,7 @@ def test_ranks_join_by_their_devices_names(monkeypatch):
 def test_batch_norm_over_ranks_and_no_graph_there(config, monkeypatch):
     monkeypatch.setattr(parallel, "size", lambda: 2)
     monkeypatch.setattr(parallel, "broadcast", lambda tensors: None)
-    monkeypatch.setattr(gradient_sum.GradientSum, "__init__", lambda self, arena: None)
+    monkeypatch.setattr(gradient_sum.GradientSum, "__init__", lambda self, flat: None)
     with Double().installed():
         net = Learner(replace(config, use_bn_in_head=True), 5, CPU)
     assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in net.student.modules()) == 2

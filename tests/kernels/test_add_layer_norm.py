@@ -2,7 +2,8 @@ import pytest
 import torch
 from checks import DTYPES, assert_as_accurate, use_backend
 
-from dino_kernels import add_layer_norm, add_layer_norm_reference, without_autograd
+from dino_kernels import add_layer_norm, add_layer_norm_reference
+from dino_kernels._core.registry import without_autograd
 
 # 16 bit: Triton's interpreter cuts bfloat16 off where everything else rounds.
 FLOORS = {d: 1e-6 if d == torch.float32 else torch.finfo(d).eps for d in DTYPES}

@@ -38,14 +38,16 @@ def build_for(monkeypatch, archs, capability):
 
 
 def backend_of(*fits):
-    return backends.gpu_function("ema_update", "update", GPU, *fits).__name__.removeprefix("update_")
+    names = {"triton": "ema_update.update_triton", "cuda": "ema_update.update_cuda"}
+    kernel = backends.GpuKernel(**names, **({"fits": fits[0]} if fits else {}))
+    return kernel.chosen(GPU, torch.zeros(1)).__name__.removeprefix("update_")
 
 
 def test_triton_unless_a_committed_measurement_says_otherwise(monkeypatch):
     build_for(monkeypatch, ["80", "90a", "100"], (9, 0))
     assert backend_of() == "triton"
     monkeypatch.setitem(CUDA_BY_DEFAULT, ("ema_update", (9, 0)), "bench/results/any.json")
-    assert backend_of() == "cuda" and backend_of(lambda: False) == "triton"
+    assert backend_of() == "cuda" and backend_of(lambda _: False) == "triton"
     dino_kernels.set_backend("triton")
     assert backend_of() == "triton"
     dino_kernels.set_backend(None)
@@ -187,6 +189,6 @@ def test_registered_ops_make_the_choice(monkeypatch, module, op, arguments):
     del launches[:]
     result = _OPS[op].kernels["cuda"](*ours)
     assert launches
-    torch.testing.assert_close(ours, theirs)
-    half = op.startswith("attention")
-    torch.testing.assert_close(result, expected, rtol=2e-3 if half else 1e-5, atol=2e-3 if half else 1e-7)
+    tolerance = {"rtol": 2e-3, "atol": 5e-3} if op.startswith("attention") else {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(ours, theirs, **tolerance)
+    torch.testing.assert_close(result, expected, **tolerance)

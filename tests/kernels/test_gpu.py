@@ -10,7 +10,6 @@ from dino_kernels import (
     bias_gelu,
     dino_head_loss,
     dino_loss,
-    drop_path_add,
     ema_update_,
 )
 
@@ -69,13 +68,6 @@ def gelu():
     return differentiated(bias_gelu, uniform(50, 384, dtype=torch.bfloat16), uniform(384))
 
 
-def residual():
-    scale = uniform(50)
-    return differentiated(
-        lambda x, branch: drop_path_add(x, branch, scale), uniform(50, 384), uniform(50, 384, dtype=torch.bfloat16)
-    )
-
-
 def ema():
     targets, sources = [uniform(5000), uniform(3, 7)], [uniform(5000), uniform(3, 7)]
     momentum = torch.tensor(0.5, dtype=torch.float64, device="cuda")
@@ -126,7 +118,6 @@ def known_attention():
         pytest.param(optimizer, id="adamw_ema_step_"),
         pytest.param(norm, id="add_layer_norm"),
         pytest.param(gelu, id="bias_gelu"),
-        pytest.param(residual, id="drop_path_add"),
         pytest.param(ema, id="ema_update_"),
     ],
 )

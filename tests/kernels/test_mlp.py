@@ -2,7 +2,8 @@ import pytest
 import torch
 from checks import DTYPES, assert_as_accurate, cuda_function
 
-from dino_kernels import mlp, mlp_reference, without_autograd
+from dino_kernels import mlp, mlp_reference
+from dino_kernels._core.registry import without_autograd
 
 pytestmark = pytest.mark.usefixtures("products")
 # (tokens, channels, hidden): blocks of tokens and what is left, units beyond one chunk; one that does not fit tiles;

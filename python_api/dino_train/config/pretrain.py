@@ -3,39 +3,16 @@
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from dino_kernels import CropKind
 from dino_train.common.device import gpu_of
-from dino_train.common.flags import tyro
 from dino_train.models.vit import ARCHS
 
 _BLUR = {"dino": (1.0, 0.1, 0.5), "dinov2": (0.0, 0.9, 0.5), "small": (0.0, 0.0, 0.0)}
 EMBEDDED_DATA = Path(__file__).parents[1] / "data/cifar10-5k.zip"
-
-_WORDS = {"on": True, "true": True, "1": True, "yes": True, "off": False, "false": False, "0": False, "no": False}
-
-
-def _switch(words: list[str]) -> bool:
-    if words[0].lower() not in _WORDS:
-        raise ValueError(f"expected true or false (or on, off, yes, no, 1, 0), got {words[0]}")
-    return _WORDS[words[0].lower()]
-
-
-# The reference's flags take a word: --norm_last_layer false
-Switch = Annotated[
-    bool,
-    tyro.conf.FlagConversionOff,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{true,false}",
-        instance_from_str=_switch,
-        is_instance=lambda value: isinstance(value, bool),
-        str_from_instance=lambda value: [str(value).lower()],
-    ),
-]
 
 
 def default_workers() -> int:
@@ -48,7 +25,7 @@ class PretrainConfig:
 
     preset: Literal["none", "vits16-vanilla", "vits16-boosted", "vitb16", "resnet50", "demo"] = "none"
     """Published recipe whose values become the defaults; flags given beside it win."""
-    data: Annotated[str, tyro.conf.arg(aliases=["--data-path"])] = str(EMBEDDED_DATA)
+    data: str = str(EMBEDDED_DATA)
     """Folder of images (any nesting; JPEG, PNG, WebP, BMP, TIFF), or a .zip or .tar of one (see dino-train pack). With
     folders train/ and val/ these are used; else a few images are held out. Or WebDataset shards to stream, of which
     none is held out: 'train-{000000..000146}.tar', 'pipe:aws s3 cp s3://bucket/{000..146}.tar -'. Default: 5,000
@@ -64,9 +41,9 @@ class PretrainConfig:
     """Side of a ViT's patch, in pixels."""
     out_dim: int = 65536
     """Number of outputs K of the head. 65536 suits large data sets; small ones train faster with fewer."""
-    norm_last_layer: Switch = True
+    norm_last_layer: bool = True
     """Keep the rows of the last layer at norm 1. Steadier; without it ViT-S gains a little."""
-    use_bn_in_head: Switch = False
+    use_bn_in_head: bool = False
     """Batch norm in the projection head."""
     head_hidden_dim: int = 2048
     """Width of the projection head."""
@@ -85,7 +62,7 @@ class PretrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the networks; weights, statistics and loss stay float32. auto: bfloat16 on a GPU, where float32 is
     several times slower, float32 on a CPU."""
-    cuda_graph: Switch = True
+    cuda_graph: bool = True
     """On a single GPU with adamw, run a step as one CUDA graph; false runs it op by op, for debugging."""
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     """adamw for ViTs, sgd or lars for convnets."""
@@ -94,7 +71,7 @@ class PretrainConfig:
     accumulate: int = 1
     """Parts that a step's images are worked off in, one after the other, for less memory: the gradients add up, and
     optimizer, teacher and center move once. The crops of all parts are held; batch norm sees a part at a time."""
-    checkpoint_activations: Switch = False
+    checkpoint_activations: bool = False
     """Keep only each block's input for the backward pass and compute the rest anew: less memory, a third slower."""
     epochs: int = 100
     """Passes over the data."""
@@ -142,7 +119,7 @@ class PretrainConfig:
     """Seed of weights, shuffling and crops."""
     num_workers: int = field(default_factory=default_workers)
     """Threads that read and crop images (of each process). Results do not depend on it."""
-    scaled_decode: Switch = False
+    scaled_decode: bool = False
     """Let the JPEG decoder shrink images whose crops are all made smaller anyway: much faster for photos of many
     megapixels, and a little different from the pixels of a full decode."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

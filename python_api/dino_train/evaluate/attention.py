@@ -7,11 +7,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from torch import Tensor
 
@@ -154,7 +153,7 @@ def _progress(items: Iterable[Item], unit: str) -> Iterable[Item]:
 class Attention(Protocol):
     """Self-attention maps of the last block: PNGs, a video, or their overlap with masks."""
 
-    data: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--image"])] = ()
+    data: tuple[Path, ...] = ()
     """Images, folders, .zip or .tar files of them, or a video. Default: 8 held-out images of the run's data."""
     masks: Path | None = None
     """Folder of PNG masks with the names of the images: prints the Jaccard similarity (paper, figure 4) and writes no

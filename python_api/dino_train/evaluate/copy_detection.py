@@ -4,12 +4,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from torch import Tensor
 
@@ -90,11 +88,11 @@ def _prefix(path: str) -> str:
 class CopyDetection(Extraction):
     """Mean average precision of finding the original of altered images on Copydays (eval_copy_detection.py)."""
 
-    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])]
+    data: Path
     """Folder with original/ and at least one of strong/, jpegqual/<quality>/ and crops/<percent>/."""
-    distractors: Annotated[Path | None, tyro.conf.arg(aliases=["--distractors-path"])] = None
+    distractors: Path | None = None
     """Distractor images, added to the originals. The paper uses 10,000 of YFCC100M."""
-    whitening: Annotated[Path | None, tyro.conf.arg(aliases=["--whitening-path"])] = None
+    whitening: Path | None = None
     """Images to learn the whitening of the features from. The paper uses 20,000 of YFCC100M."""
     image_size: int = 320
     """Side in pixels of the square to which every image is resized."""

@@ -8,11 +8,10 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 from dino_train.common import checkpoint
@@ -84,7 +83,7 @@ class Finetune(Classification):
 
     output_dir: Path | None = None
     """Folder for last.pt and metrics.jsonl. Default: finetune/ next to the checkpoint."""
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    resume: bool = False
     """Continue from last.pt in output_dir, if it exists, after the last complete epoch."""
     epochs: int = 100
     """Passes over the training images."""

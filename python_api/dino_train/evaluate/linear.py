@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 from dino_train.common import checkpoint
-from dino_train.config.pretrain import Switch
 from dino_train.data.folder import ImageFolder
 from dino_train.data.loader import BadImages, require_batch
 from dino_train.evaluate.features import Features
@@ -144,7 +142,7 @@ class Linear(Frozen):
     best one is chosen on the held-out images, so its accuracy is slightly optimistic if there are few of them.
     """
 
-    reference: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    reference: bool = False
     """The reference's protocol: one learning rate, 0.001, and new random crops and flips in each epoch. After an
     interruption, the same command continues from the last complete epoch."""
     linear_weights: Path | None = None
@@ -156,7 +154,7 @@ class Linear(Frozen):
     """Passes over the training images."""
     n_last_blocks: int | None = None
     """Number of last blocks of a ViT whose class tokens are concatenated. Default: 4, or 1 for ViT-B."""
-    avgpool_patchtokens: Switch | None = None
+    avgpool_patchtokens: bool | None = None
     """Whether the mean patch token is added. Default: for ViT-B only."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and the random crops."""

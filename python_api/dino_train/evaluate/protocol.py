@@ -5,13 +5,12 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dino_kernels.nn import hold_copies
-from dino_train.common.flags import tyro
 from dino_train.config.options import WeightsOptions, require_least
 from dino_train.config.pretrain import EMBEDDED_DATA, default_workers
 from dino_train.data.folder import ImageFolder, split
@@ -25,7 +24,7 @@ from dino_train.models.weights import Trained
 class Protocol(WeightsOptions):
     """Options of every protocol. `run` evaluates and calls `report` once."""
 
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    json: bool = False
     """Print the result as one JSON object instead of text."""
 
     def run(self) -> None:
@@ -64,7 +63,7 @@ class Extraction(Protocol):
 class Classification(Extraction):
     """Options of the protocols that classify images."""
 
-    data: Annotated[Path | None, tyro.conf.arg(aliases=["--data-path"])] = None
+    data: Path | None = None
     """Folder, .zip or .tar with train/<class>/ and val/<class>/, or with <class>/ (then some images are held out).
     Default: the run's images; the embedded CIFAR-10 images for published weights."""
     image_size: int | None = None

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
-import tyro
 from PIL import Image, ImageOps
 
 from dino_train.common.files import atomic
@@ -298,7 +297,7 @@ def figures(rows: list[Row], log_k: float) -> Iterator[str]:
 class Report(Protocol):
     """One HTML page about a run: curves, checks for collapse, attention, neighbors, options."""
 
-    checkpoint: Annotated[Path, tyro.conf.arg(aliases=["--run"])]
+    checkpoint: Path
     """A run's folder, with metrics.jsonl and config.json."""
     output: Path | None = None
     """Output file. Default: report.html in the run's folder."""

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from torch import Tensor, nn
 
@@ -131,13 +130,13 @@ class Retrieval(Extraction):
     Whole query images are used, not their annotated boxes, as in the reference.
     """
 
-    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])]
+    data: Path
     """Folder with roxford5k/ or rparis6k/, each with gnd_<dataset>.pkl and jpg/; or one of these two folders."""
     dataset: Literal["roxford5k", "rparis6k"] = "roxford5k"
     """Which of the two data sets."""
     image_size: int = 224
     """Maximum of the long side in pixels; larger images are downscaled."""
-    multiscale: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    multiscale: bool = False
     """Average the features of an image at three scales."""
 
     def check(self) -> None:

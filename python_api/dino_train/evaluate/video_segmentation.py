@@ -15,12 +15,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from torch import Tensor
 
@@ -246,7 +245,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
 class VideoSegmentation(Protocol):
     """Video object segmentation on DAVIS 2016 or 2017 by label propagation (eval_video_segmentation.py)."""
 
-    data: Annotated[Path, tyro.conf.arg(aliases=["--data-path"])]
+    data: Path
     """DAVIS folder, with JPEGImages/480p/, Annotations/480p/ and ImageSets/."""
     year: Literal[2016, 2017] = 2017
     """2016 has one object per video, 2017 several."""
@@ -254,7 +253,7 @@ class VideoSegmentation(Protocol):
     """Source frames of the labels, in addition to the first."""
     topk: int = 5
     """Number of most similar patches from which a patch takes its labels."""
-    radius: Annotated[int, tyro.conf.arg(aliases=["--size-mask-neighborhood"])] = 12
+    radius: int = 12
     """Their maximum distance from its position, in patches; 0 means no limit."""
     image_size: int = 480
     """Short side in pixels of the network's input."""

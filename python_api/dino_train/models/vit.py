@@ -288,7 +288,7 @@ def build_model(
     head_hidden_dim: int = 2048,
     head_bottleneck_dim: int = 256,
 ) -> DINOModel:
-    """A student or a teacher with fresh weights (`main_dino.py:162`).
+    """A student or a teacher with initial weights (`main_dino.py:162`).
 
     Args:
         arch: a name in ARCHS. resnet50 ignores patch_size, img_size and drop_path_rate.
