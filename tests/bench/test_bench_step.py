@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOY = ["--arch", "vit_nano", "--batch", "2", "--local-crops", "2", "--out-dim", "256", "--threads", "2"]
 
 
-def test_a_toy_run_writes_what_it_measured(tmp_path):
+def test_a_toy_run_writes_its_results(tmp_path):
     names = ["ours", "reference", "stock"]
     options = [*TOY, "--steps", "2", "--warmup", "1", "--device", "cpu", "--providers", ",".join(names)]
     command = [sys.executable, str(ROOT / "bench/bench_step.py"), *options, "--json", str(tmp_path / "step.json")]
@@ -59,7 +59,7 @@ def test_peers_take_the_same_steps_as_ours(peer):
 SMALL = {"patch": 8, "global_size": 32, "local_size": 16, "hidden": 64, "local_crops": 2, "out_dim": 256}
 
 
-def test_the_reference_in_float16_scales_its_loss_and_skips_what_overflows():
+def test_the_float16_reference_scales_its_loss_and_skips_overflows():
     """As it trains on a GPU, here on a CPU."""
     setting = Setting("vit_nano", 2, "cpu", **SMALL, drop_path=0.0, lr=0.1)
     weights = start_weights(setting)
@@ -80,7 +80,7 @@ def test_the_reference_in_float16_scales_its_loss_and_skips_what_overflows():
     assert half.scaler.get_scale() < 2.0**100
 
 
-def test_stock_compiles_a_block_once_for_all_and_not_each():
+def test_stock_compiles_one_block_for_all_blocks():
     """Blocks differ by their rates of drop path, which are tensors, and by whether there is any."""
     from torch._dynamo.utils import counters
 
@@ -118,6 +118,6 @@ def test_on_a_gpu_no_provider_holds_memory_while_another_is_measured(monkeypatch
 
 
 @pytest.mark.parametrize("device, given, expected", [("cpu", [], 2), ("cuda", [], 6), ("cuda", ["--warmup", "4"], 4)])
-def test_steps_before_the_timed_ones(monkeypatch, device, given, expected):
+def test_number_of_warmup_steps(monkeypatch, device, given, expected):
     monkeypatch.setattr(sys, "argv", ["bench_step.py", "--device", device, *given])
     assert bench_step.parse().warmup == expected

@@ -59,12 +59,12 @@ def test_every_case_and_step_of_the_reference_setting_is_compiled(tmp_path):
     assert {"_teacher_kernel", "_student_kernel", "_update_kernel", "_short_backward_kernel"} <= set(step)
 
 
-def test_it_is_what_real_tensors_would_launch(tmp_path):
+def test_meta_tensors_compile_the_same_kernels_as_real_tensors(tmp_path):
     """The specializations are the same; here of tensors on the CPU, which no kernel touches."""
     python(SAME, tmp_path)
 
 
-def test_old_tritons_launchers_are_made_too(monkeypatch):
+def test_launchers_of_old_triton_are_compiled_too(monkeypatch):
     from triton.backends.nvidia import driver
 
     made = []
@@ -78,7 +78,7 @@ def test_old_tritons_launchers_are_made_too(monkeypatch):
     assert made == [("source", "metadata")]
 
 
-def test_peers_with_a_compiler_are_known_before_anything_is_made():
+def test_compiled_peers_are_listed_without_allocations():
     assert {"dino_loss bfloat16", "mlp", "dino_loss float16"} < set(gpu_compile.peers_to_compile(False))
 
 

@@ -18,7 +18,7 @@ def case(providers):
     return Case("op", "[3]", "float32", 24, 0, ("out",), providers, exact=lambda: (X.double(),))
 
 
-def test_a_provider_with_other_values_or_an_error_is_noted():
+def test_a_provider_with_wrong_values_or_an_error_is_marked():
     def fails():
         raise ImportError("no such\nthing")
 
@@ -36,7 +36,7 @@ def test_a_provider_with_other_values_or_an_error_is_noted():
     assert rows[0]["bitwise"] and len(rows[0]["errors"]) == 1
 
 
-def test_only_what_is_wanted_is_measured():
+def test_only_selected_providers_are_measured():
     providers = {name: lambda: (X,) for name in (OURS, "reference", "compiled reference", "einsum")}
     made = {}
     for compiled in (False, True):
@@ -71,7 +71,7 @@ def test_a_check_compares_with_float64_and_repeats(monkeypatch):
 # --- other launches ----------------------------------------------------------------------------------
 
 
-def test_another_launch_has_other_options_and_is_compared_with_the_default(monkeypatch):
+def test_a_launch_variant_has_other_options_and_is_compared_with_the_default(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     launches = []
@@ -155,7 +155,7 @@ def test_the_timer_of_a_gpu():
     assert cuda.mode == "default"
 
 
-def test_calls_take_turns_until_the_time_is_spent(monkeypatch):
+def test_calls_alternate_until_the_time_limit(monkeypatch):
     monkeypatch.setattr(gpu_measure, "TIMING_SECONDS", 0.0)
     timer = SimpleNamespace(rounds=100, milliseconds=lambda call, host_ms: call())
     order = []
@@ -164,7 +164,7 @@ def test_calls_take_turns_until_the_time_is_spent(monkeypatch):
     assert order == ["a", "b"] * 10 and len(times["a"]) == 10
 
 
-def test_the_time_limit_reaches_into_a_call():
+def test_the_time_limit_interrupts_a_call():
     with pytest.raises(TimeoutError, match="not ready after 0 s"), gpu_measure.time_limit(0.05):
         time.sleep(10)
     with gpu_measure.time_limit(0.05):

@@ -54,7 +54,7 @@ def rehearsal(tmp_path_factory):
     return results
 
 
-def test_what_fails_is_noted_and_all_else_is_done(rehearsal):
+def test_failures_are_recorded_and_the_other_tasks_run(rehearsal):
     problems = {name: item["problems"] for name, item in rehearsal["items"].items() if item["problems"]}
     for task, expected in FAILURES.items():
         assert problems["fails"][task].startswith(expected), problems["fails"][task]
@@ -104,7 +104,7 @@ def test_the_trainer_is_stopped_and_resumed(rehearsal):
     assert "knn10" in start["evaluations"][0]
 
 
-def test_kernels_are_compiled_ahead_and_tests_are_run_on_the_card_last(rehearsal):
+def test_kernels_are_compiled_first_and_tests_run_last(rehearsal):
     assert rehearsal["compiled"]["ema_update ViT-S"]["kernels"] >= 1
     assert {"stock, ViT-S/16", "peers of dino_loss bfloat16"} < set(rehearsal["compiled"])
     outcomes = {file: {t["outcome"] for t in tests.values()} for file, tests in rehearsal["tests"].items()}
@@ -156,7 +156,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_tasks_without_time_are_skipped_and_a_hang_ends_with_what_it_started(tmp_path):
+def test_tasks_without_time_are_skipped_and_a_hanging_task_is_killed_with_its_children(tmp_path):
     log, records = tmp_path / "log", []
     tasks = [
         gpu.Task("a", "gpu_failures.hang"),
@@ -183,7 +183,7 @@ def group_of(pid: str) -> int:
 
 
 @pytest.mark.parametrize("device, method", [("cpu", "forkserver"), ("nowhere", "spawn")])
-def test_where_the_device_fails_in_forked_processes_they_start_from_nothing(tmp_path, monkeypatch, device, method):
+def test_processes_are_spawned_if_the_device_fails_after_fork(tmp_path, monkeypatch, device, method):
     monkeypatch.setattr(gpu_run, "_context", gpu_run._context)
     gpu_run.prepare(device, tmp_path / "log")
     assert gpu_run._context.get_start_method() == method
@@ -194,7 +194,7 @@ def test_where_the_device_fails_in_forked_processes_they_start_from_nothing(tmp_
     assert ("Expected one of cpu" in log.read_text()) is (method == "spawn")
 
 
-def test_on_a_gpu_it_builds_first_and_knows_the_chip(tmp_path, monkeypatch):
+def test_on_a_gpu_it_builds_first_and_detects_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "mine")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     said = {"nvidia-smi": "580.1\n580.1", "git": "abc", sys.executable: "9 0 NVIDIA H200"}
@@ -221,7 +221,7 @@ def test_a_failed_build_ends_the_run(tmp_path, monkeypatch):
     assert "* build: failed, see log.txt, 5 s" in (tmp_path / "results.md").read_text()
 
 
-def test_a_build_says_how_it_ended(tmp_path, monkeypatch):
+def test_status_of_a_build(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     for source, expected in (("print('built')", "done, "), ("raise SystemExit(3)", "failed, see log.txt, ")):
         (tmp_path / "setup.py").write_text(source)
@@ -233,10 +233,10 @@ def test_a_build_says_how_it_ended(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path):
+def test_a_missing_gpu_is_reported(tmp_path):
     done = subprocess.run([sys.executable, gpu.__file__, "--output", tmp_path], capture_output=True, text=True)
     assert done.returncode == 1 and "no CUDA device. For a dry run without one: --toy --device cpu" in done.stderr
 
 
-def test_failures_are_named_as_they_are_run():
+def test_every_failure_has_a_task():
     assert {task.name for task in gpu_failures.tasks()} == set(FAILURES)

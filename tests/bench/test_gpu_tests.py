@@ -20,7 +20,7 @@ def test_of_triton_never(): pass
 """
 
 
-def test_one_shape_a_dtype_and_what_needs_a_card(tmp_path):
+def test_one_shape_per_dtype_and_tests_that_need_a_gpu(tmp_path):
     file = tmp_path / "test_mixed.py"
     file.write_text(TESTS.replace("test_of_triton_dies", "test_dies").replace("test_of_triton_never", "test_never"))
     outcomes = run(tmp_path, file)[0]
@@ -34,7 +34,7 @@ def test_one_shape_a_dtype_and_what_needs_a_card(tmp_path):
     assert outcomes["test_graph[2]"]["problem"].endswith("AssertionError: wrong sum")
 
 
-def test_outcomes_are_kept_as_they_come(tmp_path):
+def test_outcomes_are_sent_immediately(tmp_path):
     file = tmp_path / "test_triton.py"
     file.write_text(TESTS)
     outcomes, problems = run(tmp_path, file)

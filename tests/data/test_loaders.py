@@ -174,7 +174,7 @@ def test_fewer_images_than_one_batch(root):
         loader(ImageFolder(root), batch_size=11)
 
 
-def test_no_more_is_read_than_is_needed_soon(root, monkeypatch):
+def test_prefetching_is_bounded(root, monkeypatch):
     images = ImageFolder(root)
     read: list[str] = []
     original = images._read
@@ -186,7 +186,7 @@ def test_no_more_is_read_than_is_needed_soon(root, monkeypatch):
         assert len(read) <= 4 * (3 + 2) + 8  # three batches, two ahead, and stand-ins
 
 
-def test_a_slow_image_is_replaced_and_stalls_nobody(root, monkeypatch, caplog):
+def test_a_slow_image_is_replaced_and_does_not_block_others(root, monkeypatch, caplog):
     images = ImageFolder(root)
     original, awake = images._read, threading.Event()
 
@@ -227,7 +227,7 @@ def test_threads_end_with_the_loader(root):
     assert len(threads()) == before
 
 
-def test_a_loader_that_is_still_in_use_does_not_keep_the_process_from_ending(root):
+def test_a_loader_in_use_does_not_block_the_exit_of_the_process(root):
     code = (
         "import sys, time; from dino_train.config.pretrain import PretrainConfig\n"
         "from dino_train.data.folder import ImageFolder\n"
@@ -247,7 +247,7 @@ def resident():
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
-def test_memory_stays_flat(root):
+def test_memory_does_not_grow(root):
     sizes = {}
     for step, _ in enumerate(loader(ImageFolder(root), 2, total_steps=4001)):
         if step in (1000, 4000):
@@ -266,7 +266,7 @@ def photo(width, height, seed=0):
     return Image.fromarray(np.stack(waves, -1).astype(np.uint8))
 
 
-def test_scaled_decode_is_used_where_every_crop_allows_and_changes_little(tmp_path, monkeypatch):
+def test_scaled_decode_is_used_if_all_crops_allow_it_and_changes_little(tmp_path, monkeypatch):
     for i in range(4):
         save(tmp_path / f"{i}.jpg", photo(640, 480, i), quality=95)
     scales = []
@@ -357,7 +357,7 @@ def test_eval_loader_without_labels_and_without_readable_images(tmp_path):
     assert list(eval_loader(images.subset([]), size=16, batch_size=1, num_workers=1)) == []
 
 
-def test_loaders_leave_the_global_generator_alone(root):
+def test_loaders_do_not_use_the_global_generator(root):
     state = torch.get_rng_state()
     run(root, 2, total_steps=1)
     list(eval_loader(ImageFolder(root), size=16, batch_size=5, num_workers=1))

@@ -86,13 +86,13 @@ def test_every_sample_once_an_epoch_in_a_shuffled_order(pattern):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_an_epoch_whatever_the_shards_hold(pattern, ranks):
+def test_ranks_get_equal_parts_for_any_shard_sizes(pattern, ranks):
     parts = [steps(pattern, rank=rank, ranks=ranks, total=8) for rank in range(ranks)]
     assert all(len(step) == 4 // ranks for part in parts for step in part)
     assert sorted(s[2] for part in parts for step in part for s in step) == list(range(32))
 
 
-def test_what_does_not_fill_a_batch_is_left_out(pattern):
+def test_an_incomplete_batch_is_dropped(pattern):
     for rank in range(2):
         part = steps(pattern, rank=rank, ranks=2, batch=10, total=6)
         assert [{epoch for epoch, *_ in step} for step in part] == [{0}] * 3 + [{1}] * 3
@@ -101,7 +101,7 @@ def test_what_does_not_fill_a_batch_is_left_out(pattern):
 
 @pytest.mark.parametrize("start", [1, 3, 7, 8, 13, 15, 16])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_resume_begins_at_its_window(pattern, start, rank, monkeypatch):
+def test_a_resume_starts_at_its_window(pattern, start, rank, monkeypatch):
     whole = steps(pattern, rank=rank, ranks=2)
     opened_shards = []
     original = stream_module.shard_files
@@ -164,7 +164,7 @@ def test_a_run_is_resumed_bitwise(pattern, tmp_path, monkeypatch):
     assert_same(final_weights(whole), final_weights(part))
 
 
-def test_a_shard_that_fails_is_named_and_its_samples_replaced(pattern, tmp_path, caplog):
+def test_a_failing_shard_is_reported_and_its_samples_are_replaced(pattern, tmp_path, caplog):
     shard = tmp_path / "s2.tar"
     shard.write_bytes(shard.read_bytes()[:9000])
     readable = len(list(islice(_until_error(shard_files(str(shard))), 12)))
@@ -193,7 +193,7 @@ def test_one_bad_image_is_replaced_by_another_of_its_window(pattern, tmp_path):
     assert [name for _, found in batches for name, _ in found] == [f"{tmp_path}/s0.tar: 002.png"]
 
 
-def test_a_stream_is_read_no_further_than_a_window_ahead(pattern, monkeypatch):
+def test_at_most_one_window_is_prefetched(pattern, monkeypatch):
     read = []
     original = stream_module.shard_files
 
@@ -233,7 +233,7 @@ def test_packed_files_are_shards(tmp_path):
     )
 
 
-def test_what_names_shards(tmp_path):
+def test_names_of_shards(tmp_path):
     folder = tmp_path / "odd{1..2}"
     folder.mkdir()
     assert not is_shards(folder) and not is_shards(tmp_path / "gone") and not is_shards("set.tar")

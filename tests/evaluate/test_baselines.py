@@ -12,7 +12,7 @@ def run(tmp_path_factory):
     return tiny_checkpoint(folder), folder / "images"
 
 
-def test_each_row_is_what_the_other_protocols_find(run, capsys):
+def test_each_row_equals_the_result_of_the_other_protocols(run, capsys):
     checkpoint, images = run
     options = "--checkpoint", checkpoint, "--data", images
     found = evaluate(capsys, "baselines", *options, "--epochs", "3", "--seed", "0")
@@ -36,7 +36,7 @@ def test_text_names_every_row_and_the_number_of_images(run, capsys):
     assert [line[:16].strip() for line in lines[1:]] == ["chance", "raw pixels", "random weights", "teacher"]
 
 
-def test_raw_pixels_are_shrunk_to_32():
+def test_raw_pixels_are_downscaled_to_32():
     pixels = torch.arange(2 * 3 * 64 * 64.0).view(2, 3, 64, 64)
     assert torch.equal(raw_pixels(pixels)[0, :2], pixels[0, 0].view(32, 2, 32, 2).mean(dim=(1, 3))[0, :2])
     assert torch.equal(raw_pixels(pixels[..., :8, :8]), pixels[..., :8, :8].flatten(1))

@@ -43,7 +43,7 @@ def direct_features(backbone, path):
         return torch.cat((tokens[0], gem))
 
 
-def test_command_gives_the_numbers_of_a_loop(copydays, tmp_path, capsys):
+def test_command_equals_a_plain_loop(copydays, tmp_path, capsys):
     run = tiny_checkpoint(tmp_path / "run")
     words = ["copy-detection", "--checkpoint", run, "--data", copydays, "--image-size", 16]
     found = evaluate(capsys, *words)
@@ -90,7 +90,7 @@ def test_precisions_by_hand():
     assert block_precisions(database, queries) == pytest.approx(expected)
 
 
-def test_only_the_first_twenty_count():
+def test_only_the_first_twenty_results_are_evaluated():
     paths = [f"more/{i}.jpg" for i in range(20)] + ["original/2000.jpg"]
     values = torch.linspace(1, 0.1, 21)[:, None]
     database = Features(values, torch.zeros(21), paths, [])
@@ -98,7 +98,7 @@ def test_only_the_first_twenty_count():
     assert block_precisions(database, query) == {"a": 0.0}
 
 
-def test_whitening_makes_variances_one():
+def test_whitening_gives_unit_variances():
     g = torch.Generator().manual_seed(0)
     mixed = torch.randn(5000, 6, generator=g) @ torch.randn(6, 6, generator=g)
     white = Whitening(mixed - mixed.mean(0))(mixed)
@@ -108,7 +108,7 @@ def test_whitening_makes_variances_one():
     assert Whitening(flat - flat.mean(0))(flat).abs().max() < 30
 
 
-def test_whitened_products_are_mahalanobis():
+def test_whitened_products_are_mahalanobis_products():
     """By solving, in place of turning: x, y -> (x - mean)' (second moment)^-1 (y - mean)."""
     g = torch.Generator().manual_seed(0)
     learned = torch.randn(200, 6, generator=g) @ torch.randn(6, 6, generator=g) + 3
@@ -128,7 +128,7 @@ def test_class_and_gem():
     torch.testing.assert_close(found[:, 96:], (tokens[:, 1:].clamp(min=1e-6) ** 4).mean(1) ** 0.25)
 
 
-def test_wrong_folders_are_named(copydays, tmp_path, capsys):
+def test_wrong_folders_are_reported(copydays, tmp_path, capsys):
     words = ["copy-detection", "--checkpoint", tiny_checkpoint(tmp_path / "run"), "--data", copydays]
     (copydays / "original/200000.jpg").rename(copydays / "original/300000.jpg")
     assert "crops/50/200000.jpg has no original: expected original/2000*.jpg" in error_of(capsys, *words)

@@ -23,7 +23,7 @@ def test_average_precision_by_hand():
     assert average_precision([], 3) == 0
 
 
-def test_average_precision_is_the_trapezoidal_area_of_scikit_learn():
+def test_average_precision_equals_the_trapezoidal_area_of_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
     for n in (5, 50, 300):
@@ -93,7 +93,7 @@ def brute_force(features, query_features, gnd, level):
 
 
 @pytest.mark.parametrize("multi", [False, True])
-def test_command_gives_the_number_of_a_loop(oxford, tmp_path, capsys, multi):
+def test_command_equals_a_plain_loop(oxford, tmp_path, capsys, multi):
     data, images, queries, gnd = oxford
     run = tiny_checkpoint(tmp_path / "run")
     more = ["--multiscale"] if multi else []
@@ -157,7 +157,7 @@ class Evil:
         return os.system, ("touch evil",)
 
 
-def test_ground_truth_that_is_wrong_or_harmful_is_refused(oxford, tmp_path, capsys, monkeypatch):
+def test_wrong_or_harmful_ground_truth_is_rejected(oxford, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data, images, queries, gnd = oxford
     run = tiny_checkpoint(tmp_path / "run")
@@ -189,7 +189,7 @@ def test_ground_truth_that_is_wrong_or_harmful_is_refused(oxford, tmp_path, caps
     assert "expected the revisited data's <dataset>/gnd_roxford5k.pkl" in error_of(capsys, *words)
 
 
-def test_an_image_that_cannot_be_read_is_named(oxford, tmp_path, capsys):
+def test_an_unreadable_image_is_reported(oxford, tmp_path, capsys):
     from dino_train.cli import main
 
     data, images, *_ = oxford

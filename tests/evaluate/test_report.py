@@ -30,7 +30,7 @@ def a_row(step=10, loss=3.0, entropy=4.0, single=3.0):
     return {"step": step, "epoch": 0, "loss": loss, "teacher_entropy": entropy, "teacher_single_entropy": single}
 
 
-def test_the_page_has_what_the_run_has(run, page):
+def test_the_page_shows_the_run(run, page):
     text = page.read_text()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "loss" in row][-1]
@@ -49,7 +49,7 @@ def test_the_page_has_what_the_run_has(run, page):
     assert len(re.findall(r'\bid="', text)) == len(set(re.findall(r'\bid="([^"]*)"', text)))
 
 
-def test_json_and_another_place(run, tmp_path, capsys):
+def test_json_and_another_output_path(run, tmp_path, capsys):
     words = ["evaluate", "report", "--checkpoint", str(run), "--device", "cpu", "--json"]
     assert main([*words, "--output", str(tmp_path / "sub/page.html")]) == 0
     values = json.loads(capsys.readouterr().out)
@@ -57,7 +57,7 @@ def test_json_and_another_place(run, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["page.html"]
 
 
-def test_signs_of_a_collapse():
+def test_checks_for_a_collapse():
     log_k = math.log(64)
     well = [a_row() for _ in range(20)]
     assert [fine for fine, _ in checks(well, log_k)] == [True, True, True]
@@ -113,7 +113,7 @@ def test_a_run_without_its_images_or_weights_still_has_its_curves(run, tmp_path,
         (lambda f: shutil.rmtree(f), r"no metrics.jsonl in \S*/run: expected"),
     ],
 )
-def test_what_is_no_run_is_named(run, tmp_path, capsys, spoil, message):
+def test_an_invalid_run_is_reported(run, tmp_path, capsys, spoil, message):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     (folder / "report.html").unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def test_attention_is_of_the_image_not_of_its_thumbnail(run, monkeypatch):
     assert seen[0][0].size == (400, 400) and seen[0][1] == 400 and len(cells) == 2 + 3
 
 
-def test_names_that_are_no_html_and_no_text(run, tmp_path):
+def test_names_with_html_and_invalid_unicode(run, tmp_path):
     name = 'x"<b>\udcff'
     for i, (folder, color) in enumerate((name, c) for _ in range(10) for c in ("red", "blue")):
         path = tmp_path / "images" / (folder if i % 2 else "y") / f"{i}.png"

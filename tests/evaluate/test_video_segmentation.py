@@ -42,7 +42,7 @@ def test_jaccard_by_hand():
     assert region_similarity(truth, guess).tolist() == [4 / 12, 1, 1, 0, 0]
 
 
-def test_jaccard_is_scikit_learns():
+def test_jaccard_equals_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     truth, guess = torch.rand(2, 4, 13, 17, generator=torch.Generator().manual_seed(0)) < 0.3
     expected = [metrics.jaccard_score(a.flatten(), b.flatten()) for a, b in zip(truth, guess, strict=True)]
@@ -74,7 +74,7 @@ def test_contour_accuracy_by_hand(truth, guess, expected):
     assert contour_accuracy(masks(truth), masks(guess)).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_precision_and_recall_are_told_apart():
+def test_precision_and_recall_are_not_swapped():
     """Two squares apart, of which one is found: recall is 1/2, precision 1, F 2/3."""
     two = masks(SQUARE) | masks((60, 80, 60, 80))
     assert contour_accuracy(two, masks(SQUARE)).item() == pytest.approx(2 / 3)
@@ -83,7 +83,7 @@ def test_precision_and_recall_are_told_apart():
 
 
 @pytest.mark.parametrize("shape", [(480, 854), (37, 53)])
-def test_contour_accuracy_against_distances(shape):
+def test_contour_accuracy_equals_a_plain_loop(shape):
     """The same by the distance of every boundary pixel to every other one, on random blobs."""
     rng = np.random.default_rng(0)
     blobs = F.interpolate(torch.from_numpy(rng.random((2, 1, 7, 9))), shape, mode="bicubic")[:, 0] > 0.6
@@ -128,7 +128,7 @@ def by_loops(query, sources, labels, topk, radius):
 @pytest.mark.parametrize(
     "h, w, n, topk, radius", [(14, 17, 2, 5, 3), (5, 26, 3, 5, 12), (13, 7, 2, 3, 0), (4, 4, 1, 9, 1)]
 )
-def test_propagation_against_loops(h, w, n, topk, radius):
+def test_propagation_equals_plain_loops(h, w, n, topk, radius):
     g = torch.Generator().manual_seed(0)
     query, *sources = F.normalize(torch.randn(n + 1, h, w, 6, generator=g, dtype=torch.float64), dim=-1)
     labels = list(torch.rand(n, h, w, 3, generator=g, dtype=torch.float64).softmax(-1))
@@ -142,7 +142,7 @@ def test_propagation_against_loops(h, w, n, topk, radius):
     torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_patches_as_similar_as_the_last_one_count_too():
+def test_patches_tied_with_the_last_one_are_included():
     """One feature everywhere: all are equally near, and a label is the mean over what is in reach."""
     query = torch.zeros(1, 7, 2)
     query[..., 0] = 1
@@ -151,7 +151,7 @@ def test_patches_as_similar_as_the_last_one_count_too():
     torch.testing.assert_close(out.flatten(), torch.tensor([0.5, 1, 2, 3, 4, 5, 5.5]))
 
 
-def test_sizes_are_the_references():
+def test_sizes_equal_the_reference():
     assert working_size(854, 480, 480, 16) == (832, 480)
     assert working_size(854, 480, 480, 8) == (832, 480)
     assert working_size(480, 854, 480, 8) == (480, 832)
@@ -225,7 +225,7 @@ def backbone():
 OPTIONS = Propagation(image_size=96)
 
 
-def test_moving_squares_are_followed(davis, backbone, tmp_path):
+def test_moving_squares_are_tracked(davis, backbone, tmp_path):
     result = evaluate_videos(backbone, davis, tmp_path, OPTIONS)
     assert result["J"] > 90 and result["F"] > 90, result
     assert result["J&F"] == pytest.approx((result["J"] + result["F"]) / 2)
@@ -279,7 +279,7 @@ def test_the_sources_are_the_first_frame_and_the_last_few(davis, backbone, monke
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4]]
 
 
-def test_a_second_run_does_what_is_left(davis, backbone, tmp_path, monkeypatch):
+def test_a_second_run_completes_the_first(davis, backbone, tmp_path, monkeypatch):
     out = tmp_path / "out"
     before = evaluate_videos(backbone, davis, out, OPTIONS)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
@@ -301,7 +301,7 @@ def test_a_second_run_does_what_is_left(davis, backbone, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["JPEGImages", "Annotations"])
-def test_a_folder_of_something_else_is_left_alone(backbone, tmp_path, folder):
+def test_a_folder_with_other_files_is_not_changed(backbone, tmp_path, folder):
     """Neither are frames written over, nor annotations taken for results."""
     root = make_davis(tmp_path, videos=("one",), frames=4)
     before = sorted(root.rglob("*"))
@@ -311,7 +311,7 @@ def test_a_folder_of_something_else_is_left_alone(backbone, tmp_path, folder):
 
 
 @pytest.mark.gpu
-def test_a_gpu_finds_the_same(davis, backbone, tmp_path):
+def test_a_gpu_gives_the_same_result(davis, backbone, tmp_path):
     expected = evaluate_videos(backbone, davis, tmp_path / "cpu", OPTIONS)
     result = evaluate_videos(copy.deepcopy(backbone).cuda(), davis, tmp_path / "cuda", OPTIONS)
     assert result["J"] == pytest.approx(expected["J"], abs=1) and result["F"] == pytest.approx(expected["F"], abs=1)
@@ -326,7 +326,7 @@ def test_2016_has_one_object(backbone, tmp_path):
     assert len(result["videos"]["one"]["J"]) == 1 and result["J"] > 90
 
 
-def test_a_video_that_fails_leaves_nothing_behind(backbone, tmp_path):
+def test_a_failing_video_leaves_no_files(backbone, tmp_path):
     root = make_davis(tmp_path / "davis", videos=("one",), frames=4)
     Image.new("RGB", (64, 64)).save(root / "JPEGImages/480p/one/00002.jpg")
     with pytest.raises(ValueError, match=r"00002.jpg has 64 x 64 pixels, the first frame 128 x 96"):
@@ -387,14 +387,14 @@ def test_a_video_that_fails_leaves_nothing_behind(backbone, tmp_path):
         ),
     ],
 )
-def test_bad_data_is_named(backbone, tmp_path, spoil, message):
+def test_bad_data_is_reported(backbone, tmp_path, spoil, message):
     root = make_davis(tmp_path / "davis", videos=("one",), frames=4)
     spoil(root)
     with pytest.raises(ValueError, match=message):
         evaluate_videos(backbone, root, tmp_path / "out", OPTIONS)
 
 
-def test_bad_options_are_named():
+def test_bad_options_are_reported():
     with pytest.raises(ValueError, match="topk must be at least 1, got 0"):
         Propagation(topk=0)
 

@@ -56,7 +56,7 @@ def attend(tokens=197):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_noticed(broken, fault, request):
+def test_a_fault_is_detected(broken, fault, request):
     pattern, replacement, report, architectures = FAULTS[fault]
     if request.config.option.ptx_arch not in architectures:
         pytest.skip("an instruction of sm_90")
@@ -72,7 +72,7 @@ def test_a_fault_is_noticed(broken, fault, request):
         attend()
 
 
-def test_a_ticket_counter_that_orders_nothing_is_noticed(broken):
+def test_a_ticket_counter_without_ordering_is_detected(broken):
     student, teacher, center = torch.randn(6, 1024), torch.randn(4, 1024), torch.zeros(1024)
     dino_loss(student, teacher, center)
     broken(lambda ptx: ptx.replace("acq_rel", "relaxed"))

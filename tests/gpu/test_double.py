@@ -12,7 +12,7 @@ def gpu():
         yield gpu
 
 
-def test_a_result_is_used_after_its_event_only(gpu):
+def test_a_result_is_used_only_after_its_event(gpu):
     with gpu.using(gpu.stream()):
         x = torch.ones(3) + 1
         done = gpu.record()
@@ -25,7 +25,7 @@ def test_a_result_is_used_after_its_event_only(gpu):
         later.add_(1)
 
 
-def test_memory_that_is_still_read_is_not_written(gpu):
+def test_memory_is_not_written_while_it_is_read(gpu):
     x = torch.ones(3) + 1
     ready, side = gpu.record(), gpu.stream()
     with gpu.using(side):
@@ -39,7 +39,7 @@ def test_memory_that_is_still_read_is_not_written(gpu):
     x.mul_(2)
 
 
-def test_what_the_host_waited_for_needs_no_event(gpu):
+def test_work_that_the_host_waited_for_needs_no_event(gpu):
     with gpu.using(gpu.stream()):
         x = torch.ones(3) + 1
         done = gpu.record()
@@ -47,7 +47,7 @@ def test_what_the_host_waited_for_needs_no_event(gpu):
     assert (x + 1)[0].item() == 3 and gpu.waits == ["aten._local_scalar_dense.default"]
 
 
-def test_pinned_memory_stays_until_its_copy_is_done(gpu):
+def test_pinned_memory_does_not_change_before_its_copy_is_complete(gpu):
     memory = gpu.pinned(4)
     memory.zero_()
     gpu.upload(memory[:3])
@@ -66,19 +66,19 @@ def test_pinned_memory_stays_until_its_copy_is_done(gpu):
 @pytest.mark.parametrize(
     "read", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.nonzero, bool, np.asarray]
 )
-def test_a_capture_waits_for_nothing(gpu, read):
+def test_a_capture_does_not_synchronize(gpu, read):
     x = torch.ones(1)
     with pytest.raises(Misuse, match="waits for the device in a capture"):
         gpu.capture(lambda: read(x * 2), gpu.stream())
     read(x * 2)  # the device is usable as before
 
 
-def test_a_capture_takes_no_values_of_the_host(gpu):
+def test_a_capture_uses_no_host_values(gpu):
     with pytest.raises(Misuse, match="tensor hands the device values of the host in a capture"):
         gpu.capture(lambda: torch.tensor([1.0]), gpu.stream())
 
 
-def test_a_capture_runs_nothing_and_its_replay_everything_on_the_same_memory(gpu):
+def test_a_capture_runs_nothing_and_its_replay_uses_the_same_memory(gpu):
     weights, draws = torch.nn.Parameter(torch.ones(3)), []
     inputs = torch.arange(3.0)
 

@@ -79,7 +79,7 @@ def assert_close(config, other, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_whole_run_is_that_of_a_cpu(config, precision, caplog):
+def test_a_whole_run_equals_a_cpu_run(config, precision, caplog):
     """Two graphs, before and after the thaw; evaluations between; every step's batch made in a stream of its own."""
     config = replace(config, precision=precision)
     with Double().installed() as gpu:
@@ -105,7 +105,7 @@ def test_a_graph_changes_nothing_but_the_number_of_launches(config):
     assert_same(final_weights(config), final_weights(plain))
 
 
-def test_bfloat16_is_the_default_of_a_gpu_and_said(config, capsys):
+def test_bfloat16_is_the_default_of_a_gpu(config, capsys):
     with Double().installed():
         pretrain(replace(config, precision="auto", epochs=1))
         assert replace(config, precision="auto").dtype(CPU) == torch.bfloat16
@@ -116,7 +116,7 @@ def test_bfloat16_is_the_default_of_a_gpu_and_said(config, capsys):
     assert replace(config, precision="auto").dtype(CPU) == torch.float32
 
 
-def test_steps_between_log_lines_wait_for_nothing(config, monkeypatch):
+def test_steps_between_log_lines_do_not_synchronize(config, monkeypatch):
     """And the host does not wait for a batch's upload before it launches the step."""
     waits, update = [], Learner.step
     with Double().installed() as gpu:
@@ -133,7 +133,7 @@ def test_steps_between_log_lines_wait_for_nothing(config, monkeypatch):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_stopped_within_an_epoch_goes_on_bitwise(config, monkeypatch, signum):
+def test_a_run_stopped_within_an_epoch_is_resumed_bitwise(config, monkeypatch, signum):
     whole = replace(config, output_dir=config.output_dir / "whole")
     update = Learner.step
 
@@ -174,7 +174,7 @@ def test_a_run_of_shards_resumes_after_one_of_two_processes(config, caplog):
 
 
 @pytest.mark.parametrize("poisoned", [7, 13])  # a plain step, and a replay
-def test_a_loss_that_is_not_finite_ends_the_run_and_changes_nothing(config, monkeypatch, poisoned):
+def test_a_non_finite_loss_ends_the_run_and_updates_nothing(config, monkeypatch, poisoned):
     update = Learner.step
 
     def step(self, number, crops):
@@ -218,7 +218,7 @@ def test_a_resnet_runs_channels_last_with_tuned_convolutions(config, monkeypatch
 
 
 @pytest.mark.parametrize("place", ["end", "optimizer"])
-def test_a_capture_that_fails_leaves_plain_steps_and_a_warning(config, monkeypatch, caplog, place):
+def test_after_a_failed_capture_steps_run_eagerly_with_a_warning(config, monkeypatch, caplog, place):
     plain = replace(config, output_dir=config.output_dir / "plain", cuda_graph=False)
     with Double().installed():
         pretrain(plain)
@@ -247,7 +247,7 @@ def test_a_capture_that_fails_leaves_plain_steps_and_a_warning(config, monkeypat
     assert_same(final_weights(config), final_weights(plain))
 
 
-def test_a_graph_takes_no_inputs_of_another_shape_or_dtype():
+def test_a_graph_rejects_inputs_of_another_shape_or_dtype():
     with Double().installed() as gpu:
         graphed = graph.Graphed(gpu, lambda inputs: (inputs[0] * 2, inputs[1] + inputs[0]))
         results = [graphed([torch.full((3,), float(i)), torch.ones(3)]) for i in range(7)]
@@ -276,7 +276,7 @@ def copies(crop_loader):
 
 @pytest.mark.parametrize("num_workers", [1, 2, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_batch_arrives_and_is_that_of_a_cpu(config, num_workers, dtype):
+def test_every_batch_equals_that_of_a_cpu(config, num_workers, dtype):
     expected = copies(batches(config, dtype=dtype))
     with Double().installed() as gpu:
         made = copies(batches(config, num_workers=num_workers, dtype=dtype))
@@ -315,13 +315,13 @@ def without(monkeypatch, what):
     "what, message",
     [("made", "stream 1 wrote"), ("used", "stream 0 reads"), ("copied", "no event after its last copy was synch")],
 )
-def test_none_of_the_loaders_waits_could_be_left_out(config, monkeypatch, what, message):
+def test_every_wait_of_the_loader_is_needed(config, monkeypatch, what, message):
     without(monkeypatch, what)
     with Double().installed(), pytest.raises(Misuse, match=message):
         copies(batches(config))
 
 
-def test_a_loader_left_early_lets_nobody_have_its_memory_too_soon(config):
+def test_a_loader_that_ends_early_waits_before_its_memory_is_freed(config):
     with Double().installed() as gpu:
         steps = iter(batches(config))
         next(steps)
@@ -339,7 +339,7 @@ class Ending(ImageFolder):
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_images_that_end_before_the_steps_do_are_an_error_wherever_they_are_used(config, on_gpu, monkeypatch):
+def test_too_few_images_for_the_steps_are_an_error(config, on_gpu, monkeypatch):
     images = Ending(Path(config.data) / "train")
     backbone = Learner(config, 5, CPU).teacher.backbone
     with Double().installed() if on_gpu else nullcontext():
@@ -360,7 +360,7 @@ def test_images_that_end_before_the_steps_do_are_an_error_wherever_they_are_used
 # --- ranks -----------------------------------------------------------------------------------------------
 
 
-def test_ranks_join_by_their_devices_names(monkeypatch):
+def test_ranks_join_by_the_type_of_their_device(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     store = torch.distributed.HashStore()
@@ -392,7 +392,7 @@ def test_batch_norm_over_ranks_and_no_graph_there(config, monkeypatch):
         Learner(replace(config, use_bn_in_head=True), 5, CPU)
 
 
-def test_ranks_on_gpus_ask_each_other_only_where_losses_are_read(config, monkeypatch):
+def test_ranks_on_gpus_communicate_only_when_losses_are_read(config, monkeypatch):
     monkeypatch.setattr(parallel, "size", lambda: 2)
     monkeypatch.setattr(parallel, "largest", lambda values, device: [value + 1 for value in values])
     asked = []
@@ -418,7 +418,7 @@ def sources():
     return [path for path in PACKAGE.rglob("*.py") if path.name != "device.py"]
 
 
-def test_a_gpu_is_asked_in_one_place():
+def test_gpu_calls_are_in_one_file():
     for path in sources():
         found = re.findall(r"torch\.cuda|is_cuda|device\.type *[!=]=|\.cuda\(", path.read_text())
         assert not found, (path, found)

@@ -33,7 +33,7 @@ def parsed(monkeypatch, *words) -> PretrainConfig:
     return seen[0]
 
 
-def test_reference_flags_mean_what_they_did(monkeypatch):
+def test_flags_of_the_reference_have_the_same_meaning(monkeypatch):
     flags = """
         --arch vit_small --patch_size 16 --out_dim 4096 --norm_last_layer false --momentum_teacher 0.9995
         --use_bn_in_head on --warmup_teacher_temp 0.03 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30
@@ -56,13 +56,13 @@ def test_reference_flags_mean_what_they_did(monkeypatch):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_valid_and_flags_win_over_them(monkeypatch, preset):
+def test_presets_are_valid_and_flags_override_them(monkeypatch, preset):
     config = parsed(monkeypatch, "--preset", preset, "--epochs", "7")
     for name, value in PRESETS[preset].items():
         assert getattr(config, name) == (7 if name == "epochs" else value), name
 
 
-def test_defaults_are_the_references():
+def test_defaults_equal_the_reference():
     config = PretrainConfig()
     assert (config.arch, config.patch_size, config.out_dim, config.lr) == ("vit_small", 16, 65536, 0.0005)
     assert (config.momentum_teacher, config.weight_decay_end, config.clip_grad) == (0.996, 0.4, 3.0)

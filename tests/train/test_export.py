@@ -58,7 +58,7 @@ def assert_same_features(model, net, batch=3):
     torch.testing.assert_close(torch.as_tensor(model(images)), want, rtol=1e-4, atol=1e-4)
 
 
-def test_safetensors_come_back(net, tmp_path):
+def test_safetensors_can_be_loaded_again(net, tmp_path):
     path = tmp_path / "out/backbone.safetensors"
     for _ in range(2):  # the second replaces the first
         export(net, path)
@@ -119,7 +119,7 @@ def test_huggingface(tmp_path):
     torch.testing.assert_close(tokens, net.backbone.features(images)[0], rtol=0, atol=1e-4)
 
 
-def test_huggingfaces_processor_makes_what_we_evaluate(tmp_path):
+def test_huggingface_processor_equals_our_evaluation_transform(tmp_path):
     export(trained(image_size=224), tmp_path / "hf", "huggingface")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (333, 500, 3), np.uint8))
@@ -135,7 +135,7 @@ def test_onnx(net, tmp_path):
         assert_same_features(lambda images: session.run(["features"], {"images": images.numpy()})[0], net, batch)
 
 
-def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_export_leaves_no_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="huggingface takes a ViT, got resnet50; for it .* timm and onnx"):
         export(trained("resnet50"), tmp_path / "hf", "huggingface")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -148,7 +148,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path):
+def test_an_existing_folder_is_not_overwritten(tmp_path):
     kept = tmp_path / "folder/kept.txt"
     kept.parent.mkdir()
     (tmp_path / "file").write_text("kept")

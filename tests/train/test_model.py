@@ -260,7 +260,7 @@ def test_drop_path_is_drawn_for_each_sample_and_branch():
         assert (torch.corrcoef(drops) - torch.eye(8)).abs().max() < 5 / count**0.5
 
 
-def test_branches_name_what_drop_path_keeps():
+def test_branches_hold_the_samples_that_drop_path_keeps():
     packing = Packing(torch.tensor([0, 3, 6, 8], dtype=torch.int32), [(2, 3), (0, 4), (1, 2)])
     kept = np.array([[True, True, True], [False, False, False], [True, False, True]])
     whole, empty, some = Branch.of_kept(packing, kept, np.array([1, 2, 3], np.float32))
@@ -380,7 +380,7 @@ def test_model_is_head_of_backbone():
     assert {name.split(".")[0] for name in model.state_dict()} == {"backbone", "head"}
 
 
-def test_convnet_sees_one_run_of_equal_sizes_at_a_time():
+def test_convnet_has_one_forward_per_run_of_equal_sizes():
     class Backbone(nn.Module):
         seen = []
 
@@ -427,7 +427,7 @@ def test_bad_input_messages():
             nano().features(torch.zeros(1, 3, 32, 32), n)
 
 
-def test_a_block_knows_the_parameters_that_were_assigned_to_it():
+def test_a_block_uses_the_parameters_assigned_to_it():
     net = vit("vit_nano", patch_size=8, img_size=32)
     net.load_state_dict({name: p.clone() for name, p in net.state_dict().items()}, assign=True)
     for block in net.blocks:

@@ -150,7 +150,7 @@ def test_ranks_agree_when_a_checkpoint_is_due(straight, tmp_path):
     assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 7
 
 
-def test_with_another_number_of_ranks_the_run_goes_on_with_a_warning(straight, tmp_path, caplog):
+def test_resuming_with_another_number_of_ranks_warns(straight, tmp_path, caplog):
     images, whole = straight
     shutil.copytree(whole, tmp_path / "run")
     alone = {**RANKS, "data": images, "output_dir": tmp_path / "run", "epochs": 4, "batch_size_per_gpu": 4}
@@ -165,7 +165,7 @@ def test_with_another_number_of_ranks_the_run_goes_on_with_a_warning(straight, t
     assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 25
 
 
-def test_each_gpu_takes_its_own_random_state(monkeypatch):
+def test_each_gpu_restores_its_own_random_state(monkeypatch):
     monkeypatch.setattr(parallel, "size", lambda: 2)
     monkeypatch.setattr(parallel, "rank", lambda: 1)
     taken = []

@@ -72,7 +72,7 @@ def plain():
     "accumulate, checkpoint_activations, free_norm",
     [case for case in itertools.product((1, 2, 4), (False, True), (False, True)) if case[:2] != (1, False)],
 )
-def test_every_combination_of_switches_is_the_plain_step(plain, accumulate, checkpoint_activations, free_norm):
+def test_every_combination_of_switches_equals_the_plain_step(plain, accumulate, checkpoint_activations, free_norm):
     config = PretrainConfig(
         **SETTINGS,
         accumulate=accumulate,
@@ -82,7 +82,7 @@ def test_every_combination_of_switches_is_the_plain_step(plain, accumulate, chec
     assert_close(run(config), plain[free_norm])
 
 
-def test_checkpointed_activations_are_computed_anew(monkeypatch):
+def test_checkpointed_activations_are_recomputed(monkeypatch):
     """Else the switch would save nothing: each block but for the gradient's sake runs twice."""
     from dino_train.models.vit import Block
 
@@ -98,7 +98,7 @@ def test_checkpointed_activations_are_computed_anew(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "checkpoint_activations": True, "drop_path_rate": 0.2}])
-def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
+def test_a_step_does_not_synchronize(monkeypatch, precision, changes):
     """On fake tensors, which have no values to tell: .item(), .tolist(), bool() and .cpu() raise."""
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at its values
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # cannot swap fake tensors
@@ -117,7 +117,7 @@ def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rate", [0.4, 0.95])  # of 0.95 the last block's branches are sometimes left with nothing
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 4, "checkpoint_activations": True}])
-def test_samples_that_drop_path_skips_are_those_multiplied_by_zero(monkeypatch, precision, rate, changes):
+def test_skipping_dropped_samples_equals_multiplying_them_by_zero(monkeypatch, precision, rate, changes):
     from dino_train.models import block
 
     tokens, results, forward = [], [], block.Block.forward
@@ -138,7 +138,7 @@ def test_samples_that_drop_path_skips_are_those_multiplied_by_zero(monkeypatch, 
     assert_close(*results, tolerance=1e-5 if precision == "float32" else 1e-2)
 
 
-def test_a_loss_that_is_not_finite_changes_nothing():
+def test_a_non_finite_loss_updates_nothing():
     torch.manual_seed(0)
     learner = Learner(PretrainConfig(**SETTINGS), 2, CPU)
     for step in range(3):
@@ -151,7 +151,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     assert learner.step(4, crops(4)).loss > 0 and learner.optimizer.nonfinite == 0
 
 
-def test_switches_that_do_not_fit(monkeypatch):
+def test_invalid_switches(monkeypatch):
     with pytest.raises(ValueError, match="accumulate must be a divisor of batch_size_per_gpu 8, got 3"):
         PretrainConfig(**SETTINGS, accumulate=3)
     with pytest.raises(ValueError, match="checkpoint_activations must be false: it is for ViTs, got True"):
@@ -183,7 +183,7 @@ parallel.leave()
 
 
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "norm_last_layer": False, "freeze_last_layer": 2}])
-def test_two_ranks_are_one_process_of_the_same_batch(tmp_path, changes):
+def test_two_ranks_equal_one_process_with_the_same_batch(tmp_path, changes):
     script = tmp_path / "rank.py"
     script.write_text(_RANK)
     arguments = [
@@ -203,7 +203,7 @@ def test_two_ranks_are_one_process_of_the_same_batch(tmp_path, changes):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_graphed_step_is_the_plain_one(precision):
+def test_a_graphed_step_equals_the_eager_step(precision):
     results = []
     for cuda_graph in (False, True):
         torch.manual_seed(3)
@@ -217,7 +217,7 @@ def test_a_graphed_step_is_the_plain_one(precision):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_block_takes_any_gradient_and_none(precision):
+def test_a_block_accepts_strided_and_missing_gradients(precision):
     """Its chain of ops against the same block of separate ones: strided gradients, one result not used."""
     torch.manual_seed(0)
     student, teacher, plain = (vit("vit_nano", patch_size=8, img_size=32) for _ in range(3))
@@ -244,7 +244,7 @@ def test_a_block_takes_any_gradient_and_none(precision):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["norm2.bias", "attn.proj.weight"])
-def test_a_block_without_a_place_for_a_gradient_is_an_error(precision, name):
+def test_a_block_without_a_gradient_buffer_is_an_error(precision, name):
     student, teacher = (vit("vit_nano", patch_size=8, img_size=32) for _ in range(2))
     Arena(*(DINOModel(backbone, DINOHead(96, 64)) for backbone in (student, teacher)), getattr(torch, precision))
     block = student.blocks[0]

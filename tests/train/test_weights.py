@@ -85,7 +85,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_vits_load_and_say_what_was_taken(tmp_path, caplog, name, zipped):
+def test_published_vits_load_and_log_what_was_loaded(tmp_path, caplog, name, zipped):
     caplog.set_level("INFO", "dino_train.models.weights")
     state, words = PUBLISHED[name]
     path = tmp_path / f"{name}.pth"
@@ -120,7 +120,7 @@ def test_names_of_other_versions_load(tmp_path, here, there):
     assert_is(dino_train.load_backbone(tmp_path / "other.pth"), TEACHER)
 
 
-def test_published_weights_give_the_definitions_features(tmp_path):
+def test_published_weights_give_the_expected_features(tmp_path):
     torch.save(TEACHER, tmp_path / "backbone.pth")
     image = torch.randn(3, SIZE, SIZE)
     parameters = {name: value.double() for name, value in TEACHER.items()}
@@ -137,7 +137,7 @@ def test_published_weights_give_the_definitions_features(tmp_path):
     ("arch", "patch", "size"),
     [("vit_nano", 16, 32), ("vit_tiny", 8, 64), ("vit_small", 16, 224), ("vit_small", 8, 224), ("vit_base", 16, 224)],
 )
-def test_arch_and_sizes_are_read_off_the_weights(tmp_path, arch, patch, size):
+def test_arch_and_sizes_are_inferred_from_the_weights(tmp_path, arch, patch, size):
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in vit(arch, patch_size=patch, img_size=size).state_dict().items()}
     torch.save({key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}, tmp_path / "x.pth")
@@ -190,7 +190,7 @@ def nano(**kwargs):
     return vit("vit_nano", **{"patch_size": 8, "img_size": 32, **kwargs})
 
 
-def test_what_does_not_match_is_an_error():
+def test_mismatched_weights_are_an_error():
     source = nano().state_dict()
     missing = {key: value for key, value in source.items() if key not in ("norm.bias", "cls_token")}
     with pytest.raises(ValueError, match=r"missing cls_token; missing norm\.bias$"):
@@ -209,7 +209,7 @@ def test_what_does_not_match_is_an_error():
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
 
 
-def test_partial_weights_load_only_where_asked_for(tmp_path, capsys, caplog):
+def test_partial_weights_load_only_on_request(tmp_path, capsys, caplog):
     state = {key: value + 1 for key, value in nano().state_dict().items() if not key.startswith("blocks.1.")}
     state |= {"blocks.1.norm1.bias": torch.zeros(5), "mask_token": torch.zeros(1)}
     path = tmp_path / "part.pth"
@@ -247,7 +247,7 @@ def test_errors_are_one_line(tmp_path, capsys, state, words, message):
     assert re.search(message, error) and error.count("\n") == 1, error
 
 
-def test_safetensors_that_are_none(tmp_path):
+def test_invalid_safetensors(tmp_path):
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match="damaged or not a safetensors file"):
         dino_train.load_backbone(tmp_path / "junk.safetensors")
@@ -255,7 +255,7 @@ def test_safetensors_that_are_none(tmp_path):
         dino_train.load_backbone(tmp_path / "nothing.safetensors")
 
 
-def test_the_readmes_lines(tmp_path, monkeypatch):
+def test_the_example_in_the_readme(tmp_path, monkeypatch):
     lines = re.search(
         r"\n    import dino_train\n(?:    .+\n)+", (Path(__file__).resolve().parents[2] / "README.md").read_text()
     )
