@@ -1,4 +1,4 @@
-"""Hardware counters: what ncu is asked, and what is read of its answer."""
+"""Hardware counters: the command line of ncu, and the parsing of its output."""
 
 import sys
 
@@ -6,7 +6,7 @@ import gpu_counters
 import gpu_measure
 import pytest
 
-# As ncu prints it with --csv --page raw: messages, names, units, a line a launch.
+# Output of ncu with --csv --page raw: messages, names, units, one line per launch.
 SAID = """==PROF== Connected to process 42 (/usr/bin/python3.12)
 ==PROF== Profiling "_student_kernel" - 0: 0%....50%....100% - 2 passes
 "ID","Process ID","Kernel Name","Block Size","Grid Size","CC",{metrics}
@@ -37,7 +37,7 @@ def test_a_table_of_ncu():
 
 
 def fake_ncu(tmp_path, monkeypatch, said):
-    """A program that runs what it is to look into, without a GPU, and says this."""
+    """A replacement for ncu that runs the given program without a GPU, and prints `said`."""
     script = tmp_path / "ncu"
     script.write_text(
         f"#!{sys.executable}\nimport subprocess, sys\nat = sys.argv.index({sys.executable!r})\n"

@@ -1,4 +1,4 @@
-"""What `make gpu` asks of a case: values, times and other launches; here with a timer that only keeps a diary."""
+"""Measurements of a case by `make gpu`: values, times and launch variants, with a timer that only records calls."""
 
 import time
 from functools import partial
@@ -68,7 +68,7 @@ def test_a_check_compares_with_float64_and_repeats(monkeypatch):
     assert gpu_report.check_note(check) == "wrong values: out off by 1.0e-03, not repeatable"
 
 
-# --- other launches ----------------------------------------------------------------------------------
+# --- launch variants ---------------------------------------------------------------------------------
 
 
 def test_a_launch_variant_has_other_options_and_is_compared_with_the_default(monkeypatch):
@@ -91,14 +91,14 @@ def test_a_launch_variant_has_other_options_and_is_compared_with_the_default(mon
     notes = {row["provider"]: row["note"] for row in gpu_report.finish_rows(rows, None)}
     assert notes.pop(f"{OURS}, 4 stages").startswith("wrong values: out off by 5.0e-01") and not any(notes.values())
     assert rows[2]["from_default"] == {"out": 0}
-    assert JITFunction.run(None) is None and launches[-1] == {}  # as it was
+    assert JITFunction.run(None) is None and launches[-1] == {}  # restored
 
 
 # --- timers ------------------------------------------------------------------------------------------
 
 
 class FakeCuda:
-    """As much of torch.cuda as the timer uses. Memory in use follows a list; each "event" takes 3 ms."""
+    """The parts of torch.cuda that the timer uses. Memory in use comes from a list; each "event" takes 3 ms."""
 
     def __init__(self):
         self.diary, self.memory, self.mode = [], [], "default"
@@ -169,7 +169,7 @@ def test_the_time_limit_interrupts_a_call():
         time.sleep(10)
     with gpu_measure.time_limit(0.05):
         pass
-    time.sleep(0.1)  # nothing is left ticking
+    time.sleep(0.1)  # the timer was stopped
 
 
 def test_a_wider_loss_takes_more_warps_and_leaves_kernels_without_lanes():

@@ -1,4 +1,4 @@
-"""bench/gpu/gpu.py's arithmetic and verdicts, and what it writes."""
+"""Computed values, verdicts and output files of bench/gpu/gpu.py."""
 
 import json
 

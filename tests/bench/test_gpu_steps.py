@@ -1,4 +1,4 @@
-"""The whole steps of `make gpu`: their verdicts, and what is compared."""
+"""Whole steps of `make gpu`: verdicts and compared losses."""
 
 import gpu_report
 import gpu_targets

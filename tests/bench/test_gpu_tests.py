@@ -1,4 +1,4 @@
-"""Which tests a card is asked, and that the outcomes of those before one that kills the process are kept."""
+"""Selection of tests for a GPU; outcomes are kept if a later test kills the process."""
 
 import gpu
 import gpu_tests

@@ -1,4 +1,4 @@
-"""Reading images from folders and zips, the split."""
+"""Reading of images from folders and zips, and the split."""
 
 import io
 import os
@@ -20,7 +20,7 @@ RED = (200, 30, 40)
 
 
 def loaded(path):
-    """The one image of a folder as an int array [H, W, 3], and that it is RGB."""
+    """The only image of a folder as an int array [H, W, 3]; checks that it is RGB."""
     image = ImageFolder(path).load(0)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
@@ -99,7 +99,7 @@ def test_exif_orientation(tmp_path, suffix, mode):
     image = Image.new(mode, (16, 8))
     image.paste(RED if mode == "RGB" else 65535, (0, 0, 8, 8))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise: left becomes top
+    exif[0x0112] = 6  # rotated clockwise for display: left becomes top
     save(tmp_path / f"a.{suffix}", image, exif=exif)
     pixels = loaded(tmp_path)
     assert pixels.shape == (16, 8, 3)
@@ -134,7 +134,7 @@ def test_files_that_only_pillow_decodes(monkeypatch):
     assert jpeg_size(turned) is jpeg_size(inks) is jpeg_size(png()) is jpeg_size(b"\xff\xd8\xff") is None
     assert decode(turned).shape == (53, 37, 3)
     assert np.array_equal(decode(inks), np.asarray(Image.open(io.BytesIO(inks)).convert("RGB")))
-    text = jpeg(comment=b"Exif\0\0")  # no EXIF segment, though it says so
+    text = jpeg(comment=b"Exif\0\0")  # a comment that looks like EXIF
     assert jpeg_size(text) == (37, 53)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert jpeg_size(jpeg()) is None
@@ -332,7 +332,7 @@ def test_split_by_hash(tmp_path, prefix):
     names = [f"{'ab'[i % 2]}/{i:02}.png" for i in range(60)]
     root = fill(tmp_path / "set", *(prefix + name for name in names))
     if prefix:
-        fill(root, "test/a/00.png", "top.png")  # train without val: only what is in train is used
+        fill(root, "test/a/00.png", "top.png")  # train without val: only the images in train are used
     splits = split(root), split(zip_of(root))
     for train, held_out in splits:
         assert sorted(train.names + held_out.names) == sorted(names) and train.names == sorted(train.names)

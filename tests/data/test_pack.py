@@ -1,4 +1,4 @@
-"""The packed store: what is in it, what others read, interruptions, damage, full disks."""
+"""The packed store: content, other readers, interruptions, damage, full disks."""
 
 import io
 import subprocess
@@ -63,7 +63,7 @@ def test_reads_like_the_folder(root, caplog):
     assert train.classes == held_out.classes == ["cat", "dog"] and len(train) == 4 and len(held_out) == 2
     assert held_out.labels == [0, 1]
     small = images.names.index("train/cat/small.jpg")
-    assert images.read(small) == (root / "train/cat/small.jpg").read_bytes()  # a JPEG that fits stays as it is
+    assert images.read(small) == (root / "train/cat/small.jpg").read_bytes()  # a small JPEG is copied unchanged
     shrunk = Image.open(root / "train/cat/large.JPEG").resize((40, 24), Image.Resampling.LANCZOS)
     expected = np.asarray(Image.open(save(root.parent / "expected.jpg", shrunk, quality=90)))
     assert np.array_equal(images.pixels(images.names.index("train/cat/large.JPEG")), expected)
@@ -102,7 +102,7 @@ def test_an_interrupted_call_is_continued(root, records, more):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack_module, "_record", lambda *a: encoded.append(1) or original(*a))
         assert packed(root).read_bytes() == whole
-    assert len(encoded) == 7 - records  # an unreadable one is tried again
+    assert len(encoded) == 7 - records  # the unreadable image is tried again
     assert not partial.exists()
 
 
@@ -129,7 +129,7 @@ def test_a_killed_process_leaves_no_incomplete_output(root):
 def test_other_options_start_again(root):
     out = packed(root)
     out.rename(out.with_name("set.tar.partial"))
-    assert packed(root, size=20).read_bytes() == packed(root, "fresh.tar", size=20).read_bytes()
+    assert packed(root, size=20).read_bytes() == packed(root, "other.tar", size=20).read_bytes()
 
 
 def test_a_damaged_record_is_reported_and_the_others_are_read(root):
@@ -151,7 +151,7 @@ def test_a_damaged_record_is_reported_and_the_others_are_read(root):
 def test_a_truncated_store(root, keep):
     out = packed(root)
     out.write_bytes(out.read_bytes()[:keep])
-    if keep == -1:  # only of the zeros after the index
+    if keep == -1:  # only zeros after the index are missing
         assert len(ImageFolder(out)) == 6
         return
     with pytest.raises(DataError, match=r"set.tar is a damaged tar \(.*\): copy or download it again$"):

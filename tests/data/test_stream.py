@@ -1,4 +1,4 @@
-"""Shards: every sample once an epoch on two ranks, resuming, replacing what fails, and what a user gets wrong."""
+"""Shards: every sample once per epoch on two ranks, resuming, replacement of failed samples, and user errors."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def add(tar, name, data):
 
 @pytest.fixture
 def pattern(tmp_path):
-    """Shards of SIZES samples, each a label, a mask and an image, which shows its number in red."""
+    """Shards of SIZES samples, each a label, a mask and an image with its number as red value."""
     number = 0
     for shard, size in enumerate(SIZES):
         with tarfile.open(tmp_path / f"s{shard}.tar", "w") as tar:
@@ -61,7 +61,7 @@ def opened(pattern):
 
 
 def shown(sample):
-    """The number that the sample's image shows."""
+    """The number encoded in the sample's image."""
     _, read = next(sample.candidates())
     return int(decode(read())[0, 0, 0])
 
@@ -160,7 +160,7 @@ def test_a_run_is_resumed_bitwise(pattern, tmp_path, monkeypatch):
     counted = []
     monkeypatch.setattr(stream_module, "_count", lambda url: counted.append(url))
     pretrain(replace(part, resume=True))
-    assert not counted  # the folder tells
+    assert not counted  # the counts come from shards.json
     assert_same(final_weights(whole), final_weights(part))
 
 
@@ -206,7 +206,7 @@ def test_at_most_one_window_is_prefetched(pattern, monkeypatch):
     iterator = opened(pattern).steps(2, 0, 0, 10_000)
     next(iterator)
     time.sleep(0.5)
-    assert len(read) <= 3 * 6 + 1  # the window in use, the one in the queue, the one that waits for room
+    assert len(read) <= 3 * 6 + 1  # one window in use, one in the queue, one waiting for the queue
     iterator.close()
     time.sleep(1)
     assert not [thread for thread in threading.enumerate() if thread.name == "dino-train shards"]

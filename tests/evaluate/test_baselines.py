@@ -22,9 +22,9 @@ def test_each_row_equals_the_result_of_the_other_protocols(run, capsys):
     knn = evaluate(capsys, "knn", *options, "--nb-knn", "10")
     linear = evaluate(capsys, "linear", *options, "--epochs", "3")
     assert found["teacher"] == {"knn10": knn["knn10"]["top1"], "linear": linear["best"]["top1"]}
-    # random weights of seed 0 are those of a checkpoint of seed 0 that was never trained
+    # random weights with seed 0 equal an untrained checkpoint with seed 0
     assert found["random weights"] == found["teacher"]
-    assert evaluate(capsys, "baselines", *options, "--epochs", "3", "--seed", "0") == found  # out of the cache
+    assert evaluate(capsys, "baselines", *options, "--epochs", "3", "--seed", "0") == found  # from the cache
 
 
 def test_text_names_every_row_and_the_number_of_images(run, capsys):

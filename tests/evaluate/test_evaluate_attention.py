@@ -28,7 +28,7 @@ def noise(path, width, height, seed=0):
 def test_keep_mass_by_hand():
     maps = torch.tensor([[[0.1, 0.5], [0.3, 0.1]], [[0.25, 0.25], [0.25, 0.25]]])
     assert keep_mass(maps, 0.45)[0].tolist() == [[False, True], [False, False]]
-    assert keep_mass(maps, 0.6)[0].tolist() == [[False, True], [True, False]]  # 0.5 alone is too little
+    assert keep_mass(maps, 0.6)[0].tolist() == [[False, True], [True, False]]  # 0.5 alone is not enough
     assert keep_mass(maps, 0.6)[1].sum() == 3
     assert keep_mass(maps * 7, 0.6).equal(keep_mass(maps, 0.6))
     assert keep_mass(maps, 1.0).all()
@@ -61,7 +61,7 @@ def test_maps_have_the_size_of_the_image(run, tmp_path, capsys):
         colors, mask = (Image.open(out / f"wide_{name}{suffix}.png") for suffix in ("", "_mask"))
         assert colors.size == mask.size == Image.open(out / f"wide_{name}_overlay.png").size == (90, 50)
         assert np.asarray(colors).std() > 5
-        assert 0.05 < np.asarray(mask).mean() < 0.61  # 0.6 of the mass is on at most that share of the patches
+        assert 0.05 < np.asarray(mask).mean() < 0.61  # 0.6 of the mass is on at most this fraction of the patches
     assert (out / "sheet.png").exists()
     for bad, message in (
         (["--data", str(tmp_path / "nowhere.jpg")], "no such image, folder or video: "),
@@ -102,7 +102,7 @@ def test_masks_give_the_overlap_of_the_written_masks(run, tmp_path, capsys):
     truth = {}
     for i in range(3):
         noise(tmp_path / f"images/{i}.png", 40, 24, seed=i)
-        if i < 2:  # one image without a mask is left out
+        if i < 2:  # one image has no mask
             truth[i] = rng.random((24, 40)) < 0.4
             (tmp_path / "masks").mkdir(exist_ok=True)
             Image.fromarray(np.uint8(255 * truth[i])).save(tmp_path / f"masks/{i}.png")

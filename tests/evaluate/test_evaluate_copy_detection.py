@@ -15,7 +15,7 @@ STRONG = ("200001.jpg", "200002.jpg", "200201.jpg", "200301.jpg")
 
 @pytest.fixture
 def copydays(tmp_path):
-    """Four originals and their copies, in the folders of Copydays."""
+    """Four originals and their copies, in the folder layout of Copydays."""
     rng = np.random.default_rng(0)
     root = tmp_path / "copydays"
     originals = {}
@@ -66,7 +66,7 @@ def test_distractors_and_whitening(copydays, tmp_path, capsys):
     words = ["copy-detection", "--checkpoint", tiny_checkpoint(tmp_path / "run"), "--data", copydays]
     words += ["--image-size", 16]
     plain = evaluate(capsys, *words)["mAP"]
-    copies = tmp_path / "copies"  # the strong copies themselves: each is before its original
+    copies = tmp_path / "copies"  # the strong copies: each is ranked before its original
     copies.mkdir()
     for path in (copydays / "strong").iterdir():
         (copies / path.name).write_bytes(path.read_bytes())
@@ -85,7 +85,7 @@ def test_precisions_by_hand():
         ["a/2000.jpg", "a/2001.jpg", "b/2001.jpg"],
         [],
     )
-    # Found first, second (area (0 + 1/2) / 2), and third ((0 + 1/3) / 2).
+    # Retrieved at rank 1, 2 (area (0 + 1/2) / 2) and 3 ((0 + 1/3) / 2).
     expected = {"a": (1 + 1 / 4) / 2, "b": 1 / 6}
     assert block_precisions(database, queries) == pytest.approx(expected)
 
@@ -104,12 +104,12 @@ def test_whitening_gives_unit_variances():
     white = Whitening(mixed - mixed.mean(0))(mixed)
     torch.testing.assert_close(white.T.cov(correction=0), torch.eye(6), rtol=0, atol=1e-3)
     flat = mixed.clone()
-    flat[:, 3] = flat[:, 2]  # a direction without variance is not blown up
+    flat[:, 3] = flat[:, 2]  # a direction without variance is not amplified
     assert Whitening(flat - flat.mean(0))(flat).abs().max() < 30
 
 
 def test_whitened_products_are_mahalanobis_products():
-    """By solving, in place of turning: x, y -> (x - mean)' (second moment)^-1 (y - mean)."""
+    """Computed with a linear solve instead of a rotation: x, y -> (x - mean)' (second moment)^-1 (y - mean)."""
     g = torch.Generator().manual_seed(0)
     learned = torch.randn(200, 6, generator=g) @ torch.randn(6, 6, generator=g) + 3
     x = torch.randn(5, 6, generator=g)

@@ -22,20 +22,20 @@ def test_it_learns_and_writes_a_checkpoint_that_commands_can_load(words, tmp_pat
     for part in ("train", "val"):
         (tmp_path / f"data/{part}/red/unreadable.png").write_bytes(b"")
     found = evaluate(capsys, *words, "--epochs", 12, "--lr", 0.02)
-    assert (found["train"], found["val"]) == (24, 15)  # those that were used
+    assert (found["train"], found["val"]) == (24, 15)  # number of images used
     assert found["top1"] > 90 and found["checkpoint"] == str(tmp_path / "out/last.pt")
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3 * (i + 1) for i in range(12)]
     assert rows[-1]["top1"] == found["top1"] and rows[-1]["loss"] < rows[0]["loss"]
     before, after = load_trained(tmp_path / "run").backbone, load_trained(tmp_path / "out").backbone
     assert not before.blocks[0].attn.qkv.weight.equal(after.blocks[0].attn.qkv.weight)
-    knn = evaluate(capsys, "knn", "--checkpoint", tmp_path / "out", "--nb-knn", 5)  # of the same images
+    knn = evaluate(capsys, "knn", "--checkpoint", tmp_path / "out", "--nb-knn", 5)  # uses the same images
     assert knn["knn5"]["top1"] > 90
 
 
 def test_a_stopped_run_is_resumed_bitwise(words, tmp_path, capsys, caplog, monkeypatch):
     words = [*words, "--epochs", 4]
-    whole = evaluate(capsys, *words, "--resume")  # nothing is there yet: from the beginning
+    whole = evaluate(capsys, *words, "--resume")  # no checkpoint yet: starts from the beginning
     expected = torch.load(tmp_path / "out/last.pt", weights_only=True)
     words[words.index(tmp_path / "out")] = tmp_path / "stopped"
     step = finetune._Tuning._step
@@ -58,7 +58,7 @@ def test_a_stopped_run_is_resumed_bitwise(words, tmp_path, capsys, caplog, monke
         assert tensor.equal(found["teacher"][name]), name
     rows = [json.loads(line) for line in (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
-    assert evaluate(capsys, *words, "--resume")["top1"] == whole["top1"]  # nothing is left to do
+    assert evaluate(capsys, *words, "--resume")["top1"] == whole["top1"]  # already complete
     assert "has epochs 4, not 5" in error_of(capsys, *words[:-1], 5, "--resume")
     tiny_checkpoint(tmp_path / "run", seed=1)
     assert "has checkpoint" in error_of(capsys, *words, "--resume")

@@ -64,10 +64,10 @@ def test_block_features_are_class_tokens_of_the_last_blocks_and_mean_patches():
     tokens = backbone.features(pixels, 2)
     expected = torch.empty(2, 3 * 96)
     expected[:, :96] = tokens[0][:, 0]
-    expected[:, 96::2], expected[:, 97::2] = tokens[1][:, 0], tokens[1][:, 1:].mean(1)  # as eval_linear.py:175 has it
+    expected[:, 96::2], expected[:, 97::2] = tokens[1][:, 0], tokens[1][:, 1:].mean(1)  # as in eval_linear.py:175
     torch.testing.assert_close(block_features(backbone, 2, True, pixels), expected)
     torch.testing.assert_close(block_features(backbone, 1, False, pixels), backbone(pixels))
-    assert block_features(backbone, 4, False, pixels).shape == (2, 3 * 96)  # it has three
+    assert block_features(backbone, 4, False, pixels).shape == (2, 3 * 96)  # it has only three blocks
     for blocks, avgpool in ((1, True), (2, False), (4, True)):
         assert block_features(backbone, blocks, avgpool, pixels).shape == (2, n_features(backbone, blocks, avgpool))
 
@@ -77,7 +77,7 @@ def test_command_finds_colors_and_reports_every_rate(words, capsys):
     assert [rate["lr"] for rate in found["rates"]] == [1e-6, 0.1, 1e9]
     assert found["best"]["lr"] == 0.1 and found["best"]["top1"] > 90 and found["best"]["top5"] == 100
     assert found["rates"][0]["top1"] < found["best"]["top1"]
-    assert evaluate(capsys, *words, "--epochs", 20, "--lrs", 1e-6, 0.1, 1e9) == found  # from the cache, bit for bit
+    assert evaluate(capsys, *words, "--epochs", 20, "--lrs", 1e-6, 0.1, 1e9) == found  # from the cache, bitwise
 
 
 def test_one_rate_alone_equals_the_same_rate_in_a_grid(words, capsys):
@@ -114,15 +114,15 @@ def test_the_reference_protocol_is_resumed_bitwise(words, tmp_path, capsys, monk
     assert evaluate(capsys, *words) == whole and len(calls) == 15 + 12
     found = checkpoint.load(kept)
     assert found["epochs"] == 6 and found["weight"].equal(expected["weight"])
-    assert evaluate(capsys, *words) == whole and len(calls) == 15 + 12  # nothing is left to do
+    assert evaluate(capsys, *words) == whole and len(calls) == 15 + 12  # already complete
     kept.write_bytes(kept.read_bytes()[:500])
-    assert evaluate(capsys, *words) == whole and len(calls) == 15 + 12 + 24  # damaged: anew
-    evaluate(capsys, *words, "--seed", 1)  # other settings do not go on with it
+    assert evaluate(capsys, *words) == whole and len(calls) == 15 + 12 + 24  # damaged: starts again
+    evaluate(capsys, *words, "--seed", 1)  # other options do not resume from it
     assert len(calls) == 15 + 12 + 24 + 24
 
 
 def test_published_classifiers_are_evaluated_without_training(tmp_path, capsys):
-    """vit_base's layout: one block and the mean patch token, their channels alternating."""
+    """The layout for vit_base: one block and the mean patch token, with interleaved channels."""
     data = colored_classes(tmp_path / "data")
     torch.manual_seed(0)
     backbone = vit("vit_nano", patch_size=8, img_size=16).eval()
@@ -191,6 +191,6 @@ def test_distribution_of_random_crops():
     crop = RandomCrop(32, seed=0)
     rows = np.stack([(crop(ramp, (0, i))[0, 16] * 0.229 + 0.485).numpy() * 255 for i in range(400)])
     slopes = rows[:, -1] - rows[:, 0]
-    assert 0.4 < (slopes < 0).mean() < 0.6  # mirrored
+    assert 0.4 < (slopes < 0).mean() < 0.6  # horizontal flips
     area = (np.abs(slopes) + np.abs(slopes) / 31) / 200
     assert area.min() > 0.1 and area.max() > 0.85 and rows.min() < 15 and rows.max() > 185

@@ -52,7 +52,7 @@ def test_blockwise_knn_equals_a_plain_loop(monkeypatch):
             votes = np.zeros(9)
             for i in np.argsort(-similarity)[:k]:
                 votes[labels[i]] += np.exp(similarity[i] / 0.07)
-            ranked.append(np.sum(votes >= votes[label]) - 1)  # classes without a vote are never right
+            ranked.append(np.sum(votes >= votes[label]) - 1)  # classes without votes are never predicted
         assert found[k]["top1"] == pytest.approx(100 * np.mean(np.array(ranked) < 1))
         assert found[k]["top5"] == pytest.approx(100 * np.mean(np.array(ranked) < 5))
 
@@ -66,7 +66,7 @@ def test_knn_equals_scikit_learn():
     test = nn.functional.normalize(centers[test_labels] + 1.5 * torch.randn(200, 16, generator=g), dim=1)
     found = knn_top(train, labels, test, test_labels, ks=(5, 40), classes=9)
     for k in (5, 40):
-        # Of vectors of norm 1 the squared distance is 2 - 2 cosine.
+        # For vectors of norm 1, the squared distance is 2 - 2 cosine.
         weighted = neighbors.KNeighborsClassifier(k, weights=lambda distance: np.exp((1 - distance**2 / 2) / 0.07))
         expected = 100 * weighted.fit(train.numpy(), labels.numpy()).score(test.numpy(), test_labels.numpy())
         assert found[k]["top1"] == pytest.approx(expected) and 40 < expected < 95
@@ -79,7 +79,7 @@ def test_recall_by_hand():
 
 
 class MeanColor(nn.Module):
-    """A backbone whose features are known: the mean color of the image, undone normalization."""
+    """A backbone with known features: the mean color of the image before normalization."""
 
     def __init__(self):
         super().__init__()
@@ -185,7 +185,7 @@ def test_a_second_call_uses_the_cached_features_unless_something_changed(setting
     tiny_checkpoint(run, seed=1)
     evaluate(capsys, *words)
     assert len(extracted) == 7
-    for path in (run / "features").iterdir():  # a file cut short is made again
+    for path in (run / "features").iterdir():  # a truncated file is written again
         path.write_bytes(path.read_bytes()[:100])
     evaluate(capsys, *words)
     assert len(extracted) == 9 and not list((run / "features").glob("*.tmp"))

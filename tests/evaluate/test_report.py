@@ -38,12 +38,12 @@ def test_the_page_shows_the_run(run, page):
     assert f"<b>{[row['knn10'] for row in rows if 'knn10' in row][-1]:.1f} %</b>" in text
     assert text.count("<svg ") == len(PANELS)
     for name, value in json.loads((run / "config.json").read_text()).items():
-        shown = name.replace("_", "_<wbr>")  # where a long name may be broken
+        shown = name.replace("_", "_<wbr>")  # allowed line breaks in long names
         assert re.search(rf"<td>{shown}</td><td[^>]*>{re.escape(str(value))}</td>", text), name
     assert '<td class="set">vit_nano</td>' in text and "<td>lr</td><td>0.0005</td>" in text  # bold: not the default
     assert text.count('"cell"') == 2 * (1 + 1 + 3) + 2 * (1 + 5)  # two held-out images; three heads; five neighbors
     assert "$" not in re.sub(r"<style>.*</style>", "", text, flags=re.DOTALL)
-    # Nothing is loaded from elsewhere: no link, no script, only pictures in the page itself.
+    # Nothing is loaded from other files: no link, no script, only embedded images.
     assert not re.findall(r"<(?:script|link|iframe|object)\b", text)
     assert all(source.startswith("data:image/jpeg;base64,") for source in re.findall(r'src="([^"]*)"', text))
     assert len(re.findall(r'\bid="', text)) == len(set(re.findall(r'\bid="([^"]*)"', text)))
@@ -64,7 +64,7 @@ def test_checks_for_a_collapse():
     uniform = well + [a_row(loss=log_k, entropy=log_k, single=log_k)] * 10
     assert [fine for fine, _ in checks(uniform, log_k)] == [True, False, True]
     assert "in 10 of the last 10 lines; it is 4.16 now and was 3.00 in the first" in checks(uniform, log_k)[1][1]
-    assert [fine for fine, _ in checks(uniform[:-1], log_k)] == [True, True, True]  # nine in a row are not ten
+    assert [fine for fine, _ in checks(uniform[:-1], log_k)] == [True, True, True]  # only nine in a row
     constant = well + [a_row(entropy=1.0, single=1.0)] * 10
     assert [fine for fine, _ in checks(constant, log_k)] == [True, True, False]
     assert [fine for fine, _ in checks([*well, a_row(loss=math.nan)], log_k)] == [False, True, True]
@@ -168,7 +168,7 @@ def test_a_browser_shows_it(page, width, height):
         browser.open(page, width, height)
         assert not browser.log  # errors, violations of the content policy, console
         assert [url for url in browser.requests if not url.startswith("data:")] == [page.as_uri()]
-        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out sideways
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")  # no horizontal overflow
         assert browser.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
         boxes = browser.evaluate(
             "[...document.querySelectorAll('figure svg, .cell img, .tiles .card, .checks li, td')]"
@@ -181,4 +181,4 @@ def test_a_browser_shows_it(page, width, height):
         figures = browser.evaluate("[...document.querySelectorAll('figure')].map(e => e.getBoundingClientRect().left)")
         assert len(set(figures)) == (3 if width > 600 else 1)  # columns
         letters = "[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height)"
-        assert browser.evaluate(f"Math.min(...{letters})") > 9  # of the curves, as large as small print
+        assert browser.evaluate(f"Math.min(...{letters})") > 9  # text of the curves is readable

@@ -1,4 +1,4 @@
-"""The double of a GPU refuses what a GPU would get wrong, and nothing else."""
+"""The test double of a GPU raises errors for wrong use of a GPU, and only for that."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_a_result_is_used_only_after_its_event(gpu):
         x + 1
     gpu.wait(done)
     assert (x + 1).sum() == 9
-    with pytest.raises(Misuse, match="stream 1 wrote"):  # its event was before that
+    with pytest.raises(Misuse, match="stream 1 wrote"):  # the event was recorded before that write
         later.add_(1)
 
 
@@ -32,7 +32,7 @@ def test_memory_is_not_written_while_it_is_read(gpu):
         gpu.wait(ready)
         x.sum()
         done = gpu.record()
-    x.sum()  # both may read
+    x.sum()  # concurrent reads are allowed
     with pytest.raises(Misuse, match="mul_.* uses memory that stream 1 reads"):
         x.mul_(2)
     gpu.wait(done)
@@ -56,7 +56,7 @@ def test_pinned_memory_does_not_change_before_its_copy_is_complete(gpu):
         gpu.upload(memory[:2])
     done.synchronize()
     gpu.upload(memory[:2])
-    memory.numpy()[0] = 7  # as a thread of the loader would, past torch
+    memory.numpy()[0] = 7  # like a thread of the loader, not through torch
     with pytest.raises(Misuse, match="pinned memory changed before its copy had completed"):
         gpu.record().synchronize()
     with pytest.raises(Misuse, match="not pinned"):
@@ -70,7 +70,7 @@ def test_a_capture_does_not_synchronize(gpu, read):
     x = torch.ones(1)
     with pytest.raises(Misuse, match="waits for the device in a capture"):
         gpu.capture(lambda: read(x * 2), gpu.stream())
-    read(x * 2)  # the device is usable as before
+    read(x * 2)  # the device can still be used
 
 
 def test_a_capture_uses_no_host_values(gpu):
@@ -99,7 +99,7 @@ def test_a_capture_runs_nothing_and_its_replay_uses_the_same_memory(gpu):
     assert weights.tolist() == [0, -1, -2] and draws[1] == 0
     torch.manual_seed(1)
     torch.rand(3)
-    assert torch.equal(draws[0], torch.rand(3))  # the capture drew no random number, the second replay its own
+    assert torch.equal(draws[0], torch.rand(3))  # the capture drew no random numbers; each replay draws new ones
     weights.data = torch.zeros(3)
     with pytest.raises(Misuse, match=r"a tensor \[3\] of a captured graph has moved"):
         replay()

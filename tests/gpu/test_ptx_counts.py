@@ -1,4 +1,4 @@
-"""bench/ptx_counts.py on its shortest op, whose counts are known."""
+"""bench/ptx_counts.py with its shortest op, whose counts are known."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def test_counts_of_a_kernel_before_and_after(tmp_path):
     text = (tmp_path / "table.md").read_text()
     kernel, whole = read(text)
     assert kernel["kernel"] == "kernel" and whole["kernel"] == "all" and kernel["launches"] == whole["launches"] == "2"
-    # Forward and backward move 16 bytes of an element; each reads a row's scale for every element of it.
+    # Forward and backward move 16 bytes per element; each also reads the scale of the row for every element.
     assert 16 < float(whole["bytes"]) < 20 and whole["exponentials"] == "0" and float(whole["instructions"]) > 5
     assert whole["bound by"] == "bytes" and whole["computed us"] == whole["floor us"] == "63.1"
     (change,) = read(text.split("## Each kernel")[0])

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels of nvcc: right ones compute what they should and are silent, wrong ones are reported."""
+"""CUDA C++ kernels compiled by nvcc: correct kernels have correct results and no reports, wrong ones are reported."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
-def fresh_options():
+def default_options():
     options.__init__()
 
 

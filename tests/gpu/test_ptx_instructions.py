@@ -1,4 +1,4 @@
-"""Each class of instructions, hand-written, against numpy."""
+"""Each class of instructions, in hand-written PTX, compared with numpy."""
 
 import numpy as np
 import pytest
@@ -24,14 +24,14 @@ HEADER = ".version 8.0\n.target sm_80\n.address_size 64\n"
 
 
 @pytest.fixture(autouse=True)
-def fresh_options():
+def default_options():
     options.__init__()
 
 
 def apply(
     code: str, result: str, *inputs: tuple[str, np.ndarray], threads: int | None = None, extra: str = ""
 ) -> np.ndarray:
-    """Runs `code`, which makes %y of %x0, %x1, ..., a thread an element."""
+    """Run `code`, which computes %y from %x0, %x1, ..., with one thread per element."""
     n = len(inputs[0][1]) if inputs else threads
     params = [f".param .u64 p{i}" for i in range(len(inputs) + 1)]
     registers = [f".reg .{kind.replace('f16', 'b16')} %x{i};" for i, (kind, _) in enumerate(inputs)]
@@ -209,7 +209,7 @@ def test_floats(kind):
         )
         actual = apply(f"fma.rn.{kind} %y, %x0, %x1, %x2;", kind, (kind, a), (kind, b), (kind, c))
         ok = (actual == fused) | ((actual != actual) & (fused != fused))
-        assert ok.mean() > 0.99  # long double is itself not exact
+        assert ok.mean() > 0.99  # long double is not exact
 
 
 def test_fma_rounds_once_and_ftz_flushes():

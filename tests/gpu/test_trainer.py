@@ -1,4 +1,4 @@
-"""Everything the trainer asks of a GPU, run through its own code on a double that checks the order; and only there."""
+"""All GPU code of the trainer, run with a test double of the GPU that checks the order of operations."""
 
 import ast
 import math
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def measured():
-    """Which lines of the package run."""
+    """Records which lines of the package run."""
     coverage_of = coverage.Coverage(data_file=None, include=[f"{PACKAGE}/*"])
     coverage_of.start()
     yield coverage_of
@@ -45,7 +45,7 @@ def measured():
 
 @pytest.fixture
 def config(tmp_path):
-    """3 epochs of 5 steps, of 22 images; the last layer thaws after one, view retrieval and k-NN after each."""
+    """3 epochs of 5 steps, 22 images; the last layer is frozen in the first; view retrieval and k-NN after each."""
     make_images(tmp_path / "data/train", n=22)
     make_images(tmp_path / "data/val", n=9)
     return PretrainConfig(
@@ -64,7 +64,7 @@ def evaluations(config):
 
 
 def on_cpu(config):
-    """The same run on a CPU; its config."""
+    """The config of the same run on a CPU, after the run."""
     config = replace(config, output_dir=config.output_dir / "cpu", resume=False)
     pretrain(config)
     return config
@@ -74,17 +74,17 @@ def assert_close(config, other, tolerance=2e-5):
     ours, expected = final_weights(config), final_weights(other)
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        if not name.endswith("attn.qkv.bias"):  # a key bias has no gradient but rounding, which AdamW scales up
+        if not name.endswith("attn.qkv.bias"):  # the gradient of a key bias is rounding error, which AdamW amplifies
             torch.testing.assert_close(torch.as_tensor(ours[name]), torch.as_tensor(value), rtol=1e-3, atol=tolerance)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_whole_run_equals_a_cpu_run(config, precision, caplog):
-    """Two graphs, before and after the thaw; evaluations between; every step's batch made in a stream of its own."""
+    """Two graphs, with frozen and trained last layer; evaluations in between; batches computed in a separate stream."""
     config = replace(config, precision=precision)
     with Double().installed() as gpu:
         pretrain(config)
-    assert (gpu.captures, gpu.replays) == (2, 2 + 7)  # each after three plain steps
+    assert (gpu.captures, gpu.replays) == (2, 2 + 7)  # each after three eager steps
     assert "capture failed" not in caplog.text
     cpu = on_cpu(config)
     assert losses(config) == pytest.approx(losses(cpu), rel=1e-5 if precision == "float32" else 2e-2)
@@ -92,7 +92,7 @@ def test_a_whole_run_equals_a_cpu_run(config, precision, caplog):
         assert_close(config, cpu)
     for ours, expected in zip(evaluations(config), evaluations(cpu), strict=True):
         assert ours["retrieval_images"] == expected["retrieval_images"] == 9 and ours["knn_images"] == 9
-        assert ours["retrieval"] == pytest.approx(expected["retrieval"], abs=12)  # of 9 images, one is 11 %
+        assert ours["retrieval"] == pytest.approx(expected["retrieval"], abs=12)  # with 9 images, one is 11 %
     assert len(evaluations(config)) == 4
 
 
@@ -117,7 +117,7 @@ def test_bfloat16_is_the_default_of_a_gpu(config, capsys):
 
 
 def test_steps_between_log_lines_do_not_synchronize(config, monkeypatch):
-    """And the host does not wait for a batch's upload before it launches the step."""
+    """The host also does not wait for the upload of a batch before it launches the step."""
     waits, update = [], Learner.step
     with Double().installed() as gpu:
 
@@ -129,7 +129,7 @@ def test_steps_between_log_lines_do_not_synchronize(config, monkeypatch):
 
         monkeypatch.setattr(Learner, "step", counted)
         pretrain(config)
-    assert sum(waits) == 2 and waits[3] == waits[8] == 1  # the begins of the captures
+    assert sum(waits) == 2 and waits[3] == waits[8] == 1  # the starts of the captures
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -173,7 +173,7 @@ def test_a_run_of_shards_resumes_after_one_of_two_processes(config, caplog):
     assert gpu.replays == 2 + 2 and all(map(math.isfinite, losses(config)))
 
 
-@pytest.mark.parametrize("poisoned", [7, 13])  # a plain step, and a replay
+@pytest.mark.parametrize("poisoned", [7, 13])  # an eager step, and a replay
 def test_a_non_finite_loss_ends_the_run_and_updates_nothing(config, monkeypatch, poisoned):
     update = Learner.step
 
@@ -194,7 +194,7 @@ def test_optimizers_without_a_guard_and_micro_batches(config, changes):
     config = replace(config, **changes)
     with Double().installed() as gpu:
         pretrain(config)
-    assert (gpu.captures > 0) == ("accumulate" in changes)  # sgd and lars read the loss
+    assert (gpu.captures > 0) == ("accumulate" in changes)  # sgd and lars synchronize to read the loss
     assert_close(config, on_cpu(config))
 
 
@@ -239,7 +239,7 @@ def test_after_a_failed_capture_steps_run_eagerly_with_a_warning(config, monkeyp
 
         if place == "end":
             gpu.capture = fails
-        else:  # the gradient is complete, and stays
+        else:  # the gradient is complete, and is kept
             monkeypatch.setattr(learner.AdamWithEMA, "step", optimize_or_fail)
         pretrain(config)
     assert gpu.replays == 0 and caplog.text.count("steps run without a CUDA graph, because the capture failed") == 2
@@ -251,8 +251,8 @@ def test_a_graph_rejects_inputs_of_another_shape_or_dtype():
     with Double().installed() as gpu:
         graphed = graph.Graphed(gpu, lambda inputs: (inputs[0] * 2, inputs[1] + inputs[0]))
         results = [graphed([torch.full((3,), float(i)), torch.ones(3)]) for i in range(7)]
-        assert gpu.captures == 1 and gpu.replays == 4 and len(gpu.streams) == 2  # one side stream for all
-        for i, (double, more) in enumerate(results):  # all of them: a later replay must not reach earlier outputs
+        assert gpu.captures == 1 and gpu.replays == 4 and len(gpu.streams) == 2  # all use the same side stream
+        for i, (double, more) in enumerate(results):  # all results: a later replay must not overwrite earlier outputs
             assert torch.equal(double, torch.full((3,), 2.0 * i)) and torch.equal(more, torch.full((3,), i + 1.0))
         message = r"input 1 of a captured graph must have shape \[3\] and torch.float32, got \[1\] and torch.float32"
         with pytest.raises(ValueError, match=message):
@@ -280,7 +280,7 @@ def test_every_batch_equals_that_of_a_cpu(config, num_workers, dtype):
     expected = copies(batches(config, dtype=dtype))
     with Double().installed() as gpu:
         made = copies(batches(config, num_workers=num_workers, dtype=dtype))
-        assert len(gpu.pins) <= 2 * 3  # two batches' memory, which grows at times
+        assert len(gpu.pins) <= 2 * 3  # memory of two batches, sometimes enlarged
     assert len(made) == len(expected) == 12
     for (crops, bad), (others, _) in zip(made, expected, strict=True):
         assert not bad and all(map(torch.equal, crops, others))
@@ -296,12 +296,12 @@ def test_crops_are_queued_a_batch_ahead(config):
                 deadline = time.monotonic() + 10
                 while len(queued) < step + 1 and time.monotonic() < deadline:
                     time.sleep(0.01)
-                time.sleep(0.2)  # for the threads: what is decoded by then is queued at the next call
-            assert len(queued) == 6 and set(queued) == {1}  # of a stream beside that of the steps
+                time.sleep(0.2)  # the threads finish decoding, so the next call queues the batch
+            assert len(queued) == 6 and set(queued) == {1}  # in another stream than the steps
 
 
 def without(monkeypatch, what):
-    """The double forgets one of the loader's waits."""
+    """The test double ignores one of the loader's waits."""
     wait = Double.wait
     if what == "made":
         monkeypatch.setattr(Double, "wait", lambda self, event: None if not self.current.number else wait(self, event))
@@ -328,11 +328,11 @@ def test_a_loader_that_ends_early_waits_before_its_memory_is_freed(config):
         time.sleep(0.5)
         next(steps)
         steps.close()
-        assert gpu.current.clock.get(1) == gpu.streams[1].clock[1]  # its last crops were waited for
+        assert gpu.current.clock.get(1) == gpu.streams[1].clock[1]  # it waited for its last crops
 
 
 class Ending(ImageFolder):
-    """Images whose steps end too soon."""
+    """Images with too few steps."""
 
     def steps(self, *arguments):
         yield from islice(super().steps(*arguments), 2)
@@ -411,7 +411,7 @@ def test_ranks_on_gpus_communicate_only_when_losses_are_read(config, monkeypatch
     assert asked == [0, 15, 0, 15, 15] + [15] * 5  # log_interval is 2, and 5 ends an epoch
 
 
-# --- no branch for a GPU elsewhere, and none that did not run ------------------------------------------------
+# --- GPU code is in one file, and all of it was run -----------------------------------------------------------
 
 
 def sources():
@@ -425,7 +425,7 @@ def test_gpu_calls_are_in_one_file():
 
 
 def functions_for_gpus(path):
-    """(first line of the body, last line) of functions that mention one."""
+    """(first line of the body, last line) of functions that use a GPU."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
@@ -436,7 +436,7 @@ def functions_for_gpus(path):
 
 
 def test_every_line_of_functions_with_a_branch_for_a_gpu_ran(measured, request):
-    """By the tests above."""
+    """In the tests above."""
     ran = {item.name for item in request.session.items if item.fspath == request.node.fspath}
     if len(ran) < len([name for name in globals() if name.startswith("test_")]):
         pytest.skip("only a part of this file runs")

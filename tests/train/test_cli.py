@@ -86,7 +86,7 @@ def test_help_documents_every_field_of_a_protocol(capsys, protocol):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for field in protocol.__dataclass_fields__:
-        # A flag, its metavar or alias, and words that say what it is.
+        # A flag, its metavar or alias, and a description.
         assert re.search(rf"--{field.replace('_', '-')}\b[^(]*[a-z]{{3}}", text), field
 
 
@@ -107,7 +107,7 @@ def test_errors_are_short_and_say_what_is_wrong(run, tmp_path, capsys, words, me
     base = ["pretrain", "--data", str(run / "images"), "--output-dir", str(tmp_path / "out"), *TINY]
     try:
         code = main([*base, *words])
-    except SystemExit as stop:  # tyro's own
+    except SystemExit as stop:  # from tyro
         code = stop.code
     error = " ".join(capsys.readouterr().err.split())
     assert code in (1, 2) and re.search(message, error) and "Traceback" not in error, error
@@ -137,7 +137,7 @@ def test_ctrl_c_in_a_real_process_exits_cleanly(run, tmp_path, workers):
     deadline = time.monotonic() + 120
     while not (metrics.exists() and "loss" in metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    os.killpg(process.pid, signal.SIGINT)  # like a terminal: the workers get it too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors, errors
     assert "--resume continues" in errors

@@ -1,4 +1,4 @@
-"""The run around the step: resuming, signals, bad input, what is written."""
+"""The training run: resuming, signals, bad input, output files."""
 
 import ctypes
 import json
@@ -65,7 +65,7 @@ def config(tmp_path) -> PretrainConfig:
     )
 
 
-# A run in a process of its own that kills itself: before update number `step`, or amid the write of a checkpoint.
+# A run in a separate process that kills itself before update number `step`, or while it writes a checkpoint.
 _KILLED = """
 import json, os, pathlib, signal, sys
 from dino_train.common import checkpoint
@@ -200,7 +200,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     checkpoint.save({"step": 1}, path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # a write beyond 1 MiB fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # writes beyond 1 MiB fail, as on a full disk
     try:
         with pytest.raises(checkpoint.CheckpointError, match="cannot write .*last.pt"):
             checkpoint.save({"step": 2, "x": torch.zeros(1 << 20)}, path)
@@ -326,7 +326,7 @@ def test_other_networks_and_optimizers_run(config, arch, optimizer):
         learner.step(step, crops)
     after = learner.teacher.state_dict()
     assert not torch.equal(after["head.mlp.0.weight"], before["head.mlp.0.weight"])
-    # The teacher's batch norms follow its own batches, not the student's.
+    # The batch norms of the teacher use its own batches, not the student's.
     assert after["head.mlp.1.num_batches_tracked"] == 3
     assert not torch.equal(after["head.mlp.1.running_mean"], learner.student.state_dict()["head.mlp.1.running_mean"])
 

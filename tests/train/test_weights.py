@@ -1,4 +1,4 @@
-"""Weights in: files written here as the reference publishes them, name by name."""
+"""Import of weights: generated files with the names of the published reference weights."""
 
 import argparse
 import os
@@ -47,14 +47,14 @@ def prefixed(state, prefix):
 
 
 def full_checkpoint(teacher, student, module=""):
-    """What main_dino.py:276-290 saves; `module` is the prefix of a teacher with batch norms."""
+    """The checkpoint of main_dino.py:276-290; `module` is the prefix of a teacher with batch norms."""
     head = prefixed(published_head(), "head.")
     return {
         "student": prefixed({**prefixed(student, "backbone."), **head}, "module."),
         "teacher": prefixed({**prefixed(teacher, "backbone."), **head}, module),
         "optimizer": {"state": {0: {"step": 1, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": np.float64(0.1)}]},
         "epoch": 100,
-        "args": argparse.Namespace(  # run_with_submitit.py makes the folder a Path
+        "args": argparse.Namespace(  # run_with_submitit.py stores a Path
             arch="deit_tiny", patch_size=16, data_path="/x", global_crops_scale=(0.4, 1.0), output_dir=Path("/out/7")
         ),
         "dino_loss": {"center": torch.zeros(1, 16)},
@@ -202,7 +202,7 @@ def test_mismatched_weights_are_an_error():
         fit(nano(img_size=64), source)
     target = nano()
     before = {key: value.clone() for key, value in target.state_dict().items()}
-    for allowed in (False, True):  # nothing matches: not even partially
+    for allowed in (False, True):  # no name matches: an error also with partial loading
         with pytest.raises(ValueError, match=r"missing .*; and \d+ more$") as error:
             fit(target, {"conv1.weight": torch.zeros(64, 3, 7, 7)}, allow_partial=allowed)
     assert str(error.value).count("missing") == 5
