@@ -13,7 +13,7 @@ def test_elsewhere(): assert False
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [1, 2])
 def test_graph(case): assert case == 1, "wrong sum"
-@pytest.mark.skipif(True, reason="needs a card")
+@pytest.mark.skipif(True, reason="needs a GPU")
 def test_later(): pass
 def test_of_triton_dies(): os.abort()
 def test_of_triton_never(): pass

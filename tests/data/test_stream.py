@@ -140,9 +140,9 @@ parallel.leave()
 def test_two_gloo_ranks_see_every_sample_once(pattern, tmp_path):
     (tmp_path / "rank.py").write_text(_RANK)
     assert torchrun([str(tmp_path / "rank.py"), pattern, str(tmp_path / "out")]).wait(timeout=300) == 0
-    told = [json.loads((tmp_path / f"out/{rank}.json").read_text()) for rank in range(2)]
-    assert sorted(told[0][0] + told[1][0]) == list(range(32))
-    assert [part[1] for part in told] == [16, 16] and [tuple(part[2]) for part in told] == [SIZES] * 2
+    results = [json.loads((tmp_path / f"out/{rank}.json").read_text()) for rank in range(2)]
+    assert sorted(results[0][0] + results[1][0]) == list(range(32))
+    assert [part[1] for part in results] == [16, 16] and [tuple(part[2]) for part in results] == [SIZES] * 2
     assert json.loads((tmp_path / "out" / COUNTS).read_text()) == dict(zip(shard_urls(pattern), SIZES, strict=True))
 
 

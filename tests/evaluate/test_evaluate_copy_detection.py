@@ -134,7 +134,7 @@ def test_wrong_folders_are_reported(copydays, tmp_path, capsys):
     assert "crops/50/200000.jpg has no original: expected original/2000*.jpg" in error_of(capsys, *words)
     assert "image_size must be at least 1, got 0" in error_of(capsys, *words, "--image-size", 0)
     (copydays / "original").rename(copydays / "originals")
-    expected = "expected Copydays' original/ and beside it strong/"
+    expected = "expected Copydays' original/ and at least one of strong/"
     assert f"holds crops/, jpegqual/, originals/, strong/: {expected}" in error_of(capsys, *words)
     words[-1] = copydays / "strong"
     assert f"holds no two folders of images: {expected}" in error_of(capsys, *words)
