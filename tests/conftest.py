@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run in its interpreter: this must be set before anything imports triton."""
+"""Without a GPU, Triton kernels run in the interpreter, which must be selected before triton is imported."""
 
 import os
 
@@ -34,5 +34,5 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LATE.index(item.path.name) if item.path.name in LATE else -1)
     if not torch.cuda.is_available():
         for item in items:
-            if item.get_closest_marker("gpu"):  # a folder of that name is a keyword, too
+            if item.get_closest_marker("gpu"):  # a folder of that name is a keyword too
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,4 +1,4 @@
-"""The benchmark of a whole step runs, and its peers train exactly what ours trains."""
+"""The benchmark of a whole step runs, and its peers compute the same updates as ours."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOY = ["--arch", "vit_nano", "--batch", "2", "--local-crops", "2", "--out-dim", "256", "--threads", "2"]
 
 
-def test_a_toy_run_writes_what_it_measured(tmp_path):
+def test_a_toy_run_writes_its_results(tmp_path):
     names = ["ours", "reference", "stock"]
     options = [*TOY, "--steps", "2", "--warmup", "1", "--device", "cpu", "--providers", ",".join(names)]
     command = [sys.executable, str(ROOT / "bench/bench_step.py"), *options, "--json", str(tmp_path / "step.json")]
@@ -33,7 +33,7 @@ def test_a_toy_run_writes_what_it_measured(tmp_path):
         assert row["losses"] == pytest.approx(
             results["providers"]["reference"]["losses"], rel=0.05
         )  # drop path differs
-        assert row["idle_cpu_ms"] < 100  # its threads sleep while it is another's turn
+        assert row["idle_cpu_ms"] < 100  # its threads sleep while another provider runs
 
 
 @pytest.mark.parametrize("peer", ["reference", "stock"])
@@ -49,23 +49,23 @@ def test_peers_take_the_same_steps_as_ours(peer):
         crops = setting.crops(0)
         losses.append(theirs.step(step, crops))
         assert mine.step(step, crops).loss == pytest.approx(losses[-1], rel=1e-4), f"step {step}"
-    assert abs(losses[2] - losses[0]) > 0.01  # of one batch: what changed it are the weights
+    assert abs(losses[2] - losses[0]) > 0.01  # same batch: the weights have changed
     for name, weight in theirs.teacher.state_dict().items():
         difference = (mine.teacher.state_dict()[name] - weight).norm() / (weight - weights[name]).norm().clamp_min(1e-6)
-        # A key bias has no gradient but rounding, which AdamW scales up.
+        # The gradient of a key bias is only rounding error, which AdamW amplifies.
         assert difference < 0.002 or name.endswith("qkv.bias"), f"{name} differs by {difference:.1e} of its change"
 
 
 SMALL = {"patch": 8, "global_size": 32, "local_size": 16, "hidden": 64, "local_crops": 2, "out_dim": 256}
 
 
-def test_the_reference_in_float16_scales_its_loss_and_skips_what_overflows():
-    """As it trains on a GPU, here on a CPU."""
+def test_the_float16_reference_scales_its_loss_and_skips_overflows():
+    """The configuration for a GPU, here on a CPU."""
     setting = Setting("vit_nano", 2, "cpu", **SMALL, drop_path=0.0, lr=0.1)
     weights = start_weights(setting)
     half, full = Reference(setting, weights, torch.float16), Reference(setting, weights)
     assert half.scaler.is_enabled() and not full.scaler.is_enabled()
-    # So small a net's gradients overflow at the 65536 that it begins with.
+    # The gradients of such a small network overflow with the default initial scale of 65536.
     half.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     seen = []
     half.phase_hook = lambda phase: phase == "teacher" and seen.append(torch.is_autocast_enabled("cpu"))
@@ -80,8 +80,8 @@ def test_the_reference_in_float16_scales_its_loss_and_skips_what_overflows():
     assert half.scaler.get_scale() < 2.0**100
 
 
-def test_stock_compiles_a_block_once_for_all_and_not_each():
-    """Blocks differ by their rates of drop path, which are tensors, and by whether there is any."""
+def test_stock_compiles_one_block_for_all_blocks():
+    """Blocks differ in their drop path rates, which are tensors, and in whether they have drop path."""
     from torch._dynamo.utils import counters
 
     counters.clear()
@@ -98,7 +98,7 @@ def test_stock_compiles_a_block_once_for_all_and_not_each():
     with torch.no_grad():
         teacher(crops[:2])
     assert torch.allclose(*outputs, atol=1e-5)
-    # Two sizes of the student's crops, with drop path and without; the teacher's global ones, without gradients.
+    # Two crop sizes of the student, with and without drop path; global crops of the teacher, without gradients.
     assert counters["stats"]["unique_graphs"] == 5
     assert not counters["graph_break"]
 
@@ -118,6 +118,6 @@ def test_on_a_gpu_no_provider_holds_memory_while_another_is_measured(monkeypatch
 
 
 @pytest.mark.parametrize("device, given, expected", [("cpu", [], 2), ("cuda", [], 6), ("cuda", ["--warmup", "4"], 4)])
-def test_steps_before_the_timed_ones(monkeypatch, device, given, expected):
+def test_number_of_warmup_steps(monkeypatch, device, given, expected):
     monkeypatch.setattr(sys, "argv", ["bench_step.py", "--device", device, *given])
     assert bench_step.parse().warmup == expected

@@ -1,4 +1,4 @@
-"""What gpu.py compiles ahead is what it will launch: on meta tensors, for a chip that is not there."""
+"""gpu.py compiles the kernels that it will launch: on meta tensors, for a GPU that is not present."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import gpu_measure
 import pytest
 from bare import environment
 
-# In a process of their own: in that of the tests the interpreter stands in for the compiler.
+# In separate processes: the process of the tests uses Triton's interpreter.
 LAUNCHES = """\
 import json, sys
 from collections import Counter
@@ -55,16 +55,16 @@ def test_every_case_and_step_of_the_reference_setting_is_compiled(tmp_path):
     launched = json.loads(python(LAUNCHES, tmp_path))
     assert set(launched) == {*gpu_measure.cases(False), "step ViT-S/16", "step ViT-B/16"}
     step = launched["step ViT-S/16"]
-    assert sum(step.values()) > 2 * 100 and len(launched["mlp"]) >= 2  # of ops that call each other
+    assert sum(step.values()) > 2 * 100 and len(launched["mlp"]) >= 2  # ops that call each other
     assert {"_teacher_kernel", "_student_kernel", "_update_kernel", "_short_backward_kernel"} <= set(step)
 
 
-def test_it_is_what_real_tensors_would_launch(tmp_path):
-    """The specializations are the same; here of tensors on the CPU, which no kernel touches."""
+def test_meta_tensors_compile_the_same_kernels_as_real_tensors(tmp_path):
+    """The specializations are the same; here for tensors on the CPU, which no kernel accesses."""
     python(SAME, tmp_path)
 
 
-def test_old_tritons_launchers_are_made_too(monkeypatch):
+def test_launchers_of_old_triton_are_compiled_too(monkeypatch):
     from triton.backends.nvidia import driver
 
     made = []
@@ -78,7 +78,7 @@ def test_old_tritons_launchers_are_made_too(monkeypatch):
     assert made == [("source", "metadata")]
 
 
-def test_peers_with_a_compiler_are_known_before_anything_is_made():
+def test_compiled_peers_are_listed_without_allocations():
     assert {"dino_loss bfloat16", "mlp", "dino_loss float16"} < set(gpu_compile.peers_to_compile(False))
 
 

@@ -1,4 +1,4 @@
-"""Hardware counters: what ncu is asked, and what is read of its answer."""
+"""Hardware counters: the command line of ncu, and the parsing of its output."""
 
 import sys
 
@@ -6,7 +6,7 @@ import gpu_counters
 import gpu_measure
 import pytest
 
-# As ncu prints it with --csv --page raw: messages, names, units, a line a launch.
+# Output of ncu with --csv --page raw: messages, names, units, one line per launch.
 SAID = """==PROF== Connected to process 42 (/usr/bin/python3.12)
 ==PROF== Profiling "_student_kernel" - 0: 0%....50%....100% - 2 passes
 "ID","Process ID","Kernel Name","Block Size","Grid Size","CC",{metrics}
@@ -37,7 +37,7 @@ def test_a_table_of_ncu():
 
 
 def fake_ncu(tmp_path, monkeypatch, said):
-    """A program that runs what it is to look into, without a GPU, and says this."""
+    """A replacement for ncu that runs the given program without a GPU, and prints `said`."""
     script = tmp_path / "ncu"
     script.write_text(
         f"#!{sys.executable}\nimport subprocess, sys\nat = sys.argv.index({sys.executable!r})\n"
@@ -47,7 +47,7 @@ def fake_ncu(tmp_path, monkeypatch, said):
     monkeypatch.setattr(gpu_counters, "find_ncu", lambda: str(script))
 
 
-def test_the_cases_are_called_below_ncu(tmp_path, monkeypatch, capfd):
+def test_the_cases_run_under_ncu(tmp_path, monkeypatch, capfd):
     fake_ncu(tmp_path, monkeypatch, SAID)
     sent = []
     gpu_counters.measure(sent.append, "cpu", toy=True)
@@ -64,13 +64,13 @@ def test_the_cases_are_called_below_ncu(tmp_path, monkeypatch, capfd):
         ("==WARNING== No kernels were profiled.", "it printed no error"),
     ],
 )
-def test_where_counters_may_not_be_read_that_is_said(tmp_path, monkeypatch, said, reason):
+def test_unreadable_counters_are_reported(tmp_path, monkeypatch, said, reason):
     fake_ncu(tmp_path, monkeypatch, said)
     with pytest.raises(RuntimeError, match=f"ncu measured no kernel: .*{reason}"):
         gpu_counters.measure(None, "cpu", toy=True)
 
 
-def test_without_ncu_that_is_said(monkeypatch):
+def test_missing_ncu_is_reported(monkeypatch):
     monkeypatch.setattr(gpu_counters.shutil, "which", lambda name: None)
     monkeypatch.setattr(gpu_counters.Path, "is_file", lambda self: False)
     with pytest.raises(RuntimeError, match="ncu.* is not on this machine"):

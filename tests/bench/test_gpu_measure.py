@@ -1,4 +1,4 @@
-"""What `make gpu` asks of a case: values, times and other launches; here with a timer that only keeps a diary."""
+"""Measurements of a case by `make gpu`: values, times and launch variants, with a timer that only records calls."""
 
 import time
 from functools import partial
@@ -18,7 +18,7 @@ def case(providers):
     return Case("op", "[3]", "float32", 24, 0, ("out",), providers, exact=lambda: (X.double(),))
 
 
-def test_a_provider_with_other_values_or_an_error_is_noted():
+def test_a_provider_with_wrong_values_or_an_error_is_marked():
     def fails():
         raise ImportError("no such\nthing")
 
@@ -36,7 +36,7 @@ def test_a_provider_with_other_values_or_an_error_is_noted():
     assert rows[0]["bitwise"] and len(rows[0]["errors"]) == 1
 
 
-def test_only_what_is_wanted_is_measured():
+def test_only_selected_providers_are_measured():
     providers = {name: lambda: (X,) for name in (OURS, "reference", "compiled reference", "einsum")}
     made = {}
     for compiled in (False, True):
@@ -68,10 +68,10 @@ def test_a_check_compares_with_float64_and_repeats(monkeypatch):
     assert gpu_report.check_note(check) == "wrong values: out off by 1.0e-03, not repeatable"
 
 
-# --- other launches ----------------------------------------------------------------------------------
+# --- launch variants ---------------------------------------------------------------------------------
 
 
-def test_another_launch_has_other_options_and_is_compared_with_the_default(monkeypatch):
+def test_a_launch_variant_has_other_options_and_is_compared_with_the_default(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     launches = []
@@ -91,14 +91,14 @@ def test_another_launch_has_other_options_and_is_compared_with_the_default(monke
     notes = {row["provider"]: row["note"] for row in gpu_report.finish_rows(rows, None)}
     assert notes.pop(f"{OURS}, 4 stages").startswith("wrong values: out off by 5.0e-01") and not any(notes.values())
     assert rows[2]["from_default"] == {"out": 0}
-    assert JITFunction.run(None) is None and launches[-1] == {}  # as it was
+    assert JITFunction.run(None) is None and launches[-1] == {}  # restored
 
 
 # --- timers ------------------------------------------------------------------------------------------
 
 
 class FakeCuda:
-    """As much of torch.cuda as the timer uses. Memory in use follows a list; each "event" takes 3 ms."""
+    """The parts of torch.cuda that the timer uses. Memory in use comes from a list; each "event" takes 3 ms."""
 
     def __init__(self):
         self.diary, self.memory, self.mode = [], [], "default"
@@ -155,7 +155,7 @@ def test_the_timer_of_a_gpu():
     assert cuda.mode == "default"
 
 
-def test_calls_take_turns_until_the_time_is_spent(monkeypatch):
+def test_calls_alternate_until_the_time_limit(monkeypatch):
     monkeypatch.setattr(gpu_measure, "TIMING_SECONDS", 0.0)
     timer = SimpleNamespace(rounds=100, milliseconds=lambda call, host_ms: call())
     order = []
@@ -164,12 +164,12 @@ def test_calls_take_turns_until_the_time_is_spent(monkeypatch):
     assert order == ["a", "b"] * 10 and len(times["a"]) == 10
 
 
-def test_the_time_limit_reaches_into_a_call():
+def test_the_time_limit_interrupts_a_call():
     with pytest.raises(TimeoutError, match="not ready after 0 s"), gpu_measure.time_limit(0.05):
         time.sleep(10)
     with gpu_measure.time_limit(0.05):
         pass
-    time.sleep(0.1)  # nothing is left ticking
+    time.sleep(0.1)  # the timer was stopped
 
 
 def test_a_wider_loss_takes_more_warps_and_leaves_kernels_without_lanes():

@@ -1,4 +1,4 @@
-"""bench/gpu/gpu.py's arithmetic and verdicts, and what it writes."""
+"""Computed values, verdicts and output files of bench/gpu/gpu.py."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_floors_are_those_of_the_design():
 
 
 @pytest.mark.parametrize("arch, sizes", [("vit_small", Sizes()), ("vit_base", Sizes().base())])
-def test_the_updates_are_those_of_the_trainers_nets(arch, sizes):
+def test_update_cases_have_the_parameters_of_the_trainer(arch, sizes):
     import torch
 
     settings = {"patch_size": 16, "out_dim": 65536, "img_size": 224, "drop_path_rate": 0.0}
@@ -125,7 +125,7 @@ def test_no_floor_is_judged_without_ceilings():
         ("OutOfMemoryError: CUDA out of memory", "not met: OutOfMemoryError: CUDA out of memory"),
     ],
 )
-def test_a_task_that_failed_meets_nothing_and_one_without_time_is_not_judged(problem, expected):
+def test_a_failed_task_meets_no_target_and_a_skipped_task_is_not_judged(problem, expected):
     for case, task in (("lost", "lost"), ("step ViT-S/16", f"ViT-S/16, {OURS}")):
         results = results_of(row())
         results["items"]["3"] = {"seconds": 1, "problems": {task: problem}}
@@ -134,7 +134,7 @@ def test_a_task_that_failed_meets_nothing_and_one_without_time_is_not_judged(pro
         assert gpu_report.failed(results)
 
 
-def test_counters_that_cannot_be_read_fail_no_run():
+def test_unreadable_counters_do_not_fail_the_run():
     results = results_of(row())
     results["items"]["7"] = {"seconds": 0, "problems": {"counters": "RuntimeError: no ncu"}}
     assert not gpu_report.failed(results)
@@ -147,14 +147,14 @@ def test_absolute_times_are_judged_on_an_h200_only():
 
 
 @pytest.mark.parametrize("header, text", [({"device": "cpu"}, "on a GPU"), ({"toy": True}, "toy sizes")])
-def test_a_rehearsal_is_never_taken_for_a_result(header, text):
+def test_a_dry_run_is_marked_as_no_result(header, text):
     results = results_of(row(), row("reference", 50.0), case="dino_loss bfloat16", **header)
     assert gpu_report.text(results).startswith("# NOT A GPU RESULT")
     targets = "\n".join(gpu_report.target_lines(results))
     assert text in targets and "| met |" not in targets and "| not met |" not in targets
 
 
-def test_wrong_values_win_nothing():
+def test_wrong_values_meet_no_target():
     wrong = row(ms=0.1, error=0.2)
     results = results_of(wrong, row("reference", 4.0))
     assert wrong["note"] == "wrong values: out off by 2.0e-01"
@@ -165,21 +165,21 @@ def test_wrong_values_win_nothing():
     assert judge(part, row(), *peer) == ("-", "not measured: no peer ran")
 
 
-def test_another_launch_that_computes_something_else_is_marked():
+def test_a_launch_variant_with_wrong_values_is_marked():
     rows = [row(), row("reference", error=1e-3), row("twice", from_default={"out": 2e-3})]
     rows.append(row("half", from_default={"out": 5e-3}))
     notes = [r["note"] for r in gpu_report.finish_rows(rows, CEILINGS)]
     assert notes == ["", "", "", "wrong values, unlike the default: out off by 5.0e-03"]
 
 
-def test_compiled_peers_are_judged_beside_ours_of_their_own_run():
+def test_compiled_peers_are_compared_with_ours_of_the_same_run():
     part = next(p for p in gpu_targets.target_parts([]) if p.case == f"dino_loss bfloat16{COMPILED}")
     results = results_of(row(ms=1.0), row("compiled reference", 4.0), case=part.case)
     assert gpu_targets.verdict(part, results) == ("4", "met")
     assert not [p for p in gpu_targets.target_parts(list(results["cases"])) if p.target == "Q"]
 
 
-def test_what_is_written(tmp_path):
+def test_written_files(tmp_path):
     results = results_of(row(), row("reference", None, "not available: a | b\nc", errors={}))
     record = {
         "tests": {"test_x.py": {"test_a": {"outcome": "failed", "problem": "no"}}},

@@ -1,4 +1,4 @@
-"""gpu.py as a whole without a GPU, on a machine without optional libraries, with tasks that fail; and killed."""
+"""A dry run of gpu.py without a GPU and without optional libraries, with tasks that fail; and a killed run."""
 
 import json
 import os
@@ -44,11 +44,11 @@ def environ(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
-    """(results.json, results.md, what was printed) of a whole rehearsal."""
-    folder = tmp_path_factory.mktemp("rehearsal")
+def dry_run(tmp_path_factory):
+    """results.json of a complete dry run."""
+    folder = tmp_path_factory.mktemp("dry_run")
     done = subprocess.run(command(folder), capture_output=True, text=True, env=environ(folder))
-    assert done.returncode == 1, done.stderr[-3000:]  # since tasks fail
+    assert done.returncode == 1, done.stderr[-3000:]  # because tasks fail
     assert {file.name for file in (folder / "new").iterdir()} == FILES
     results = json.loads((folder / "new/results.json").read_text())
     assert (folder / "new/results.md").read_text() == gpu_report.text(results)
@@ -56,65 +56,65 @@ def rehearsal(tmp_path_factory):
     return results
 
 
-def test_what_fails_is_noted_and_all_else_is_done(rehearsal):
-    problems = {name: item["problems"] for name, item in rehearsal["items"].items() if item["problems"]}
+def test_failures_are_recorded_and_the_other_tasks_run(dry_run):
+    problems = {name: item["problems"] for name, item in dry_run["items"].items() if item["problems"]}
     for task, expected in FAILURES.items():
         assert problems["fails"][task].startswith(expected), problems["fails"][task]
-    assert "before the crash" in rehearsal["checks"]
+    assert "before the crash" in dry_run["checks"]
     ncu = problems.pop("7 hardware counters", {})
     assert set(problems) == {"fails"}, problems
     assert ncu in ({}, {"counters": "RuntimeError: Nsight Compute (ncu) is not on this machine: no hardware counters"})
     names = [item.name for item in gpu.ITEMS]
-    assert list(rehearsal["items"]) == [*names[:4], "fails", *names[4:]]
+    assert list(dry_run["items"]) == [*names[:4], "fails", *names[4:]]
 
 
-def test_every_case_is_checked_and_measured(rehearsal):
+def test_every_case_is_checked_and_measured(dry_run):
     cases = gpu_measure.cases(toy=True)
-    assert set(rehearsal["checks"]) == {*gpu_measure.first(True), "before the crash"}
-    assert not any(map(gpu_report.check_note, rehearsal["checks"].values()))
-    with_compiler = {name for name in rehearsal["cases"] if name.endswith(COMPILED)}
+    assert set(dry_run["checks"]) == {*gpu_measure.first(True), "before the crash"}
+    assert not any(map(gpu_report.check_note, dry_run["checks"].values()))
+    with_compiler = {name for name in dry_run["cases"] if name.endswith(COMPILED)}
     assert {name.removesuffix(COMPILED) for name in with_compiler} == {"dino_loss bfloat16", "dino_head_loss bfloat16"}
-    assert set(rehearsal["cases"]) - with_compiler == set(cases)
-    for rows in [*rehearsal["cases"].values(), *rehearsal["variants"].values()]:
+    assert set(dry_run["cases"]) - with_compiler == set(cases)
+    for rows in [*dry_run["cases"].values(), *dry_run["variants"].values()]:
         assert rows[0]["provider"] == OURS and "reference" in [row["provider"] for row in rows]
         for row in rows:
             if row["provider"] in GPU_ONLY or (row["provider"] == CUDA_CPP and not compiled_archs()):
                 assert row["note"].startswith("not available: ")
             else:
                 assert not row["note"] and row["ms"] > 0, row
-                assert max(row["errors"].values()) < 0.05, row  # against float64, in 16 bits
-    assert all(rows[0]["bitwise"] for rows in rehearsal["cases"].values())
-    (variants,) = rehearsal["variants"].values()
+                assert max(row["errors"].values()) < 0.05, row  # 16-bit dtypes compared with float64
+    assert all(rows[0]["bitwise"] for rows in dry_run["cases"].values())
+    (variants,) = dry_run["variants"].values()
     assert [row["provider"] for row in variants] == [OURS, "reference", *gpu_measure.launches_of("dino_loss"), CUDA_CPP]
 
 
-def test_whole_steps_and_their_profile(rehearsal):
-    steps = rehearsal["steps"]
+def test_whole_steps_and_their_profile(dry_run):
+    steps = dry_run["steps"]
     assert set(steps["ViT-S/16"]) == {PLAIN, OURS, "reference", "stock"} and OURS in steps["ViT-B/16"]
     for row in [*steps["ViT-S/16"].values(), *steps["ViT-B/16"].values()]:
         assert len(row["losses"]) == 12 and row["ms"] > 0 and not row["note"]
     captured = {provider for provider, row in steps["ViT-S/16"].items() if row["captured"]}
-    assert captured == {OURS} and steps["ViT-S/16"][OURS]["from_plain"] < 1e-6  # on the double
-    assert any(row["kernel"] == "dino_kernels::adamw_ema_step_" for row in rehearsal["profile"]["rows"])
+    assert captured == {OURS} and steps["ViT-S/16"][OURS]["from_plain"] < 1e-6  # on the test double of a GPU
+    assert any(row["kernel"] == "dino_kernels::adamw_ema_step_" for row in dry_run["profile"]["rows"])
 
 
-def test_the_trainer_is_stopped_and_resumed(rehearsal):
-    start, resume = rehearsal["training"]["start"], rehearsal["training"]["resume"]
+def test_the_trainer_is_stopped_and_resumed(dry_run):
+    start, resume = dry_run["training"]["start"], dry_run["training"]["resume"]
     assert 14 <= start["steps"] < 20 and resume["steps"] == 30
     assert min(start["images_per_s"], resume["images_per_s"]) > 0
     assert [e["step"] for e in start["evaluations"] + resume["evaluations"]] == [0, 10, 20, 30]
     assert "knn10" in start["evaluations"][0]
 
 
-def test_kernels_are_compiled_ahead_and_tests_are_run_on_the_card_last(rehearsal):
-    assert rehearsal["compiled"]["ema_update ViT-S"]["kernels"] >= 1
-    assert {"stock, ViT-S/16", "peers of dino_loss bfloat16"} < set(rehearsal["compiled"])
-    outcomes = {file: {t["outcome"] for t in tests.values()} for file, tests in rehearsal["tests"].items()}
+def test_kernels_are_compiled_first_and_tests_run_last(dry_run):
+    assert dry_run["compiled"]["ema_update ViT-S"]["kernels"] >= 1
+    assert {"stock, ViT-S/16", "peers of dino_loss bfloat16"} < set(dry_run["compiled"])
+    outcomes = {file: {t["outcome"] for t in tests.values()} for file, tests in dry_run["tests"].items()}
     assert outcomes == {"test_bias_gelu.py": {"passed"}, "test_gpu.py": {"skipped"}}
 
 
-def test_every_target_names_a_case_and_providers_that_exist(rehearsal):
-    results = json.loads(json.dumps(rehearsal))  # as if it were of a card
+def test_every_target_names_a_case_and_providers_that_exist(dry_run):
+    results = json.loads(json.dumps(dry_run))  # as if measured on a GPU
     results["header"] |= {"device": "cuda", "toy": False, "gpu": "NVIDIA H200"}
     results["steps"]["ViT-B/16"] = {**results["steps"]["ViT-S/16"], **results["steps"]["ViT-B/16"]}
     first, second = (f"dino_loss {dtype}{COMPILED}" for dtype in ("bfloat16", "float16"))
@@ -158,7 +158,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_tasks_without_time_are_skipped_and_a_hang_ends_with_what_it_started(tmp_path):
+def test_tasks_without_time_are_skipped_and_a_hanging_task_is_killed_with_its_children(tmp_path):
     log, records = tmp_path / "log", []
     tasks = [
         gpu.Task("a", "gpu_failures.hang"),
@@ -185,7 +185,7 @@ def group_of(pid: str) -> int:
 
 
 @pytest.mark.parametrize("device, method", [("cpu", "forkserver"), ("nowhere", "spawn")])
-def test_where_the_device_fails_in_forked_processes_they_start_from_nothing(tmp_path, monkeypatch, device, method):
+def test_processes_are_spawned_if_the_device_fails_after_fork(tmp_path, monkeypatch, device, method):
     monkeypatch.setattr(gpu_run, "_context", gpu_run._context)
     gpu_run.prepare(device, tmp_path / "log")
     assert gpu_run._context.get_start_method() == method
@@ -196,7 +196,7 @@ def test_where_the_device_fails_in_forked_processes_they_start_from_nothing(tmp_
     assert ("Expected one of cpu" in log.read_text()) is (method == "spawn")
 
 
-def test_on_a_gpu_it_builds_first_and_knows_the_chip(tmp_path, monkeypatch):
+def test_on_a_gpu_it_builds_first_and_detects_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "mine")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     said = {"nvidia-smi": "580.1\n580.1", "git": "abc", sys.executable: "9 0 NVIDIA H200"}
@@ -223,7 +223,7 @@ def test_a_failed_build_ends_the_run(tmp_path, monkeypatch):
     assert "* build: failed, see log.txt, 5 s" in (tmp_path / "results.md").read_text()
 
 
-def test_a_build_says_how_it_ended(tmp_path, monkeypatch):
+def test_status_of_a_build(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     for source, expected in (("print('built')", "done, "), ("raise SystemExit(3)", "failed, see log.txt, ")):
         (tmp_path / "setup.py").write_text(source)
@@ -235,10 +235,10 @@ def test_a_build_says_how_it_ended(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path):
+def test_a_missing_gpu_is_reported(tmp_path):
     done = subprocess.run([sys.executable, gpu.__file__, "--output", tmp_path], capture_output=True, text=True)
     assert done.returncode == 1 and "no CUDA device. For a dry run without one: --toy --device cpu" in done.stderr
 
 
-def test_failures_are_named_as_they_are_run():
+def test_every_failure_has_a_task():
     assert {task.name for task in gpu_failures.tasks()} == set(FAILURES)

@@ -1,4 +1,4 @@
-"""The whole steps of `make gpu`: their verdicts, and what is compared."""
+"""Whole steps of `make gpu`: verdicts and compared losses."""
 
 import gpu_report
 import gpu_targets
@@ -42,7 +42,7 @@ def test_targets_of_a_whole_step():
         ({"captured": False}, "not met: not captured as a graph: these are plain calls, see the log"),
     ],
 )
-def test_a_step_that_is_not_what_it_should_be_meets_nothing(mine, expected):
+def test_a_wrong_step_meets_no_target(mine, expected):
     verdicts, table = step_verdicts({OURS: step_row(**{"captured": True, **mine}), **peers()})
     assert verdicts == [("-", expected)] * 4 and expected.partition(": ")[2] in table
 
@@ -56,7 +56,7 @@ def test_a_step_that_is_not_what_it_should_be_meets_nothing(mine, expected):
         ((11.0, float("nan")), "wrong values: losses inf off those of plain calls"),
     ],
 )
-def test_each_loss_of_the_graph_is_that_of_plain_calls(losses, note):
+def test_each_loss_of_the_graph_equals_that_of_plain_calls(losses, note):
     rows = {PLAIN: step_row(), OURS: step_row(losses=losses, captured=True)}
     gpu_report.mark_steps(rows, "cuda")
     assert rows[OURS]["note"] == note and rows[PLAIN]["note"] == ""

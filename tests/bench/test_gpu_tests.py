@@ -1,4 +1,4 @@
-"""Which tests a card is asked, and that the outcomes of those before one that kills the process are kept."""
+"""Selection of tests for a GPU; outcomes are kept if a later test kills the process."""
 
 import gpu
 import gpu_tests
@@ -13,14 +13,14 @@ def test_elsewhere(): assert False
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [1, 2])
 def test_graph(case): assert case == 1, "wrong sum"
-@pytest.mark.skipif(True, reason="needs a card")
+@pytest.mark.skipif(True, reason="needs a GPU")
 def test_later(): pass
 def test_of_triton_dies(): os.abort()
 def test_of_triton_never(): pass
 """
 
 
-def test_one_shape_a_dtype_and_what_needs_a_card(tmp_path):
+def test_one_shape_per_dtype_and_tests_that_need_a_gpu(tmp_path):
     file = tmp_path / "test_mixed.py"
     file.write_text(TESTS.replace("test_of_triton_dies", "test_dies").replace("test_of_triton_never", "test_never"))
     outcomes = run(tmp_path, file)[0]
@@ -34,7 +34,7 @@ def test_one_shape_a_dtype_and_what_needs_a_card(tmp_path):
     assert outcomes["test_graph[2]"]["problem"].endswith("AssertionError: wrong sum")
 
 
-def test_outcomes_are_kept_as_they_come(tmp_path):
+def test_outcomes_are_sent_immediately(tmp_path):
     file = tmp_path / "test_triton.py"
     file.write_text(TESTS)
     outcomes, problems = run(tmp_path, file)

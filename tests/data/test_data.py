@@ -1,4 +1,4 @@
-"""Reading images from folders and zips, the split."""
+"""Reading of images from folders and zips, and the split."""
 
 import io
 import os
@@ -20,7 +20,7 @@ RED = (200, 30, 40)
 
 
 def loaded(path):
-    """The one image of a folder as an int array [H, W, 3], and that it is RGB."""
+    """The only image of a folder as an int array [H, W, 3]; checks that it is RGB."""
     image = ImageFolder(path).load(0)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
@@ -79,7 +79,7 @@ def test_16_bit_gray_keeps_its_high_byte(tmp_path, suffix, dtype):
     assert np.array_equal(loaded(tmp_path)[..., 0], gray // 256)
 
 
-def test_float_and_32_bit_gray_are_stretched(tmp_path):
+def test_float_and_32_bit_gray_are_scaled_to_8_bits(tmp_path):
     values = np.array([[-3.0, 0.0], [2.0, 7.0]], np.float32)
     save(tmp_path / "float.tif", Image.fromarray(values))
     save(tmp_path / "int.tif", Image.fromarray((values * 100_000).astype(np.int32)))
@@ -99,7 +99,7 @@ def test_exif_orientation(tmp_path, suffix, mode):
     image = Image.new(mode, (16, 8))
     image.paste(RED if mode == "RGB" else 65535, (0, 0, 8, 8))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise: left becomes top
+    exif[0x0112] = 6  # rotated clockwise for display: left becomes top
     save(tmp_path / f"a.{suffix}", image, exif=exif)
     pixels = loaded(tmp_path)
     assert pixels.shape == (16, 8, 3)
@@ -107,7 +107,7 @@ def test_exif_orientation(tmp_path, suffix, mode):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_damaged_exif_is_no_reason_to_drop_an_image(tmp_path, suffix):
+def test_damaged_exif_does_not_make_an_image_unreadable(tmp_path, suffix):
     save(tmp_path / f"a.{suffix}", Image.new("RGB", (8, 8), RED), exif=b"Exif\0\0XX*\0\x08\0\0\0\xff\xff")
     assert np.abs(loaded(tmp_path) - RED).max() <= 3
 
@@ -121,27 +121,27 @@ def jpeg(mode="RGB", **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"quality": 30}, {"subsampling": 0}, {"progressive": True}, {"mode": "L"}])
-def test_jpegs_are_decoded_to_pillows_bytes(options):
+def test_jpegs_are_decoded_to_the_same_bytes_as_pillow(options):
     data = jpeg(**options)
     assert jpeg_size(data) == (37, 53)
     assert np.array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
-def test_what_is_left_to_pillow(monkeypatch):
+def test_files_that_only_pillow_decodes(monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6
     turned, inks = jpeg(exif=exif), jpeg("CMYK")
     assert jpeg_size(turned) is jpeg_size(inks) is jpeg_size(png()) is jpeg_size(b"\xff\xd8\xff") is None
     assert decode(turned).shape == (53, 37, 3)
     assert np.array_equal(decode(inks), np.asarray(Image.open(io.BytesIO(inks)).convert("RGB")))
-    text = jpeg(comment=b"Exif\0\0")  # no EXIF segment, though it says so
+    text = jpeg(comment=b"Exif\0\0")  # a comment that looks like EXIF
     assert jpeg_size(text) == (37, 53)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert jpeg_size(jpeg()) is None
 
 
 @pytest.mark.parametrize(("data", "reason"), [(jpeg()[:700], "truncated"), (jpeg() + b"junk", None)])
-def test_pillow_judges_what_is_damaged(tmp_path, data, reason):
+def test_pillow_reports_damaged_jpegs(tmp_path, data, reason):
     (tmp_path / "a.jpg").write_bytes(data)
     if reason is None:
         assert ImageFolder(tmp_path).pixels(0).shape == (37, 53, 3)
@@ -204,7 +204,7 @@ def test_pillow_warnings_are_silent(tmp_path):
     assert done.stderr == ""
 
 
-def test_lost_and_memory_hungry_files(tmp_path, monkeypatch):
+def test_missing_files_and_out_of_memory(tmp_path, monkeypatch):
     images = ImageFolder(fill(tmp_path, "a.png"))
     monkeypatch.setattr(Image, "open", lambda file: bytearray(1 << 62))
     with pytest.raises(UnreadableImage, match="^a.png: not enough memory to decode it$"):
@@ -248,7 +248,7 @@ def test_no_labels_without_two_folders_or_with_a_stray_image(tmp_path, names):
 
 
 @pytest.mark.parametrize("wrapper", ["", "set/", "./set/", "download/set 2/"])
-def test_wrapper_folders_are_descended_into(tmp_path, wrapper):
+def test_the_root_is_below_wrapper_folders(tmp_path, wrapper):
     root = fill(tmp_path / "set", "cat/a.png", "dog/b.png")
     images = ImageFolder(zip_of(root, wrapper=wrapper, junk=("README.md",)))
     assert images.names == ["cat/a.png", "dog/b.png"] and images.labels == [0, 1]
@@ -257,7 +257,7 @@ def test_wrapper_folders_are_descended_into(tmp_path, wrapper):
     assert ImageFolder(tmp_path / "copy").names == images.names
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path):
+def test_links_are_followed_without_infinite_recursion(tmp_path):
     root = fill(tmp_path / "set", "cat/a.png")
     other = fill(tmp_path / "elsewhere", "b.png")
     (root / "dog").symlink_to(other)
@@ -332,7 +332,7 @@ def test_split_by_hash(tmp_path, prefix):
     names = [f"{'ab'[i % 2]}/{i:02}.png" for i in range(60)]
     root = fill(tmp_path / "set", *(prefix + name for name in names))
     if prefix:
-        fill(root, "test/a/00.png", "top.png")  # train without val: only what is in train is used
+        fill(root, "test/a/00.png", "top.png")  # train without val: only the images in train are used
     splits = split(root), split(zip_of(root))
     for train, held_out in splits:
         assert sorted(train.names + held_out.names) == sorted(names) and train.names == sorted(train.names)

@@ -1,4 +1,4 @@
-"""The loaders: batches, threads, unreadable and slow images, memory."""
+"""Loaders: batches, threads, unreadable and slow images, memory."""
 
 import gc
 import itertools
@@ -36,7 +36,7 @@ KINDS = PretrainConfig(global_crops_size=16, patch_size=8, local_crops_size=8, l
 
 @pytest.fixture
 def root(tmp_path):
-    """Ten images in two classes, of which a/1 and a/2 are unreadable."""
+    """Ten images in two classes; a/1 and a/2 are unreadable."""
     root = fill(tmp_path / "set", *(f"{'ab'[i // 5]}/{i}.png" for i in range(10)))
     (root / "a/1.png").write_bytes(b"")
     (root / "a/2.png").write_bytes(b"GIF?")
@@ -49,7 +49,7 @@ def loader(images, num_workers=2, start_step=0, total_steps=7, seed=3, **options
 
 
 def run(path, *arguments, **options):
-    """All batches; copied, since their memory is used again."""
+    """All batches, copied, since their memory is reused."""
     batches = loader(ImageFolder(path), *arguments, **options)
     return [([crop.clone() for crop in crops], bad) for crops, bad in batches]
 
@@ -61,7 +61,7 @@ def assert_same(first, second):
 
 
 def crops_of(images, image, epoch, index):
-    """Crops of one image by the random numbers of an index."""
+    """Crops of one image with the random numbers of an index."""
     pixels = images.pixels(image)
     out = [torch.empty(1, 3, kind.size, kind.size) for kind in KINDS]
     multicrop([pixels], draw_crops(3, epoch, index, KINDS, pixels.shape[:2])[None], out)
@@ -110,7 +110,7 @@ def test_samples_and_replacements(root):
     images = ImageFolder(root)
     samples = [sample for step in images.steps(4, 3, 0, 7) for sample in step]
     rows = [tuple(crop[i] for crop in crops) for crops, _ in run(root) for i in range(4)]
-    taken = {1: 3, 2: 3}  # the next readable one, cropped by the random numbers of the index asked for
+    taken = {1: 3, 2: 3}  # the next readable image, with the random numbers of the original index
     for sample, row in zip(samples, rows, strict=True):
         image = taken.get(sample.index, sample.index)
         assert all(map(torch.equal, row, crops_of(images, image, sample.epoch, sample.index)))
@@ -174,7 +174,7 @@ def test_fewer_images_than_one_batch(root):
         loader(ImageFolder(root), batch_size=11)
 
 
-def test_no_more_is_read_than_is_needed_soon(root, monkeypatch):
+def test_prefetching_is_bounded(root, monkeypatch):
     images = ImageFolder(root)
     read: list[str] = []
     original = images._read
@@ -183,10 +183,10 @@ def test_no_more_is_read_than_is_needed_soon(root, monkeypatch):
         for _ in range(3):
             next(batches)
         time.sleep(0.3)
-        assert len(read) <= 4 * (3 + 2) + 8  # three batches, two ahead, and stand-ins
+        assert len(read) <= 4 * (3 + 2) + 8  # three batches, two prefetched, and replacements
 
 
-def test_a_slow_image_is_replaced_and_stalls_nobody(root, monkeypatch, caplog):
+def test_a_slow_image_is_replaced_and_does_not_block_others(root, monkeypatch, caplog):
     images = ImageFolder(root)
     original, awake = images._read, threading.Event()
 
@@ -206,7 +206,7 @@ def test_a_slow_image_is_replaced_and_stalls_nobody(root, monkeypatch, caplog):
     for sample, row in zip(samples, rows, strict=True):
         if sample.index in (7, 8):
             assert all(map(torch.equal, row, crops_of(ImageFolder(root), 8, sample.epoch, sample.index)))
-    awake.set()  # what comes too late writes nowhere
+    awake.set()  # late reads must not write
     time.sleep(0.2)
     assert torch.equal(crops[0], torch.stack([row[0] for row in rows[-4:]]))
 
@@ -227,7 +227,7 @@ def test_threads_end_with_the_loader(root):
     assert len(threads()) == before
 
 
-def test_a_loader_that_is_still_in_use_does_not_keep_the_process_from_ending(root):
+def test_a_loader_in_use_does_not_block_the_exit_of_the_process(root):
     code = (
         "import sys, time; from dino_train.config.pretrain import PretrainConfig\n"
         "from dino_train.data.folder import ImageFolder\n"
@@ -238,7 +238,7 @@ def test_a_loader_that_is_still_in_use_does_not_keep_the_process_from_ending(roo
         "    start_step=0, total_steps=99, num_workers=int(sys.argv[2]))\n"
         "loader.steps = iter(loader); next(loader.steps)"
     )
-    for workers in (1, 4):  # which are in a read that hangs, or cropping, when the process ends
+    for workers in (1, 4):  # they are in a hanging read, or cropping, when the process ends
         subprocess.run([sys.executable, "-c", code, str(root), str(workers)], check=True, timeout=60)
 
 
@@ -247,26 +247,26 @@ def resident():
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
-def test_memory_stays_flat(root):
+def test_memory_does_not_grow(root):
     sizes = {}
     for step, _ in enumerate(loader(ImageFolder(root), 2, total_steps=4001)):
         if step in (1000, 4000):
             gc.collect()
             sizes[step] = resident()
-    assert sizes[4000] - sizes[1000] < 4 << 20  # 12,000 samples lie between
+    assert sizes[4000] - sizes[1000] < 4 << 20  # 12,000 samples in between
 
 
-# ---- a decode that shrinks
+# ---- decoding at reduced size
 
 
 def photo(width, height, seed=0):
-    """Smooth, so that two good ways to shrink it agree."""
+    """A smooth image, so that two good downscaling methods agree."""
     y, x = np.mgrid[:height, :width] / 90
     waves = [127 + 100 * np.sin(x * (1 + c) + seed) * np.cos(y * (2 - c / 2)) for c in range(3)]
     return Image.fromarray(np.stack(waves, -1).astype(np.uint8))
 
 
-def test_scaled_decode_is_used_where_every_crop_allows_and_changes_little(tmp_path, monkeypatch):
+def test_scaled_decode_is_used_if_all_crops_allow_it_and_changes_little(tmp_path, monkeypatch):
     for i in range(4):
         save(tmp_path / f"{i}.jpg", photo(640, 480, i), quality=95)
     scales = []
@@ -290,7 +290,7 @@ def test_scaled_decode_is_used_where_every_crop_allows_and_changes_little(tmp_pa
     assert 0 < difference.mean() < 0.05 and difference.max() < 0.8  # of a range of about 4.7
     tight = [CropKind(400, (0.2, 1.0), 0.0, 0.0)]
     next(iter(CropLoader(images, tight, **options, scaled_decode=True)))
-    assert len(scales) == 32  # crops that are enlarged need every pixel
+    assert len(scales) == 32  # upscaled crops need the full image
 
 
 # ---- evaluation
@@ -357,7 +357,7 @@ def test_eval_loader_without_labels_and_without_readable_images(tmp_path):
     assert list(eval_loader(images.subset([]), size=16, batch_size=1, num_workers=1)) == []
 
 
-def test_loaders_leave_the_global_generator_alone(root):
+def test_loaders_do_not_use_the_global_generator(root):
     state = torch.get_rng_state()
     run(root, 2, total_steps=1)
     list(eval_loader(ImageFolder(root), size=16, batch_size=5, num_workers=1))

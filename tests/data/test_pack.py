@@ -1,4 +1,4 @@
-"""The packed store: what is in it, what others read, interruptions, damage, full disks."""
+"""The packed store: content, other readers, interruptions, damage, full disks."""
 
 import io
 import subprocess
@@ -63,13 +63,13 @@ def test_reads_like_the_folder(root, caplog):
     assert train.classes == held_out.classes == ["cat", "dog"] and len(train) == 4 and len(held_out) == 2
     assert held_out.labels == [0, 1]
     small = images.names.index("train/cat/small.jpg")
-    assert images.read(small) == (root / "train/cat/small.jpg").read_bytes()  # a JPEG that fits stays as it is
+    assert images.read(small) == (root / "train/cat/small.jpg").read_bytes()  # a small JPEG is copied unchanged
     shrunk = Image.open(root / "train/cat/large.JPEG").resize((40, 24), Image.Resampling.LANCZOS)
     expected = np.asarray(Image.open(save(root.parent / "expected.jpg", shrunk, quality=90)))
     assert np.array_equal(images.pixels(images.names.index("train/cat/large.JPEG")), expected)
 
 
-def test_other_programs_read_it(root):
+def test_other_programs_can_read_it(root):
     out = packed(root)
     with tarfile.open(out) as tar:
         assert {member.name for member in tar} == {*RECORDS, "__pack__", "__index__"}
@@ -80,7 +80,7 @@ def test_other_programs_read_it(root):
     assert all("jpg" in sample or "jpeg" in sample for sample in samples)
 
 
-def test_repeats_bitwise_whatever_the_threads_and_the_source(root):
+def test_output_does_not_depend_on_threads_or_source(root):
     first = packed(root, num_workers=1).read_bytes()
     assert packed(root, "again.tar", num_workers=3).read_bytes() == first
     assert packed(Path(zip_of(root)), "zip.tar").read_bytes() == first
@@ -89,7 +89,7 @@ def test_repeats_bitwise_whatever_the_threads_and_the_source(root):
 
 @pytest.mark.parametrize("records", [0, 1, 4, 6])
 @pytest.mark.parametrize("more", [0, 5, 300, 600])
-def test_an_interrupted_call_goes_on(root, records, more):
+def test_an_interrupted_call_is_continued(root, records, more):
     out = packed(root)
     whole = out.read_bytes()
     store = Store(out)
@@ -102,7 +102,7 @@ def test_an_interrupted_call_goes_on(root, records, more):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack_module, "_record", lambda *a: encoded.append(1) or original(*a))
         assert packed(root).read_bytes() == whole
-    assert len(encoded) == 7 - records  # an unreadable one is tried again
+    assert len(encoded) == 7 - records  # the unreadable image is tried again
     assert not partial.exists()
 
 
@@ -113,7 +113,7 @@ def test_an_interruption_before_the_first_record(root, cut):
     assert packed(root, "again.tar").read_bytes() == whole
 
 
-def test_a_killed_process_leaves_nothing_under_the_name(root):
+def test_a_killed_process_leaves_no_incomplete_output(root):
     code = (
         "import os, sys; from pathlib import Path; from dino_train.data import pack\n"
         "from dino_train.data.folder import ImageFolder; seen = []; original = pack._append\n"
@@ -126,13 +126,13 @@ def test_a_killed_process_leaves_nothing_under_the_name(root):
     assert packed(root, "killed.tar").read_bytes() == packed(root).read_bytes()
 
 
-def test_other_settings_start_over(root):
+def test_other_options_start_again(root):
     out = packed(root)
     out.rename(out.with_name("set.tar.partial"))
-    assert packed(root, size=20).read_bytes() == packed(root, "fresh.tar", size=20).read_bytes()
+    assert packed(root, size=20).read_bytes() == packed(root, "other.tar", size=20).read_bytes()
 
 
-def test_a_damaged_record_is_named_and_the_others_are_read(root):
+def test_a_damaged_record_is_reported_and_the_others_are_read(root):
     out = packed(root)
     data = bytearray(out.read_bytes())
     content = (root / "train/cat/small.jpg").read_bytes()
@@ -148,10 +148,10 @@ def test_a_damaged_record_is_named_and_the_others_are_read(root):
 
 
 @pytest.mark.parametrize("keep", [0, 100, 1024, 3000, -2000, -1])
-def test_a_store_that_is_cut_off(root, keep):
+def test_a_truncated_store(root, keep):
     out = packed(root)
     out.write_bytes(out.read_bytes()[:keep])
-    if keep == -1:  # only of the zeros after the index
+    if keep == -1:  # only zeros after the index are missing
         assert len(ImageFolder(out)) == 6
         return
     with pytest.raises(DataError, match=r"set.tar is a damaged tar \(.*\): copy or download it again$"):
@@ -167,7 +167,7 @@ def test_names_of_any_length_and_alphabet(tmp_path, name):
     assert Store(root.parent / "set.tar").read(name) == (root / name).read_bytes()
 
 
-def test_tars_of_others(root):
+def test_tars_of_other_programs(root):
     out = root.parent / "other.tar"
     with tarfile.open(out, "w") as tar:
         tar.add(root, arcname="somewhere/set")
@@ -178,7 +178,7 @@ def test_tars_of_others(root):
     assert all(images.read(i) == ImageFolder(root).read(i) for i in range(len(images)))
 
 
-def test_compressed_tars_are_refused(root):
+def test_compressed_tars_are_rejected(root):
     out = root.parent / "set.tar"
     with tarfile.open(out, "w:gz") as tar:
         tar.add(root)
@@ -186,7 +186,7 @@ def test_compressed_tars_are_refused(root):
         ImageFolder(out)
 
 
-def test_what_a_user_gets_wrong(root, capsys, monkeypatch):
+def test_user_errors(root, capsys, monkeypatch):
     def run(*arguments):
         code = main(["pack", "--data", str(root), *map(str, arguments)])
         return code, capsys.readouterr().err.strip().splitlines()[-1:]

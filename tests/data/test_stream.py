@@ -1,4 +1,4 @@
-"""Shards: every sample once an epoch on two ranks, resuming, replacing what fails, and what a user gets wrong."""
+"""Shards: every sample once per epoch on two ranks, resuming, replacement of failed samples, and user errors."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def add(tar, name, data):
 
 @pytest.fixture
 def pattern(tmp_path):
-    """Shards of SIZES samples, each a label, a mask and an image, which shows its number in red."""
+    """Shards of SIZES samples, each a label, a mask and an image with its number as red value."""
     number = 0
     for shard, size in enumerate(SIZES):
         with tarfile.open(tmp_path / f"s{shard}.tar", "w") as tar:
@@ -61,7 +61,7 @@ def opened(pattern):
 
 
 def shown(sample):
-    """The number that the sample's image shows."""
+    """The number encoded in the sample's image."""
     _, read = next(sample.candidates())
     return int(decode(read())[0, 0, 0])
 
@@ -86,13 +86,13 @@ def test_every_sample_once_an_epoch_in_a_shuffled_order(pattern):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_an_epoch_whatever_the_shards_hold(pattern, ranks):
+def test_ranks_get_equal_parts_for_any_shard_sizes(pattern, ranks):
     parts = [steps(pattern, rank=rank, ranks=ranks, total=8) for rank in range(ranks)]
     assert all(len(step) == 4 // ranks for part in parts for step in part)
     assert sorted(s[2] for part in parts for step in part for s in step) == list(range(32))
 
 
-def test_what_does_not_fill_a_batch_is_left_out(pattern):
+def test_an_incomplete_batch_is_dropped(pattern):
     for rank in range(2):
         part = steps(pattern, rank=rank, ranks=2, batch=10, total=6)
         assert [{epoch for epoch, *_ in step} for step in part] == [{0}] * 3 + [{1}] * 3
@@ -101,7 +101,7 @@ def test_what_does_not_fill_a_batch_is_left_out(pattern):
 
 @pytest.mark.parametrize("start", [1, 3, 7, 8, 13, 15, 16])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_resume_begins_at_its_window(pattern, start, rank, monkeypatch):
+def test_a_resume_starts_at_its_window(pattern, start, rank, monkeypatch):
     whole = steps(pattern, rank=rank, ranks=2)
     opened_shards = []
     original = stream_module.shard_files
@@ -140,9 +140,9 @@ parallel.leave()
 def test_two_gloo_ranks_see_every_sample_once(pattern, tmp_path):
     (tmp_path / "rank.py").write_text(_RANK)
     assert torchrun([str(tmp_path / "rank.py"), pattern, str(tmp_path / "out")]).wait(timeout=300) == 0
-    told = [json.loads((tmp_path / f"out/{rank}.json").read_text()) for rank in range(2)]
-    assert sorted(told[0][0] + told[1][0]) == list(range(32))
-    assert [part[1] for part in told] == [16, 16] and [tuple(part[2]) for part in told] == [SIZES] * 2
+    results = [json.loads((tmp_path / f"out/{rank}.json").read_text()) for rank in range(2)]
+    assert sorted(results[0][0] + results[1][0]) == list(range(32))
+    assert [part[1] for part in results] == [16, 16] and [tuple(part[2]) for part in results] == [SIZES] * 2
     assert json.loads((tmp_path / "out" / COUNTS).read_text()) == dict(zip(shard_urls(pattern), SIZES, strict=True))
 
 
@@ -160,11 +160,11 @@ def test_a_run_is_resumed_bitwise(pattern, tmp_path, monkeypatch):
     counted = []
     monkeypatch.setattr(stream_module, "_count", lambda url: counted.append(url))
     pretrain(replace(part, resume=True))
-    assert not counted  # the folder tells
+    assert not counted  # the counts come from shards.json
     assert_same(final_weights(whole), final_weights(part))
 
 
-def test_a_shard_that_fails_is_named_and_its_samples_replaced(pattern, tmp_path, caplog):
+def test_a_failing_shard_is_reported_and_its_samples_are_replaced(pattern, tmp_path, caplog):
     shard = tmp_path / "s2.tar"
     shard.write_bytes(shard.read_bytes()[:9000])
     readable = len(list(islice(_until_error(shard_files(str(shard))), 12)))
@@ -193,7 +193,7 @@ def test_one_bad_image_is_replaced_by_another_of_its_window(pattern, tmp_path):
     assert [name for _, found in batches for name, _ in found] == [f"{tmp_path}/s0.tar: 002.png"]
 
 
-def test_a_stream_is_read_no_further_than_a_window_ahead(pattern, monkeypatch):
+def test_at_most_one_window_is_prefetched(pattern, monkeypatch):
     read = []
     original = stream_module.shard_files
 
@@ -206,7 +206,7 @@ def test_a_stream_is_read_no_further_than_a_window_ahead(pattern, monkeypatch):
     iterator = opened(pattern).steps(2, 0, 0, 10_000)
     next(iterator)
     time.sleep(0.5)
-    assert len(read) <= 3 * 6 + 1  # the window in use, the one in the queue, the one that waits for room
+    assert len(read) <= 3 * 6 + 1  # one window in use, one in the queue, one waiting for the queue
     iterator.close()
     time.sleep(1)
     assert not [thread for thread in threading.enumerate() if thread.name == "dino-train shards"]
@@ -233,7 +233,7 @@ def test_packed_files_are_shards(tmp_path):
     )
 
 
-def test_what_names_shards(tmp_path):
+def test_names_of_shards(tmp_path):
     folder = tmp_path / "odd{1..2}"
     folder.mkdir()
     assert not is_shards(folder) and not is_shards(tmp_path / "gone") and not is_shards("set.tar")

@@ -12,7 +12,7 @@ def run(tmp_path_factory):
     return tiny_checkpoint(folder), folder / "images"
 
 
-def test_each_row_is_what_the_other_protocols_find(run, capsys):
+def test_each_row_equals_the_result_of_the_other_protocols(run, capsys):
     checkpoint, images = run
     options = "--checkpoint", checkpoint, "--data", images
     found = evaluate(capsys, "baselines", *options, "--epochs", "3", "--seed", "0")
@@ -22,9 +22,9 @@ def test_each_row_is_what_the_other_protocols_find(run, capsys):
     knn = evaluate(capsys, "knn", *options, "--nb-knn", "10")
     linear = evaluate(capsys, "linear", *options, "--epochs", "3")
     assert found["teacher"] == {"knn10": knn["knn10"]["top1"], "linear": linear["best"]["top1"]}
-    # random weights of seed 0 are those of a checkpoint of seed 0 that was never trained
+    # random weights with seed 0 equal an untrained checkpoint with seed 0
     assert found["random weights"] == found["teacher"]
-    assert evaluate(capsys, "baselines", *options, "--epochs", "3", "--seed", "0") == found  # out of the cache
+    assert evaluate(capsys, "baselines", *options, "--epochs", "3", "--seed", "0") == found  # from the cache
 
 
 def test_text_names_every_row_and_the_number_of_images(run, capsys):
@@ -36,7 +36,7 @@ def test_text_names_every_row_and_the_number_of_images(run, capsys):
     assert [line[:16].strip() for line in lines[1:]] == ["chance", "raw pixels", "random weights", "teacher"]
 
 
-def test_raw_pixels_are_shrunk_to_32():
+def test_raw_pixels_are_downscaled_to_32():
     pixels = torch.arange(2 * 3 * 64 * 64.0).view(2, 3, 64, 64)
     assert torch.equal(raw_pixels(pixels)[0, :2], pixels[0, 0].view(32, 2, 32, 2).mean(dim=(1, 3))[0, :2])
     assert torch.equal(raw_pixels(pixels[..., :8, :8]), pixels[..., :8, :8].flatten(1))

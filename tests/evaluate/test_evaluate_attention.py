@@ -28,7 +28,7 @@ def noise(path, width, height, seed=0):
 def test_keep_mass_by_hand():
     maps = torch.tensor([[[0.1, 0.5], [0.3, 0.1]], [[0.25, 0.25], [0.25, 0.25]]])
     assert keep_mass(maps, 0.45)[0].tolist() == [[False, True], [False, False]]
-    assert keep_mass(maps, 0.6)[0].tolist() == [[False, True], [True, False]]  # 0.5 alone is too little
+    assert keep_mass(maps, 0.6)[0].tolist() == [[False, True], [True, False]]  # 0.5 alone is not enough
     assert keep_mass(maps, 0.6)[1].sum() == 3
     assert keep_mass(maps * 7, 0.6).equal(keep_mass(maps, 0.6))
     assert keep_mass(maps, 1.0).all()
@@ -40,7 +40,7 @@ def test_jaccard_by_hand():
     assert jaccard(a, b) == 1 / 3 and jaccard(a, a) == 1 and jaccard(a, ~a) == 0
 
 
-def test_jaccard_is_that_of_scikit_learn():
+def test_jaccard_equals_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
     for share in (0.1, 0.5, 0.9):
@@ -48,7 +48,7 @@ def test_jaccard_is_that_of_scikit_learn():
         assert jaccard(a, b) == pytest.approx(metrics.jaccard_score(a.ravel(), b.ravel()))
 
 
-def test_maps_have_the_images_size(run, tmp_path, capsys):
+def test_maps_have_the_size_of_the_image(run, tmp_path, capsys):
     noise(tmp_path / "wide.jpg", 90, 50)
     (tmp_path / "broken.png").write_bytes(b"junk")
     out = tmp_path / "maps"
@@ -61,7 +61,7 @@ def test_maps_have_the_images_size(run, tmp_path, capsys):
         colors, mask = (Image.open(out / f"wide_{name}{suffix}.png") for suffix in ("", "_mask"))
         assert colors.size == mask.size == Image.open(out / f"wide_{name}_overlay.png").size == (90, 50)
         assert np.asarray(colors).std() > 5
-        assert 0.05 < np.asarray(mask).mean() < 0.61  # 0.6 of the mass is on at most that share of the patches
+        assert 0.05 < np.asarray(mask).mean() < 0.61  # 0.6 of the mass is on at most this fraction of the patches
     assert (out / "sheet.png").exists()
     for bad, message in (
         (["--data", str(tmp_path / "nowhere.jpg")], "no such image, folder or video: "),
@@ -75,7 +75,7 @@ def test_maps_have_the_images_size(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar"])
-def test_an_archive_is_the_images_in_it(run, tmp_path, capsys, suffix):
+def test_images_from_an_archive(run, tmp_path, capsys, suffix):
     for i in range(2):
         noise(tmp_path / f"images/{i}.png", 20, 20, seed=i)
     shutil.make_archive(str(tmp_path / "archive"), suffix[1:], tmp_path / "images")
@@ -85,24 +85,24 @@ def test_an_archive_is_the_images_in_it(run, tmp_path, capsys, suffix):
     assert (tmp_path / "maps/1_mean.png").exists()
 
 
-def test_images_of_one_name_keep_their_own_maps(run, tmp_path):
+def test_images_with_equal_names_get_separate_maps(run, tmp_path):
     a, b = noise(tmp_path / "a/x.png", 20, 20), noise(tmp_path / "b/x.png", 20, 20)
     words = [*WORDS, str(run / "run"), "--output-dir", str(tmp_path / "maps")]
     assert main([*words, "--image", str(a), str(b)]) == 0
     assert len(list((tmp_path / "maps").glob("*_mean.png"))) == 2
 
 
-def test_the_runs_own_images_are_the_default(run):
+def test_the_images_of_the_run_are_the_default(run):
     assert main([*WORDS, str(run / "run")]) == 0
     assert (run / "run/attention/sheet.png").exists()
 
 
-def test_masks_give_the_overlap_of_the_pictures_that_are_drawn(run, tmp_path, capsys):
+def test_masks_give_the_overlap_of_the_written_masks(run, tmp_path, capsys):
     rng = np.random.default_rng(0)
     truth = {}
     for i in range(3):
         noise(tmp_path / f"images/{i}.png", 40, 24, seed=i)
-        if i < 2:  # one image without a mask is left out
+        if i < 2:  # one image has no mask
             truth[i] = rng.random((24, 40)) < 0.4
             (tmp_path / "masks").mkdir(exist_ok=True)
             Image.fromarray(np.uint8(255 * truth[i])).save(tmp_path / f"masks/{i}.png")
@@ -124,7 +124,7 @@ def test_masks_give_the_overlap_of_the_pictures_that_are_drawn(run, tmp_path, ca
     assert found["jaccard_heads"] == pytest.approx(scores[:, :3].mean(axis=0).tolist())
 
 
-def test_the_border_of_a_voc_mask_does_not_count(tmp_path):
+def test_the_border_of_a_voc_mask_is_ignored(tmp_path):
     picture = Image.fromarray(np.uint8([[0, 15, 255], [0, 0, 3]])).convert("P")
     picture.putdata([0, 15, 255, 0, 0, 3])
     picture.save(tmp_path / "voc.png")
@@ -133,7 +133,7 @@ def test_the_border_of_a_voc_mask_does_not_count(tmp_path):
     assert (foreground & counts).tolist() == [[False, True, False], [False, False, True]]
 
 
-def test_masks_that_do_not_fit_are_named(run, tmp_path, capsys):
+def test_invalid_masks_are_reported(run, tmp_path, capsys):
     image, mask = noise(tmp_path / "images/a.png", 20, 10), tmp_path / "masks/a.png"
     words = [*WORDS, str(run / "run"), "--data", str(image), "--masks", str(mask.parent)]
     assert main(words) == 1
@@ -174,7 +174,7 @@ def test_frames_without_ffmpeg(run, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
-def test_a_video_goes_in_and_comes_out(run, tmp_path, capsys):
+def test_video_input_and_output(run, tmp_path, capsys):
     for i in range(10):
         noise(tmp_path / f"clip/{i:03d}.png", 64, 48, seed=i)
     first = frames_of(run, tmp_path / "clip", tmp_path / "out", capsys, "--fps", "5")

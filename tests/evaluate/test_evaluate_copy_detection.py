@@ -15,7 +15,7 @@ STRONG = ("200001.jpg", "200002.jpg", "200201.jpg", "200301.jpg")
 
 @pytest.fixture
 def copydays(tmp_path):
-    """Four originals and their copies, in the folders of Copydays."""
+    """Four originals and their copies, in the folder layout of Copydays."""
     rng = np.random.default_rng(0)
     root = tmp_path / "copydays"
     originals = {}
@@ -43,7 +43,7 @@ def direct_features(backbone, path):
         return torch.cat((tokens[0], gem))
 
 
-def test_command_gives_the_numbers_of_a_loop(copydays, tmp_path, capsys):
+def test_command_equals_a_plain_loop(copydays, tmp_path, capsys):
     run = tiny_checkpoint(tmp_path / "run")
     words = ["copy-detection", "--checkpoint", run, "--data", copydays, "--image-size", 16]
     found = evaluate(capsys, *words)
@@ -66,7 +66,7 @@ def test_distractors_and_whitening(copydays, tmp_path, capsys):
     words = ["copy-detection", "--checkpoint", tiny_checkpoint(tmp_path / "run"), "--data", copydays]
     words += ["--image-size", 16]
     plain = evaluate(capsys, *words)["mAP"]
-    copies = tmp_path / "copies"  # the strong copies themselves: each is before its original
+    copies = tmp_path / "copies"  # the strong copies: each is ranked before its original
     copies.mkdir()
     for path in (copydays / "strong").iterdir():
         (copies / path.name).write_bytes(path.read_bytes())
@@ -85,12 +85,12 @@ def test_precisions_by_hand():
         ["a/2000.jpg", "a/2001.jpg", "b/2001.jpg"],
         [],
     )
-    # Found first, second (area (0 + 1/2) / 2), and third ((0 + 1/3) / 2).
+    # Retrieved at rank 1, 2 (area (0 + 1/2) / 2) and 3 ((0 + 1/3) / 2).
     expected = {"a": (1 + 1 / 4) / 2, "b": 1 / 6}
     assert block_precisions(database, queries) == pytest.approx(expected)
 
 
-def test_only_the_first_twenty_count():
+def test_only_the_first_twenty_results_are_evaluated():
     paths = [f"more/{i}.jpg" for i in range(20)] + ["original/2000.jpg"]
     values = torch.linspace(1, 0.1, 21)[:, None]
     database = Features(values, torch.zeros(21), paths, [])
@@ -98,18 +98,18 @@ def test_only_the_first_twenty_count():
     assert block_precisions(database, query) == {"a": 0.0}
 
 
-def test_whitening_makes_variances_one():
+def test_whitening_gives_unit_variances():
     g = torch.Generator().manual_seed(0)
     mixed = torch.randn(5000, 6, generator=g) @ torch.randn(6, 6, generator=g)
     white = Whitening(mixed - mixed.mean(0))(mixed)
     torch.testing.assert_close(white.T.cov(correction=0), torch.eye(6), rtol=0, atol=1e-3)
     flat = mixed.clone()
-    flat[:, 3] = flat[:, 2]  # a direction without variance is not blown up
+    flat[:, 3] = flat[:, 2]  # a direction without variance is not amplified
     assert Whitening(flat - flat.mean(0))(flat).abs().max() < 30
 
 
-def test_whitened_products_are_mahalanobis():
-    """By solving, in place of turning: x, y -> (x - mean)' (second moment)^-1 (y - mean)."""
+def test_whitened_products_are_mahalanobis_products():
+    """Computed with a linear solve instead of a rotation: x, y -> (x - mean)' (second moment)^-1 (y - mean)."""
     g = torch.Generator().manual_seed(0)
     learned = torch.randn(200, 6, generator=g) @ torch.randn(6, 6, generator=g) + 3
     x = torch.randn(5, 6, generator=g)
@@ -128,13 +128,13 @@ def test_class_and_gem():
     torch.testing.assert_close(found[:, 96:], (tokens[:, 1:].clamp(min=1e-6) ** 4).mean(1) ** 0.25)
 
 
-def test_wrong_folders_are_named(copydays, tmp_path, capsys):
+def test_wrong_folders_are_reported(copydays, tmp_path, capsys):
     words = ["copy-detection", "--checkpoint", tiny_checkpoint(tmp_path / "run"), "--data", copydays]
     (copydays / "original/200000.jpg").rename(copydays / "original/300000.jpg")
     assert "crops/50/200000.jpg has no original: expected original/2000*.jpg" in error_of(capsys, *words)
     assert "image_size must be at least 1, got 0" in error_of(capsys, *words, "--image-size", 0)
     (copydays / "original").rename(copydays / "originals")
-    expected = "expected Copydays' original/ and beside it strong/"
+    expected = "expected Copydays' original/ and at least one of strong/"
     assert f"holds crops/, jpegqual/, originals/, strong/: {expected}" in error_of(capsys, *words)
     words[-1] = copydays / "strong"
     assert f"holds no two folders of images: {expected}" in error_of(capsys, *words)

@@ -18,24 +18,24 @@ def words(tmp_path):
     return ["finetune", "--checkpoint", run, "--data", data, "--batch-size", 8, "--output-dir", tmp_path / "out"]
 
 
-def test_it_learns_and_leaves_a_checkpoint_that_commands_take(words, tmp_path, capsys):
+def test_it_learns_and_writes_a_checkpoint_that_commands_can_load(words, tmp_path, capsys):
     for part in ("train", "val"):
         (tmp_path / f"data/{part}/red/unreadable.png").write_bytes(b"")
     found = evaluate(capsys, *words, "--epochs", 12, "--lr", 0.02)
-    assert (found["train"], found["val"]) == (24, 15)  # those that were used
+    assert (found["train"], found["val"]) == (24, 15)  # number of images used
     assert found["top1"] > 90 and found["checkpoint"] == str(tmp_path / "out/last.pt")
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3 * (i + 1) for i in range(12)]
     assert rows[-1]["top1"] == found["top1"] and rows[-1]["loss"] < rows[0]["loss"]
     before, after = load_trained(tmp_path / "run").backbone, load_trained(tmp_path / "out").backbone
     assert not before.blocks[0].attn.qkv.weight.equal(after.blocks[0].attn.qkv.weight)
-    knn = evaluate(capsys, "knn", "--checkpoint", tmp_path / "out", "--nb-knn", 5)  # of the same images
+    knn = evaluate(capsys, "knn", "--checkpoint", tmp_path / "out", "--nb-knn", 5)  # uses the same images
     assert knn["knn5"]["top1"] > 90
 
 
-def test_a_run_that_was_stopped_goes_on_bitwise(words, tmp_path, capsys, caplog, monkeypatch):
+def test_a_stopped_run_is_resumed_bitwise(words, tmp_path, capsys, caplog, monkeypatch):
     words = [*words, "--epochs", 4]
-    whole = evaluate(capsys, *words, "--resume")  # nothing is there yet: from the beginning
+    whole = evaluate(capsys, *words, "--resume")  # no checkpoint yet: starts from the beginning
     expected = torch.load(tmp_path / "out/last.pt", weights_only=True)
     words[words.index(tmp_path / "out")] = tmp_path / "stopped"
     step = finetune._Tuning._step
@@ -58,13 +58,13 @@ def test_a_run_that_was_stopped_goes_on_bitwise(words, tmp_path, capsys, caplog,
         assert tensor.equal(found["teacher"][name]), name
     rows = [json.loads(line) for line in (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
-    assert evaluate(capsys, *words, "--resume")["top1"] == whole["top1"]  # nothing is left to do
+    assert evaluate(capsys, *words, "--resume")["top1"] == whole["top1"]  # already complete
     assert "has epochs 4, not 5" in error_of(capsys, *words[:-1], 5, "--resume")
     tiny_checkpoint(tmp_path / "run", seed=1)
     assert "has checkpoint" in error_of(capsys, *words, "--resume")
 
 
-def test_what_was_pretrained_is_not_overwritten(words, tmp_path, capsys):
+def test_a_pretraining_run_is_not_overwritten(words, tmp_path, capsys):
     words[words.index(tmp_path / "out")] = tmp_path / "run"
     before = (tmp_path / "run/last.pt").read_bytes()
     assert "run holds a run already: add --resume" in error_of(capsys, *words)
@@ -73,7 +73,7 @@ def test_what_was_pretrained_is_not_overwritten(words, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("make, layers", [(lambda: vit("vit_nano", patch_size=8, img_size=16), 3), (resnet50, 4)])
-def test_learning_rates_fall_towards_the_input(make, layers):
+def test_learning_rates_decrease_towards_the_input(make, layers):
     backbone = make()
     model = Classifier(backbone, backbone.embed_dim, 5)
     groups = parameter_groups(model, 0.5, 0.05)
@@ -91,14 +91,14 @@ def test_learning_rates_fall_towards_the_input(make, layers):
         assert group["weight_decay"] == (0.05 if decayed else 0), name
 
 
-def test_rates_rise_then_fall():
+def test_warmup_and_decay_of_the_learning_rate():
     factors = [rate_factor(step, 200) for step in range(200)]
     assert factors[0] == 0.1 and factors[9] == factors[10] == 1
     assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False)) and 0.001 < factors[-1] < 0.0013
     assert factors[105] == pytest.approx(0.5005)
 
 
-def test_bad_settings_are_named(words, capsys):
+def test_bad_options_are_reported(words, capsys):
     assert "layer_decay in (0, 1]" in error_of(capsys, *words, "--layer-decay", 0)
     assert "weight_decay of at least 0" in error_of(capsys, *words, "--weight-decay", -1)
     assert "label_smoothing in [0, 1]" in error_of(capsys, *words, "--label-smoothing", 1.1)

@@ -21,7 +21,7 @@ def words(tmp_path):
     return ["linear", "--checkpoint", tiny_checkpoint(tmp_path / "run"), "--data", data, "--batch-size", "8"]
 
 
-def test_probes_train_as_layers_of_their_own_under_sgd():
+def test_probes_equal_separate_layers_trained_with_sgd():
     g = torch.Generator().manual_seed(0)
     rates, factors = [0.01, 0.3, 2.0], [1.0, 0.5, 0.25, 0.1]
     batches = [(torch.randn(9, 6, generator=g), torch.randint(0, 4, (9,), generator=g)) for _ in factors]
@@ -48,7 +48,7 @@ def test_probes_train_as_layers_of_their_own_under_sgd():
         torch.testing.assert_close(probes.bias[i], layer.bias)
 
 
-def test_rates_fall_as_those_of_the_reference():
+def test_learning_rates_equal_the_schedule_of_the_reference():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)  # eval_linear.py:109
     for epoch in range(10):
@@ -64,10 +64,10 @@ def test_block_features_are_class_tokens_of_the_last_blocks_and_mean_patches():
     tokens = backbone.features(pixels, 2)
     expected = torch.empty(2, 3 * 96)
     expected[:, :96] = tokens[0][:, 0]
-    expected[:, 96::2], expected[:, 97::2] = tokens[1][:, 0], tokens[1][:, 1:].mean(1)  # as eval_linear.py:175 has it
+    expected[:, 96::2], expected[:, 97::2] = tokens[1][:, 0], tokens[1][:, 1:].mean(1)  # as in eval_linear.py:175
     torch.testing.assert_close(block_features(backbone, 2, True, pixels), expected)
     torch.testing.assert_close(block_features(backbone, 1, False, pixels), backbone(pixels))
-    assert block_features(backbone, 4, False, pixels).shape == (2, 3 * 96)  # it has three
+    assert block_features(backbone, 4, False, pixels).shape == (2, 3 * 96)  # it has only three blocks
     for blocks, avgpool in ((1, True), (2, False), (4, True)):
         assert block_features(backbone, blocks, avgpool, pixels).shape == (2, n_features(backbone, blocks, avgpool))
 
@@ -77,24 +77,24 @@ def test_command_finds_colors_and_reports_every_rate(words, capsys):
     assert [rate["lr"] for rate in found["rates"]] == [1e-6, 0.1, 1e9]
     assert found["best"]["lr"] == 0.1 and found["best"]["top1"] > 90 and found["best"]["top5"] == 100
     assert found["rates"][0]["top1"] < found["best"]["top1"]
-    assert evaluate(capsys, *words, "--epochs", 20, "--lrs", 1e-6, 0.1, 1e9) == found  # from the cache, bit for bit
+    assert evaluate(capsys, *words, "--epochs", 20, "--lrs", 1e-6, 0.1, 1e9) == found  # from the cache, bitwise
 
 
-def test_one_rate_gives_the_same_alone_as_in_a_grid(words, capsys):
+def test_one_rate_alone_equals_the_same_rate_in_a_grid(words, capsys):
     grid = evaluate(capsys, *words, "--epochs", 5)["rates"]
     assert len(grid) == 16
     alone = evaluate(capsys, *words, "--epochs", 5, "--lrs", grid[10]["lr"])
     assert alone["rates"] == [grid[10]]
 
 
-def test_the_references_protocol_has_one_rate_and_random_crops(words, capsys):
+def test_the_reference_protocol_has_one_rate_and_random_crops(words, capsys):
     found = evaluate(capsys, *words, "--epochs", 3, "--reference")
     assert [rate["lr"] for rate in found["rates"]] == [0.001]
     found = evaluate(capsys, *words, "--epochs", 15, "--reference", "--lrs", 0.3)
     assert found["best"]["top1"] > 80
 
 
-def test_the_references_protocol_goes_on_bitwise_after_an_interruption(words, tmp_path, capsys, monkeypatch):
+def test_the_reference_protocol_is_resumed_bitwise(words, tmp_path, capsys, monkeypatch):
     words = [*words, "--reference", "--epochs", 6, "--lrs", 0.1]
     whole = evaluate(capsys, *words)
     (kept,) = (tmp_path / "run/features").glob("linear-*.pt")
@@ -114,15 +114,15 @@ def test_the_references_protocol_goes_on_bitwise_after_an_interruption(words, tm
     assert evaluate(capsys, *words) == whole and len(calls) == 15 + 12
     found = checkpoint.load(kept)
     assert found["epochs"] == 6 and found["weight"].equal(expected["weight"])
-    assert evaluate(capsys, *words) == whole and len(calls) == 15 + 12  # nothing is left to do
+    assert evaluate(capsys, *words) == whole and len(calls) == 15 + 12  # already complete
     kept.write_bytes(kept.read_bytes()[:500])
-    assert evaluate(capsys, *words) == whole and len(calls) == 15 + 12 + 24  # damaged: anew
-    evaluate(capsys, *words, "--seed", 1)  # other settings do not go on with it
+    assert evaluate(capsys, *words) == whole and len(calls) == 15 + 12 + 24  # damaged: starts again
+    evaluate(capsys, *words, "--seed", 1)  # other options do not resume from it
     assert len(calls) == 15 + 12 + 24 + 24
 
 
 def test_published_classifiers_are_evaluated_without_training(tmp_path, capsys):
-    """vit_base's layout: one block and the mean patch token, their channels alternating."""
+    """The layout for vit_base: one block and the mean patch token, with interleaved channels."""
     data = colored_classes(tmp_path / "data")
     torch.manual_seed(0)
     backbone = vit("vit_nano", patch_size=8, img_size=16).eval()
@@ -149,7 +149,7 @@ def test_published_classifiers_are_evaluated_without_training(tmp_path, capsys):
     assert "vit_nano gives 96" in error_of(capsys, *words[:-3], "--data", data)
 
 
-def test_many_probes_are_ranked_one_by_one():
+def test_accuracies_of_many_probes():
     g = torch.Generator().manual_seed(0)
     probes = Probes(6, 8, [0.1, 1.0, 10.0], seed=0, device=torch.device("cpu"))
     x, labels = torch.randn(2500, 6, generator=g), torch.randint(0, 8, (2500,), generator=g)
@@ -162,14 +162,14 @@ def test_many_probes_are_ranked_one_by_one():
         assert values["top5"] == pytest.approx(100 * (best == labels[:, None]).any(1).double().mean().item())
 
 
-def test_bad_settings_are_named(words, capsys):
+def test_bad_options_are_reported(words, capsys):
     for lr in (0, "nan", "inf"):
         assert "lrs must be above 0" in error_of(capsys, *words, "--lrs", 0.1, lr)
     assert "fewer than one batch of 99" in error_of(capsys, *words, "--reference", "--batch-size", 99)
     assert "epochs" in error_of(capsys, *words, "--epochs", 0)
 
 
-def test_random_crops_depend_on_the_key_alone(tmp_path):
+def test_random_crops_depend_only_on_the_key(tmp_path):
     images = ImageFolder(colored_classes(tmp_path, train=4) / "train")
     (tmp_path / "train/blue/1.png").write_bytes(b"")
 
@@ -186,11 +186,11 @@ def test_random_crops_depend_on_the_key_alone(tmp_path):
         assert all(name.endswith("blue/1.png") for name, _ in bad)
 
 
-def test_random_crops_cover_what_they_should():
+def test_distribution_of_random_crops():
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (200, 1))).convert("RGB")
     crop = RandomCrop(32, seed=0)
     rows = np.stack([(crop(ramp, (0, i))[0, 16] * 0.229 + 0.485).numpy() * 255 for i in range(400)])
     slopes = rows[:, -1] - rows[:, 0]
-    assert 0.4 < (slopes < 0).mean() < 0.6  # mirrored
+    assert 0.4 < (slopes < 0).mean() < 0.6  # horizontal flips
     area = (np.abs(slopes) + np.abs(slopes) / 31) / 200
     assert area.min() > 0.1 and area.max() > 0.85 and rows.min() < 15 and rows.max() > 185

@@ -19,11 +19,11 @@ def test_average_precision_by_hand():
     assert average_precision([0, 1], 2) == 1
     assert average_precision([1], 1) == pytest.approx((0 + 1 / 2) / 2)
     assert average_precision([0, 2], 2) == pytest.approx((1 + (1 / 2 + 2 / 3) / 2) / 2)
-    assert average_precision([0], 2) == 0.5  # the other was not found
+    assert average_precision([0], 2) == 0.5  # the other was not retrieved
     assert average_precision([], 3) == 0
 
 
-def test_average_precision_is_the_trapezoidal_area_of_scikit_learn():
+def test_average_precision_equals_the_trapezoidal_area_of_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
     for n in (5, 50, 300):
@@ -38,12 +38,12 @@ def test_mean_average_precision_by_hand():
     ranks = np.array([[3, 0, 1, 2, 4], [4, 3, 2, 1, 0], [0, 1, 2, 3, 4]])
     positives = [np.array([0, 2]), np.array([0]), np.array([], int)]
     passed = [np.array([3]), np.array([4, 2]), np.array([0])]
-    # First: 3 is passed over, then places 0 and 2. Second: 3, 1, 0, so place 2. The third has no positive.
+    # First query: 3 is ignored, so ranks 0 and 2. Second: 3, 1, 0, so rank 2. The third has no positive.
     found = mean_average_precision(ranks, positives, passed, (1, 5))
     second = (0 + 1 / 3) / 2
     assert found["mAP"] == pytest.approx(100 * (0.7916666667 + second) / 2)
     assert found["mP@1"] == pytest.approx(50)
-    assert found["mP@5"] == pytest.approx(100 * (2 / 3 + 1 / 3) / 2)  # both at their last positive, 3
+    assert found["mP@5"] == pytest.approx(100 * (2 / 3 + 1 / 3) / 2)  # both at the rank of their last positive, 3
     assert mean_average_precision(ranks[2:], positives[2:], passed[2:], (1,)) == {}
     both = mean_average_precision(ranks[:1], positives[:1], [np.array([0, 2, 3])], (1,))
     assert both["mAP"] == pytest.approx(79.16666667)  # an image annotated as both is a positive
@@ -51,7 +51,7 @@ def test_mean_average_precision_by_hand():
 
 @pytest.fixture
 def oxford(tmp_path):
-    """Twelve database images of three places and a query of each, in the layout of the revisited data."""
+    """Twelve database images of three places and one query per place, in the layout of the revisited data."""
     rng = np.random.default_rng(0)
     root = tmp_path / "revisited/roxford5k"
     (root / "jpg").mkdir(parents=True)
@@ -67,14 +67,14 @@ def oxford(tmp_path):
             (queries if i == 0 else images).append(name)
         box = [1.0, 2.0, 30.0, 40.0]
         gnd.append({"bbx": box, "easy": np.array(rows[:2]), "hard": np.array(rows[2:3]), "junk": np.array(rows[3:])})
-    gnd[2]["hard"] = np.array([], dtype=np.float64)  # as an empty list becomes
+    gnd[2]["hard"] = np.array([], dtype=np.float64)  # what an empty list becomes
     with open(root / "gnd_roxford5k.pkl", "wb") as file:
         pickle.dump({"imlist": images, "qimlist": queries, "gnd": gnd}, file, protocol=2)
     return root.parent, images, queries, gnd
 
 
 def brute_force(features, query_features, gnd, level):
-    """mAP from the definition: precision before and at each positive, junk taken out one by one."""
+    """mAP from its definition: precision before and at each positive, junk removed one by one."""
     values = []
     for query, entry in zip(query_features, gnd, strict=True):
         right = {"easy": ["easy"], "medium": ["easy", "hard"], "hard": ["hard"]}[level]
@@ -93,7 +93,7 @@ def brute_force(features, query_features, gnd, level):
 
 
 @pytest.mark.parametrize("multi", [False, True])
-def test_command_gives_the_number_of_a_loop(oxford, tmp_path, capsys, multi):
+def test_command_equals_a_plain_loop(oxford, tmp_path, capsys, multi):
     data, images, queries, gnd = oxford
     run = tiny_checkpoint(tmp_path / "run")
     more = ["--multiscale"] if multi else []
@@ -139,7 +139,7 @@ def test_small_images_and_one_scale():
             return pixels.mean((2, 3))
 
     multi_scale(Backbone(), to_tensor(image)[None])
-    assert seen == [(12, 20), (8, 14)]  # at half its size it is smaller than a patch
+    assert seen == [(12, 20), (8, 14)]  # at half size it is smaller than a patch
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -157,7 +157,7 @@ class Evil:
         return os.system, ("touch evil",)
 
 
-def test_ground_truth_that_is_wrong_or_harmful_is_refused(oxford, tmp_path, capsys, monkeypatch):
+def test_wrong_or_harmful_ground_truth_is_rejected(oxford, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data, images, queries, gnd = oxford
     run = tiny_checkpoint(tmp_path / "run")
@@ -189,7 +189,7 @@ def test_ground_truth_that_is_wrong_or_harmful_is_refused(oxford, tmp_path, caps
     assert "expected the revisited data's <dataset>/gnd_roxford5k.pkl" in error_of(capsys, *words)
 
 
-def test_an_image_that_cannot_be_read_is_named(oxford, tmp_path, capsys):
+def test_an_unreadable_image_is_reported(oxford, tmp_path, capsys):
     from dino_train.cli import main
 
     data, images, *_ = oxford

@@ -37,7 +37,7 @@ def test_votes_by_hand():
     torch.testing.assert_close(vote(similarity, labels[rows], classes=2), expected)
 
 
-def test_knn_by_blocks_against_a_loop(monkeypatch):
+def test_blockwise_knn_equals_a_plain_loop(monkeypatch):
     monkeypatch.setattr(knn, "TRAIN_BLOCK", 23)  # the last block is smaller than k
     monkeypatch.setattr(knn, "QUERY_BLOCK", 17)
     g = torch.Generator().manual_seed(0)
@@ -52,12 +52,12 @@ def test_knn_by_blocks_against_a_loop(monkeypatch):
             votes = np.zeros(9)
             for i in np.argsort(-similarity)[:k]:
                 votes[labels[i]] += np.exp(similarity[i] / 0.07)
-            ranked.append(np.sum(votes >= votes[label]) - 1)  # classes without a vote are never right
+            ranked.append(np.sum(votes >= votes[label]) - 1)  # classes without votes are never predicted
         assert found[k]["top1"] == pytest.approx(100 * np.mean(np.array(ranked) < 1))
         assert found[k]["top5"] == pytest.approx(100 * np.mean(np.array(ranked) < 5))
 
 
-def test_knn_is_that_of_scikit_learn():
+def test_knn_equals_scikit_learn():
     neighbors = pytest.importorskip("sklearn.neighbors")
     g = torch.Generator().manual_seed(0)
     labels, test_labels = torch.randint(0, 9, (300,), generator=g), torch.randint(0, 9, (200,), generator=g)
@@ -66,7 +66,7 @@ def test_knn_is_that_of_scikit_learn():
     test = nn.functional.normalize(centers[test_labels] + 1.5 * torch.randn(200, 16, generator=g), dim=1)
     found = knn_top(train, labels, test, test_labels, ks=(5, 40), classes=9)
     for k in (5, 40):
-        # Of vectors of norm 1 the squared distance is 2 - 2 cosine.
+        # For vectors of norm 1, the squared distance is 2 - 2 cosine.
         weighted = neighbors.KNeighborsClassifier(k, weights=lambda distance: np.exp((1 - distance**2 / 2) / 0.07))
         expected = 100 * weighted.fit(train.numpy(), labels.numpy()).score(test.numpy(), test_labels.numpy())
         assert found[k]["top1"] == pytest.approx(expected) and 40 < expected < 95
@@ -79,7 +79,7 @@ def test_recall_by_hand():
 
 
 class MeanColor(nn.Module):
-    """A backbone whose features are known: the mean color of the image, undone normalization."""
+    """A backbone with known features: the mean color of the image before normalization."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ def test_features_and_knn_of_a_known_backbone(folders, tmp_path):
     assert knn_accuracy(backbone, train, val, 16, ks=(5,)) == {"knn5": 100.0}
 
 
-def test_knn_without_labels_says_what_it_needs(tmp_path):
+def test_knn_without_labels_is_an_error(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     images = ImageFolder(tmp_path)
     with pytest.raises(ValueError, match="a folder for each of two classes or more.*a.png is in none"):
@@ -140,7 +140,7 @@ def test_accuracy_by_hand():
     assert label_ranks(scores * torch.nan, torch.tensor([0, 0, 0])).tolist() == [6, 6, 6]
 
 
-def test_accuracy_is_that_of_scikit_learn():
+def test_accuracy_equals_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     g = torch.Generator().manual_seed(0)
     scores, labels = torch.randn(500, 40, generator=g), torch.randint(0, 40, (500,), generator=g)
@@ -154,7 +154,7 @@ def setting(tmp_path):
     return tiny_checkpoint(tmp_path / "run"), colored_classes(tmp_path / "data")
 
 
-def test_command_agrees_with_pretraining_s_number(setting, capsys):
+def test_command_equals_the_accuracy_during_pretraining(setting, capsys):
     run, data = setting
     found = evaluate(capsys, "knn", "--checkpoint", run, "--data", data, "--nb-knn", 3, 20, 500)
     train, val = ImageFolder(data / "train"), ImageFolder(data / "val")
@@ -164,7 +164,7 @@ def test_command_agrees_with_pretraining_s_number(setting, capsys):
     assert found["knn3"]["top1"] > 60 and found["knn500"]["top5"] == 100
 
 
-def test_a_second_call_reuses_the_features_and_a_change_does_not(setting, capsys, monkeypatch):
+def test_a_second_call_uses_the_cached_features_unless_something_changed(setting, capsys, monkeypatch):
     run, data = setting
     words = ["knn", "--checkpoint", run, "--data", data]
     extracted = []
@@ -185,13 +185,13 @@ def test_a_second_call_reuses_the_features_and_a_change_does_not(setting, capsys
     tiny_checkpoint(run, seed=1)
     evaluate(capsys, *words)
     assert len(extracted) == 7
-    for path in (run / "features").iterdir():  # a file cut short is made again
+    for path in (run / "features").iterdir():  # a truncated file is written again
         path.write_bytes(path.read_bytes()[:100])
     evaluate(capsys, *words)
     assert len(extracted) == 9 and not list((run / "features").glob("*.tmp"))
 
 
-def test_images_that_cannot_be_read_are_told_also_when_the_features_are_kept(setting, capsys, caplog):
+def test_unreadable_images_are_reported_also_with_cached_features(setting, capsys, caplog):
     run, data = setting
     (data / "train/red/3.png").write_bytes(b"")
     words = ["knn", "--checkpoint", run, "--data", data, "--nb-knn", 36]
@@ -204,7 +204,7 @@ def test_images_that_cannot_be_read_are_told_also_when_the_features_are_kept(set
     assert "there are only 35 training images: larger k use all of them" in caplog.text
 
 
-def test_the_runs_images_are_the_default(setting, capsys, caplog):
+def test_the_images_of_the_run_are_the_default(setting, capsys, caplog):
     run, data = setting
     state = torch.load(run / "last.pt", weights_only=True)
     torch.save(state | {"args": state["args"] | {"data": str(data)}}, run / "last.pt")
@@ -212,7 +212,7 @@ def test_the_runs_images_are_the_default(setting, capsys, caplog):
     assert f"images: {data} (--data takes others)" in caplog.text
 
 
-def test_bars_know_their_end(setting, capsys, monkeypatch, tmp_path):
+def test_progress_bars_have_a_total(setting, capsys, monkeypatch, tmp_path):
     run, data = setting
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
 
@@ -228,7 +228,7 @@ def test_bars_know_their_end(setting, capsys, monkeypatch, tmp_path):
     assert bars("attention", "--output-dir", tmp_path / "maps") == {("attention", "51")}
 
 
-def test_bfloat16_features_are_close_and_kept_apart(setting, capsys, tmp_path):
+def test_bfloat16_features_are_close_and_cached_separately(setting, capsys, tmp_path):
     run, data = setting
     words = ["knn", "--checkpoint", run, "--data", data, "--dump-features"]
     evaluate(capsys, *words, tmp_path / "exact")
@@ -244,13 +244,13 @@ def test_bfloat16_features_are_close_and_kept_apart(setting, capsys, tmp_path):
     assert "precision bfloat16 is for ViTs, resnet50 takes float32 only" in capsys.readouterr().err
 
 
-def test_features_that_cannot_be_kept_cost_only_a_warning(setting, capsys):
+def test_a_cache_that_cannot_be_written_is_only_a_warning(setting, capsys):
     run, data = setting
     (run / "features").write_text("a file in the way")
     assert evaluate(capsys, "knn", "--checkpoint", run, "--data", data)["val"] == 15
 
 
-def test_dumped_features_are_those_of_the_images_and_load(setting, capsys, tmp_path):
+def test_dumped_features_equal_those_of_the_images_and_can_be_loaded(setting, capsys, tmp_path):
     run, data = setting
     (data / "val/red/3.png").write_bytes(b"")
     dump = tmp_path / "dump"
@@ -271,7 +271,7 @@ def test_dumped_features_are_those_of_the_images_and_load(setting, capsys, tmp_p
     assert "damaged or not a safetensors file" in error_of(capsys, "knn", "--load-features", dump)
 
 
-def test_what_is_wrong_with_the_data_is_said(setting, capsys, tmp_path):
+def test_errors_in_the_data_are_reported(setting, capsys, tmp_path):
     run, data = setting
     words = ["knn", "--checkpoint", run, "--data"]
     flat = tmp_path / "flat"

@@ -30,7 +30,7 @@ def a_row(step=10, loss=3.0, entropy=4.0, single=3.0):
     return {"step": step, "epoch": 0, "loss": loss, "teacher_entropy": entropy, "teacher_single_entropy": single}
 
 
-def test_the_page_has_what_the_run_has(run, page):
+def test_the_page_shows_the_run(run, page):
     text = page.read_text()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "loss" in row][-1]
@@ -38,18 +38,18 @@ def test_the_page_has_what_the_run_has(run, page):
     assert f"<b>{[row['knn10'] for row in rows if 'knn10' in row][-1]:.1f} %</b>" in text
     assert text.count("<svg ") == len(PANELS)
     for name, value in json.loads((run / "config.json").read_text()).items():
-        shown = name.replace("_", "_<wbr>")  # where a long name may be broken
+        shown = name.replace("_", "_<wbr>")  # allowed line breaks in long names
         assert re.search(rf"<td>{shown}</td><td[^>]*>{re.escape(str(value))}</td>", text), name
     assert '<td class="set">vit_nano</td>' in text and "<td>lr</td><td>0.0005</td>" in text  # bold: not the default
     assert text.count('"cell"') == 2 * (1 + 1 + 3) + 2 * (1 + 5)  # two held-out images; three heads; five neighbors
     assert "$" not in re.sub(r"<style>.*</style>", "", text, flags=re.DOTALL)
-    # Nothing is loaded from elsewhere: no link, no script, only pictures in the page itself.
+    # Nothing is loaded from other files: no link, no script, only embedded images.
     assert not re.findall(r"<(?:script|link|iframe|object)\b", text)
     assert all(source.startswith("data:image/jpeg;base64,") for source in re.findall(r'src="([^"]*)"', text))
     assert len(re.findall(r'\bid="', text)) == len(set(re.findall(r'\bid="([^"]*)"', text)))
 
 
-def test_json_and_another_place(run, tmp_path, capsys):
+def test_json_and_another_output_path(run, tmp_path, capsys):
     words = ["evaluate", "report", "--checkpoint", str(run), "--device", "cpu", "--json"]
     assert main([*words, "--output", str(tmp_path / "sub/page.html")]) == 0
     values = json.loads(capsys.readouterr().out)
@@ -57,14 +57,14 @@ def test_json_and_another_place(run, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["page.html"]
 
 
-def test_signs_of_a_collapse():
+def test_checks_for_a_collapse():
     log_k = math.log(64)
     well = [a_row() for _ in range(20)]
     assert [fine for fine, _ in checks(well, log_k)] == [True, True, True]
     uniform = well + [a_row(loss=log_k, entropy=log_k, single=log_k)] * 10
     assert [fine for fine, _ in checks(uniform, log_k)] == [True, False, True]
     assert "in 10 of the last 10 lines; it is 4.16 now and was 3.00 in the first" in checks(uniform, log_k)[1][1]
-    assert [fine for fine, _ in checks(uniform[:-1], log_k)] == [True, True, True]  # nine in a row are not ten
+    assert [fine for fine, _ in checks(uniform[:-1], log_k)] == [True, True, True]  # only nine in a row
     constant = well + [a_row(entropy=1.0, single=1.0)] * 10
     assert [fine for fine, _ in checks(constant, log_k)] == [True, True, False]
     assert [fine for fine, _ in checks([*well, a_row(loss=math.nan)], log_k)] == [False, True, True]
@@ -113,7 +113,7 @@ def test_a_run_without_its_images_or_weights_still_has_its_curves(run, tmp_path,
         (lambda f: shutil.rmtree(f), r"no metrics.jsonl in \S*/run: expected"),
     ],
 )
-def test_what_is_no_run_is_named(run, tmp_path, capsys, spoil, message):
+def test_an_invalid_run_is_reported(run, tmp_path, capsys, spoil, message):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     (folder / "report.html").unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def test_attention_is_of_the_image_not_of_its_thumbnail(run, monkeypatch):
     assert seen[0][0].size == (400, 400) and seen[0][1] == 400 and len(cells) == 2 + 3
 
 
-def test_names_that_are_no_html_and_no_text(run, tmp_path):
+def test_names_with_html_and_invalid_unicode(run, tmp_path):
     name = 'x"<b>\udcff'
     for i, (folder, color) in enumerate((name, c) for _ in range(10) for c in ("red", "blue")):
         path = tmp_path / "images" / (folder if i % 2 else "y") / f"{i}.png"
@@ -168,7 +168,7 @@ def test_a_browser_shows_it(page, width, height):
         browser.open(page, width, height)
         assert not browser.log  # errors, violations of the content policy, console
         assert [url for url in browser.requests if not url.startswith("data:")] == [page.as_uri()]
-        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out sideways
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")  # no horizontal overflow
         assert browser.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
         boxes = browser.evaluate(
             "[...document.querySelectorAll('figure svg, .cell img, .tiles .card, .checks li, td')]"
@@ -181,4 +181,4 @@ def test_a_browser_shows_it(page, width, height):
         figures = browser.evaluate("[...document.querySelectorAll('figure')].map(e => e.getBoundingClientRect().left)")
         assert len(set(figures)) == (3 if width > 600 else 1)  # columns
         letters = "[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height)"
-        assert browser.evaluate(f"Math.min(...{letters})") > 9  # of the curves, as large as small print
+        assert browser.evaluate(f"Math.min(...{letters})") > 9  # text of the curves is readable

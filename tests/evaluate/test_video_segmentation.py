@@ -24,7 +24,7 @@ from PIL import Image
 
 
 def masks(*boxes, size=(100, 100)):
-    """One mask for each (top, bottom, left, right), None for an empty one: bool [N, H, W]."""
+    """One mask for each (top, bottom, left, right), None for an empty mask: bool [N, H, W]."""
     result = torch.zeros(len(boxes), *size, dtype=torch.bool)
     for mask, box in zip(result, boxes, strict=True):
         if box:
@@ -33,7 +33,7 @@ def masks(*boxes, size=(100, 100)):
     return result
 
 
-# --- measures, by hand ---------------------------------------------------------------------------
+# --- metrics, by hand ----------------------------------------------------------------------------
 
 
 def test_jaccard_by_hand():
@@ -42,7 +42,7 @@ def test_jaccard_by_hand():
     assert region_similarity(truth, guess).tolist() == [4 / 12, 1, 1, 0, 0]
 
 
-def test_jaccard_is_scikit_learns():
+def test_jaccard_equals_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     truth, guess = torch.rand(2, 4, 13, 17, generator=torch.Generator().manual_seed(0)) < 0.3
     expected = [metrics.jaccard_score(a.flatten(), b.flatten()) for a, b in zip(truth, guess, strict=True)]
@@ -57,16 +57,16 @@ SQUARE = (20, 40, 20, 40)  # its boundary: a ring of 21 x 21 pixels from (19, 19
     [
         (SQUARE, SQUARE, 1),
         (SQUARE, (20, 40, 22, 42), 1),  # all within the tolerance
-        # Of 80 pixels 20 on each horizontal side are found, and 2 + 2 at the ends of one vertical side.
+        # Of 80 pixels, 20 on each horizontal side are matched, and 2 + 2 at the ends of one vertical side.
         (SQUARE, (20, 40, 23, 43), 44 / 80),
         (SQUARE, None, 0),
         (None, SQUARE, 0),
         (None, None, 1),
-        ((0, 100, 0, 100), (0, 100, 0, 100), 1),  # the frame's edge is no boundary
+        ((0, 100, 0, 100), (0, 100, 0, 100), 1),  # the edge of the frame is no boundary
         ((0, 100, 0, 100), SQUARE, 0),
         ((0, 100, 0, 50), (0, 100, 0, 52), 1),
         ((0, 100, 0, 50), (0, 100, 0, 53), 0),
-        # Rings of 2 x 2 pixels: only the nearest two are near enough, 1.4 apart; the next are 2.24, out of the disk.
+        # Rings of 2 x 2 pixels: only the nearest two match, at distance 1.4; the next are at 2.24, outside the disk.
         ((50, 51, 50, 51), (52, 53, 52, 53), 1 / 4),
     ],
 )
@@ -74,8 +74,8 @@ def test_contour_accuracy_by_hand(truth, guess, expected):
     assert contour_accuracy(masks(truth), masks(guess)).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_precision_and_recall_are_told_apart():
-    """Two squares apart, of which one is found: recall is 1/2, precision 1, F 2/3."""
+def test_precision_and_recall_are_not_swapped():
+    """Two separate squares, one is found: recall is 1/2, precision 1, F 2/3."""
     two = masks(SQUARE) | masks((60, 80, 60, 80))
     assert contour_accuracy(two, masks(SQUARE)).item() == pytest.approx(2 / 3)
     assert contour_accuracy(masks(SQUARE), two).item() == pytest.approx(2 / 3)
@@ -83,8 +83,8 @@ def test_precision_and_recall_are_told_apart():
 
 
 @pytest.mark.parametrize("shape", [(480, 854), (37, 53)])
-def test_contour_accuracy_against_distances(shape):
-    """The same by the distance of every boundary pixel to every other one, on random blobs."""
+def test_contour_accuracy_equals_a_plain_loop(shape):
+    """Expected values from the distances between all pairs of boundary pixels, on random blobs."""
     rng = np.random.default_rng(0)
     blobs = F.interpolate(torch.from_numpy(rng.random((2, 1, 7, 9))), shape, mode="bicubic")[:, 0] > 0.6
     height, width = shape
@@ -128,7 +128,7 @@ def by_loops(query, sources, labels, topk, radius):
 @pytest.mark.parametrize(
     "h, w, n, topk, radius", [(14, 17, 2, 5, 3), (5, 26, 3, 5, 12), (13, 7, 2, 3, 0), (4, 4, 1, 9, 1)]
 )
-def test_propagation_against_loops(h, w, n, topk, radius):
+def test_propagation_equals_plain_loops(h, w, n, topk, radius):
     g = torch.Generator().manual_seed(0)
     query, *sources = F.normalize(torch.randn(n + 1, h, w, 6, generator=g, dtype=torch.float64), dim=-1)
     labels = list(torch.rand(n, h, w, 3, generator=g, dtype=torch.float64).softmax(-1))
@@ -142,8 +142,8 @@ def test_propagation_against_loops(h, w, n, topk, radius):
     torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_patches_as_similar_as_the_last_one_count_too():
-    """One feature everywhere: all are equally near, and a label is the mean over what is in reach."""
+def test_patches_tied_with_the_last_one_are_included():
+    """The same feature everywhere: all patches are tied, and a label is the mean over all patches within the radius."""
     query = torch.zeros(1, 7, 2)
     query[..., 0] = 1
     labels = torch.arange(7.0).view(1, 7, 1)
@@ -151,24 +151,24 @@ def test_patches_as_similar_as_the_last_one_count_too():
     torch.testing.assert_close(out.flatten(), torch.tensor([0.5, 1, 2, 3, 4, 5, 5.5]))
 
 
-def test_sizes_are_the_references():
+def test_sizes_equal_the_reference():
     assert working_size(854, 480, 480, 16) == (832, 480)
     assert working_size(854, 480, 480, 8) == (832, 480)
     assert working_size(480, 854, 480, 8) == (480, 832)
     assert working_size(1920, 1080, 480, 8) == (832, 480)
     assert working_size(910, 480, 480, 16) == (896, 480)
-    assert working_size(100, 60, 50, 14) == (70, 42)  # patches that do not divide 64: multiples of a patch
+    assert working_size(100, 60, 50, 14) == (70, 42)  # the patch size does not divide 64: multiples of it
     with pytest.raises(ValueError, match="at least one patch, 16, got 8"):
         working_size(854, 480, 8, 16)
 
 
 def test_labels_of_pixels_by_hand():
-    """Each map is stretched to [0, 1] before the largest is taken: a weak object wins where it is strongest."""
-    soft = torch.tensor([[[0.9, 0.1, 0.0], [0.7, 0.3, 0.0]]])  # the third label is gone and must not win
+    """Each map is scaled to [0, 1] before the argmax: a weak object wins where it is strongest."""
+    soft = torch.tensor([[[0.9, 0.1, 0.0], [0.7, 0.3, 0.0]]])  # the third label is absent and must not win
     assert labels_of(soft, 4, (8, 4)).tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 4
     assert labels_of(soft, 4, (4, 2)).tolist() == [[0, 0, 1, 1]] * 2
     nothing = torch.zeros(2, 2, 2)
-    nothing[..., 0] = 1  # only background, without a range to stretch
+    nothing[..., 0] = 1  # only background, a constant map
     assert not labels_of(nothing, 4, (8, 8)).any()
 
 
@@ -179,7 +179,7 @@ COLORS = ((230, 60, 40), (40, 90, 240))
 
 
 def make_davis(root, videos=("one", "two"), frames=6, year=2017):
-    """Two squares that move over noise, by 8 pixels a frame, and the labels that belong to them."""
+    """Two squares that move over noise by 8 pixels per frame, and their labels."""
     for v, name in enumerate(videos):
         rng = np.random.default_rng(v)
         background = rng.integers(90, 160, (SIZE[1], SIZE[0], 3)).astype(np.uint8)
@@ -225,19 +225,19 @@ def backbone():
 OPTIONS = Propagation(image_size=96)
 
 
-def test_moving_squares_are_followed(davis, backbone, tmp_path):
+def test_moving_squares_are_tracked(davis, backbone, tmp_path):
     result = evaluate_videos(backbone, davis, tmp_path, OPTIONS)
     assert result["J"] > 90 and result["F"] > 90, result
     assert result["J&F"] == pytest.approx((result["J"] + result["F"]) / 2)
     assert list(result["videos"]) == ["one", "two"] and len(result["videos"]["one"]["J"]) == 2
-    shortcut = []  # what leaving the first labels where they are would give
+    shortcut = []  # result if the first labels were kept for all frames
     for video in validation_videos(davis, 2017):
         still = tmp_path / "still" / video.name
         still.mkdir(parents=True)
         for path in video.annotations:
             shutil.copy(video.annotations[0], still / path.name)
         shortcut.append(score(video, still, 2017, torch.device("cpu"))[0])
-        for path in video.annotations:  # the labels as the tools of DAVIS read them, with colors
+        for path in video.annotations:  # labels and colors as the DAVIS tools read them
             with Image.open(tmp_path / video.name / path.name) as image:
                 assert (
                     image.mode == "P"
@@ -253,7 +253,7 @@ def test_the_score_is_the_mean_without_first_and_last_frame(davis, tmp_path):
     for t, path in enumerate(video.annotations):
         labels = read_mask(path, 2017)
         if t in (0, 2, 5):
-            labels[labels == 2] = 0  # the second object missed in one of the four frames that count
+            labels[labels == 2] = 0  # the second object is missed in one of the four scored frames
         save_labels(labels, tmp_path / path.name)
     regions, contours = score(video, tmp_path, 2017, torch.device("cpu"))
     assert regions.tolist() == [1, 0.75] and contours.tolist() == [1, 0.75]
@@ -268,7 +268,7 @@ def test_the_sources_are_the_first_frame_and_the_last_few(davis, backbone, monke
         assert options == {"topk": 4, "radius": 5} and torch.equal(query, features[len(seen) + 1])
         seen.append([next(i for i, f in enumerate(features) if torch.equal(f, source)) for source in sources])
         for i, label in zip(seen[-1][1:], labels[1:], strict=True):
-            assert label is outputs[i - 1]  # soft labels are carried on, not the pixels'
+            assert label is outputs[i - 1]  # soft labels are propagated, not pixel labels
         outputs.append(propagate(query, sources, labels, **options))
         return outputs[-1]
 
@@ -279,7 +279,7 @@ def test_the_sources_are_the_first_frame_and_the_last_few(davis, backbone, monke
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4]]
 
 
-def test_a_second_run_does_what_is_left(davis, backbone, tmp_path, monkeypatch):
+def test_a_second_run_completes_the_first(davis, backbone, tmp_path, monkeypatch):
     out = tmp_path / "out"
     before = evaluate_videos(backbone, davis, out, OPTIONS)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
@@ -289,7 +289,7 @@ def test_a_second_run_does_what_is_left(davis, backbone, tmp_path, monkeypatch):
     assert evaluate_videos(backbone, davis, out, OPTIONS) == before and not asked
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     (out / "two/00003.png").unlink()
-    (out / "two.part").mkdir()  # as a kill in the middle of a video leaves it
+    (out / "two.part").mkdir()  # as after a kill in the middle of a video
     (out / "two.part/00000.png").write_bytes(b"cut")
     assert evaluate_videos(backbone, davis, out, OPTIONS) == before and asked == ["two"]
     assert sorted(path.name for path in out.iterdir()) == ["one", "settings.json", "two"]
@@ -301,8 +301,8 @@ def test_a_second_run_does_what_is_left(davis, backbone, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["JPEGImages", "Annotations"])
-def test_a_folder_of_something_else_is_left_alone(backbone, tmp_path, folder):
-    """Neither are frames written over, nor annotations taken for results."""
+def test_a_folder_with_other_files_is_not_changed(backbone, tmp_path, folder):
+    """Frames are not overwritten, and annotations are not taken for results."""
     root = make_davis(tmp_path, videos=("one",), frames=4)
     before = sorted(root.rglob("*"))
     with pytest.raises(ValueError, match="480p holds files but no segmentations of ours: choose another --output-dir"):
@@ -311,7 +311,7 @@ def test_a_folder_of_something_else_is_left_alone(backbone, tmp_path, folder):
 
 
 @pytest.mark.gpu
-def test_a_gpu_finds_the_same(davis, backbone, tmp_path):
+def test_a_gpu_gives_the_same_result(davis, backbone, tmp_path):
     expected = evaluate_videos(backbone, davis, tmp_path / "cpu", OPTIONS)
     result = evaluate_videos(copy.deepcopy(backbone).cuda(), davis, tmp_path / "cuda", OPTIONS)
     assert result["J"] == pytest.approx(expected["J"], abs=1) and result["F"] == pytest.approx(expected["F"], abs=1)
@@ -319,20 +319,20 @@ def test_a_gpu_finds_the_same(davis, backbone, tmp_path):
 
 def test_2016_has_one_object(backbone, tmp_path):
     root = make_davis(tmp_path / "davis", videos=("one",), frames=4, year=2016)
-    for name, mode in (("00000", "RGB"), ("00001", "RGBA")):  # as some of its files are
+    for name, mode in (("00000", "RGB"), ("00001", "RGBA")):  # some of its files are RGB
         path = root / f"Annotations/480p/one/{name}.png"
         Image.open(path).convert(mode).save(path)
     result = evaluate_videos(backbone, root, tmp_path / "out", Propagation(year=2016, image_size=96))
     assert len(result["videos"]["one"]["J"]) == 1 and result["J"] > 90
 
 
-def test_a_video_that_fails_leaves_nothing_behind(backbone, tmp_path):
+def test_a_failing_video_leaves_no_files(backbone, tmp_path):
     root = make_davis(tmp_path / "davis", videos=("one",), frames=4)
     Image.new("RGB", (64, 64)).save(root / "JPEGImages/480p/one/00002.jpg")
     with pytest.raises(ValueError, match=r"00002.jpg has 64 x 64 pixels, the first frame 128 x 96"):
         evaluate_videos(backbone, root, tmp_path / "out", OPTIONS)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
-    with pytest.raises(ValueError, match="00002.jpg has 64 x 64"):  # other options may have the folder
+    with pytest.raises(ValueError, match="00002.jpg has 64 x 64"):  # other options may use the folder
         evaluate_videos(backbone, root, tmp_path / "out", Propagation(image_size=96, topk=4))
 
 
@@ -387,14 +387,14 @@ def test_a_video_that_fails_leaves_nothing_behind(backbone, tmp_path):
         ),
     ],
 )
-def test_bad_data_is_named(backbone, tmp_path, spoil, message):
+def test_bad_data_is_reported(backbone, tmp_path, spoil, message):
     root = make_davis(tmp_path / "davis", videos=("one",), frames=4)
     spoil(root)
     with pytest.raises(ValueError, match=message):
         evaluate_videos(backbone, root, tmp_path / "out", OPTIONS)
 
 
-def test_bad_options_are_named():
+def test_bad_options_are_reported():
     with pytest.raises(ValueError, match="topk must be at least 1, got 0"):
         Propagation(topk=0)
 

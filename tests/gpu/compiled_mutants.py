@@ -1,6 +1,6 @@
-"""Compiled kernels broken on purpose, a kind of fault at a time: the emulator must notice each.
+"""Compiled kernels with one injected fault each: the emulator must detect it.
 
-Run by test_ptx_compiled.py in a process of its own, as compiled_ops.py is.
+Run by test_ptx_compiled.py in a separate process, like compiled_ops.py.
 """
 
 import re
@@ -14,7 +14,7 @@ from dino_kernels import attention, dino_loss
 
 GLOBAL = r"(?:(?:ld|st)\.global|cp\.async\.c[ag]\.)"
 BARRIER = r"bar\.sync\s+0;"
-FAULTS = {  # pattern, replacement, what is reported, architectures
+FAULTS = {  # pattern, replacement, report, architectures
     "out of bounds": (rf"@!?%p\d+ ({GLOBAL})", r"\1", "out of bounds", (80, 90)),
     "misaligned": (r"(ld\.global[^\[]*\[ ?%rd\d+ ?\+ ?)0", r"\g<1>2", "misaligned", (80, 90)),
     "no barrier": (BARRIER, "", "race between threads of a CTA", (80, 90)),
@@ -31,12 +31,12 @@ def compiled(monkeypatch):
     monkeypatch.setattr(launch.options, "budget", 20_000_000)
     first = len(launch.reports)
     yield
-    del launch.reports[first:]  # they are not for the summary
+    del launch.reports[first:]  # not for the summary
 
 
 @pytest.fixture
 def broken(monkeypatch):
-    """broken(change): from here on kernels are what `change` makes of their PTX."""
+    """broken(change): from now on, `change` is applied to the PTX of kernels."""
 
     def use(change):
         original = triton_driver._program
@@ -56,7 +56,7 @@ def attend(tokens=197):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_noticed(broken, fault, request):
+def test_a_fault_is_detected(broken, fault, request):
     pattern, replacement, report, architectures = FAULTS[fault]
     if request.config.option.ptx_arch not in architectures:
         pytest.skip("an instruction of sm_90")
@@ -72,7 +72,7 @@ def test_a_fault_is_noticed(broken, fault, request):
         attend()
 
 
-def test_a_ticket_counter_that_orders_nothing_is_noticed(broken):
+def test_a_ticket_counter_without_ordering_is_detected(broken):
     student, teacher, center = torch.randn(6, 1024), torch.randn(4, 1024), torch.zeros(1024)
     dino_loss(student, teacher, center)
     broken(lambda ptx: ptx.replace("acq_rel", "relaxed"))
@@ -82,10 +82,10 @@ def test_a_ticket_counter_that_orders_nothing_is_noticed(broken):
 
 @pytest.mark.prove
 def test_the_barrier_before_delta_is_read_suffices_but_is_not_the_only_one(broken, monkeypatch, request):
-    """Without that of `_short_backward_kernel` nothing is found. On sm_90 each block of queries and each step over the
-    keys has barriers of its own for shared memory, and some of them lie between delta's store and its load. On sm_80,
-    by Triton 3.9, the lane that loads an element is the one that stored it. Nothing promises either, so the barrier
-    stays."""
+    """Without the barrier of `_short_backward_kernel`, no race is detected. On sm_90, each block of queries and each
+    step over the keys has barriers for shared memory, some of them between the store and the load of delta. On sm_80,
+    with Triton 3.9, the lane that loads an element is the one that stored it. Neither is guaranteed, so the barrier is
+    needed."""
     lines = (FOLDER / "triton/attention.py").read_text().splitlines()
     (line,) = (number for number, text in enumerate(lines, 1) if "tl.debug_barrier()" in text)
 

@@ -1,6 +1,6 @@
-"""Every op as compiled code, forward and backward, against float64, at the fewest shapes that take every path.
+"""Every op as compiled code, forward and backward, compared with float64, at the fewest shapes that cover all paths.
 
-Run by test_ptx_compiled.py in a process of its own, since Triton keeps what it compiled for one target.
+Run by test_ptx_compiled.py in a separate process, since Triton caches kernels compiled for one target.
 """
 
 import math
@@ -19,7 +19,7 @@ from dino_kernels.triton.column_sums import add_column_sums
 from dino_kernels.triton.mlp import hidden_triton
 
 FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
-ERROR = {FULL: 2e-5, HALF: 2e-3, BRAIN: 1.5e-2}  # of the largest exact value
+ERROR = {FULL: 2e-5, HALF: 2e-3, BRAIN: 1.5e-2}  # relative to the largest exact value
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +195,7 @@ def test_ema_update(momentum):
     ],
 )
 def test_adamw_ema(dtype, sizes, shape):
-    """The last two segments are lengths and directions of a weight-normed layer, padded or whole blocks."""
+    """The last two segments are weight_g and weight_v of a weight-normalized layer, padded or multiples of a block."""
     offsets = np.cumsum([0, *sizes]).tolist()
     count, names = len(sizes), ("student", "grad", "exp_avg", "exp_avg_sq", "teacher")
     state = {name: randn(offsets[-1]) for name in names}
@@ -223,7 +223,7 @@ def test_adamw_ema(dtype, sizes, shape):
 
 @pytest.mark.parametrize("dtype", [BRAIN, torch.uint8])
 def test_multicrop(dtype):
-    """The levels of the CPU, bit for bit, with every step of a crop."""
+    """Bitwise equal to the CPU, with every step of a crop."""
     height, width = 45, 60
     image = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8)
     kinds = [D.CropKind(40, (0.4, 1), 1.0, 1.0), D.CropKind(18, (0.05, 0.4), 1.0, 0.0)]
@@ -237,7 +237,7 @@ def test_multicrop(dtype):
 
 
 def test_every_kernel_was_executed(request):
-    """The last test: those above it launch every kernel that the ops have."""
+    """The last test: the tests above launch every kernel of the ops."""
     if request.config.option.keyword or len(request.session.items) < 20:
         pytest.skip("not all tests were run")
     source = "".join(path.read_text() for path in FOLDER.rglob("*.py"))

@@ -1,5 +1,5 @@
-"""Matrix products of Triton on mma.sync (sm_80) and wgmma (sm_90), in all layouts of their operands: the emulator's own
-test, run by test_ptx_compiled.py in a process of its own, since Triton keeps what it compiled for one target."""
+"""Matrix products of Triton with mma.sync (sm_80) and wgmma (sm_90), in all layouts of their operands: a test of the
+emulator, run by test_ptx_compiled.py in a separate process, since Triton caches kernels compiled for one target."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def twice(a, b, c, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
 
 
 def integers(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Few and small ones: products and sums of them are exact in any order."""
+    """Small integers: their products and sums are exact in any order."""
     return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 

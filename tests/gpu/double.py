@@ -1,18 +1,18 @@
-"""A double of the trainer's GPU: it runs on the CPU, and refuses what a GPU would get wrong or be slow at.
+"""A test double of the trainer's GPU: it runs on the CPU, and raises errors for races and unwanted synchronization.
 
     with Double().installed() as gpu:
         pretrain(config)
-    python tests/gpu/double.py pretrain --data photos ...     the command line on it
+    python tests/gpu/double.py pretrain --data photos ...     the command line with it
 
-With it installed the CPU is a GPU to `dino_train`. Work is done at once, but its order is checked as if streams ran
-side by side: by vector clocks of streams and of the host, over every operation that torch dispatches.
+While it is installed, `dino_train` treats the CPU as a GPU. Work is executed immediately, but its order is checked as
+if streams ran concurrently, with vector clocks of streams and host over every operation that torch dispatches. Errors:
 
-- Memory that another stream wrote, or still reads, is used before an event of that is waited for: an error.
-- Pinned memory changes before an event after its upload is synchronized, or memory is uploaded that is not pinned.
-- In a capture the host waits for the device or hands it values. A capture changes nothing; its replay repeats the
-  operations on the same memory, and is refused if a tensor lies elsewhere by then.
+- Memory that another stream wrote, or still reads, is used without waiting for an event of that stream.
+- Pinned memory changes before an event after its upload was synchronized, or the uploaded memory is not pinned.
+- During a capture, the host waits for the device or passes values to it. A capture changes nothing; its replay repeats
+  the operations on the same memory, and is an error if a tensor has moved.
 
-Not modelled: that the allocator gives freed memory to another stream, and threads other than the one that trains.
+Not modelled: freed memory that the allocator gives to another stream, and threads other than the training thread.
 """
 
 import sys
@@ -29,22 +29,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-Clock = dict[int, int]  # of each stream, how many of its operations have happened before
+Clock = dict[int, int]  # for each stream, the number of its operations that have happened before
 
 _READS = {
     Tensor.tolist,
     Tensor.numpy,
     Tensor.cpu,
     Tensor.__array__,
-}  # they wait for a GPU, undispatched
+}  # they wait for a GPU, but are not dispatched
 _UPLOADS = {torch.tensor, torch.as_tensor, torch.from_numpy}
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
-_REPEAT = torch.ops.aten.repeat_interleave.Tensor  # waits for the length of its result, if it is not told
+_REPEAT = torch.ops.aten.repeat_interleave.Tensor  # waits for the length of its result, if not given
 _ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "lift_fresh", "detach")
 
 
 class Misuse(AssertionError):
-    """What a GPU would have computed wrongly, refused, or waited for."""
+    """An operation that on a GPU would be a race, an error or an unwanted wait."""
 
 
 def _merge(clock: Clock, other: Clock) -> None:
@@ -66,7 +66,7 @@ class _Event:
 
 
 class _Use:
-    """Who touched a storage last: (stream, number of its operation)."""
+    """The last accesses to a storage: (stream, number of its operation)."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.storage = StorageWeakRef(storage)
@@ -75,12 +75,12 @@ class _Use:
 
 
 class _Captured:
-    """Operations of a capture, and the memory it found."""
+    """Operations of a capture, and the memory that existed before."""
 
     def __init__(self) -> None:
         self.operations: list[tuple[Any, tuple, dict, Any]] = []
-        self.made: dict[int, StorageWeakRef] = {}  # storages that came up in it
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # bytes of storages that it changed, and their old values
+        self.made: dict[int, StorageWeakRef] = {}  # storages created in it
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # bytes of changed storages, and their old values
         self.addresses: dict[int, tuple[Tensor, int]] = {}
 
 
@@ -93,7 +93,7 @@ class Double(TorchDispatchMode):
         self.pins: dict[int, Tensor] = {}
         self.uploads: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = {}
         self.captured: _Captured | None = None
-        self.waits: list[str] = []  # what made the host wait
+        self.waits: list[str] = []  # operations for which the host waited
         self.captures = self.replays = 0
 
     @contextmanager
@@ -105,7 +105,7 @@ class Double(TorchDispatchMode):
 
         def multicrop_packed(pixels: Tensor, places: Any, crops: Any, out: list[Tensor]) -> None:
             with torch._C.DisableTorchFunction():
-                crop(pixels, places, crops, out)  # which no dispatcher sees
+                crop(pixels, places, crops, out)  # not seen by the dispatcher
             self._use("multicrop_packed", [pixels], out)
 
         with ExitStack() as stack:
@@ -116,7 +116,7 @@ class Double(TorchDispatchMode):
             stack.enter_context(_HostCalls(self))
             yield self
 
-    # --- what the trainer asks: see dino_train.common.device.Gpu -------------------------------------------------
+    # --- the interface dino_train.common.device.Gpu --------------------------------------------------------------
 
     def describe(self) -> str:
         return "a double of a GPU, 0 GiB"
@@ -219,7 +219,7 @@ class Double(TorchDispatchMode):
         _merge(clock, self.host)
         clock[stream] += 1
         now = clock[stream]
-        reads, writes = ([x for x in part if not self.is_pinned(x)] for part in (reads, writes))  # host's: see `upload`
+        reads, writes = ([x for x in part if not self.is_pinned(x)] for part in (reads, writes))  # see `upload`
         for tensor in reads:
             use = self._use_of(tensor)
             self._after(name, use.written, "wrote")
@@ -248,7 +248,7 @@ class Double(TorchDispatchMode):
         return use
 
     def _wait(self, name: str) -> None:
-        """The host waits for what was asked so far of the current stream."""
+        """The host waits for all work queued so far in the current stream."""
         if self.captured:
             raise Misuse(f"{name} waits for the device in a capture")
         self.waits.append(name)
@@ -274,7 +274,7 @@ class Double(TorchDispatchMode):
                 self.captured.made[key] = StorageWeakRef(tensor.untyped_storage())
 
     def _keep(self, writes: list[Tensor]) -> None:
-        """The values of memory that was there before the capture."""
+        """Save the values of memory that existed before the capture."""
         assert self.captured
         for tensor in writes:
             storage = tensor.untyped_storage()
@@ -304,7 +304,7 @@ class Double(TorchDispatchMode):
 
 
 class _HostCalls(TorchFunctionMode):
-    """Calls by which the host reads or hands over values, and which torch does not dispatch on a CPU."""
+    """Calls in which the host reads or passes values, and which torch does not dispatch on a CPU."""
 
     def __init__(self, gpu: Double) -> None:
         super().__init__()
@@ -319,7 +319,7 @@ class _HostCalls(TorchFunctionMode):
 
 
 def _touched(func: Any, args: tuple, kwargs: dict) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors that an operation reads, and those it writes."""
+    """Tensors that an operation reads, and tensors that it writes."""
     reads: list[Tensor] = []
     writes: list[Tensor] = []
     parameters = func._schema.arguments

@@ -1,7 +1,7 @@
-"""Everything about the kernels that can be shown without a GPU and takes longer than tests may: `make prove`.
+"""All checks of the kernels without a GPU that take too long for the test suite: `make prove`.
 
-The tests of Triton kernels on compiled code for sm_80 and sm_90; compiled_*.py in full, with approximate functions that
-err and scalar arguments by address, and by the oldest Triton; what is marked `prove`.
+The tests of Triton kernels with compiled code for sm_80 and sm_90; compiled_*.py completely, with errors in approximate
+functions and scalar arguments by address, and with the oldest Triton; tests marked `prove`.
 """
 
 import os
@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL = ["-m", ""]  # also what is marked `prove`
+ALL = ["-m", ""]  # including tests marked `prove`
 COMPILED = sorted(map(str, (ROOT / "tests/gpu").glob("compiled_*.py")))
 
 
 def jobs(oldest: str) -> list[tuple[list[str], str]]:
-    """Arguments of pytest, and a folder that comes first on its path."""
+    """Arguments of pytest, and a folder that is first in its import path."""
     found = [(["-m", "prove", "tests"], "")]
     for arch in ("90", "80"):
         emulated = ["-p", "ptx.pytest_plugin", "--ptx-arch", arch]
@@ -41,7 +41,7 @@ def run(job: tuple[list[str], str]) -> bool:
     summary = done.stdout.strip().splitlines()[-1:] or [done.stderr[-300:]]
     shown = " ".join(argument.removeprefix(f"{ROOT}/") for argument in arguments if argument not in COMPILED)
     print(
-        f"{time.monotonic() - begin:4.0f} s  {shown}{' by the oldest Triton' if first else ''}: {summary[0]}",
+        f"{time.monotonic() - begin:4.0f} s  {shown}{' with the oldest Triton' if first else ''}: {summary[0]}",
         flush=True,
     )
     if done.returncode:
@@ -52,7 +52,7 @@ def run(job: tuple[list[str], str]) -> bool:
 def main() -> None:
     found = subprocess.run([sys.executable, str(ROOT / "bench/oldest_triton.py")], capture_output=True, text=True)
     if found.returncode:
-        print(f"the oldest Triton cannot be installed here and is left out: {found.stderr[-300:]}")
+        print(f"the oldest Triton cannot be installed and is skipped: {found.stderr[-300:]}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         passed = list(pool.map(run, jobs(found.stdout.strip())))
     print(f"{sum(passed)} of {len(passed)} runs passed")

@@ -1,4 +1,4 @@
-// CUDA C++ kernels, right and wrong, for test_ptx_cuda.py.
+// Correct and wrong CUDA C++ kernels for test_ptx_cuda.py.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -6,7 +6,7 @@
 
 extern "C" {
 
-// ---- right
+// ---- correct
 
 __global__ void reverse(const float* in, float* out, int n) {  // through shared memory
     __shared__ float tile[256];
@@ -17,7 +17,7 @@ __global__ void reverse(const float* in, float* out, int n) {  // through shared
     if (j < n) out[j] = tile[255 - threadIdx.x] * 2 + tile[(threadIdx.x + 1) % 256] * 0;
 }
 
-__global__ void sum(const float* in, float* out, int n) {  // tree, warps, one atomic a block
+__global__ void sum(const float* in, float* out, int n) {  // tree, warps, one atomic per block
     extern __shared__ float part[];
     float s = 0;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) s += in[i];
@@ -57,7 +57,7 @@ __global__ void mixed(const __half* h, const __nv_bfloat16* b, double* d, long l
     l[i] = (long long)(x * 1e6f) / (i + 1) % 1000;
 }
 
-__global__ void locals(const int* in, int* out, int n) {  // an array that is indexed at run time
+__global__ void locals(const int* in, int* out, int n) {  // an array with run-time indices, in local memory
     int a[8];
     for (int k = 0; k < 8; k++) a[k] = in[(threadIdx.x + k) % n];
     out[threadIdx.x] = a[in[threadIdx.x] & 7];
@@ -107,7 +107,7 @@ __global__ void wide(const unsigned long long* a, const unsigned long long* b, u
     out[2 * threadIdx.x] = q, out[2 * threadIdx.x + 1] = q >> 64;
 }
 
-// A ring of two tiles that bulk copies fill: mbarriers say when a tile is full and when it is empty.
+// A ring buffer of two tiles filled by bulk copies; mbarriers signal full and empty tiles.
 __global__ void bulk(const float* in, float* out, int tiles, int broken) {
 #if __CUDA_ARCH__ >= 900
     __shared__ alignas(128) float tile[2][256];

@@ -1,5 +1,5 @@
-"""The quick part of compiled_*.py for both chips, in processes of their own: in this one Triton's interpreter stands in
-for the compiler."""
+"""The quick part of compiled_*.py for both architectures, in separate processes: this process uses Triton's
+interpreter."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.ptx
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Both started at once."""
+    """Both processes, started concurrently."""
     processes = {}
     for arch in (80, 90):
         command = [sys.executable, "-m", "pytest", "-p", "ptx.pytest_plugin", "-p", "no:cacheprovider", "--ptx-arch"]

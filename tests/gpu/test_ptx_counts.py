@@ -1,4 +1,4 @@
-"""bench/ptx_counts.py on its shortest op, whose counts are known."""
+"""bench/ptx_counts.py with its shortest op, whose counts are known."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.ptx
-def test_counts_of_a_kernel_beside_those_before(tmp_path):
+def test_counts_of_a_kernel_before_and_after(tmp_path):
     before = ROOT / "bench/results/ptx-counts-b0847b7.md"
     command = [sys.executable, str(ROOT / "bench/ptx_counts.py"), "--archs", "90", "--ops", "ema_update"]
     command += ["--before", str(before), "--output", str(tmp_path / "table.md")]

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels of nvcc: right ones compute what they should and are silent, wrong ones are reported."""
+"""CUDA C++ kernels compiled by nvcc: correct kernels have correct results and no reports, wrong ones are reported."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
-def fresh_options():
+def default_options():
     options.__init__()
 
 
@@ -31,7 +31,7 @@ def silent(found):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_right_ones(run, seed):
+def test_correct_kernels(run, seed):
     options.seed = seed
     n = 1000
     x = RNG.standard_normal(n).astype(np.float32)
@@ -130,7 +130,7 @@ WRONG = {
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_ones(run, name, seed):
+def test_wrong_kernels(run, name, seed):
     what, grid, block, args, shared = WRONG[name]
     args = [x.copy() if isinstance(x, np.ndarray) else x for x in args]
     options.seed, options.budget = seed, 100_000

@@ -1,4 +1,4 @@
-"""Each class of instructions, hand-written, against numpy."""
+"""Each class of instructions, in hand-written PTX, compared with numpy."""
 
 import numpy as np
 import pytest
@@ -24,14 +24,14 @@ HEADER = ".version 8.0\n.target sm_80\n.address_size 64\n"
 
 
 @pytest.fixture(autouse=True)
-def fresh_options():
+def default_options():
     options.__init__()
 
 
 def apply(
     code: str, result: str, *inputs: tuple[str, np.ndarray], threads: int | None = None, extra: str = ""
 ) -> np.ndarray:
-    """Runs `code`, which makes %y of %x0, %x1, ..., a thread an element."""
+    """Run `code`, which computes %y from %x0, %x1, ..., with one thread per element."""
     n = len(inputs[0][1]) if inputs else threads
     params = [f".param .u64 p{i}" for i in range(len(inputs) + 1)]
     registers = [f".reg .{kind.replace('f16', 'b16')} %x{i};" for i, (kind, _) in enumerate(inputs)]
@@ -209,7 +209,7 @@ def test_floats(kind):
         )
         actual = apply(f"fma.rn.{kind} %y, %x0, %x1, %x2;", kind, (kind, a), (kind, b), (kind, c))
         ok = (actual == fused) | ((actual != actual) & (fused != fused))
-        assert ok.mean() > 0.99  # long double is itself not exact
+        assert ok.mean() > 0.99  # long double is not exact
 
 
 def test_fma_rounds_once_and_ftz_flushes():
@@ -530,7 +530,7 @@ def test_atomics():
         "wmma.load.a.sync.aligned.row.m16n16k16.f16 {%r1}, [%a];",
     ],
 )
-def test_the_unknown_is_an_error_with_its_name(code):
+def test_unknown_instructions_are_reported(code):
     with pytest.raises(PtxError) as error:
         apply(code, "u32", ("u32", np.zeros(32)))
     assert code.split()[0].split(".")[0] in str(error.value)
@@ -548,7 +548,7 @@ def test_a_parameter_is_read_through_its_address():
         Module(text)("k", (1,), (4,), np.zeros(4, np.int64), table.tobytes())
 
 
-def test_undefined_registers_are_found_where_they_matter():
+def test_undefined_registers_are_reported_when_used():
     with pytest.raises(KernelError, match="stores an undefined value"):
         apply("setp.lt.u32 %p, %t, 5; @%p mov.u32 %r1, 1; add.u32 %y, %r1, 2;", "u32", ("u32", np.zeros(32)))
     with pytest.raises(KernelError, match="undefined guard"):
@@ -556,7 +556,7 @@ def test_undefined_registers_are_found_where_they_matter():
     apply("setp.lt.u32 %p, %t, 99; @%p mov.u32 %r1, 1; selp.u32 %y, %r1, %r2, %p;", "u32", ("u32", np.zeros(32)))
 
 
-def test_an_undefined_half_is_found_where_it_is_taken_out_again():
+def test_an_undefined_half_register_is_reported_when_used():
     half = "u16", np.arange(32)
     for out in ("mov.b32 {%y, _}, %r1;", "cvt.u16.u32 %y, %r1;"):
         same(apply(f"mov.b32 %r1, {{%x0, %h1}}; {out}", "u16", half), half[1])

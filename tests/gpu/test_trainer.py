@@ -1,4 +1,4 @@
-"""Everything the trainer asks of a GPU, run through its own code on a double that checks the order; and only there."""
+"""All GPU code of the trainer, run with a test double of the GPU that checks the order of operations."""
 
 import ast
 import math
@@ -47,7 +47,7 @@ def measured():
 
 @pytest.fixture
 def config(tmp_path):
-    """3 epochs of 5 steps, of 22 images; the last layer thaws after one, view retrieval and k-NN after each."""
+    """3 epochs of 5 steps, 22 images; the last layer is frozen in the first; view retrieval and k-NN after each."""
     make_images(tmp_path / "data/train", n=22)
     make_images(tmp_path / "data/val", n=9)
     return PretrainConfig(
@@ -66,7 +66,7 @@ def evaluations(config):
 
 
 def on_cpu(config):
-    """The same run on a CPU; its config."""
+    """The config of the same run on a CPU, after the run."""
     config = replace(config, output_dir=config.output_dir / "cpu", resume=False)
     pretrain(config)
     return config
@@ -76,17 +76,17 @@ def assert_close(config, other, tolerance=2e-5):
     ours, expected = final_weights(config), final_weights(other)
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        if not name.endswith("attn.qkv.bias"):  # a key bias has no gradient but rounding, which AdamW scales up
+        if not name.endswith("attn.qkv.bias"):  # the gradient of a key bias is rounding error, which AdamW amplifies
             torch.testing.assert_close(torch.as_tensor(ours[name]), torch.as_tensor(value), rtol=1e-3, atol=tolerance)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_whole_run_is_that_of_a_cpu(config, precision, caplog):
-    """Two graphs, before and after the thaw; evaluations between; every step's batch made in a stream of its own."""
+def test_a_whole_run_equals_a_cpu_run(config, precision, caplog):
+    """Two graphs, with frozen and trained last layer; evaluations in between; batches computed in a separate stream."""
     config = replace(config, precision=precision)
     with Double().installed() as gpu:
         pretrain(config)
-    assert (gpu.captures, gpu.replays) == (2, 2 + 7)  # each after three plain steps
+    assert (gpu.captures, gpu.replays) == (2, 2 + 7)  # each after three eager steps
     assert "capture failed" not in caplog.text
     cpu = on_cpu(config)
     assert losses(config) == pytest.approx(losses(cpu), rel=1e-5 if precision == "float32" else 2e-2)
@@ -94,7 +94,7 @@ def test_a_whole_run_is_that_of_a_cpu(config, precision, caplog):
         assert_close(config, cpu)
     for ours, expected in zip(evaluations(config), evaluations(cpu), strict=True):
         assert ours["retrieval_images"] == expected["retrieval_images"] == 9 and ours["knn_images"] == 9
-        assert ours["retrieval"] == pytest.approx(expected["retrieval"], abs=12)  # of 9 images, one is 11 %
+        assert ours["retrieval"] == pytest.approx(expected["retrieval"], abs=12)  # with 9 images, one is 11 %
     assert len(evaluations(config)) == 4
 
 
@@ -107,7 +107,7 @@ def test_a_graph_changes_nothing_but_the_number_of_launches(config):
     assert_same(final_weights(config), final_weights(plain))
 
 
-def test_bfloat16_is_the_default_of_a_gpu_and_said(config, capsys):
+def test_bfloat16_is_the_default_of_a_gpu(config, capsys):
     with Double().installed():
         pretrain(replace(config, precision="auto", epochs=1))
         assert replace(config, precision="auto").dtype(CPU) == torch.bfloat16
@@ -118,8 +118,8 @@ def test_bfloat16_is_the_default_of_a_gpu_and_said(config, capsys):
     assert replace(config, precision="auto").dtype(CPU) == torch.float32
 
 
-def test_steps_between_log_lines_wait_for_nothing(config, monkeypatch):
-    """And the host does not wait for a batch's upload before it launches the step."""
+def test_steps_between_log_lines_do_not_synchronize(config, monkeypatch):
+    """The host also does not wait for the upload of a batch before it launches the step."""
     waits, update = [], Learner.step
     with Double().installed() as gpu:
 
@@ -131,11 +131,11 @@ def test_steps_between_log_lines_wait_for_nothing(config, monkeypatch):
 
         monkeypatch.setattr(Learner, "step", counted)
         pretrain(config)
-    assert sum(waits) == 2 and waits[3] == waits[8] == 1  # the begins of the captures
+    assert sum(waits) == 2 and waits[3] == waits[8] == 1  # the starts of the captures
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_stopped_within_an_epoch_goes_on_bitwise(config, monkeypatch, signum):
+def test_a_run_stopped_within_an_epoch_is_resumed_bitwise(config, monkeypatch, signum):
     whole = replace(config, output_dir=config.output_dir / "whole")
     update = Learner.step
 
@@ -175,8 +175,8 @@ def test_a_run_of_shards_resumes_after_one_of_two_processes(config, caplog):
     assert gpu.replays == 2 + 2 and all(map(math.isfinite, losses(config)))
 
 
-@pytest.mark.parametrize("poisoned", [7, 13])  # a plain step, and a replay
-def test_a_loss_that_is_not_finite_ends_the_run_and_changes_nothing(config, monkeypatch, poisoned):
+@pytest.mark.parametrize("poisoned", [7, 13])  # an eager step, and a replay
+def test_a_non_finite_loss_ends_the_run_and_updates_nothing(config, monkeypatch, poisoned):
     update = Learner.step
 
     def step(self, number, crops):
@@ -196,7 +196,7 @@ def test_optimizers_without_a_guard_and_micro_batches(config, changes):
     config = replace(config, **changes)
     with Double().installed() as gpu:
         pretrain(config)
-    assert (gpu.captures > 0) == ("accumulate" in changes)  # sgd and lars read the loss
+    assert (gpu.captures > 0) == ("accumulate" in changes)  # sgd and lars synchronize to read the loss
     assert_close(config, on_cpu(config))
 
 
@@ -220,7 +220,7 @@ def test_a_resnet_runs_channels_last_with_tuned_convolutions(config, monkeypatch
 
 
 @pytest.mark.parametrize("place", ["end", "optimizer"])
-def test_a_capture_that_fails_leaves_plain_steps_and_a_warning(config, monkeypatch, caplog, place):
+def test_after_a_failed_capture_steps_run_eagerly_with_a_warning(config, monkeypatch, caplog, place):
     plain = replace(config, output_dir=config.output_dir / "plain", cuda_graph=False)
     with Double().installed():
         pretrain(plain)
@@ -241,7 +241,7 @@ def test_a_capture_that_fails_leaves_plain_steps_and_a_warning(config, monkeypat
 
         if place == "end":
             gpu.capture = fails
-        else:  # the gradient is complete, and stays
+        else:  # the gradient is complete, and is kept
             monkeypatch.setattr(learner.AdamWithEMA, "step", optimize_or_fail)
         pretrain(config)
     assert gpu.replays == 0 and caplog.text.count("steps run without a CUDA graph, because the capture failed") == 2
@@ -249,12 +249,12 @@ def test_a_capture_that_fails_leaves_plain_steps_and_a_warning(config, monkeypat
     assert_same(final_weights(config), final_weights(plain))
 
 
-def test_a_graph_takes_no_inputs_of_another_shape_or_dtype():
+def test_a_graph_rejects_inputs_of_another_shape_or_dtype():
     with Double().installed() as gpu:
         graphed = graph.Graphed(gpu, lambda inputs: (inputs[0] * 2, inputs[1] + inputs[0]))
         results = [graphed([torch.full((3,), float(i)), torch.ones(3)]) for i in range(7)]
-        assert gpu.captures == 1 and gpu.replays == 4 and len(gpu.streams) == 2  # one side stream for all
-        for i, (double, more) in enumerate(results):  # all of them: a later replay must not reach earlier outputs
+        assert gpu.captures == 1 and gpu.replays == 4 and len(gpu.streams) == 2  # all use the same side stream
+        for i, (double, more) in enumerate(results):  # all results: a later replay must not overwrite earlier outputs
             assert torch.equal(double, torch.full((3,), 2.0 * i)) and torch.equal(more, torch.full((3,), i + 1.0))
         message = r"input 1 of a captured graph must have shape \[3\] and torch.float32, got \[1\] and torch.float32"
         with pytest.raises(ValueError, match=message):
@@ -278,11 +278,11 @@ def copies(crop_loader):
 
 @pytest.mark.parametrize("num_workers", [1, 2, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_batch_arrives_and_is_that_of_a_cpu(config, num_workers, dtype):
+def test_every_batch_equals_that_of_a_cpu(config, num_workers, dtype):
     expected = copies(batches(config, dtype=dtype))
     with Double().installed() as gpu:
         made = copies(batches(config, num_workers=num_workers, dtype=dtype))
-        assert len(gpu.pins) <= 2 * 3  # two batches' memory, which grows at times
+        assert len(gpu.pins) <= 2 * 3  # memory of two batches, sometimes enlarged
     assert len(made) == len(expected) == 12
     for (crops, bad), (others, _) in zip(made, expected, strict=True):
         assert not bad and all(map(torch.equal, crops, others))
@@ -298,12 +298,12 @@ def test_crops_are_queued_a_batch_ahead(config):
                 deadline = time.monotonic() + 10
                 while len(queued) < step + 1 and time.monotonic() < deadline:
                     time.sleep(0.01)
-                time.sleep(0.2)  # for the threads: what is decoded by then is queued at the next call
-            assert len(queued) == 6 and set(queued) == {1}  # of a stream beside that of the steps
+                time.sleep(0.2)  # the threads finish decoding, so the next call queues the batch
+            assert len(queued) == 6 and set(queued) == {1}  # in another stream than the steps
 
 
 def without(monkeypatch, what):
-    """The double forgets one of the loader's waits."""
+    """The test double ignores one of the loader's waits."""
     wait = Double.wait
     if what == "made":
         monkeypatch.setattr(Double, "wait", lambda self, event: None if not self.current.number else wait(self, event))
@@ -317,31 +317,31 @@ def without(monkeypatch, what):
     "what, message",
     [("made", "stream 1 wrote"), ("used", "stream 0 reads"), ("copied", "no event after its last copy was synch")],
 )
-def test_none_of_the_loaders_waits_could_be_left_out(config, monkeypatch, what, message):
+def test_every_wait_of_the_loader_is_needed(config, monkeypatch, what, message):
     without(monkeypatch, what)
     with Double().installed(), pytest.raises(Misuse, match=message):
         copies(batches(config))
 
 
-def test_a_loader_left_early_lets_nobody_have_its_memory_too_soon(config):
+def test_a_loader_that_ends_early_waits_before_its_memory_is_freed(config):
     with Double().installed() as gpu:
         steps = iter(batches(config))
         next(steps)
         time.sleep(0.5)
         next(steps)
         steps.close()
-        assert gpu.current.clock.get(1) == gpu.streams[1].clock[1]  # its last crops were waited for
+        assert gpu.current.clock.get(1) == gpu.streams[1].clock[1]  # it waited for its last crops
 
 
 class Ending(ImageFolder):
-    """Images whose steps end too soon."""
+    """Images with too few steps."""
 
     def steps(self, *arguments):
         yield from islice(super().steps(*arguments), 2)
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_images_that_end_before_the_steps_do_are_an_error_wherever_they_are_used(config, on_gpu, monkeypatch):
+def test_too_few_images_for_the_steps_are_an_error(config, on_gpu, monkeypatch):
     images = Ending(Path(config.data) / "train")
     backbone = Learner(config, 5, CPU).teacher.backbone
     with Double().installed() if on_gpu else nullcontext():
@@ -362,7 +362,7 @@ def test_images_that_end_before_the_steps_do_are_an_error_wherever_they_are_used
 # --- ranks -----------------------------------------------------------------------------------------------
 
 
-def test_ranks_join_by_their_devices_names(monkeypatch):
+def test_ranks_join_by_the_type_of_their_device(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     store = torch.distributed.HashStore()
@@ -394,7 +394,7 @@ def test_batch_norm_over_ranks_and_no_graph_there(config, monkeypatch):
         Learner(replace(config, use_bn_in_head=True), 5, CPU)
 
 
-def test_ranks_on_gpus_ask_each_other_only_where_losses_are_read(config, monkeypatch):
+def test_ranks_on_gpus_communicate_only_when_losses_are_read(config, monkeypatch):
     monkeypatch.setattr(parallel, "size", lambda: 2)
     monkeypatch.setattr(parallel, "largest", lambda values, device: [value + 1 for value in values])
     asked = []
@@ -413,21 +413,21 @@ def test_ranks_on_gpus_ask_each_other_only_where_losses_are_read(config, monkeyp
     assert asked == [0, 15, 0, 15, 15] + [15] * 5  # log_interval is 2, and 5 ends an epoch
 
 
-# --- no branch for a GPU elsewhere, and none that did not run ------------------------------------------------
+# --- GPU code is in one file, and all of it was run -----------------------------------------------------------
 
 
 def sources():
     return [path for path in (*PACKAGE.rglob("*.py"), *NN.glob("*.py")) if path.name != "device.py"]
 
 
-def test_a_gpu_is_asked_in_one_place():
+def test_gpu_calls_are_in_one_file():
     for path in sources():
         found = re.findall(r"torch\.cuda|is_cuda|device\.type *[!=]=|\.cuda\(", path.read_text())
         assert not found, (path, found)
 
 
 def functions_for_gpus(path):
-    """(first line of the body, last line) of functions that mention one."""
+    """(first line of the body, last line) of functions that use a GPU."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
@@ -438,7 +438,7 @@ def functions_for_gpus(path):
 
 
 def test_every_line_of_functions_with_a_branch_for_a_gpu_ran(measured, request):
-    """By the tests above."""
+    """In the tests above."""
     ran = {item.name for item in request.session.items if item.fspath == request.node.fspath}
     if len(ran) < len([name for name in globals() if name.startswith("test_")]):
         pytest.skip("only a part of this file runs")

@@ -1,4 +1,4 @@
-"""A machine that has only torch, triton, numpy, Pillow and pytest: what else this project imports is not found."""
+"""An environment with only torch, triton, numpy, Pillow and pytest: other imports of this project fail."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ ABSENT = (
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of a process that finds this tree and, through a file in the folder, none of the ABSENT."""
+    """Environment variables of a process that can import this tree but, by a file in `folder`, none of ABSENT."""
     (folder / "sitecustomize.py").write_text(BLOCKER.format(names=ABSENT))
     paths = [str(folder), *(str(ROOT / part) for part in (".", "python_api", "bench", "bench/cases", "bench/gpu"))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages, over the pipe of its DevTools protocol."""
+"""A headless Chromium for tests of HTML pages, controlled by the DevTools protocol over a pipe."""
 
 import base64
 import itertools
@@ -24,7 +24,7 @@ os.execvp(sys.argv[3], sys.argv[3:])
 
 
 class Browser:
-    """`with Browser() as browser`; `log` has what the page complained about, `requests` the addresses it asked for."""
+    """`with Browser() as browser`; `log`: errors and messages of the page; `requests`: the URLs it has requested."""
 
     def __enter__(self):
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -63,7 +63,7 @@ class Browser:
         return answer["result"]
 
     def open(self, path, width, height):
-        """Show a file as on a screen of this size in pixels; below 600 wide as on a phone."""
+        """Open a file in a window of this size in pixels; below a width of 600 like on a phone."""
         self.log, self.requests, self.loaded = [], [], False
         phone = width < 600
         screen = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}

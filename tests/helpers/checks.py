@@ -1,4 +1,4 @@
-"""What the tests of all ops share."""
+"""Common helpers for the tests of all ops."""
 
 import contextlib
 import importlib
@@ -10,9 +10,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def use_backend(monkeypatch: pytest.MonkeyPatch, op: str, backend: str, implementations: list[str]) -> str:
-    """Makes the op of module dino_kernels.ops.<op> run its "cpu" or its "triton" implementation; returns the device.
+    """Select the "cpu" or "triton" implementation of the op of module dino_kernels.ops.<op>; returns the device.
 
-    Without a GPU the Triton kernels run in the interpreter, through the whole op, on CPU tensors.
+    Without a GPU, the whole op runs on CPU tensors, with its Triton kernels in the interpreter.
     """
     if backend == "cpu":
         return "cpu"
@@ -25,10 +25,10 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, op: str, backend: str, implemen
 
 
 def cuda_function(monkeypatch: pytest.MonkeyPatch, op: str):
-    """The CUDA function of the op dino_kernels::<op>, for CPU tensors; and a list of the products it asks of cuBLAS.
+    """The CUDA function of the op dino_kernels::<op>, for CPU tensors; and a list of its cuBLAS GEMMs.
 
-    Products with out_dtype, which torch has on CUDA only, are of float32 copies here. The list has a name, the dtype of
-    the operands and that of the sums each.
+    GEMMs with out_dtype, which torch supports on CUDA only, are computed from float32 copies here. Each entry of the
+    list has a name, the dtype of the operands and the dtype of the sums.
     """
     asked = []
     plain = {"mm": torch.mm, "baddbmm": torch.baddbmm}

@@ -1,7 +1,7 @@
-"""CUDA C++ kernels without a GPU: csrc/cuda as nvcc compiles it, on CPU tensors.
+"""CUDA C++ kernels without a GPU: csrc/cuda compiled by nvcc, on CPU tensors.
 
-Its launchers are linked to a double of the CUDA runtime (cuda_runtime_double.cpp), whose launches run the kernels' PTX
-on the emulator. So the way from an op to its result is the one on a GPU, but for the machine code.
+The launchers are linked to a test double of the CUDA runtime (cuda_runtime_double.cpp), which runs the PTX of the
+kernels on the emulator. So everything from the op to its result is as on a GPU, except for the machine code.
 """
 
 import ctypes
@@ -24,13 +24,13 @@ from ptx import launch
 from dino_kernels._core import backends
 
 ROOT = Path(__file__).resolve().parents[2]
-STREAM = 0x5EED0  # any address: a launch elsewhere than on the current stream is an error
-# Fixture parameters: one architecture in every run and both in `make prove`, or all in that.
+STREAM = 0x5EED0  # any address: a launch on another stream is an error
+# Fixture parameters: one architecture in every run, both in `make prove`.
 QUICK = [pytest.param("80", marks=pytest.mark.prove), "90a"]
 PROVE = [pytest.param(arch, marks=pytest.mark.prove) for arch in ("80", "90a")]
-# (compute capability, shared memory a block may ask for), as cudaDevAttrComputeCapabilityMajor and -Minor, ...Optin
+# (compute capability, maximum shared memory of a block): cudaDevAttrComputeCapabilityMajor, -Minor and ...Optin
 CHIPS = {"80": (8, 0, 163 << 10), "90a": (9, 0, 227 << 10)}
-MULTIPROCESSORS = 3  # few, so that a block takes several rows
+MULTIPROCESSORS = 3  # few, so that a block processes several rows
 _MULTIPROCESSOR_COUNT, _MAJOR, _MINOR, _MOST_SHARED = 16, 75, 76, 97  # enum cudaDeviceAttr
 _LAUNCHER = ctypes.CFUNCTYPE(
     None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
@@ -42,7 +42,7 @@ needs_nvcc = pytest.mark.skipif(not Path(NVCC).exists(), reason="nvcc is not ins
 
 
 def build(arch: str) -> Path:
-    """The folder with cuda_double.so, whose kernels are PTX for sm_<arch>, and that PTX; made when sources change."""
+    """The folder with cuda_double.so and the PTX of its kernels for sm_<arch>; built again when sources change."""
     import pybind11
 
     folder = ROOT / "build" / f"cuda_double_{arch}"
@@ -70,7 +70,7 @@ def build(arch: str) -> Path:
         objects.append(f"{path.name}.o")
         lines.append(f"build {objects[-1]}: {'cuda' if path.suffix == '.cu' else 'cpp'} {path}")
     lines.append(f"build cuda_double.so: link {' '.join(objects)}")
-    with open(folder / "lock", "w") as lock:  # of processes that test at the same time
+    with open(folder / "lock", "w") as lock:  # for concurrent test processes
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], capture_output=True, text=True)
@@ -117,7 +117,7 @@ class Emulated:
         return call
 
     def _launch(self, name: bytes, sizes, arguments, stream: int | None) -> None:
-        """An exception does not pass through C: it is raised when the launcher has returned."""
+        """An exception cannot pass through C: it is raised after the launcher has returned."""
         try:
             assert stream == STREAM, f"launched on stream {stream}, the current one is {STREAM}"
             module, entry = self.programs[name.decode()]
@@ -133,7 +133,7 @@ class Emulated:
 
 
 def _spans(parameters: bytes) -> list[launch.Span]:
-    """The live tensors whose addresses are among a kernel's parameters: all that it may access."""
+    """The live tensors whose addresses are parameters of a kernel: all memory that it may access."""
     words = {word for (word,) in struct.iter_unpack("<Q", parameters[: len(parameters) // 8 * 8]) if word >> 32}
     spans = []
     for x in gc.get_objects():
@@ -151,10 +151,10 @@ def emulated(arch: str) -> Emulated:
 
 
 def use_cuda(monkeypatch: pytest.MonkeyPatch, op: str, arch: str, *, addresses: bool = False) -> str:
-    """Makes the op of module dino_kernels.ops.<op> run its CUDA C++ kernels on CPU tensors; returns their device.
+    """Select the CUDA C++ kernels of the op of module dino_kernels.ops.<op>, for CPU tensors; returns their device.
 
-    addresses: settings are passed as tensors of the device and not by value. On sm_80 approximate functions err as much
-    as their description allows.
+    addresses: scalar arguments are passed as 0-d device tensors, not by value. On sm_80, approximate functions have the
+    maximum error that the ISA allows.
     """
     kernels = emulated(arch)
     monkeypatch.setattr(backends, "kernels", lambda: kernels)
@@ -172,7 +172,7 @@ def use_cuda(monkeypatch: pytest.MonkeyPatch, op: str, arch: str, *, addresses: 
 
 
 def _poisoned(make):
-    """Fills fresh memory with what the emulator takes for unwritten."""
+    """Fill new memory with the value that the emulator reports as unwritten."""
 
     @functools.wraps(make)
     def run(*args, **kwargs):

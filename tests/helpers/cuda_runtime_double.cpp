@@ -1,7 +1,6 @@
-// The functions of the CUDA runtime that the launchers of csrc/cuda call, for tests without a GPU: a launch is handed
-// to a function of Python, which runs the kernel on the emulator. Anything else that a launcher called (an allocation,
-// a copy, a synchronization: what a CUDA graph could not capture or a step should not do) would be missing here, and
-// the module would not load.
+// The functions of the CUDA runtime that the launchers of csrc/cuda call, for tests without a GPU: a launch calls a
+// Python function, which runs the kernel on the emulator. Other calls (an allocation, a copy, a synchronization: not
+// allowed in a CUDA graph or in a step) are not defined here, so the module would not load.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
@@ -19,7 +18,7 @@ struct Function {
     std::string name;
     int most_shared = 48 << 10;
 };
-std::map<const void*, Function>& functions() {  // kernels are registered before this file's variables are there
+std::map<const void*, Function>& functions() {  // a static local: kernels are registered before globals exist
     static std::map<const void*, Function> all;
     return all;
 }
@@ -40,7 +39,7 @@ char __cudaInitModule(void**) { return 0; }
 void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
     functions()[host].name = name;
 }
-// Of `kernel<<<...>>>`, which the launchers do not use; nvcc's stubs of kernels name them all the same.
+// Functions of `kernel<<<...>>>`. The launchers do not use it, but nvcc's stubs of kernels reference them.
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { abort(); }
 cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { abort(); }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { abort(); }

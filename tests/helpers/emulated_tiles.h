@@ -1,5 +1,5 @@
-// Instructions for matrix tiles (AMX) and bfloat16 in plain C++: included before everything else, it lets the kernels
-// written for them run on any processor with AVX-512.
+// AMX tile and bfloat16 instructions in plain C++. Included before all other headers, it makes the kernels that use
+// these instructions run on any processor with AVX-512.
 #pragma once
 
 #include <immintrin.h>
@@ -98,4 +98,4 @@ inline bool supports(const char* feature) {
 #define _mm512_cvtne2ps_pbh (__m512bh) emulated::rounded
 #define _mm512_dpbf16_ps emulated::add_pairs
 #define __builtin_cpu_supports(feature) (emulated::supports(feature) || __builtin_cpu_supports(feature))
-#define syscall(...) 0  // which would ask Linux for the tiles
+#define syscall(...) 0  // instead of the request to Linux for AMX tiles

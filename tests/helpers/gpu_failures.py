@@ -1,4 +1,4 @@
-"""gpu.py on a double of the GPU, with tasks that fail in the midst of the others: a program, and those tasks."""
+"""A program that runs gpu.py on a test double of a GPU, with some failing tasks between the others."""
 
 import importlib
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gpu
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))  # where the double of a GPU is
+sys.path.append(str(Path(__file__).resolve().parents[1] / "gpu"))  # the module of the test double
 
 
 def crash(send) -> None:
@@ -21,7 +21,7 @@ def crash(send) -> None:
 
 def hang(send) -> None:
     print(f"hangs: {os.getpid()}", flush=True)
-    if not os.fork():  # a compiler's worker, say, which holds the pipe open
+    if not os.fork():  # like a worker of a compiler, which keeps the pipe open
         time.sleep(1000)
     time.sleep(1000)
 
@@ -38,7 +38,7 @@ def killed_by_the_host(send) -> None:
 
 
 def on_double(send, function: str, *arguments) -> None:
-    """A task whose trainer takes the CPU for a GPU."""
+    """A task whose trainer treats the CPU as a GPU."""
     from double import Double
 
     module, name = function.split(".")

@@ -1,8 +1,8 @@
-"""What a GPU would launch in a training step, counted on tensors without memory: python tests/helpers/launches.py
+"""Counts the launches of a training step on a GPU, with meta tensors: python tests/helpers/launches.py
 
-Every aten op that writes memory counts as a launch, or as two where torch clears memory first. An op of dino_kernels
-runs its CUDA function, whose Triton kernels are counted in place of launched. cuBLAS may add launches of its own (sums
-of a split contraction).
+Every aten op that writes memory counts as one launch, or as two if torch zeroes memory first. An op of dino_kernels
+runs its CUDA function, whose Triton kernels are counted instead of launched. cuBLAS may need additional launches (for
+split-K sums).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import dino_kernels
 
-# Neither a view nor a launch: they allocate, or tell what the host knows.
+# Neither a view nor a launch: they only allocate or read metadata.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
 FREE |= {"_reshape_alias", "_unsafe_view", "is_same_size", "promote_types"}
 TWO = {"slice_backward", "select_backward", "index_add", "repeat_interleave"}
@@ -37,7 +37,7 @@ PACKAGES = [Path(package.__file__).parent for package in (dino_kernels, dino_tra
 
 
 class Launches(TorchDispatchMode):
-    """counts: launches by (file and line of the project that asked for them, op or kernel)."""
+    """counts: launches by (calling file and line of the project, op or kernel)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Launches(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if func is torch.ops.aten.baddbmm.dtype_out:  # torch takes out_dtype for beta without a device
+        if func is torch.ops.aten.baddbmm.dtype_out:  # on meta tensors, torch interprets out_dtype as beta
             result = (kwargs or {})["out"]
         else:
             result = func(*args, **(kwargs or {}))
@@ -77,7 +77,7 @@ def _asker() -> str:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[tuple[str, str]]]:
-    """Counts what would be launched inside; tensors must be on the meta device."""
+    """Count the launches inside this context; tensors must be on the meta device."""
     launches = Launches()
 
     def count(self, *_, **__):
@@ -97,7 +97,7 @@ def counted() -> Iterator[Counter[tuple[str, str]]]:
 
 
 def of_a_step(arch: str = "vit_small", **options) -> Counter[tuple[str, str]]:
-    """Launches of a step in bfloat16 at the reference setting, not the first: tables of addresses are there."""
+    """Launches of a bfloat16 step at the reference sizes; not the first, which also uploads tables of addresses."""
     meta = torch.device("meta")
     config = PretrainConfig(
         arch=arch, precision="bfloat16", freeze_last_layer=0, num_workers=1, cuda_graph=False, **options

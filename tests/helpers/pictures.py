@@ -1,4 +1,4 @@
-"""Small pictures and archives for the tests of reading and loading."""
+"""Small images and archives for the tests of reading and loading."""
 
 import zipfile
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def save(path, image=None, **options):
-    """Save an image (8 x 8 noise, different for each name) as what the suffix says."""
+    """Save an image (8 x 8 noise, different for each name) in the format of the suffix."""
     if image is None:
         seed = sum(ord(c) * 31**i for i, c in enumerate(path.name))
         image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3)).astype(np.uint8))

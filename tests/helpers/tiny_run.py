@@ -1,4 +1,4 @@
-"""Small runs for the tests of what uses one."""
+"""Small training runs and data sets for the tests."""
 
 import json
 import os
@@ -20,7 +20,7 @@ TINY = [
     *("--batch-size-per-gpu", "4", "--num-workers", "1", "--device", "cpu", "--log-interval", "2"),
 ]
 
-# of two ranks that are killed and resumed, as flags and as fields of a config
+# Options of a run of two ranks that is killed and resumed; flags and fields of the config
 RANKS = {
     "arch": "vit_nano",
     "patch_size": 8,
@@ -40,14 +40,14 @@ RANKS = {
 
 
 def tiny_run(folder):
-    """Pretrains on folder/images, 40 pictures in class folders, into folder/run; returns folder."""
+    """Pretrain on folder/images, 40 images in class folders, into folder/run; returns folder."""
     data = make_images(folder / "images", n=40)
     assert main(["pretrain", "--data", str(data), "--output-dir", str(folder / "run"), *TINY]) == 0
     return folder
 
 
 def tiny_checkpoint(folder, seed=0):
-    """A run's folder with random weights of a vit_nano for images of 16 pixels."""
+    """The folder of a run with random weights of a vit_nano for images of 16 pixels."""
     torch.manual_seed(seed)
     backbone = vit("vit_nano", patch_size=8, img_size=16)
     state = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
@@ -57,7 +57,7 @@ def tiny_checkpoint(folder, seed=0):
 
 
 def evaluate(capsys, *words):
-    """What `dino-train evaluate WORDS --json` prints."""
+    """The parsed output of `dino-train evaluate WORDS --json`."""
     capsys.readouterr()
     code = main(["evaluate", *map(str, words), "--num-workers", "1", "--json"])
     out, err = capsys.readouterr()
@@ -66,7 +66,7 @@ def evaluate(capsys, *words):
 
 
 def error_of(capsys, *words):
-    """The one line with which `dino-train evaluate WORDS` ends."""
+    """The error line of `dino-train evaluate WORDS`."""
     capsys.readouterr()
     code = main(["evaluate", *map(str, words), "--num-workers", "1"])
     err = capsys.readouterr().err
@@ -75,7 +75,7 @@ def error_of(capsys, *words):
 
 
 def colored_classes(root, train=12, val=5, classes=("red", "green", "blue")):
-    """root/train and root/val with a folder a class, whose pictures are noise around one color."""
+    """root/train and root/val with one folder per class, whose images are noise around one color."""
     rng = np.random.default_rng(0)
     for part, count in (("train", train), ("val", val)):
         for number, name in enumerate(classes):

@@ -1,4 +1,4 @@
-"""The trainer without the libraries that only its command line, its plots and its progress bars need."""
+"""The trainer without the libraries that only the command line, plots and progress bars need."""
 
 import subprocess
 import sys

@@ -37,7 +37,7 @@ def parsed(monkeypatch, *words) -> PretrainConfig:
     return seen[0]
 
 
-def test_reference_flags_mean_what_they_did(monkeypatch):
+def test_flags_of_the_reference_have_the_same_meaning(monkeypatch):
     flags = """
         --arch vit_small --patch_size 16 --out_dim 4096 --norm_last_layer false --momentum_teacher 0.9995
         --use_bn_in_head on --warmup_teacher_temp 0.03 --teacher_temp 0.07 --warmup_teacher_temp_epochs 30
@@ -60,13 +60,13 @@ def test_reference_flags_mean_what_they_did(monkeypatch):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_valid_and_flags_win_over_them(monkeypatch, preset):
+def test_presets_are_valid_and_flags_override_them(monkeypatch, preset):
     config = parsed(monkeypatch, "--preset", preset, "--epochs", "7")
     for name, value in PRESETS[preset].items():
         assert getattr(config, name) == (7 if name == "epochs" else value), name
 
 
-def test_defaults_are_the_references():
+def test_defaults_equal_the_reference():
     config = PretrainConfig()
     assert (config.arch, config.patch_size, config.out_dim, config.lr) == ("vit_small", 16, 65536, 0.0005)
     assert (config.momentum_teacher, config.weight_decay_end, config.clip_grad) == (0.996, 0.4, 3.0)
@@ -90,7 +90,7 @@ def test_help_documents_every_field_of_a_protocol(capsys, protocol):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for field in protocol.__dataclass_fields__:
-        # A flag, its metavar or alias, and words that say what it is.
+        # A flag, its metavar or alias, and a description.
         assert re.search(rf"--{field.replace('_', '-')}\b[^(]*[a-z]{{3}}", text), field
 
 
@@ -111,7 +111,7 @@ def test_errors_are_short_and_say_what_is_wrong(run, tmp_path, capsys, words, me
     base = ["pretrain", "--data", str(run / "images"), "--output-dir", str(tmp_path / "out"), *TINY]
     try:
         code = main([*base, *words])
-    except SystemExit as stop:  # tyro's own
+    except SystemExit as stop:  # from tyro
         code = stop.code
     error = " ".join(capsys.readouterr().err.split())
     assert code in (1, 2) and re.search(message, error) and "Traceback" not in error, error
@@ -147,7 +147,7 @@ def test_ctrl_c_in_a_real_process_exits_cleanly(run, tmp_path, workers):
     deadline = time.monotonic() + 120
     while not (metrics.exists() and "loss" in metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    os.killpg(process.pid, signal.SIGINT)  # like a terminal: the workers get it too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors, errors
     assert "--resume continues" in errors

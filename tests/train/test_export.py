@@ -1,4 +1,4 @@
-"""Weights out: what other libraries make of them, compared with our own outputs."""
+"""Export of weights: outputs of other libraries compared with ours."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ FORMATS = ("safetensors", "timm", "huggingface", "onnx")
 
 
 def trained(arch="vit_nano", patch_size=8, image_size=32):
-    """Weights that all matter: no bias is 0, no factor of a norm 1."""
+    """Weights that all affect the output: no bias is 0, no scale of a norm is 1."""
     torch.manual_seed(0)
     net = resnet50() if arch == "resnet50" else vit(arch, patch_size=patch_size, img_size=image_size)
     with torch.no_grad():
@@ -31,8 +31,9 @@ def trained(arch="vit_nano", patch_size=8, image_size=32):
 
 @pytest.fixture(scope="module", autouse=True)
 def torchvision():
-    """Made importable for timm and transformers where its compiled operators are for another build of torch, as those
-    of a plain `pip install` are beside a torch for the CPU. Nothing here calls them; an import needs two declared.
+    """Make torchvision importable for timm and transformers, even if its compiled operators are for another build of
+    torch (for example the default wheel with a CPU build of torch). The tests do not call them; the import needs two
+    operators to be declared.
     """
     operators = torch.library.Library("torchvision", "FRAGMENT")
     try:
@@ -54,13 +55,13 @@ def net(request):
 def assert_same_features(model, net, batch=3):
     images = torch.randn(batch, 3, net.image_size, net.image_size)
     want = net.backbone(images)
-    assert (want - net.backbone(torch.zeros_like(images))).abs().max() > 0.01  # or anything would do
+    assert (want - net.backbone(torch.zeros_like(images))).abs().max() > 0.01  # the output depends on the images
     torch.testing.assert_close(torch.as_tensor(model(images)), want, rtol=1e-4, atol=1e-4)
 
 
-def test_safetensors_come_back(net, tmp_path):
+def test_safetensors_can_be_loaded_again(net, tmp_path):
     path = tmp_path / "out/backbone.safetensors"
-    for _ in range(2):  # the second replaces the first
+    for _ in range(2):  # the second overwrites the first
         export(net, path)
     back = load_trained(path)
     assert (back.arch, back.patch_size, back.image_size) == (net.arch, net.patch_size if "vit" in net.arch else 16, 32)
@@ -93,7 +94,7 @@ def test_timm_by_the_name_of_the_published_weights(tmp_path, patch):
 
 
 def test_a_folder_for_timm(net, tmp_path):
-    """Holds where timm is not installed too: its names are the reference's, so ours."""
+    """Works without timm too: its names are those of the reference, as ours."""
     export(net, tmp_path / "timm", "timm")
     assert sorted(file.name for file in (tmp_path / "timm").iterdir()) == ["config.json", "model.safetensors"]
     written, own = load_file(tmp_path / "timm/model.safetensors"), net.backbone.state_dict()
@@ -119,12 +120,12 @@ def test_huggingface(tmp_path):
     torch.testing.assert_close(tokens, net.backbone.features(images)[0], rtol=0, atol=1e-4)
 
 
-def test_huggingfaces_processor_makes_what_we_evaluate(tmp_path):
+def test_huggingface_processor_equals_our_evaluation_transform(tmp_path):
     export(trained(image_size=224), tmp_path / "hf", "huggingface")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (333, 500, 3), np.uint8))
     pixels = processor(image, return_tensors="pt")["pixel_values"][0]
-    # One level of 8 bit where torchvision is installed, which then resizes; else nothing.
+    # Tolerance: one 8-bit level, if torchvision is installed and resizes; otherwise exact.
     torch.testing.assert_close(pixels, eval_transform(image, 224), rtol=0, atol=0.0176)
 
 
@@ -135,7 +136,7 @@ def test_onnx(net, tmp_path):
         assert_same_features(lambda images: session.run(["features"], {"images": images.numpy()})[0], net, batch)
 
 
-def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_export_leaves_no_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="huggingface takes a ViT, got resnet50; for it .* timm and onnx"):
         export(trained("resnet50"), tmp_path / "hf", "huggingface")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -148,11 +149,11 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path):
+def test_an_existing_folder_is_not_overwritten(tmp_path):
     kept = tmp_path / "folder/kept.txt"
     kept.parent.mkdir()
     (tmp_path / "file").write_text("kept")
-    export(trained(), kept.parent, "timm")  # empty: it may go
+    export(trained(), kept.parent, "timm")  # an empty folder may be replaced
     before = sorted(kept.parent.iterdir())
     for form in FORMATS:
         with pytest.raises(ValueError, match="folder is a folder.*; choose another --output"):

@@ -15,14 +15,14 @@ from dino_kernels import attention, attention_reference
 from dino_kernels.nn import Branch, Packing
 
 PATCH, DIM, DEPTH, HEADS = 4, 32, 3, 2
-# Square, interpolated, again the first size with another batch, not square, not whole patches.
+# Square, interpolated position embedding, first size with another batch, not square, not a multiple of the patch.
 SIZES = [(2, 16, 16), (2, 8, 8), (1, 16, 16), (3, 8, 20), (2, 11, 14)]
 
 
 def small_vit(dtype=torch.float64, **kwargs):
     torch.manual_seed(0)
     model = VisionTransformer(16, PATCH, DIM, DEPTH, HEADS, **kwargs)
-    with torch.no_grad():  # biases and norms that differ from 0 and 1, weights that matter
+    with torch.no_grad():  # no default values: all weights affect the output
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.to(dtype)
@@ -30,7 +30,7 @@ def small_vit(dtype=torch.float64, **kwargs):
 
 @pytest.fixture(autouse=True)
 def attention_in_float64(monkeypatch):
-    """The op takes at most float32."""
+    """Plain attention, since the op does not support float64."""
     ops = {torch.float64: attention_reference}
     monkeypatch.setattr(
         "dino_kernels.nn.block.attention", lambda qkv, *x, **y: ops.get(qkv.dtype, attention)(qkv, *x, **y)
@@ -55,7 +55,7 @@ def bicubic(cells, out):
 
 
 def vit_by_hand(p, image, patch, heads, scales=None):
-    """One image [3, h, w] through the ViT of parameters p, token by token of the definition.
+    """One image [3, h, w] through a ViT with parameters p, computed from the definition.
 
     scales[i] = (attention, MLP) factors of the branches of block i. Returns the normalized tokens after
     each block and the last block's attention [heads, N, N].
@@ -192,11 +192,11 @@ def test_initialization():
     assert all((v == 1).all() for n, v in p.items() if "norm" in n and n.endswith(".weight"))
     head = dict(DINOHead(64, 1000).named_parameters())
     assert abs(head["mlp.2.weight"].std().item() - 0.02) < 0.001 and not head["mlp.2.bias"].any()
-    # torch's default for convolutions and linear layers: uniform within 1 / sqrt(fan in)
+    # default of torch for convolutions and linear layers: uniform in +-1 / sqrt(fan in)
     for weight, fan_in in ((p["patch_embed.proj.weight"], 3 * 8 * 8), (head["last_layer.weight_v"], 256)):
         assert weight.abs().max() <= fan_in**-0.5 and abs(weight.std() * (3 * fan_in) ** 0.5 - 1) < 0.05
     assert (head["last_layer.weight_g"] == 1).all()
-    conv = resnet50().state_dict()["layer2.1.conv3.weight"]  # Kaiming's normal, by fan out
+    conv = resnet50().state_dict()["layer2.1.conv3.weight"]  # Kaiming normal, fan out
     assert abs(conv.std().item() * (512 / 2) ** 0.5 - 1) < 0.02
 
 
@@ -244,7 +244,7 @@ def test_drop_path_is_drawn_for_each_sample_and_branch():
     crops = [crop.expand(count, -1, -1, -1) for crop in images([(1, 8, 8), (1, 4, 8)])]
     torch.manual_seed(3)
     out = model(crops)
-    # rate rises as 0, 0.2, 0.4: block 0 keeps all, the others drop or scale by 1 / keep.
+    # The rate is 0, 0.2, 0.4: block 0 keeps all, the others drop or scale by 1 / keep.
     factors = [(1.0,), (0.0, 1 / 0.8), (0.0, 1 / 0.6)]
     cases = list(product(*(product(f, f) for f in factors)))
     for crop, rows in zip(crops, out.split(count), strict=True):
@@ -256,11 +256,11 @@ def test_drop_path_is_drawn_for_each_sample_and_branch():
         for block, keep in ((1, 0.8), (2, 0.6)):
             assert (drawn[:, block].mean(0) - 1).abs().max() < 5 * ((1 - keep) / keep / count) ** 0.5
         drops = (drawn[:, 1:] == 0).flatten(1).double().T
-        drops = torch.cat([drops[:, 1:], drops[:, :-1]])  # each sample beside its neighbor
+        drops = torch.cat([drops[:, 1:], drops[:, :-1]])  # each sample and its neighbor
         assert (torch.corrcoef(drops) - torch.eye(8)).abs().max() < 5 / count**0.5
 
 
-def test_branches_name_what_drop_path_keeps():
+def test_branches_hold_the_samples_that_drop_path_keeps():
     packing = Packing(torch.tensor([0, 3, 6, 8], dtype=torch.int32), [(2, 3), (0, 4), (1, 2)])
     kept = np.array([[True, True, True], [False, False, False], [True, False, True]])
     whole, empty, some = Branch.of_kept(packing, kept, np.array([1, 2, 3], np.float32))
@@ -380,7 +380,7 @@ def test_model_is_head_of_backbone():
     assert {name.split(".")[0] for name in model.state_dict()} == {"backbone", "head"}
 
 
-def test_convnet_sees_one_run_of_equal_sizes_at_a_time():
+def test_convnet_has_one_forward_per_run_of_equal_sizes():
     class Backbone(nn.Module):
         seen = []
 
@@ -415,7 +415,7 @@ def test_bad_input_messages():
         nano()([torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 8, 7)])
     gray = torch.zeros(2, 1, 32, 32)
     with torch.device("meta"):
-        convnet = small_model("resnet50", use_bn_in_head=True, patch_size=7)  # of no use there
+        convnet = small_model("resnet50", use_bn_in_head=True, patch_size=7)  # ignored by a ResNet
     assert convnet.head.mlp[0].in_features == 2048 and isinstance(convnet.head.mlp[1], nn.BatchNorm1d)
     for call in (nano(), nano().features, nano().attention, lambda x: small_model()([x]), lambda x: convnet([x])):
         with pytest.raises(ValueError, match=r"\[B, 3, height, width\], got \[2, 1, 32, 32\].*RGB"):
@@ -427,7 +427,7 @@ def test_bad_input_messages():
             nano().features(torch.zeros(1, 3, 32, 32), n)
 
 
-def test_a_block_knows_the_parameters_that_were_assigned_to_it():
+def test_a_block_uses_the_parameters_assigned_to_it():
     net = vit("vit_nano", patch_size=8, img_size=32)
     net.load_state_dict({name: p.clone() for name, p in net.state_dict().items()}, assign=True)
     for block in net.blocks:

@@ -1,7 +1,7 @@
-"""Ten steps against a plain re-implementation of the reference's step, written here from its description.
+"""Ten steps compared with a plain re-implementation of the reference's step.
 
-It shares no code with the product: per-resolution forwards, naive attention, pair-by-pair loss, a loop for
-clipping, for the teacher and for the schedules. Same weights, same crops, float32.
+It shares no code with the trainer: per-resolution forwards, naive attention, pair-by-pair loss, loops for clipping,
+teacher and schedules. Same weights, same crops, float32.
 """
 
 import math
@@ -16,7 +16,7 @@ STEPS_PER_EPOCH, EPOCHS, BATCH, HEADS, PATCH = 2, 5, 4, 3, 8
 
 
 class PlainDINO:
-    """State dicts instead of modules; everything else is a line of the paper or of main_dino.py."""
+    """State dicts instead of modules; otherwise line by line as in the paper or main_dino.py."""
 
     def __init__(self, student, config):
         self.c = config
@@ -64,7 +64,7 @@ class PlainDINO:
 
     def forward(self, w, crops):
         features, i = [], 0
-        while i < len(crops):  # consecutive crops of one size go together
+        while i < len(crops):  # one forward for consecutive crops of equal size
             j = i
             while j < len(crops) and crops[j].shape == crops[i].shape:
                 j += 1
@@ -136,7 +136,7 @@ class PlainDINO:
         for p in (p for group in self.groups for p in group["params"] if p.grad is not None):
             d = p.grad
             if p.dim() != 1:
-                # The reference sets the schedule's decay on its first group only; matrices all lie there.
+                # The reference applies the schedule of weight decay only to its first group, which has all matrices.
                 d = d + decay * p
                 if p.norm() > 0 and d.norm() > 0:
                     d = d * (0.001 * p.norm() / d.norm())
@@ -149,7 +149,7 @@ def relative(ours, plain):
 
 
 def without_key_bias(name, tensor):
-    """A key bias shifts all logits of a query alike: its gradient is zero but for rounding, which AdamW scales up."""
+    """A key bias shifts all logits of a query equally: its gradient is only rounding error, which AdamW amplifies."""
     if name.endswith("attn.qkv.bias"):
         q, k, v = tensor.chunk(3)
         return torch.cat([q, v])

@@ -19,7 +19,7 @@ from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine.train import Run, pretrain
 from tiny_run import RANKS, assert_same, final_weights, make_images, torchrun
 
-# Runs some code before every step; `rank` and `number`, that of the step, are known to it.
+# Executes some code before every step, with the variables `rank` and `number` (of the step).
 _RANK = """
 import os, signal, sys, time
 from pathlib import Path
@@ -33,7 +33,7 @@ def step(self, number, crops):
 train.Learner.step = step
 code = main(["pretrain", "--output-dir", output, *arguments])
 if rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ:
-    time.sleep(2)  # torchrun ends those that linger
+    time.sleep(2)  # torchrun ends processes that are still running
 Path(output, f"exit{rank}").write_text(str(code))
 sys.exit(code)
 """
@@ -48,7 +48,7 @@ def job(images: Path, output: Path, act: str = "", **changes: object) -> list[st
 
 
 def run_both(command: list[str]) -> tuple[list[int], str]:
-    """Exit codes of two ranks started by hand, and what they said."""
+    """Exit codes and output of two ranks started without torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -73,7 +73,7 @@ def weights(output: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Images, and the folder of a run of two ranks without an interruption."""
+    """Images, and the folder of an uninterrupted run of two ranks."""
     folder = tmp_path_factory.mktemp("straight")
     images = make_images(folder / "images")
     codes, said = run_both(job(images, folder / "run"))
@@ -99,10 +99,10 @@ def test_a_signal_to_one_rank_stops_both_and_the_resumed_run_is_bitwise_the_same
 @pytest.mark.parametrize(
     "act",
     [
-        # Of torchrun itself, which hands it on, and of a rank, which so gets it twice, as from a scheduler.
+        # To torchrun, which forwards it, and to a rank, which gets it twice, as from a scheduler.
         "if number == 6 and rank == 0: os.kill(os.getppid(), signal.SIGTERM); "
         "os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)",
-        # Of a rank only: torchrun ends the other, which has stopped too and is about to end.
+        # To one rank only: torchrun ends the other, which has stopped too and is about to end.
         "if number == 6 and rank == 1: os.kill(os.getpid(), signal.SIGTERM)",
         "if number == 6 and rank == 1: os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)",
     ],
@@ -110,7 +110,7 @@ def test_a_signal_to_one_rank_stops_both_and_the_resumed_run_is_bitwise_the_same
 )
 def test_a_signal_under_torchrun_stops_all_ranks_with_a_checkpoint(straight, tmp_path, act):
     images, _ = straight
-    # Data workers get what torchrun sends, too.
+    # Data workers get the signals of torchrun too.
     process = torchrun(job(images, tmp_path / "run", act, num_workers=1), stderr=subprocess.PIPE)
     _, said = process.communicate(timeout=300)
     assert process.returncode != 0
@@ -141,7 +141,7 @@ def test_a_rank_that_dies_ends_the_job_or_torchrun_resumes_it(straight, tmp_path
 
 
 def test_ranks_agree_when_a_checkpoint_is_due(straight, tmp_path):
-    """Though their clocks differ: here it is due by the second's only, in the step of number 6."""
+    """Even if their clocks differ: here it is due only on the second rank, in step number 6."""
     images, _ = straight
     act = "if number == 6 and rank == 1: time.monotonic = lambda now=time.monotonic: now() + 1e6\n"
     act += "if number == 7: os.abort()"
@@ -150,7 +150,7 @@ def test_ranks_agree_when_a_checkpoint_is_due(straight, tmp_path):
     assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 7
 
 
-def test_with_another_number_of_ranks_the_run_goes_on_with_a_warning(straight, tmp_path, caplog):
+def test_resuming_with_another_number_of_ranks_warns(straight, tmp_path, caplog):
     images, whole = straight
     shutil.copytree(whole, tmp_path / "run")
     alone = {**RANKS, "data": images, "output_dir": tmp_path / "run", "epochs": 4, "batch_size_per_gpu": 4}
@@ -165,7 +165,7 @@ def test_with_another_number_of_ranks_the_run_goes_on_with_a_warning(straight, t
     assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 25
 
 
-def test_each_gpu_takes_its_own_random_state(monkeypatch):
+def test_each_gpu_restores_its_own_random_state(monkeypatch):
     monkeypatch.setattr(parallel, "size", lambda: 2)
     monkeypatch.setattr(parallel, "rank", lambda: 1)
     taken = []
@@ -180,7 +180,7 @@ def test_each_gpu_takes_its_own_random_state(monkeypatch):
         assert torch.get_rng_state().equal(own) and taken == [[3, 4]]
         monkeypatch.setattr(parallel, "size", lambda: 1)
         monkeypatch.setattr(parallel, "rank", lambda: 0)
-        Run._set_random_state(run, {"torch": before, "cuda": []}, 0)  # of an earlier version, on a CPU
+        Run._set_random_state(run, {"torch": before, "cuda": []}, 0)  # checkpoint of an earlier version, from a CPU
         assert torch.get_rng_state().equal(before) and len(taken) == 1
     finally:
         torch.set_rng_state(before)

@@ -1,4 +1,4 @@
-"""The step's switches: each combination is the plain step; no question to the device; several ranks are one."""
+"""Switches of the step: each combination equals the plain step; no device-to-host sync; several ranks equal one."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ def crops(step, batch=8):
 
 
 def run(config, steps=10, own=slice(None)):
-    """Losses, weights of both nets and center of some steps."""
+    """Losses, weights of student and teacher, and center of some steps."""
     torch.manual_seed(3)
     learner = Learner(config, 2, CPU)
     losses = [learner.step(step, [crop[own] for crop in crops(step)]).loss for step in range(steps)]
@@ -56,7 +56,7 @@ def assert_close(ours, plain, tolerance=1e-5):
     assert ours[0] == pytest.approx(plain[0], rel=tolerance)
     for name, expected in plain[1].items():
         got = ours[1][name]
-        if name.endswith("attn.qkv.bias"):  # a key bias has no gradient but rounding, which AdamW scales up
+        if name.endswith("attn.qkv.bias"):  # the gradient of a key bias is only rounding error, which AdamW amplifies
             got, expected = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (got, expected))
         error = (got - expected).norm() / expected.norm().clamp_min(1e-12)
         assert error < tolerance, f"{name} differs by {error:.1e}"
@@ -71,7 +71,7 @@ def plain():
     "accumulate, checkpoint_activations, free_norm",
     [case for case in itertools.product((1, 2, 4), (False, True), (False, True)) if case[:2] != (1, False)],
 )
-def test_every_combination_of_switches_is_the_plain_step(plain, accumulate, checkpoint_activations, free_norm):
+def test_every_combination_of_switches_equals_the_plain_step(plain, accumulate, checkpoint_activations, free_norm):
     config = PretrainConfig(
         **SETTINGS,
         accumulate=accumulate,
@@ -81,8 +81,8 @@ def test_every_combination_of_switches_is_the_plain_step(plain, accumulate, chec
     assert_close(run(config), plain[free_norm])
 
 
-def test_checkpointed_activations_are_computed_anew(monkeypatch):
-    """Else the switch would save nothing: each block but for the gradient's sake runs twice."""
+def test_checkpointed_activations_are_recomputed(monkeypatch):
+    """Otherwise the switch would save no memory: each block with gradients runs its forward twice."""
     from dino_train.models.vit import Block
 
     calls, forward = [], Block.forward
@@ -92,21 +92,21 @@ def test_checkpointed_activations_are_computed_anew(monkeypatch):
         calls.clear()
         run(PretrainConfig(**SETTINGS, checkpoint_activations=switch), steps=1)
         counts.append(len(calls))
-    assert counts == [6, 9]  # three blocks of teacher and student, and of the student once more
+    assert counts == [6, 9]  # three blocks of teacher and student, and the recomputation of the student
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "checkpoint_activations": True, "drop_path_rate": 0.2}])
-def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
-    """On fake tensors, which have no values to tell: .item(), .tolist(), bool() and .cpu() raise."""
-    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at its values
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # cannot swap fake tensors
+def test_a_step_does_not_synchronize(monkeypatch, precision, changes):
+    """With fake tensors, which have no values: .item(), .tolist(), bool() and .cpu() raise."""
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # reads values
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # does not support fake tensors
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: pytest.fail("a step copies to the host"))
     monkeypatch.setattr("dino_kernels.nn.packing.on_gpu", lambda device: True)
     monkeypatch.setattr("dino_kernels.nn.flat_parameters._zeros", lambda n, dtype, device: torch.zeros(n, dtype=dtype))
     with FakeTensorMode():
         learner = Learner(replace(PretrainConfig(**SETTINGS, precision=precision), **changes), 2, CPU)
-        for step in (0, 1, 2, 3):  # the last layer is frozen at first
+        for step in (0, 1, 2, 3):  # with the last layer frozen and trained
             result = learner.step(step, [torch.randn(8, 3, size, size) for size in (32, 32, 16, 16, 16)])
         for read in (lambda: result.loss, lambda: bool(result.loss_tensor > 0), result.loss_tensor.tolist):
             with pytest.raises(DataDependentOutputException):
@@ -114,9 +114,9 @@ def test_a_step_asks_the_device_nothing(monkeypatch, precision, changes):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rate", [0.4, 0.95])  # of 0.95 the last block's branches are sometimes left with nothing
+@pytest.mark.parametrize("rate", [0.4, 0.95])  # with 0.95, branches of the last block are sometimes empty
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 4, "checkpoint_activations": True}])
-def test_samples_that_drop_path_skips_are_those_multiplied_by_zero(monkeypatch, precision, rate, changes):
+def test_skipping_dropped_samples_equals_multiplying_them_by_zero(monkeypatch, precision, rate, changes):
     from dino_kernels.nn import block
 
     tokens, results, forward = [], [], block.Block.forward
@@ -138,7 +138,7 @@ def test_samples_that_drop_path_skips_are_those_multiplied_by_zero(monkeypatch, 
     assert_close(*results, tolerance=1e-5 if precision == "float32" else 1e-2)
 
 
-def test_a_loss_that_is_not_finite_changes_nothing():
+def test_a_non_finite_loss_updates_nothing():
     torch.manual_seed(0)
     learner = Learner(PretrainConfig(**SETTINGS), 2, CPU)
     for step in range(3):
@@ -151,7 +151,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     assert learner.step(4, crops(4)).loss > 0 and learner.optimizer.nonfinite == 0
 
 
-def test_switches_that_do_not_fit(monkeypatch):
+def test_invalid_switches(monkeypatch):
     with pytest.raises(ValueError, match="accumulate must be a divisor of batch_size_per_gpu 8, got 3"):
         PretrainConfig(**SETTINGS, accumulate=3)
     with pytest.raises(ValueError, match="checkpoint_activations must be false: it is for ViTs, got True"):
@@ -185,7 +185,7 @@ parallel.leave()
 
 
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "norm_last_layer": False, "freeze_last_layer": 2}])
-def test_two_ranks_are_one_process_of_the_same_batch(tmp_path, changes):
+def test_two_ranks_equal_one_process_with_the_same_batch(tmp_path, changes):
     script = tmp_path / "rank.py"
     script.write_text(_RANK)
     arguments = [
@@ -197,7 +197,7 @@ def test_two_ranks_are_one_process_of_the_same_batch(tmp_path, changes):
     assert torchrun(arguments).wait(timeout=300) == 0
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
-    starts = [torch.load(tmp_path / f"start{rank}.pt") for rank in range(2)]  # of generators that differ
+    starts = [torch.load(tmp_path / f"start{rank}.pt") for rank in range(2)]  # from different random generators
     assert all(map(torch.equal, *starts)) and len(starts[0]) == 6
     expected = run(replace(PretrainConfig(**SETTINGS), **{k: v for k, v in changes.items() if k != "accumulate"}))
     assert_close(first, expected)
@@ -205,12 +205,12 @@ def test_two_ranks_are_one_process_of_the_same_batch(tmp_path, changes):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_graphed_step_is_the_plain_one(precision):
+def test_a_graphed_step_equals_the_eager_step(precision):
     results = []
     for cuda_graph in (False, True):
         torch.manual_seed(3)
         config = PretrainConfig(**SETTINGS | {"device": "cuda"}, precision=precision, cuda_graph=cuda_graph)
-        learner = Learner(config, 5, torch.device("cuda"))  # the last layer thaws at step 5: a second graph
+        learner = Learner(config, 5, torch.device("cuda"))  # the last layer is trained from step 5 on: a second graph
         losses = [learner.step(step, [crop.cuda() for crop in crops(step)]).loss for step in range(12)]
         results.append((losses, learner.teacher_flat.weights.clone()))
     (plain, weights), (graphed, others) = results
@@ -219,8 +219,8 @@ def test_a_graphed_step_is_the_plain_one(precision):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_block_takes_any_gradient_and_none(precision):
-    """Its chain of ops against the same block of separate ones: strided gradients, one result not used."""
+def test_a_block_accepts_strided_and_missing_gradients(precision):
+    """The chained ops compared with the same block of separate ops: strided gradients, one unused result."""
     torch.manual_seed(0)
     student, plain = (vit("vit_nano", patch_size=8, img_size=32) for _ in range(2))
     plain.load_state_dict(student.state_dict())
@@ -245,7 +245,7 @@ def test_a_block_takes_any_gradient_and_none(precision):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["norm2.bias", "attn.proj.weight"])
-def test_a_block_without_a_place_for_a_gradient_is_an_error(precision, name):
+def test_a_block_without_a_gradient_buffer_is_an_error(precision, name):
     student = vit("vit_nano", patch_size=8, img_size=32)
     FlatParameters(student, getattr(torch, precision))
     block = student.blocks[0]

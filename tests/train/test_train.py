@@ -1,4 +1,4 @@
-"""The run around the step: resuming, signals, bad input, what is written."""
+"""The training run: resuming, signals, bad input, output files."""
 
 import ctypes
 import json
@@ -65,7 +65,7 @@ def config(tmp_path) -> PretrainConfig:
     )
 
 
-# A run in a process of its own that kills itself: before update number `step`, or amid the write of a checkpoint.
+# A run in a separate process that kills itself before update number `step`, or while it writes a checkpoint.
 _KILLED = """
 import json, os, pathlib, signal, sys
 from dino_train.common import checkpoint
@@ -94,7 +94,7 @@ train.pretrain(PretrainConfig(**values))
     [(2, False, 15.0), (9, False, 15.0), (13, False, 0.0), (9, True, 15.0)],
     ids=["before-any-checkpoint", "late-in-epoch", "mid-epoch-checkpoint", "while-saving"],
 )
-def test_killed_and_resumed_ends_bitwise_the_same(config, step, amid_save, save_minutes, monkeypatch):
+def test_a_killed_and_resumed_run_is_bitwise_identical(config, step, amid_save, save_minutes, monkeypatch):
     config = replace(config, save_minutes=save_minutes)
     whole = replace(config, output_dir=config.output_dir / "whole", num_workers=2)
     pretrain(whole)
@@ -114,12 +114,12 @@ def test_killed_and_resumed_ends_bitwise_the_same(config, step, amid_save, save_
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
 @pytest.mark.skipif(any(resource.getrlimit(kind)[0] >= 0 for kind in _ADDRESSES), reason="addresses are limited here")
-def test_tensors_of_steps_lie_on_huge_pages_that_take_no_memory_before():
+def test_tensors_of_steps_use_huge_pages_that_are_allocated_on_demand():
     taken, flags = subprocess.check_output([sys.executable, "-c", MEMORY_OF_STEPS], text=True).splitlines()
     assert int(taken) < 100 and "hg" in flags.split()
 
 
-def test_where_addresses_are_limited_the_heap_stays_as_it_is():
+def test_with_limited_addresses_the_heap_is_not_changed():
     code = f"import resource; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)){MEMORY_OF_STEPS}"
     assert "hg" not in subprocess.check_output([sys.executable, "-c", code], text=True).split()
 
@@ -146,7 +146,7 @@ def test_signals_write_a_checkpoint_and_stop(config, signum, monkeypatch):
     assert_same(final_weights(config), final_weights(whole))
 
 
-def test_checkpoint_has_the_reference_keys_and_metrics_tell_the_run(config):
+def test_checkpoint_has_the_reference_keys_and_metrics_are_written(config):
     pretrain(replace(config, saveckp_freq=2, knn_freq=1))
     state = torch.load(config.output_dir / "last.pt", weights_only=True)
     assert {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"} <= state.keys()
@@ -164,7 +164,7 @@ def test_checkpoint_has_the_reference_keys_and_metrics_tell_the_run(config):
     assert (config.output_dir / "curves.png").stat().st_size > 10_000
 
 
-def test_weights_follow_the_seed_and_bfloat16_trains(config, monkeypatch):
+def test_weights_depend_on_the_seed_and_bfloat16_trains(config, monkeypatch):
     losses = {}
     monkeypatch.setattr(train, "plot_curves", lambda folder: folder)
     for name, changes in {"a": {}, "b": {"seed": 1}, "c": {"precision": "bfloat16"}}.items():
@@ -200,7 +200,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     checkpoint.save({"step": 1}, path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # a write beyond 1 MiB fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # writes beyond 1 MiB fail, as on a full disk
     try:
         with pytest.raises(checkpoint.CheckpointError, match="cannot write .*last.pt"):
             checkpoint.save({"step": 2, "x": torch.zeros(1 << 20)}, path)
@@ -211,7 +211,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_training_goes_on_when_a_checkpoint_cannot_be_written(config, monkeypatch, caplog):
+def test_training_continues_if_a_checkpoint_cannot_be_written(config, monkeypatch, caplog):
     save, calls = checkpoint.save, []
 
     def failing(state, path, **options):
@@ -225,7 +225,7 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_written(config, monkeypatc
     assert calls == [5, 10, 15] and "No space left on device; training continues" in caplog.text
 
 
-def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(config, monkeypatch):
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, monkeypatch):
     update = Learner.step
 
     def poisoned(self, step, crops):
@@ -239,7 +239,7 @@ def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(config, monke
     assert state["step"] == 5 and all(v.isfinite().all() for v in state["student"].values())
 
 
-def test_unreadable_images_are_named_once_skipped_and_counted(config, caplog, capsys):
+def test_unreadable_images_are_reported_once_skipped_and_counted(config, caplog, capsys):
     make_images(config.data, n=60)  # so that three are held out
     train_images, held_out = train.split(config.data)
     broken = [train_images.names[3], train_images.names[8], held_out.names[0]]
@@ -262,7 +262,7 @@ def test_unreadable_images_are_named_once_skipped_and_counted(config, caplog, ca
         ({"device": "cuda"}, "torch sees no GPU"),
     ],
 )
-def test_bad_settings_say_what_is_wrong(config, changes, message):
+def test_bad_options_are_reported(config, changes, message):
     if "device" in changes and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises((DataError, ValueError), match=message):
@@ -288,7 +288,7 @@ def test_config_checks_itself(config, changes, message):
         replace(config, **changes)
 
 
-def test_a_second_run_does_not_overwrite_the_first_and_settings_must_match(config):
+def test_a_second_run_does_not_overwrite_the_first_and_options_must_match(config):
     pretrain(config)
     with pytest.raises(ValueError, match="holds a run already: add --resume"):
         pretrain(config)
@@ -304,7 +304,7 @@ def test_resuming_with_other_images_starts_the_epoch_again(config, caplog):
     assert checkpoint.load(config.output_dir / "last.pt")["step"] == 14  # 29 images: 7 steps an epoch
 
 
-def test_a_zip_trains_as_its_folder_does(config):
+def test_a_zip_trains_like_its_folder(config):
     archive = config.data.with_suffix(".zip")
     with zipfile.ZipFile(archive, "w") as file:
         for path in config.data.rglob("*.png"):
@@ -316,7 +316,7 @@ def test_a_zip_trains_as_its_folder_does(config):
 
 
 @pytest.mark.parametrize("arch, optimizer", [("resnet50", "sgd"), ("vit_nano", "lars")])
-def test_other_nets_and_optimizers_run(config, arch, optimizer):
+def test_other_networks_and_optimizers_run(config, arch, optimizer):
     torch.manual_seed(0)
     config = replace(config, arch=arch, optimizer=optimizer, use_bn_in_head=True, lr=0.5, global_crops_size=32)
     learner = Learner(config, 2, torch.device("cpu"))
@@ -326,7 +326,7 @@ def test_other_nets_and_optimizers_run(config, arch, optimizer):
         learner.step(step, crops)
     after = learner.teacher.state_dict()
     assert not torch.equal(after["head.mlp.0.weight"], before["head.mlp.0.weight"])
-    # The teacher's batch norms follow its own batches, not the student's.
+    # The batch norms of the teacher use its own batches, not the student's.
     assert after["head.mlp.1.num_batches_tracked"] == 3
     assert not torch.equal(after["head.mlp.1.running_mean"], learner.student.state_dict()["head.mlp.1.running_mean"])
 
@@ -339,7 +339,7 @@ def test_other_nets_and_optimizers_run(config, arch, optimizer):
         (3.0, 3.5, 1.0, None),
     ],
 )
-def test_collapse_is_told_once_and_only_after_the_quiet_start(caplog, loss, entropy, single, expected):
+def test_a_collapse_is_reported_once_and_not_during_warmup(caplog, loss, entropy, single, expected):
     watch = CollapseWatch(64, quiet_steps=100, patience=3)
     for step in range(0, 100, 10):
         watch.update(step, loss, entropy, single)
@@ -351,7 +351,7 @@ def test_collapse_is_told_once_and_only_after_the_quiet_start(caplog, loss, entr
         assert expected in caplog.text
 
 
-def test_a_passing_read_error_does_not_cost_the_last_checkpoint(config, monkeypatch):
+def test_a_temporary_read_error_does_not_discard_the_last_checkpoint(config, monkeypatch):
     pretrain(config)
 
     def failing(*args, **options):
@@ -364,7 +364,7 @@ def test_a_passing_read_error_does_not_cost_the_last_checkpoint(config, monkeypa
     assert checkpoint.load(config.output_dir / "last.pt")["step"] == 15
 
 
-def test_weights_that_are_not_finite_are_not_saved(config, monkeypatch):
+def test_non_finite_weights_are_not_saved(config, monkeypatch):
     update = Learner.step
 
     def poisoned(self, step, crops):
@@ -380,7 +380,7 @@ def test_weights_that_are_not_finite_are_not_saved(config, monkeypatch):
     assert checkpoint.load(config.output_dir / "last.pt")["step"] == 5
 
 
-def test_resuming_a_finished_run_changes_nothing_and_a_foreign_checkpoint_is_refused(config):
+def test_resuming_a_finished_run_changes_nothing_and_a_foreign_checkpoint_is_rejected(config):
     pretrain(config)
     before, rows = final_weights(config), read_metrics(config.output_dir)
     pretrain(replace(config, resume=True))

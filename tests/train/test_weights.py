@@ -1,4 +1,4 @@
-"""Weights in: files written here as the reference publishes them, name by name."""
+"""Import of weights: generated files with the names of the published reference weights."""
 
 import argparse
 import os
@@ -47,14 +47,14 @@ def prefixed(state, prefix):
 
 
 def full_checkpoint(teacher, student, module=""):
-    """What main_dino.py:276-290 saves; `module` is the prefix of a teacher with batch norms."""
+    """The checkpoint of main_dino.py:276-290; `module` is the prefix of a teacher with batch norms."""
     head = prefixed(published_head(), "head.")
     return {
         "student": prefixed({**prefixed(student, "backbone."), **head}, "module."),
         "teacher": prefixed({**prefixed(teacher, "backbone."), **head}, module),
         "optimizer": {"state": {0: {"step": 1, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": np.float64(0.1)}]},
         "epoch": 100,
-        "args": argparse.Namespace(  # run_with_submitit.py makes the folder a Path
+        "args": argparse.Namespace(  # run_with_submitit.py stores a Path
             arch="deit_tiny", patch_size=16, data_path="/x", global_crops_scale=(0.4, 1.0), output_dir=Path("/out/7")
         ),
         "dino_loss": {"center": torch.zeros(1, 16)},
@@ -85,7 +85,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_vits_load_and_say_what_was_taken(tmp_path, caplog, name, zipped):
+def test_published_vits_load_and_log_what_was_loaded(tmp_path, caplog, name, zipped):
     caplog.set_level("INFO", "dino_train.models.weights")
     state, words = PUBLISHED[name]
     path = tmp_path / f"{name}.pth"
@@ -120,7 +120,7 @@ def test_names_of_other_versions_load(tmp_path, here, there):
     assert_is(dino_train.load_backbone(tmp_path / "other.pth"), TEACHER)
 
 
-def test_published_weights_give_the_definitions_features(tmp_path):
+def test_published_weights_give_the_expected_features(tmp_path):
     torch.save(TEACHER, tmp_path / "backbone.pth")
     image = torch.randn(3, SIZE, SIZE)
     parameters = {name: value.double() for name, value in TEACHER.items()}
@@ -137,7 +137,7 @@ def test_published_weights_give_the_definitions_features(tmp_path):
     ("arch", "patch", "size"),
     [("vit_nano", 16, 32), ("vit_tiny", 8, 64), ("vit_small", 16, 224), ("vit_small", 8, 224), ("vit_base", 16, 224)],
 )
-def test_arch_and_sizes_are_read_off_the_weights(tmp_path, arch, patch, size):
+def test_arch_and_sizes_are_inferred_from_the_weights(tmp_path, arch, patch, size):
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in vit(arch, patch_size=patch, img_size=size).state_dict().items()}
     torch.save({key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}, tmp_path / "x.pth")
@@ -190,7 +190,7 @@ def nano(**kwargs):
     return vit("vit_nano", **{"patch_size": 8, "img_size": 32, **kwargs})
 
 
-def test_what_does_not_match_is_an_error():
+def test_mismatched_weights_are_an_error():
     source = nano().state_dict()
     missing = {key: value for key, value in source.items() if key not in ("norm.bias", "cls_token")}
     with pytest.raises(ValueError, match=r"missing cls_token; missing norm\.bias$"):
@@ -202,14 +202,14 @@ def test_what_does_not_match_is_an_error():
         fit(nano(img_size=64), source)
     target = nano()
     before = {key: value.clone() for key, value in target.state_dict().items()}
-    for allowed in (False, True):  # nothing matches: not even partially
+    for allowed in (False, True):  # no name matches: an error also with partial loading
         with pytest.raises(ValueError, match=r"missing .*; and \d+ more$") as error:
             fit(target, {"conv1.weight": torch.zeros(64, 3, 7, 7)}, allow_partial=allowed)
     assert str(error.value).count("missing") == 5
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
 
 
-def test_partial_weights_load_only_where_asked_for(tmp_path, capsys, caplog):
+def test_partial_weights_load_only_on_request(tmp_path, capsys, caplog):
     state = {key: value + 1 for key, value in nano().state_dict().items() if not key.startswith("blocks.1.")}
     state |= {"blocks.1.norm1.bias": torch.zeros(5), "mask_token": torch.zeros(1)}
     path = tmp_path / "part.pth"
@@ -247,7 +247,7 @@ def test_errors_are_one_line(tmp_path, capsys, state, words, message):
     assert re.search(message, error) and error.count("\n") == 1, error
 
 
-def test_safetensors_that_are_none(tmp_path):
+def test_invalid_safetensors(tmp_path):
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match="damaged or not a safetensors file"):
         dino_train.load_backbone(tmp_path / "junk.safetensors")

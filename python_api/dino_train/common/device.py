@@ -145,5 +145,5 @@ def gpu_of(device: torch.device) -> Gpu | None:
 def pick_device(name: str) -> torch.device:
     """The device of --device; ValueError if cuda is requested but not available."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch sees no GPU: use --device cpu")
+        raise ValueError("device cuda was requested, but torch sees no GPU: use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -33,7 +33,7 @@ COUNTS = "shards.json"  # in a run's folder: samples of each shard
 
 logger = logging.getLogger(__name__)
 
-File = tuple[str, bytes | None]  # name and content; None where it could not be read
+File = tuple[str, bytes | None]  # name and content; None if it could not be read
 
 
 def is_shards(data: str | Path) -> bool:

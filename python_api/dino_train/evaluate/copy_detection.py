@@ -114,7 +114,7 @@ class CopyDetection(Extraction):
             folders = sorted({name.partition("/")[0] + "/" for name in names if "/" in name})
             raise ValueError(
                 f"{self.data} holds {', '.join(folders[:5]) or 'no two folders of images'}: expected Copydays' "
-                "original/ and beside it strong/, jpegqual/<quality>/ or crops/<percent>/"
+                "original/ and at least one of strong/, jpegqual/<quality>/ and crops/<percent>/"
             )
         for i in others:
             if _prefix(names[i]) not in known:

@@ -250,7 +250,7 @@ class Linear(Frozen):
         try:
             state = checkpoint.load(path)
         except checkpoint.CheckpointError as error:
-            logging.warning("%s; starting anew", error)
+            logging.warning("%s; starting again", error)
             return 0
         probes.load_state(state)
         logging.warning("continuing after %d of %d epochs, saved in %s", state["epochs"], self.epochs, path)

@@ -1,4 +1,4 @@
-"""Compiles the C++ core when its sources have changed."""
+"""Compiles the C++ core of the emulator when its sources have changed."""
 
 import ctypes
 import hashlib
@@ -16,7 +16,7 @@ FLAGS += ["-ffp-contract=off", "-frounding-math", "-fPIC", "-Wall", "-Wextra", "
 
 @cache
 def library() -> ctypes.CDLL:
-    native = subprocess.check_output(["g++", "-march=native", "-Q", "--help=target"])  # what -march=native is here
+    native = subprocess.check_output(["g++", "-march=native", "-Q", "--help=target"])  # resolves -march=native
     common = (CORE / "machine.h").read_bytes() + " ".join(FLAGS).encode() + native
     objects = {
         source: f"{source.stem}-{hashlib.sha256(source.read_bytes() + common).hexdigest()[:16]}.o"
@@ -25,7 +25,7 @@ def library() -> ctypes.CDLL:
     target = CACHE / f"core-{hashlib.sha256(' '.join(objects.values()).encode()).hexdigest()[:16]}.so"
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:  # renamed at the end: processes may compile at once
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:  # renamed at the end: several processes may compile
             for source, name in objects.items():
                 if not (CACHE / name).exists():
                     subprocess.run(["g++", *FLAGS, "-c", str(source), "-o", f"{folder}/{name}"], check=True)

@@ -9,9 +9,9 @@ FOLDER = Path(dino_kernels.__file__).parent
 
 
 def use_triton(setattr=setattr) -> None:
-    """Lets every op on CPU tensors run its Triton kernels, as tests/helpers/checks.py does for one."""
+    """Make every op run its Triton kernels on CPU tensors, as tests/helpers/checks.py does for one op."""
     for path in sorted((FOLDER / "triton").glob("*.py")):
-        if not (FOLDER / "ops" / path.name).exists() or path.stem == "__init__":  # kernels that several ops share
+        if not (FOLDER / "ops" / path.name).exists() or path.stem == "__init__":  # kernels shared by several ops
             continue
         module, kernels = (importlib.import_module(f"dino_kernels.{room}.{path.stem}") for room in ("ops", "triton"))
         for name, function in vars(kernels).items():

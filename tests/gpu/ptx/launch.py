@@ -1,4 +1,4 @@
-"""Launches of decoded kernels on host memory, their reports and their counts."""
+"""Launches decoded kernels on host memory, with reports and instruction counts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .program import Program
 @dataclass
 class Options:
     seed: int = 0
-    resident: int = 4  # CTAs that run interleaved
-    budget: int = 4_000_000_000  # instructions of warps, until a kernel is taken for one that never ends
+    resident: int = 4  # CTAs that are interleaved
+    budget: int = 4_000_000_000  # maximum number of warp instructions; more is reported as an endless loop
     races: bool = True
-    warp_races: bool = True  # report conflicts of lanes of one warp, as warnings
-    noise: bool = False  # approximate functions err as much as the manual allows
-    fails_on: tuple[str, ...] = ("error",)  # severities that raise KernelError; all are kept in `reports`
-    allowed: Callable[[Report], bool] = lambda report: False  # raises nothing all the same
+    warp_races: bool = True  # report races between lanes of one warp as warnings
+    noise: bool = False  # approximate functions have the maximum error that the PTX manual allows
+    fails_on: tuple[str, ...] = ("error",)  # severities that raise KernelError; all reports are kept in `reports`
+    allowed: Callable[[Report], bool] = lambda report: False  # reports that never raise
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Report:
     detail: str
     count: int
     text: str  # of the instruction
-    source: str  # where it comes from
+    source: str  # source location
 
     def __str__(self) -> str:
         source = f" [{self.source}]" if self.source else ""
@@ -46,7 +46,7 @@ class Report:
 
 
 class KernelError(PtxError):
-    """A kernel did what it must not do; `reports` says what."""
+    """A kernel made an error; see `reports`."""
 
     def __init__(self, reports: list[Report]) -> None:
         super().__init__("\n".join(str(report) for report in reports))
@@ -55,7 +55,7 @@ class KernelError(PtxError):
 
 @dataclass
 class Span:
-    """Memory that a kernel may use: [begin, end)."""
+    """Memory that a kernel may access: [begin, end)."""
 
     begin: int
     end: int
@@ -90,10 +90,10 @@ def _merged(spans: list[Span]) -> list[Span]:
 def launch(
     program: Program, grid: tuple[int, ...], block: tuple[int, ...], params: bytes, spans: list[Span], shared: int = 0
 ) -> list[Report]:
-    """Runs a kernel; `params` is its parameter block, `shared` its dynamic shared memory in bytes."""
+    """Run a kernel; `params`: its parameter block, `shared`: its dynamic shared memory in bytes."""
     kernel = program.kernel
     if len(params) != kernel.param_size:
-        raise PtxError(f"{kernel.name}: {len(params)} bytes of parameters given, {kernel.param_size} taken")
+        raise PtxError(f"{kernel.name}: {len(params)} bytes of parameters given, expected {kernel.param_size}")
     if kernel.block and kernel.block != tuple([*block, 1, 1][:3]):
         raise PtxError(f"{kernel.name} requires blocks of {kernel.block}, got {block}")
     variables = kernel.variables.values()
@@ -158,7 +158,7 @@ def launch(
 
 
 class Module:
-    """Kernels of a PTX text, to be called with numpy arrays and numbers; for CUDA C++ and hand-written PTX."""
+    """Kernels of a PTX module, called with numpy arrays and scalars; for CUDA C++ and hand-written PTX."""
 
     def __init__(self, text: str) -> None:
         self.kernels = parse(text)
@@ -179,7 +179,7 @@ class Module:
                 value = np.uint64(value.ctypes.data)
             data = value if isinstance(value, bytes) else np.asarray(value).tobytes()
             if len(data) != size:
-                raise PtxError(f"{name}: argument {i} has {len(data)} bytes, its parameter {size}")
+                raise PtxError(f"{name}: argument {i} has {len(data)} bytes, its parameter has {size}")
             params[offset : offset + size] = data
         return launch(program, grid, block, bytes(params), memory, shared)
 
@@ -191,7 +191,7 @@ GLOBAL = re.compile(r"(ld|st|atom|red)\.(volatile\.)?global|cp\.async\.c[ag]")
 
 
 def counted(program: Program) -> Counter:
-    """Instructions of warps; of threads special functions, the exponentials among them, and bytes of global memory;
+    """Counts: warp instructions; per thread, special functions (including exponentials) and bytes of global memory;
     multiplications and additions of matrix instructions."""
     total: Counter = Counter()
     for statement, warps, lanes in zip(program.instructions, *(n.tolist() for n in program.counts()), strict=True):
@@ -203,7 +203,7 @@ def counted(program: Program) -> Counter:
             total["bytes"] += lanes * _bytes(opcode, statement.operands)
         if shape := re.match(r"(?:wgmma\.mma_async|mma)\..*\bm(\d+)n(\d+)k(\d+)", opcode):
             m, n, k = map(int, shape.groups())
-            total["products"] += 2 * min(m, 16) * n * k * warps  # a warp has 16 of the 64 rows of its warpgroup
+            total["products"] += 2 * min(m, 16) * n * k * warps  # a warp computes 16 of the 64 rows of its warpgroup
     return total
 
 

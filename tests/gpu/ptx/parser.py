@@ -1,4 +1,4 @@
-"""PTX text to statements: instructions with their scopes, labels and declarations. Nothing is interpreted here."""
+"""Parser from PTX text to statements: instructions with their scopes, labels and declarations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZES = {
 
 
 class PtxError(Exception):
-    """What the emulator does not know, or a kernel does wrong."""
+    """PTX that the emulator does not support, or an error of a kernel."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Scope:
     number: int = 0
 
     def find(self, name: str) -> tuple[int, str] | None:
-        """(scope's number, type) of a register."""
+        """(number of the scope, type) of a register."""
         if name in self.registers:
             return self.number, self.registers[name]
         family = name.rstrip("0123456789")
@@ -99,7 +99,7 @@ def _without_comments(text: str) -> str:
 
 
 def split(text: str) -> list[str]:
-    """At commas outside brackets."""
+    """Split at commas outside brackets."""
     parts, depth, start = [], 0, 0
     for i, c in enumerate(text):
         depth += c in "[{(" or -(c in "]})")
@@ -164,7 +164,7 @@ class _Reader:
             self.at += 1
 
     def until(self, stops: str) -> str:
-        """Text up to one of `stops` outside brackets and strings; the place is left at it."""
+        """Text up to one of `stops` outside brackets and strings; the position is then at that character."""
         depth, start = 0, self.at
         while self.at < len(self.text):
             c = self.text[self.at]
@@ -210,7 +210,7 @@ def parse(text: str) -> dict[str, Kernel]:
             kernels[kernel.name] = kernel
         elif re.match(r"(?:\.(?:visible|weak|extern)\s+)*\.func\b", rest):
             reader.until("{;")
-            if reader.text[reader.at] == "{":  # device functions: an error only for who calls them
+            if reader.text[reader.at] == "{":  # device functions: an error only if called
                 reader.at += 1
                 reader.until("}")
             reader.at += 1

@@ -1,4 +1,4 @@
-"""Statements to the instructions of the core: registers, constants, opcodes. What is unknown is an error."""
+"""Decodes statements to instructions of the core: registers, constants, opcodes. Unknown instructions are errors."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _handler(name: str) -> int:
 
 
 class Program:
-    """A kernel, decoded for the core."""
+    """A kernel decoded for the core."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -97,7 +97,7 @@ class Program:
         self._code: list[list] = []
         self._where: list[Statement] = []
         self._targets: list[tuple[int, int, str]] = []  # instruction, number of its imm, label
-        self._first: list[int] = []  # instruction that a statement begins with
+        self._first: list[int] = []  # first instruction of each statement
         self._granules = {"shared": 4, "global": 4}
         self._place_variables()
         for statement in kernel.statements:
@@ -117,7 +117,7 @@ class Program:
     def _fail(self, why: str) -> None:
         raise PtxError(f"{self.kernel.name}, line {self._now.line}: {self._now.text}: {why}")
 
-    # ---- memory that the module declares
+    # ---- memory declared by the module
 
     def _place_variables(self) -> None:
         shared = local = 0
@@ -142,7 +142,7 @@ class Program:
                     ctypes.memmove(at, variable.data or bytes(variable.size), variable.size)
                 self.buffers[variable.name] = buffer
                 self.symbols[variable.name] = at
-        # Hopper puts dynamic shared memory at a multiple of 1 KiB; what swizzles by address depends on it.
+        # Hopper aligns dynamic shared memory to 1 KiB; swizzling by address depends on it.
         self.static_shared = -(-shared // 1024) * 1024 if dynamic else shared
         for variable in dynamic:
             self.symbols[variable.name] = SHARED_BASE + self.static_shared
@@ -183,7 +183,7 @@ class Program:
         return None
 
     def _literal(self, text: str, kind: str) -> int | None:
-        """Bits of an immediate operand of a type."""
+        """Bits of an immediate operand of the given type."""
         if (value := self._integer(text)) is not None:
             if kind in FLOATS and text.lstrip("-") not in ("0",):
                 return self._float(float(value), kind)
@@ -204,7 +204,7 @@ class Program:
         return struct.unpack(bits, struct.pack(code, value))[0]
 
     def _source(self, text: str, kind: str, *, size: int | None = None, any_width: bool = False):
-        """A register, constant, special register or address of a symbol, as a type."""
+        """A register, constant, special register or address of a symbol, read as type `kind`."""
         size = SIZES[kind] if size is None else size
         if text in SPECIAL:
             if text not in self._specials:
@@ -218,11 +218,11 @@ class Program:
         base, _, offset = text.partition("+")
         if base.strip() in self.symbols and not self._now.scope.find(base.strip()):
             return self._constant(self.symbols[base.strip()] + int(offset or "0", 0), size)
-        if base.strip() in self.kernel.params and size == 8:  # an address of the space that ld.param reads
+        if base.strip() in self.kernel.params and size == 8:  # an address in parameter space, for ld.param
             return self._constant(self.kernel.params[base.strip()][0] + int(offset or "0", 0), size)
         found = self._register(text)
         if found[3] != size and not any_width:
-            self._fail(f"{text} has {found[3]} bytes, its type {kind} {size}")
+            self._fail(f"{text} has {found[3]} bytes, its type {kind} has {size}")
         return found
 
     def _destination(self, text: str, kind: str, *, any_width: bool = False):
@@ -236,10 +236,10 @@ class Program:
         return self._source(text, kind, any_width=any_width) if any_width else self._source(text, kind)
 
     def _address(self, text: str):
-        """(base, offset, bytes of the base) of [base + offset]."""
+        """(base, offset, size of the base in bytes) of [base + offset]."""
         inner = text.strip()
         if not (inner.startswith("[") and inner.endswith("]")):
-            self._fail(f"{text} is no address")
+            self._fail(f"{text} is not an address")
         inner = inner[1:-1].strip()
         match = re.fullmatch(r"([\w$%]+)\s*(?:([+-])\s*(-?\w+))?", inner)
         if not match:
@@ -288,7 +288,7 @@ class Program:
         self._simple(base, mods, s.operands)
 
     def _flags(self, mods: list[str]) -> tuple[list[str], int]:
-        """Modifiers without those of floating point, and imm 7."""
+        """Modifiers without the floating-point modifiers, and the flags for imm 7."""
         value = 0
         rest = []
         for mod in mods:
@@ -303,7 +303,7 @@ class Program:
         return rest, value
 
     def _simple(self, base: str, mods: list[str], operands: list[str]) -> None:
-        """One result, and sources of the same type, but where it is known better."""
+        """One result, and sources of the same type, with exceptions for some instructions."""
         kind = mods[-1]
         if base in ("addc", "subc", "madc") or "cc" in mods:
             return self._extended(base, mods, operands)
@@ -362,7 +362,7 @@ class Program:
             extra["i7"] = flags & FTZ if flags else extra.get("i7", 0)
             flags = 0
         if flags:
-            self._fail("rounding or saturation that is not known here")
+            self._fail("unsupported rounding or saturation")
         if base == "lop3":
             extra["i0"] = self._integer(operands.pop())
         if base == "prmt":
@@ -480,7 +480,7 @@ class Program:
         value = self._source(operands[1], source, any_width=True)
         if destination[3] < SIZES[to] or value[3] < SIZES[source]:
             self._fail("register narrower than its type")
-        if (to, source) == ("u16", "u32") and destination[3] == 2 and not imm["i7"]:  # the lower half of a packed one
+        if (to, source) == ("u16", "u32") and destination[3] == 2 and not imm["i7"]:  # lower half of a packed register
             return self._emit("unpack", [destination, self._destination("_", "b16")], [value], OWN_DEF, i0=2)
         imm["i3"], imm["i4"] = destination[3], value[3]
         plain = not imm["i7"] and not imm.get("i1") and not imm.get("i5") and imm.get("i0", 0) == 0
@@ -959,7 +959,7 @@ class Program:
 
     _op_setmaxnreg = _op_griddepcontrol = _op_pmevent = _op_nanosleep
 
-    # ---- the arrays that the core takes
+    # ---- arrays for the core
 
     def _build(self) -> None:
         first_register = self._fixed_size
@@ -1033,7 +1033,7 @@ class Program:
         self.instructions = self._where
 
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Warp-wide executions of each instruction, and those of lanes."""
+        """Executions of each instruction by warps, and by lanes."""
         core, n = library(), len(self.instructions)
         views = []
         for function in (core.ptx_executed, core.ptx_executed_lanes):

@@ -2,7 +2,7 @@
 
     pytest -p ptx.pytest_plugin --ptx-arch 90 -k triton tests/kernels/test_x.py
 
-A test fails on an error or a warning of the emulator, but for those of ALLOWED. The summary lists all that was found.
+A test fails on an error or a warning of the emulator, except for those in ALLOWED. The summary lists all reports.
 """
 
 import re
@@ -13,19 +13,19 @@ import triton
 from . import launch
 from .triton_driver import install
 
-# (kernel, finding) of what does not fail a test, as patterns; the reason stands above each.
+# Patterns (kernel, report) of reports that do not fail a test; the reason is above each.
 ALLOWED = []
 if triton.__version__.startswith("3.6."):
-    # A fault of this compiler, mended in the releases of 3.7 (triton-lang/triton#10537): a kernel cannot ask for the
-    # fence. The ISA demands one; that the results are right without is for a card to show.
+    # A bug of this Triton version, fixed in 3.7 (triton-lang/triton#10537): a kernel cannot request the fence. The ISA
+    # requires one; whether results are correct without it must be tested on a GPU.
     ALLOWED.append((".*", "wgmma reads what a cp.async wrote without a fence.proxy.async"))
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("PTX emulator")
-    group.addoption("--ptx-arch", type=int, default=80, help="80 or 90: compute capability that is compiled for")
-    group.addoption("--ptx-seed", type=int, default=0, help="of the order in which warps and programs run")
-    group.addoption("--ptx-noise", action="store_true", help="approximate functions err as much as the ISA allows")
+    group.addoption("--ptx-arch", type=int, default=80, help="compute capability to compile for, 80 or 90")
+    group.addoption("--ptx-seed", type=int, default=0, help="seed of the order in which warps and programs run")
+    group.addoption("--ptx-noise", action="store_true", help="approximate functions have the maximum error of the ISA")
     group.addoption("--ptx-pointers", action="store_true", help="pass scalar arguments of kernels as addresses")
 
 

@@ -23,7 +23,7 @@ from .parser import PtxError, parse
 from .program import Program
 
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-POISON = 0xFFA5  # in each 16 bits of fresh memory, as in core/memory.cpp
+POISON = 0xFFA5  # value of each 16 bits of new memory, as in core/memory.cpp
 _FORMATS = {
     "i1": "<b",
     "i8": "<b",
@@ -65,13 +65,13 @@ class Driver:
 
 
 def install(arch: int = 80) -> None:
-    """From here on Triton compiles for `arch` and runs on the emulator. Call it before kernels are decorated."""
+    """From now on, Triton compiles for `arch` and runs on the emulator. Call it before kernels are decorated."""
     triton.knobs.runtime.interpret = False
-    triton.knobs.cache.dir = str(CACHE / "triton")  # its own, since what is kept there has no cubin
+    triton.knobs.cache.dir = str(CACHE / "triton")  # a separate cache, since its entries have no cubin
     triton.runtime.driver.set_active(Driver(arch))
-    CUDABackend.make_cubin = lambda *args, **kwargs: b""  # not run, and half of the time of a compilation
+    CUDABackend.make_cubin = lambda *args, **kwargs: b""  # not needed, and half of the compilation time
     CompiledKernel._init_handles = _init_handles
-    _poison_fresh_tensors()
+    _poison_new_tensors()
 
 
 def _init_handles(self: CompiledKernel) -> None:
@@ -93,7 +93,7 @@ def _program(ptx: str, name: str) -> Program:
 def _launch(kernel: CompiledKernel, x, y, z, stream, function, packed, launch_metadata, enter, leave, *args) -> None:
     metadata = kernel.metadata
     if getattr(metadata, "num_ctas", 1) != 1 or metadata.launch_cooperative_grid:
-        raise PtxError("clusters and cooperative grids are not known")
+        raise PtxError("clusters and cooperative grids are not supported")
     program = _program(kernel.asm["ptx"], metadata.name)
     spans: list[Span] = []
     values: list[bytes] = []
@@ -110,7 +110,7 @@ def _launch(kernel: CompiledKernel, x, y, z, stream, function, packed, launch_me
     params = bytearray(program.kernel.param_size)
     for value, (offset, size) in zip(values, program.kernel.params.values(), strict=True):
         if len(value) > size:
-            raise PtxError(f"parameter of {size} bytes, {len(value)} given")
+            raise PtxError(f"parameter of {size} bytes, got {len(value)}")
         params[offset : offset + len(value)] = value
     launch(program, (x, y, z), (32 * metadata.num_warps,), bytes(params), spans, metadata.shared)
 
@@ -134,7 +134,7 @@ def _argument(name: str, kind, value, values: list[bytes], spans: list[Span]) ->
 
 
 def _span(tensor: torch.Tensor, name: str) -> Span:
-    """From the first to the last element of a tensor, and not all of its storage."""
+    """Memory from the first to the last element of a tensor, not its whole storage."""
     begin = tensor.data_ptr()
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else -1
     shape = ", ".join(map(str, tensor.shape))
@@ -143,7 +143,7 @@ def _span(tensor: torch.Tensor, name: str) -> Span:
 
 
 def _pointed_to(table: torch.Tensor, name: str) -> list[Span]:
-    """The live tensors whose addresses are among the values of a table of int64."""
+    """The live tensors whose addresses are values of an int64 table."""
     if table.dtype != torch.int64 or table.numel() > 1 << 20 or not table.numel():
         return []
     addresses = {int(a) for a in table.detach().flatten().tolist() if a >= 1 << 32}
@@ -166,8 +166,8 @@ def _pointed_to(table: torch.Tensor, name: str) -> list[Span]:
     return list(found.values())
 
 
-def _poison_fresh_tensors() -> None:
-    """Fills what torch.empty and its like return, so that a kernel that reads it unwritten is found out."""
+def _poison_new_tensors() -> None:
+    """Fill the results of torch.empty and similar functions, so that reads of unwritten memory are reported."""
 
     def poisoned(make: Callable) -> Callable:
         @functools.wraps(make)

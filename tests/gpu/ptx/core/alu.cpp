@@ -10,7 +10,7 @@
 namespace ptx {
 namespace {
 
-// ---- loops over the lanes; results of lanes that do not execute are kept
+// ---- loops over the lanes; registers of inactive lanes do not change
 
 template <class D, class F>
 inline void store_lanes(Warp& w, const Operand& o, F value) {
@@ -176,7 +176,7 @@ void integers(const std::string& t) {
     }
 }
 
-// ISA 9.7.2: extended precision. imm 0: a carry goes in; 1: it comes out; 2: 0 add, 1 sub, 2 mad.lo, 3 mad.hi
+// ISA 9.7.2: extended precision. imm 0: carry in; 1: carry out; 2: 0 add, 1 sub, 2 mad.lo, 3 mad.hi
 template <class T>
 void extended(const std::string& t) {
     Register("extended." + t, [](Warp& w, const Inst& I) {
@@ -340,7 +340,7 @@ struct Rounding {
     }
 };
 
-// Fused operations run in their exact form whatever the flags; x * y as fma(x, y, -0) would lose the rounding mode.
+// Fused operations are exact with any flags; x * y as fma(x, y, -0) would lose the rounding mode.
 template <class T, int N, class F>
 inline void floating(Warp& w, const Inst& I, F f) {
     auto run = [&](auto g) {
@@ -360,7 +360,7 @@ inline void floating(Warp& w, const Inst& I, F f) {
 }
 
 template <class T>
-inline T minimum(T a, T b) {  // ISA 9.7.3.11: a NaN loses; -0 < +0
+inline T minimum(T a, T b) {  // ISA 9.7.3.11: the other operand if one is NaN; -0 < +0
     if (a != a) return b;
     if (b != b) return a;
     if (a == b) return std::signbit(a) ? a : b;
@@ -382,8 +382,8 @@ inline T xor_sign(T a, T b, T r) {
     return std::copysign(std::fabs(r), std::signbit(a) != std::signbit(b) ? T(-1) : T(1));
 }
 
-// 16-bit formats: computed in double and rounded once. A double sum may be inexact: rounded to odd, the second rounding
-// is then as if there had been only one.
+// 16-bit formats: computed in double and rounded once. A double sum may be inexact: it is rounded to odd, so that the
+// second rounding has the same result as a single rounding.
 inline double odd_sum(double a, double b) {
     const double s = a + b, t = s - a, error = (a - (s - t)) + (b - t);
     if (error == 0 || !(std::fabs(s) <= std::numeric_limits<double>::max())) return s;
@@ -583,9 +583,9 @@ void halves(const std::string& t, int count) {  // f16, bf16 and, with count 2, 
 #undef CMP
 }
 
-// Functions that hardware approximates. With noise on, a result is moved by a random error as large as the manual
-// allows: who needs more accuracy than is promised is found out.
-// The error is a function of the operands, as on hardware: threads that compute the same get the same.
+// Functions that hardware approximates. With noise, a random error up to the maximum in the manual is added, to detect
+// code that needs a higher accuracy than specified. The error is a function of the operands, as on hardware: threads
+// with equal operands get equal results.
 inline double noise(float a, float b = 0) {
     u64 h = (u64(std::bit_cast<u32>(a)) << 32 | std::bit_cast<u32>(b)) + 0x9e3779b97f4a7c15ull;
     h = (h ^ h >> 30) * 0xbf58476d1ce4e5b9ull, h = (h ^ h >> 27) * 0x94d049bb133111ebull, h ^= h >> 31;
@@ -689,7 +689,8 @@ void approximations() {
     Register("div.full.f32",
              [](Warp& w, const Inst& I) { divide_approximately(w, I, std::numeric_limits<float>::infinity()); });
     Register("div.approx.f32", [](Warp& w, const Inst& I) { divide_approximately(w, I, 0x1p126f); });
-    // ISA 9.7.3.14, .17: gross approximations by the upper 32 bits, 20 of them significant; results' low words are 0.
+    // ISA 9.7.3.14, .17: coarse approximations from the upper 32 bits, 20 of them significant; low words of results are
+    // 0.
     auto upper = [](double x) { return std::bit_cast<double>(std::bit_cast<u64>(x) & 0xffffffff00000000ull); };
     static auto high_word = upper;
     Register("rcp.approx.f64", [](Warp& w, const Inst& I) {
@@ -750,8 +751,8 @@ D convert(S s, const Inst& I) {
         }
     }
 }
-// A destination may be wider than its type (ISA 9.4.1): it is extended. imm[3]: bytes of its register; imm[4]: of the
-// source's.
+// A destination may be wider than its type (ISA 9.4.1): the result is extended. imm[3]: bytes of the destination
+// register; imm[4]: of the source register.
 template <class D, class S>
 void convert_lanes(Warp& w, const Inst& I) {
     const u8* s = lanes<u8>(w, I.op[1]);
@@ -773,7 +774,7 @@ template <class D, class S>
 void conversion(const char* to, const char* from) {
     const std::string name = std::string("cvt.") + to + "." + from;
     Register(name, [](Warp& w, const Inst& I) { convert_lanes<D, S>(w, I); });
-    Register(name + ".plain", [](Warp& w, const Inst& I) {  // registers as wide as their types, no flags, mode as usual
+    Register(name + ".plain", [](Warp& w, const Inst& I) {  // registers as wide as their types, no flags, default mode
         map1<D, S>(w, I, [](S s) -> D {
             if constexpr (std::is_same_v<D, float> && (std::is_same_v<S, f16> || std::is_same_v<S, bf16>))
                 return to_float(s);
@@ -785,7 +786,7 @@ void conversion(const char* to, const char* from) {
                                !(std::is_integral_v<D> && !std::is_integral_v<S>))
                 return D(s);
             else
-                return D{};  // the parser asks for this form only where it is one of the above
+                return D{};  // the decoder uses this form only for the types above
         });
     });
 }
@@ -839,7 +840,7 @@ void others() {
         u32& d = w.defined[I.op[0].id];
         d = (d & ~w.exec) | (w.exec & w.defined[I.op[3].id]);
     });
-    // A part may be undefined, as long as nobody takes it out again: compilers pad so. imm[0]: bytes of a part
+    // A part may be undefined if it is not unpacked again: compilers pad in this way. imm[0]: bytes of a part
     Register("pack", [](Warp& w, const Inst& I) {
         const u32 part = I.imm[0], n = I.operands - 1;
         u8* d = lanes<u8>(w, I.op[0]);
@@ -929,7 +930,7 @@ void others() {
             return c;
         });
     });
-    // Pairs of 16-bit integers (sm_90): each half on its own
+    // Pairs of 16-bit integers (sm_90): each half separately
     Register("add.u16x2", [](Warp& w, const Inst& I) { halves_of<u16>(w, I, [](u16 a, u16 b) { return a + b; }); });
     Register("add.s16x2", [](Warp& w, const Inst& I) { halves_of<u16>(w, I, [](u16 a, u16 b) { return a + b; }); });
     Register("min.u16x2",

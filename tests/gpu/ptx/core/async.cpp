@@ -24,7 +24,7 @@ MBarrier& at(Warp& w, const Inst& I, u32 lane, u32 address) {
     return found->second;
 }
 
-void complete(MBarrier& m) {  // a phase ends when nobody is missing and no bytes are
+void complete(MBarrier& m) {  // a phase ends when no arrivals and no bytes are pending
     if (m.pending || m.tx) return;
     m.phase++, m.pending = m.count, m.done = m.clocks;
 }
@@ -39,7 +39,7 @@ void arrive(Warp& w, const Inst& I, u32 lane, MBarrier& m, u32 count) {
     complete(m);
 }
 
-// Copies in flight are done late: when somebody asks for the barrier that they complete.
+// Copies in flight are executed as late as possible: when a thread waits for the barrier that they complete.
 void deliver(Warp& w, u32 barrier) {
     auto& bulk = w.cta->bulk;
     const u32 g = w.launch->program->granule_shared;
@@ -60,7 +60,7 @@ void deliver(Warp& w, u32 barrier) {
         MBarrier& m = w.cta->mbarriers[barrier];
         join(m.clocks, issuer.seen);
         issuer.seen[b.warp] = ++issuer.clock;
-        // The async proxy wrote them: wgmma may read them without a proxy fence.
+        // Written by the async proxy: wgmma may read them without a proxy fence.
         if (issuer.fenced.empty()) issuer.fenced.assign(issuer.seen.size(), 0);
         issuer.fenced[b.warp] = issuer.clock;
         m.tx -= b.size;

@@ -44,12 +44,12 @@ void Launch::convict() {
 
 namespace {
 
-// ---- lanes of a warp: the group with the lowest program counter runs, so that diverged lanes meet again
+// ---- lanes of a warp: the group with the lowest program counter runs, so that diverged lanes reconverge
 
 void save(Warp& w) {
     for_lanes(w.active, [&](int i) { w.pcs[i] = w.pc; });
 }
-void choose(Warp& w) {  // who runs next
+void choose(Warp& w) {  // selects the lanes that run next
     const u32 candidates = w.live & ~w.blocked;
     if (!w.live) {
         w.active = 0;
@@ -66,7 +66,7 @@ void choose(Warp& w) {  // who runs next
     u32 active = 0, next = ~0u;
     for_lanes(w.live, [&](int i) {
         if (w.pcs[i] == low)
-            active |= 1u << i;  // with those that wait there
+            active |= 1u << i;  // and lanes that wait at the same instruction
         else if (!(w.blocked >> i & 1))
             next = std::min(next, w.pcs[i]);
     });
@@ -154,7 +154,7 @@ void shuffle(Warp& w, const Inst& I) {
         if (!p) j = lane;
         inside |= u32(p) << lane;
         out[lane] = a[j];
-        // ISA: what comes from a lane that does not take part is undefined.
+        // ISA: a value from a lane that does not participate is undefined.
         if ((w.exec >> j & 1) && (source_defined >> j & 1)) ok |= 1u << lane;
     }
     u32* d = lanes<u32>(w, I.op[0]);
@@ -244,7 +244,7 @@ void barrier(Warp& w, const Inst& I) {
     Barrier& b = cta.barriers[number];
     if (b.arrived == 0) b = Barrier(), b.clocks.assign(w.seen.size(), 0), b.pc = w.pc, b.expected = threads;
     if (b.expected != threads || (threads == 0 && b.pc != w.pc)) {
-        // A barrier of all threads reached at different instructions: legal for hardware, but never meant.
+        // A barrier of all threads at different instructions: legal on hardware, but always a mistake.
         if (b.expected != threads)
             l.report(ERROR, "barrier: threads disagree on the count", I.line, &w, lane, "");
         else
@@ -463,7 +463,7 @@ void run(Launch& l, u32 window) {
             spare.pop_back();
             start(l, *resident.back(), order[next++]);
         }
-        // A warp that can run, from a random place on
+        // The first warp that can run, from a random start
         const u32 n = l.warps_per_cta, count = resident.size() * n, from = l.random() % count;
         Warp* w = nullptr;
         for (u32 k = 0; k < count && !w; k++) {
@@ -520,7 +520,7 @@ struct All {
             u32* d = lanes<u32>(w, I.op[0]);
             for_lanes(w.exec, [&](int i) { d[i] = w.exec; });
         });
-        Register("elect", [](Warp& w, const Inst& I) {  // ISA 9.7.13.14: the lowest lane is as good a leader as any
+        Register("elect", [](Warp& w, const Inst& I) {  // ISA 9.7.13.14: any lane may be the leader; here the lowest
             const u32 leader = std::countr_zero(w.exec);
             u32* d = lanes<u32>(w, I.op[0]);
             for_lanes(w.exec, [&](int i) { d[i] = leader; });
@@ -534,7 +534,7 @@ struct All {
 }  // namespace
 }  // namespace ptx
 
-// ---- for Python
+// ---- interface for Python
 
 using namespace ptx;
 
@@ -545,7 +545,7 @@ int ptx_handler(const char* name) {
     return at == handler_names().end() ? -1 : int(at->second);
 }
 
-// code: 17 numbers an instruction: handler, destinations, operands, first operand, flags, line, predicate offset (-1),
+// code: 17 numbers per instruction: handler, destinations, operands, first operand, flags, line, predicate offset (-1),
 // its number, negated, imm[8]; operands: pairs; specials: pairs (code, offset).
 Program* ptx_program(u64 n, const i64* code, u64 operands, const u32* operand, u64 specials, const u32* special,
                      u64 constants, const u8* constant, const u32* sizes) {
@@ -572,7 +572,7 @@ void ptx_free(Program* p) { delete p; }
 u64* ptx_executed(Program* p) { return p->executed.data(); }
 u64* ptx_executed_lanes(Program* p) { return p->executed_lanes.data(); }
 
-// options: seed, resident CTAs, budget of instructions, races, noise, races of lanes. Returns the reports, one a line.
+// options: seed, resident CTAs, budget of instructions, races, noise, races of lanes. Returns one report per line.
 const char* ptx_launch(Program* p, const u32* grid, const u32* block, u32 dynamic_shared, u64 params, const u8* param,
                        u64 allocations, const u64* bounds, const char** names, const u8* kinds, const u64* options) {
     static std::string out;

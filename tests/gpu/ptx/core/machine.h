@@ -26,25 +26,25 @@ using i64 = int64_t;
 constexpr int LANES = 32;
 constexpr u64 SHARED_WINDOW = 0x0100'0000'0000'0000, LOCAL_WINDOW = 0x0200'0000'0000'0000;  // of generic addresses
 constexpr u64 WINDOW_SIZE = 1ull << 32;
-constexpr u32 SHARED_BASE = 1024;  // where shared memory begins, as on sm_90
+constexpr u32 SHARED_BASE = 1024;  // start of shared memory, as on sm_90
 
 struct Warp;
 struct Inst;
 using Handler = void (*)(Warp&, const Inst&);
 
-// A register (or a constant, which is a register that nobody writes): where its 32 lanes are in the warp's file, and
-// the number of its mask of defined lanes. A predicate is one u32, a bit a lane.
+// A register (or a constant, which is a register that is never written): offset of its 32 lanes in the register file of
+// the warp, and the number of its mask of defined lanes. A predicate is one u32, one bit per lane.
 struct Operand {
     u32 off, id;
 };
 
 enum Flags : u32 {
-    SINK = 1,        // an undefined source is an error here; elsewhere it makes the result undefined
-    OWN_DEF = 2,     // the handler says itself which lanes of the results are defined
+    SINK = 1,        // an undefined source is an error; otherwise it makes the result undefined
+    OWN_DEF = 2,     // the handler sets the mask of defined lanes of the results
     COLLECTIVE = 4,  // waits for the lanes named by its last operand (a member mask)
     ALIGNED = 8,     // all live lanes of the warp must execute it together
     BRANCH = 16,     // the handler sets the program counters
-    MEMORY = 32,     // a good place to let another warp run
+    MEMORY = 32,     // another warp may run after it
 };
 
 // Bits of imm[7] of floating-point instructions
@@ -67,15 +67,16 @@ struct Program {
     std::vector<Inst> code;
     std::vector<Operand> operands;
     std::vector<Special> specials;
-    std::vector<u8> constants;  // the beginning of every register file
+    std::vector<u8> constants;  // start of every register file
     u32 file_size, registers, constant_registers;
     u32 static_shared, local_size;
     u32 granule_shared, granule_global;  // bytes that share a shadow cell: the narrowest access of the program
     std::vector<u64> executed, executed_lanes;
 };
 
-// Who did an access and when: clock << 32 | CTA << 12 | warp << 6 | strong << 5 | lane. A warp's clock ticks where
-// others may learn of what it did (barriers, releases), so "he was at clock c" is a point in his program order.
+// Thread and time of an access: clock << 32 | CTA << 12 | warp << 6 | strong << 5 | lane. The clock of a warp is
+// incremented at barriers and releases, where its accesses become visible to others; so a value of the clock is a point
+// in its program order.
 using Epoch = u64;
 constexpr Epoch STRONG = 32;
 inline u32 clock_of(Epoch e) { return e >> 32; }
@@ -103,7 +104,7 @@ struct Allocation {
 };
 
 using Clocks = std::vector<u32>;
-using Foreign = std::shared_ptr<const Clocks>;  // of all warps of the grid; null: nothing learned of other CTAs
+using Foreign = std::shared_ptr<const Clocks>;  // of all warps of the grid; null: no synchronization with other CTAs
 
 struct Copy {  // a cp.async of one lane
     u64 from;
@@ -117,16 +118,16 @@ struct Launch;
 struct Warp {
     Launch* launch;
     Cta* cta;
-    u32 number;                 // in its CTA
+    u32 number;                 // within its CTA
     u8* file;                   // registers
     u32* defined;               // masks of defined lanes
-    u32 pcs[LANES];             // where lanes are that are not active
+    u32 pcs[LANES];             // of lanes that are not active
     u32 live, active, blocked;  // lanes: not exited; executing; waiting in a collective
     u32 exec;                   // lanes that the current instruction runs for: active and guarded true
     u32 pc;                     // of the active lanes
     u32 next_pc;                // lowest of the others
     bool jumped, waiting, done;
-    u32 barrier;  // where it waits
+    u32 barrier;  // at which it waits
     u32 clock;
     Clocks seen;                         // clocks of the CTA's warps that happen before this point
     Clocks fenced;                       // what the last fence.proxy.async covers
@@ -137,16 +138,16 @@ struct Warp {
     std::vector<std::pair<u32, u32>> matrix_open;
     std::vector<u32> in_flight;  // numbers of the registers that wgmma are writing
     u8* local;
-    u32 carry = 0;         // the condition code register, a bit a lane
+    u32 carry = 0;         // the condition code register, one bit per lane
     bool tainted = false;  // the last read raced with a write: its value counts as undefined
     std::unordered_map<u32, std::array<u32, 16>> parts;      // by register that was packed: defined lanes of each part
-    std::unordered_map<u32, std::array<u64, LANES>> loaded;  // by load: where it read last
+    std::unordered_map<u32, std::array<u64, LANES>> loaded;  // by load: its last addresses
 };
 
 struct Barrier {
     u32 expected = 0, arrived = 0;
-    std::vector<u32> warps;     // that wait
-    std::vector<u32> arrivals;  // that came, waiting or not
+    std::vector<u32> warps;     // waiting
+    std::vector<u32> arrivals;  // arrived, waiting or not
     Clocks clocks;
     Foreign foreign;
     u32 pc = 0;
@@ -156,7 +157,7 @@ struct Barrier {
 struct MBarrier {
     u32 count = 0, pending = 0, phase = 0;
     i64 tx = 0;
-    Clocks clocks, done;  // of who arrived; as of when the last phase ended
+    Clocks clocks, done;  // of the arrived warps; at the end of the last phase
 };
 
 struct Bulk {  // a cp.async.bulk in flight
@@ -178,7 +179,7 @@ struct Cta {
     u32 running;
 };
 
-struct Sync {  // what an address that is accessed strongly has released
+struct Sync {  // the state released at an address with strong accesses
     Foreign clocks;
 };
 
@@ -198,8 +199,8 @@ struct Launch {
     std::map<std::string, u64> seen;
     bool failed = false;
 
-    // Races whose outcome may not matter: a value read too early or late is marked undefined, and only if it is used
-    // are the suspects reported as errors; else they are notes.
+    // Races that may be harmless: the value that was read is marked undefined. If it is used, they are reported as
+    // errors, otherwise as notes.
     std::map<std::string, std::string> suspects;
     void suspect(const std::string& what, u32 line, const Warp& warp, u32 lane, const std::string& detail);
     void convict();
@@ -207,7 +208,7 @@ struct Launch {
     void report(Kind kind, const std::string& what, u32 line, const Warp* warp, u32 lane, const std::string& detail);
 };
 
-struct Failure {};  // thrown where execution cannot go on; the report says why
+struct Failure {};  // thrown if execution cannot continue; the report gives the reason
 
 template <class T>
 T* lanes(const Warp& w, const Operand& o) {
@@ -232,8 +233,8 @@ inline void for_lanes(u32 mask, F f) {
 
 // memory.cpp
 enum Access { READ, WRITE, ATOMIC };
-// Where an access goes, checked; null where it must not. `data` is what a write will leave there: threads that write
-// the same do not conflict.
+// Host address of a checked access; null if it is not allowed. `data`: the value that a write stores; threads that
+// write equal values do not conflict.
 u8* global_at(Warp& w, const Inst& I, u32 lane, u64 address, u32 size, Access access, bool strong,
               const u8* data = nullptr);
 u8* shared_at(Warp& w, const Inst& I, u32 lane, u64 address, u32 size, Access access, u32* defined,

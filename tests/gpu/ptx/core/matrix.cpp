@@ -1,5 +1,5 @@
-// Tensor core instructions: mma.sync and wgmma. Products are exact and summed in double, then rounded once: hardware
-// sums in an order and with a truncation of its own, so results agree to a few units of float32's last place only.
+// Tensor core instructions: mma.sync and wgmma. Products are exact and summed in double, then rounded once. Hardware
+// has another order of summation and truncates, so results agree only to a few ulp of float32.
 #include <cmath>
 #include <stdexcept>
 
@@ -40,7 +40,7 @@ double element(const u8* p, int type) {
 }
 int bytes_of(int type) { return type == F64 ? 8 : type == TF32 ? 4 : type >= S8 ? 1 : 2; }
 
-// Where element (row, k) of A is: for lane = 4 (row % 8) + group, a register holds 4 bytes (8 of f64).
+// Position of element (row, k) of A: for lane = 4 (row % 8) + group, a register holds 4 bytes (8 of f64).
 // imm 0 type of A and B, 1 bytes of an accumulator (2 f16, 4, 8), 2 n (8), 3 k, 4 integers. Operands: D, A, B, C.
 // ISA 9.7.14.5: fragments. Registers of A: (row < 8, low k), (row >= 8, low k), (row < 8, high k), (row >= 8, high k);
 // registers of B: low k, high k; a register holds elements k = 4 / bytes * group + i.
@@ -69,7 +69,7 @@ void multiply(Warp& w, const Inst& I) {
     }
     const int acc = I.imm[1];
     const bool integers = type >= S8;
-    auto each = [&](auto f) {  // accumulators: (row, 2 group + i), then row + 8; f16 ones are two a register
+    auto each = [&](auto f) {  // accumulators: (row, 2 group + i), then row + 8; two f16 per register
         for (int r = 0; r < rows / 8 * 2; r++)
             for (int lane = 0; lane < LANES; lane++) f(lane / 4 + 8 * (r / 2), lane % 4 * 2 + r % 2, r, lane);
     };
@@ -129,12 +129,12 @@ struct Descriptor {  // ISA 9.7.15.5.1.2.2
                          : outer * stride + k % 8 * 16 + k / 8 * leading;
         }
         u32 address = start + at;
-        if (swizzle) address ^= (address >> 7 & (width - 1)) << 4;  // by the address itself, not by the offset
+        if (swizzle) address ^= (address >> 7 & (width - 1)) << 4;  // by the address, not by the offset
         return address;
     }
 };
 
-// One matrix in shared memory, [outer][k] as double; the ranges it read are noted.
+// One matrix in shared memory, [outer][k] as double; the ranges that are read are recorded.
 void gather(Warp& w, const Inst& I, u64 descriptor, bool mn_major, int type, u32 first, u32 count, u32 k_size,
             double* out, u32 pitch_outer, u32 pitch_k) {
     const Descriptor d(descriptor);
@@ -152,7 +152,7 @@ void gather(Warp& w, const Inst& I, u64 descriptor, bool mn_major, int type, u32
         for (u32 c = (at - SHARED_BASE) / g; c <= (at - SHARED_BASE + 15) / g; c++) {
             SharedCell& cell = w.cta->cells[c];
             cell.matrices++;
-            if (cell.write && w.launch->races) {  // ISA 9.7.15.4: generic writes are seen only after a proxy fence
+            if (cell.write && w.launch->races) {  // ISA 9.7.15.4: generic writes are visible only after a proxy fence
                 const u32 v = warp_of(cell.write), when = clock_of(cell.write);
                 const Clocks &mine = w.fenced, &his = w.cta->warps[v].fenced;
                 if (!(mine.size() && mine[v] >= when) && !(his.size() && his[v] >= when)) {
@@ -248,7 +248,7 @@ void multiply_group(Warp& w, const Inst& I) {
             *reinterpret_cast<float*>(slot(r, lane)) = float(v);
         }
     });
-    // Until waited for, nobody but another wgmma of the same shape may touch the accumulators.
+    // Before the wait, only another wgmma of the same shape may access the accumulators.
     for (int r = 0; r < registers; r++) {
         w.in_flight.push_back(I.op[r].id);
         if (!scale) w.defined[I.op[r].id] = ~0u;

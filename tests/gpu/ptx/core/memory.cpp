@@ -8,7 +8,7 @@
 
 namespace ptx {
 
-constexpr u32 POISON = 0xffa5ffa5;  // what the harness fills fresh tensors with: a NaN that no arithmetic makes
+constexpr u32 POISON = 0xffa5ffa5;  // initial value of new tensors: a NaN that arithmetic does not produce
 
 // ---- clocks
 
@@ -25,7 +25,7 @@ void join(Foreign& a, const Foreign& b) {
     join(*sum, *b);
     a = sum;
 }
-static Foreign knowledge(const Warp& w) {  // all that happens before this point, as a grid-wide vector
+static Foreign knowledge(const Warp& w) {  // a grid-wide vector clock of all that happens before
     const Launch& l = *w.launch;
     const size_t n = l.warps_per_cta, all = size_t(l.grid[0]) * l.grid[1] * l.grid[2] * n;
     auto k = w.foreign ? std::make_shared<Clocks>(*w.foreign) : std::make_shared<Clocks>(all);
@@ -78,7 +78,7 @@ static bool ordered(const Warp& w, Epoch e) {
 static Epoch epoch(const Warp& w, u32 lane, bool strong) {
     return Epoch(w.clock) << 32 | Epoch(w.cta->number) << 12 | w.number << 6 | (strong ? STRONG : 0) | lane;
 }
-// Two lanes of a warp, and nothing between that orders lanes.
+// Two lanes of a warp, without synchronization between them.
 static bool between_lanes(const Warp& w, Epoch e, u32 lane) {
     return cta_of(e) == w.cta->number && warp_of(e) == w.number && clock_of(e) == w.clock && lane_of(e) != lane;
 }
@@ -180,7 +180,7 @@ u8* global_at(Warp& w, const Inst& I, u32 lane, u64 address, u32 size, Access ac
                 }
             }
             if (access == READ) {
-                // Two readers of different warps are kept: whoever writes is not one of them, and meets it.
+                // Two readers of different warps are kept: a writer differs from at least one of them.
                 int k = c->read[0] >> 12 << 12 == 0 && !c->read[0] ? 0 : -1;
                 auto same = [&](Epoch e) { return ((e ^ now) & 0xffffffc0) == 0; };
                 if (c->read[0] && same(c->read[0]))
@@ -200,8 +200,8 @@ u8* global_at(Warp& w, const Inst& I, u32 lane, u64 address, u32 size, Access ac
                 for (int k = 0; k < 2; k++) {
                     if (!c->read[k]) continue;
                     if (!ordered(w, c->read[k])) {
-                        // x += y by threads that all read x, of which one writes: the others' values are not used, or
-                        // are found out where they read after the write.
+                        // x += y where all threads read x and one writes it: the values of the others are not used, or
+                        // are reported if they read after the write.
                         auto own = w.loaded.find(c->read_pc[k]);
                         const bool updates = cta_of(c->read[k]) == w.cta->number && own != w.loaded.end() &&
                                              own->second[lane] == address;
@@ -343,7 +343,7 @@ void load(Warp& w, const Inst& I) {
     const u32 each = I.imm[2], n = I.imm[3], wide = I.imm[6];
     const bool strong = I.imm[5] & 1;
     u32 ok = w.exec;
-    struct Known {  // lanes often read the same address: it is checked once
+    struct Known {  // lanes often read the same address, so it is checked once
         u64 address = ~0ull;
         const u8* p;
         bool good;
@@ -402,8 +402,8 @@ void store(Warp& w, const Inst& I) {
     const bool strong = I.imm[5] & 1;
     u32 defined_lanes = ~0u;
     for (u32 k = 0; k < n; k++) defined_lanes &= w.defined[I.op[1 + k].id];
-    // Of lanes that write to one address the highest wins: which one does is not specified (ISA 9.7.9.12), so values
-    // that differ are worth a warning.
+    // If lanes write to one address, here the highest lane wins. The ISA does not specify which one (9.7.9.12), so
+    // different values are reported as a warning.
     struct Written {
         u64 address;
         u8 data[64];
@@ -541,7 +541,7 @@ template <bool RETURNS>
 void atomic(Warp& w, const Inst& I) {
     const u32 bytes = I.imm[2], n = I.imm[3], first = RETURNS ? n : 0;
     const bool cas = I.imm[4] == CAS;
-    u32 order = w.launch->random() % LANES;  // lanes come in any order
+    u32 order = w.launch->random() % LANES;  // lanes in random order
     for (u32 k = 0; k < LANES; k++) {
         const u32 lane = (k + order) % LANES;
         if (!(w.exec >> lane & 1)) continue;
@@ -578,7 +578,7 @@ void copy_async(Warp& w, const Inst& I) {
         const u32 filled = I.imm[3] ? std::min(lanes<u32>(w, I.op[2])[lane], size) : size;
         if (from & (size - 1) && filled)
             w.launch->report(ERROR, "misaligned source of cp.async", I.line, &w, lane, describe(*w.launch, from, size));
-        for (u32 i = 0; i < filled;) {  // naturally aligned pieces of what is read
+        for (u32 i = 0; i < filled;) {  // naturally aligned parts
             u32 piece = size;
             while (piece > filled - i || (from + i) & (piece - 1)) piece /= 2;
             w.tainted = false;
