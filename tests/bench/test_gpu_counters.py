@@ -1,7 +1,9 @@
 """Hardware counters: the command line of ncu, and the parsing of its output."""
 
+import os
 import sys
 
+import gpu
 import gpu_counters
 import gpu_measure
 import pytest
@@ -45,6 +47,7 @@ def fake_ncu(tmp_path, monkeypatch, said):
     )
     script.chmod(0o755)
     monkeypatch.setattr(gpu_counters, "find_ncu", lambda: str(script))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(gpu.PATHS))
 
 
 def test_the_cases_run_under_ncu(tmp_path, monkeypatch, capfd):

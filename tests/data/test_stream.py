@@ -139,6 +139,7 @@ parallel.leave()
 
 def test_two_gloo_ranks_see_every_sample_once(pattern, tmp_path):
     (tmp_path / "rank.py").write_text(_RANK)
+    (tmp_path / "out").mkdir()
     assert torchrun([str(tmp_path / "rank.py"), pattern, str(tmp_path / "out")]).wait(timeout=300) == 0
     results = [json.loads((tmp_path / f"out/{rank}.json").read_text()) for rank in range(2)]
     assert sorted(results[0][0] + results[1][0]) == list(range(32))
