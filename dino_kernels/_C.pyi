@@ -202,18 +202,6 @@ def dino_loss(
     teacher_temp: float,
     threads: int,
 ) -> float: ...
-def drop_path_add(
-    *,
-    x: int,
-    branch: int,
-    scale: int,
-    out: int,
-    tokens: int,
-    channels: int,
-    out_dtype: int,
-    branch_dtype: int,
-    threads: int,
-) -> None: ...
 def ema_update(
     *,
     targets: Sequence[int],

@@ -4,7 +4,6 @@
 #include "cpu/add_layer_norm.h"
 #include "cpu/attention.h"
 #include "cpu/bias_gelu.h"
-#include "cpu/drop_path_add.h"
 #include "cpu/fused_block.h"
 
 namespace dino::bindings {
@@ -58,13 +57,6 @@ void bind_bias_gelu_backward(py::module_& m) {
          DINO_FIELD(groups), DINO_FIELD(dtype), DINO_FIELD(threads));
 }
 
-void bind_drop_path_add(py::module_& m) {
-    using Args = DropPathAddArgs;
-    bind(m, "drop_path_add", drop_path_add, DINO_FIELD(x), DINO_FIELD(branch), DINO_FIELD(scale), DINO_FIELD(out),
-         DINO_FIELD(tokens), DINO_FIELD(channels), DINO_FIELD(out_dtype), DINO_FIELD(branch_dtype),
-         DINO_FIELD(threads));
-}
-
 // The keywords <layer>_weight and <layer>_bias of a struct of both.
 #define DINO_LAYER(Layer, layer)                                                                     \
     PartField<Args, Layer, decltype(Layer::weight)>{#layer "_weight", &Args::layer, &Layer::weight}, \
@@ -109,7 +101,6 @@ void bind_block(py::module_& m) {
     bind_add_layer_norm_backward(m);
     bind_bias_gelu(m);
     bind_bias_gelu_backward(m);
-    bind_drop_path_add(m);
     bind_fused_block(m);
 }
 
