@@ -48,7 +48,10 @@ def run(op, x, branch, weight, bias, scale=None, upstream=(True, True), **option
 
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize("branch_dtype", DTYPES)
-@pytest.mark.parametrize("tokens, channels", [(37, 384), (300, 37), (1, 7), (13, 507), (3, 4096)])
+@pytest.mark.parametrize(
+    "tokens, channels",
+    [(37, 384), (1, 7), (13, 507), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in [(300, 37), (3, 4096)])],
+)
 @pytest.mark.parametrize("scaled", [True, False])
 def test_against_float64(device, x_dtype, branch_dtype, tokens, channels, scaled):
     *x, scale = inputs(tokens, channels, (x_dtype, branch_dtype), device)

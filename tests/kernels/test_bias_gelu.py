@@ -119,8 +119,9 @@ def test_opcheck_and_compile(device):
     x, bias = inputs(5, 9, torch.float16, device=device)
     args = (x.requires_grad_(), bias.requires_grad_())
     torch.library.opcheck(torch.ops.dino_kernels.bias_gelu.default, args)
-    args = (torch.ones_like(x), x.detach(), bias.detach())
-    torch.library.opcheck(torch.ops.dino_kernels.bias_gelu_backward.default, args)
+    for again in (False, True):
+        args = (torch.ones_like(x), x.detach(), bias.detach(), again)
+        torch.library.opcheck(torch.ops.dino_kernels.bias_gelu_backward.default, args)
 
     def doubled(x, bias):
         return 3 * bias_gelu(2 * x, 2 * bias)
