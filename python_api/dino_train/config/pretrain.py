@@ -232,9 +232,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "local_crops_scale": (0.05, 0.14),
     },
     # For minutes on a CPU. Measured on the embedded images (float32; one seed, another is worth 2 points), k-NN with
-    # k = 10 (23.7 % with random weights) and linear probe (31.3 %): as here after 14 epochs 30.1 and 40.0 %; with patches
-    # of 8 and blur, 18 epochs in half the time, 26.9 and 38.0 %. Measured earlier by k-NN with patches of 8 and blur:
-    # K = 512 with twice the rate: 27.7 % after 24 epochs; 128 wide, 2 deep, K = 256: 30.0 % after 24.
+    # k = 10 (23.7 % with random weights) and linear probe (31.3 %): as here 30.7 and 39.8 %, after 14 epochs 30.1 and
+    # 40.0 %; with patches of 8 and blur, 18 epochs in half the time, 26.9 and 38.0 %. Measured earlier by k-NN with
+    # patches of 8 and blur: K = 512 with twice the rate: 27.7 % after 24 epochs; 128 wide, 2 deep, K = 256: 30.0 %.
     "demo": {
         "arch": "vit_nano",
         "augmentation": "small",
