@@ -69,10 +69,10 @@ class PretrainConfig:
     batch_size_per_gpu: int = 64
     """Images a step (of each process, where torchrun starts several)."""
     accumulate: int = 1
-    """Parts that a step's images are worked off in, one after the other, for less memory: the gradients add up, and
-    optimizer, teacher and center move once. The crops of all parts are held; batch norm sees a part at a time."""
+    """Gradient accumulation micro-batches that a step's images are split into, for less memory: optimizer, teacher and
+    center are updated once. The crops of all micro-batches are held; batch norm sees one micro-batch at a time."""
     checkpoint_activations: bool = False
-    """Keep only each block's input for the backward pass and compute the rest anew: less memory, a third slower."""
+    """Keep only each block's input for the backward pass and recompute the rest: less memory, a third slower."""
     epochs: int = 100
     """Passes over the data."""
     lr: float = 0.0005

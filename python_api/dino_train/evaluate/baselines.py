@@ -1,7 +1,7 @@
 """The trained backbone compared with its baselines: random weights of its architecture, raw pixels and chance."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,8 +13,7 @@ from dino_train.evaluate.features import Cache, Features
 from dino_train.evaluate.knn import knn_top
 from dino_train.evaluate.linear import RATES, Probes, block_features, train_probes
 from dino_train.evaluate.protocol import Frozen
-from dino_train.models.resnet import resnet50
-from dino_train.models.vit import vit
+from dino_train.models.vit import build_backbone
 
 K = 10
 PIXELS = 32  # side to which images are downscaled if their pixels are the features
@@ -48,10 +47,7 @@ class Baselines(Frozen):
         train, val = self.split(trained)
         size, device = self.image_size or trained.image_size, next(trained.backbone.parameters()).device
         torch.manual_seed(self.seed)
-        convnet = trained.arch == "resnet50"
-        random = (
-            resnet50() if convnet else vit(trained.arch, patch_size=trained.patch_size, img_size=trained.image_size)
-        )
+        random = build_backbone(trained.arch, patch_size=trained.patch_size, img_size=trained.image_size)
         random.to(device).eval()
 
         def both(cache: Cache, forward: Callable[[Tensor], Tensor], name: str) -> tuple[Features, Features]:
@@ -64,10 +60,9 @@ class Baselines(Frozen):
         for name, backbone in (("random weights", random), (self.net, trained.backbone)):
             cache = Cache(backbone, self.folder / "features")
             tokens = both(cache, partial(block_features, backbone, 4, False), "4 blocks, average False")
-            rows[name] = {
-                "knn10": self._knn(*both(cache, backbone, "output"), device),
-                "linear": self._linear(*tokens, device),
-            }
+            # The backbone's output is the class token of the last block, the last channels of these features.
+            first, second = (replace(part, values=part.values[:, -backbone.embed_dim :]) for part in tokens)
+            rows[name] = {"knn10": self._knn(first, second, device), "linear": self._linear(*tokens, device)}
         lines = [f"{'':16}k-NN (k = {K})  linear probe    top-1 in % of {len(val)} held-out images"]
         lines += [f"{name:16}{row['knn10']:12.1f}  {row['linear']:12.1f}" for name, row in rows.items()]
         self.report({"protocol": "baselines", "train": len(train), "val": len(val), **rows}, "\n".join(lines))

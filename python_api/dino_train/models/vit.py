@@ -276,6 +276,21 @@ def vit(arch: str, *, patch_size: int = 16, img_size: int = 224, drop_path_rate:
     return VisionTransformer(img_size, patch_size, drop_path_rate=drop_path_rate, **size)
 
 
+def build_backbone(
+    arch: str, *, patch_size: int, img_size: int, drop_path_rate: float = 0.0
+) -> VisionTransformer | ResNet:
+    """The backbone of a name in ARCHS, with initial weights. resnet50 ignores the other arguments.
+
+    Raises:
+        ValueError: the arch is not known, or as in `VisionTransformer`.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"unknown arch {arch!r}, choose one of {', '.join(ARCHS)}")
+    if arch == "resnet50":
+        return resnet50()
+    return vit(arch, patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
+
+
 def build_model(
     arch: str,
     *,
@@ -298,13 +313,7 @@ def build_model(
     Raises:
         ValueError: the arch is not known, or as in `VisionTransformer`.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"unknown arch {arch!r}, choose one of {', '.join(ARCHS)}")
-    backbone: VisionTransformer | ResNet
-    if arch == "resnet50":
-        backbone = resnet50()
-    else:
-        backbone = vit(arch, patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
+    backbone = build_backbone(arch, patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
     head = DINOHead(
         backbone.embed_dim,
         out_dim,

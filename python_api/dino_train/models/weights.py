@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dino_train.common import checkpoint
 from dino_train.common.checkpoint import CheckpointError
-from dino_train.models.resnet import ResNet, resnet50
-from dino_train.models.vit import VIT_SIZES, VisionTransformer, vit
+from dino_train.models.resnet import ResNet
+from dino_train.models.vit import VIT_SIZES, VisionTransformer, build_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +67,8 @@ def load_trained(
     weights, origin = backbone_weights(state, net=net)
     arch = arch or _arch_of(weights)
     patch_size, image_size = _sizes(weights, patch_size, args.get("global_crops_size", 224))
-    backbone: VisionTransformer | ResNet
-    if arch == "resnet50":
-        backbone, name = resnet50(), arch
-    else:
-        backbone, name = vit(arch, patch_size=patch_size, img_size=image_size), f"{arch}/{patch_size}"
+    backbone = build_backbone(arch, patch_size=patch_size, img_size=image_size)
+    name = arch if arch == "resnet50" else f"{arch}/{patch_size}"
     logger.info("%s: %s, a %s", path, origin, name)
     fit(backbone, weights, allow_partial=allow_partial)
     data = Path(args["data"]) if "data" in args else None
