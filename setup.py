@@ -18,7 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # -fopenmp-simd: vectorize annotated loops; no OpenMP library is linked (csrc/common/parallel.cpp says why).
-CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp-simd -fno-trapping-math -fno-math-errno -Wall"
+CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp-simd -fno-trapping-math -fno-math-errno -Wall"
 X86_FLAGS = " -mprefer-vector-width=512"  # in the AVX-512 versions; says nothing about the others
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden --threads 0"
 NVCC_ARCHS = ("80", "90a", "100")

@@ -41,23 +41,23 @@ struct Saved {
 
 AttentionArgs attention_args(const FusedBlockArgs& b, const Saved& saved, const void* grad_out, void* grad) {
     int64_t c = b.channels, d = c / b.heads;
-    return {saved.projected,
-            b.bounds,
-            saved.heads,
-            saved.lse,
-            grad_out,
-            grad,
-            b.sequences,
-            saved.a,
-            b.heads,
-            d,
-            3 * c,
-            c,
-            d,
-            b.dtype,
-            float(1 / std::sqrt(double(d))),
-            Products::amx,
-            b.threads};
+    return {.qkv = saved.projected,
+            .bounds = b.bounds,
+            .out = saved.heads,
+            .lse = saved.lse,
+            .grad_out = grad_out,
+            .grad = grad,
+            .sequences = b.sequences,
+            .tokens = saved.a,
+            .heads = b.heads,
+            .channels = d,
+            .token_stride = 3 * c,
+            .part_stride = c,
+            .head_stride = d,
+            .dtype = b.dtype,
+            .scale = float(1 / std::sqrt(double(d))),
+            .products = Products::amx,
+            .threads = b.threads};
 }
 
 }  // namespace
@@ -68,19 +68,68 @@ void fused_block(const FusedBlockArgs& b, const FusedBlockForward& t) {
     Saved saved(b, t.saved);
     int64_t c = b.channels, a = saved.a;
     auto product = [&](const void* x, const Layer& layer, int64_t outputs, void* out) {
-        linear({x, layer.weight, layer.bias, out, a, c, outputs, false, b.dtype, b.products, b.threads});
+        linear({.x = x,
+                .weight = layer.weight,
+                .bias = layer.bias,
+                .out = out,
+                .tokens = a,
+                .depth = c,
+                .outputs = outputs,
+                .transposed = false,
+                .dtype = b.dtype,
+                .products = b.products,
+                .threads = b.threads});
     };
     product(t.normed, b.qkv, 3 * c, saved.projected);
     attention(attention_args(b, saved, nullptr, nullptr));
     product(saved.heads, b.proj, c, t.scratch);
-    add_layer_norm({t.x, t.scratch, b.scale, b.attention_rows, b.mlp_rows, static_cast<const float*>(b.norm.weight),
-                    b.norm.bias, saved.middle, saved.normed, saved.mean, saved.rstd, b.tokens, c, DType::f32, b.dtype,
-                    b.eps, b.threads});
-    mlp({saved.normed, b.fc1.weight, b.fc2.weight, b.fc1.bias, b.fc2.bias, t.scratch, saved.hidden, saved.m, c,
-         b.hidden_channels, b.dtype, b.products, b.threads});
-    add_layer_norm({saved.middle, t.scratch, b.mlp_scale, b.mlp_rows, b.next_rows,
-                    static_cast<const float*>(b.next_norm.weight), b.next_norm.bias, t.out, t.out_normed,
-                    saved.next_mean, saved.next_rstd, b.tokens, c, DType::f32, b.dtype, b.eps, b.threads});
+    add_layer_norm({.x = t.x,
+                    .branch = t.scratch,
+                    .scale = b.scale,
+                    .branch_rows = b.attention_rows,
+                    .normed_rows = b.mlp_rows,
+                    .weight = static_cast<const float*>(b.norm.weight),
+                    .bias = b.norm.bias,
+                    .total = saved.middle,
+                    .normed = saved.normed,
+                    .mean = saved.mean,
+                    .rstd = saved.rstd,
+                    .tokens = b.tokens,
+                    .channels = c,
+                    .x_dtype = DType::f32,
+                    .branch_dtype = b.dtype,
+                    .eps = b.eps,
+                    .threads = b.threads});
+    mlp({.x = saved.normed,
+         .weight1 = b.fc1.weight,
+         .weight2 = b.fc2.weight,
+         .bias1 = b.fc1.bias,
+         .bias2 = b.fc2.bias,
+         .out = t.scratch,
+         .hidden = saved.hidden,
+         .tokens = saved.m,
+         .channels = c,
+         .hidden_channels = b.hidden_channels,
+         .dtype = b.dtype,
+         .products = b.products,
+         .threads = b.threads});
+    add_layer_norm({.x = saved.middle,
+                    .branch = t.scratch,
+                    .scale = b.mlp_scale,
+                    .branch_rows = b.mlp_rows,
+                    .normed_rows = b.next_rows,
+                    .weight = static_cast<const float*>(b.next_norm.weight),
+                    .bias = b.next_norm.bias,
+                    .total = t.out,
+                    .normed = t.out_normed,
+                    .mean = saved.next_mean,
+                    .rstd = saved.next_rstd,
+                    .tokens = b.tokens,
+                    .channels = c,
+                    .x_dtype = DType::f32,
+                    .branch_dtype = b.dtype,
+                    .eps = b.eps,
+                    .threads = b.threads});
 }
 
 void fused_block_backward(const FusedBlockArgs& b, const FusedBlockBackward& t) {
@@ -91,20 +140,70 @@ void fused_block_backward(const FusedBlockArgs& b, const FusedBlockBackward& t) 
     auto normalized = [&](const void* grad, const void* grad_normed, const void* total, const float* mean,
                           const float* rstd, const Layer& norm, const LayerGradient& into, const float* scale,
                           const RowsOf& added, const RowsOf& read) {
-        auto weight = static_cast<const float*>(norm.weight);
-        add_layer_norm_backward({grad,     grad_normed, total,    mean,       rstd,      weight,      scale,
-                                 added,    read,        t.grad_x, of_branch,  t.partial, into.weight, into.bias,
-                                 b.tokens, c,           groups,   DType::f32, b.dtype,   b.threads});
+        add_layer_norm_backward({.grad_total = grad,
+                                 .grad_normed = grad_normed,
+                                 .total = total,
+                                 .mean = mean,
+                                 .rstd = rstd,
+                                 .weight = static_cast<const float*>(norm.weight),
+                                 .scale = scale,
+                                 .branch_rows = added,
+                                 .normed_rows = read,
+                                 .grad_x = t.grad_x,
+                                 .grad_branch = of_branch,
+                                 .partial = t.partial,
+                                 .grad_weight = into.weight,
+                                 .grad_bias = into.bias,
+                                 .tokens = b.tokens,
+                                 .channels = c,
+                                 .groups = groups,
+                                 .x_dtype = DType::f32,
+                                 .branch_dtype = b.dtype,
+                                 .threads = b.threads});
     };
     auto product = [&](const void* grad, const void* x, const Layer& layer, const LayerGradient& into, int64_t outputs,
                        void* grad_x) {
-        add_linear({into.weight, grad, x, into.bias, a, outputs, c, b.dtype, b.products, b.threads});
-        linear({grad, layer.weight, nullptr, grad_x, a, outputs, c, true, b.dtype, b.products, b.threads});
+        add_linear({.into = into.weight,
+                    .grad = grad,
+                    .x = x,
+                    .into_bias = into.bias,
+                    .tokens = a,
+                    .outputs = outputs,
+                    .inputs = c,
+                    .dtype = b.dtype,
+                    .products = b.products,
+                    .threads = b.threads});
+        linear({.x = grad,
+                .weight = layer.weight,
+                .bias = nullptr,
+                .out = grad_x,
+                .tokens = a,
+                .depth = outputs,
+                .outputs = c,
+                .transposed = true,
+                .dtype = b.dtype,
+                .products = b.products,
+                .threads = b.threads});
     };
     normalized(t.grad, t.grad_normed, t.out, saved.next_mean, saved.next_rstd, b.next_norm, t.next_norm, b.mlp_scale,
                b.mlp_rows, b.next_rows);
-    mlp_backward({of_branch, saved.normed, saved.hidden, b.fc1.weight, b.fc2.weight, b.fc1.bias, other, t.fc1.weight,
-                  t.fc1.bias, t.fc2.weight, t.fc2.bias, saved.m, c, b.hidden_channels, b.dtype, b.products, b.threads});
+    mlp_backward({.grad = of_branch,
+                  .x = saved.normed,
+                  .hidden = saved.hidden,
+                  .weight1 = b.fc1.weight,
+                  .weight2 = b.fc2.weight,
+                  .bias1 = b.fc1.bias,
+                  .grad_x = other,
+                  .grad_weight1 = t.fc1.weight,
+                  .grad_bias1 = t.fc1.bias,
+                  .grad_weight2 = t.fc2.weight,
+                  .grad_bias2 = t.fc2.bias,
+                  .tokens = saved.m,
+                  .channels = c,
+                  .hidden_channels = b.hidden_channels,
+                  .dtype = b.dtype,
+                  .products = b.products,
+                  .threads = b.threads});
     // grad_x is read and written a row at a time.
     normalized(t.grad_x, other, saved.middle, saved.mean, saved.rstd, b.norm, t.norm, b.scale, b.attention_rows,
                b.mlp_rows);

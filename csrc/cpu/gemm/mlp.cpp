@@ -186,7 +186,17 @@ void backward(const MlpBackwardArgs& a) {
         backward_block<P>(a, packed, between, i * block);
     });
     auto add = [&](float* into, const void* grad, const void* x, int64_t outputs, int64_t inputs, Packed packed) {
-        add_linear({into, grad, x, nullptr, a.tokens, outputs, inputs, a.dtype, a.products, a.threads, packed});
+        add_linear({.into = into,
+                    .grad = grad,
+                    .x = x,
+                    .into_bias = nullptr,
+                    .tokens = a.tokens,
+                    .outputs = outputs,
+                    .inputs = inputs,
+                    .dtype = a.dtype,
+                    .products = a.products,
+                    .threads = a.threads,
+                    .packed = packed});
     };
     add(a.grad_weight1, between.grad_hidden, a.x, n, c, Packed::grad);
     add(a.grad_weight2, a.grad, between.active, c, n, Packed::x);
