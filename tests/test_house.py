@@ -100,12 +100,6 @@ def test_csrc_includes_no_torch_header():
             assert not re.match(r"(torch|ATen|c10)\b", header), f"{path}: {header}"
 
 
-def test_no_file_outgrows_the_house():
-    for path in [p for d in ("csrc", "dino_kernels", "python_api", "bench") for p in (ROOT / d).rglob("*.*")]:
-        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
-            assert len(path.read_text().splitlines()) <= 450, path
-
-
 def test_importing_the_ops_loads_none_of_the_trainers_libraries():
     code = "import sys, dino_kernels; print(*sys.modules)"
     modules = subprocess.check_output([sys.executable, "-c", code], text=True, cwd="/").split()
