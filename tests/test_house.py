@@ -27,7 +27,8 @@ ROOMS = {
         "models": {"common"},
         "config": {"common", "models"},
         "evaluate": {"common", "config", "data", "models"},
-        "engine": {"common", "config", "data", "evaluate", "models"},
+        "methods": {"common", "config", "models"},
+        "engine": {"common", "config", "data", "evaluate", "methods", "models"},
         ".": {"common", "config", "data", "engine", "evaluate", "models"},
     },
 }

@@ -49,7 +49,7 @@ def run(config, steps=10, own=slice(None)):
     losses = [learner.step(step, [crop[own] for crop in crops(step)]).loss for step in range(steps)]
     nets = {"student": learner.student, "teacher": learner.teacher}
     weights = {f"{net}.{k}": v.clone() for net, module in nets.items() for k, v in module.state_dict().items()}
-    return losses, weights | {"center": learner.center}
+    return losses, weights | {"center": learner.method.center}
 
 
 def assert_close(ours, plain, tolerance=1e-5):
@@ -143,7 +143,7 @@ def test_a_non_finite_loss_updates_nothing():
     learner = Learner(PretrainConfig(**SETTINGS), 2, CPU)
     for step in range(3):
         learner.step(step, crops(step))
-    kept = learner.student_flat.weights, learner.teacher_flat.weights, learner.center
+    kept = learner.student_flat.weights, learner.teacher_flat.weights, learner.method.center
     before = [x.clone() for x in kept]
     result = learner.step(3, [crop * float("nan") for crop in crops(3)])
     assert result.loss != result.loss and learner.optimizer.nonfinite == 1

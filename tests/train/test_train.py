@@ -342,10 +342,10 @@ def test_other_networks_and_optimizers_run(config, arch, optimizer):
 def test_a_collapse_is_reported_once_and_not_during_warmup(caplog, loss, entropy, single, expected):
     watch = CollapseWatch(64, quiet_steps=100, patience=3)
     for step in range(0, 100, 10):
-        watch.update(step, loss, entropy, single)
+        watch.update(step, {"loss": loss, "teacher_entropy": entropy, "teacher_single_entropy": single})
     assert not caplog.records
     for step in range(100, 200, 10):
-        watch.update(step, loss, entropy, single)
+        watch.update(step, {"loss": loss, "teacher_entropy": entropy, "teacher_single_entropy": single})
     assert len(caplog.records) == (1 if expected else 0)
     if expected:
         assert expected in caplog.text

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,10 @@ def _tensorboard(folder: Path, step: int):
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
 
 
-def collapse_signs(loss: float, entropy: float, single_entropy: float, log_k: float) -> dict[str, bool]:
-    """The two ways in which a teacher can collapse, see `CollapseWatch`; all values in nats."""
+def collapse_signs(row: Mapping[str, float], log_k: float) -> dict[str, bool]:
+    """The two ways in which a teacher can collapse, see `CollapseWatch`, in a row of metrics; all values in nats."""
+    entropy, single_entropy = row["teacher_entropy"], row["teacher_single_entropy"]
     return {
-        "uniform": abs(loss - log_k) < 1e-3 * log_k,
+        "uniform": abs(row["loss"] - log_k) < 1e-3 * log_k,
         "constant": entropy - single_entropy < 1e-3 * log_k and entropy < 0.9 * log_k,
     }

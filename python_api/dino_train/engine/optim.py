@@ -177,6 +177,7 @@ class TorchWithEMA:
         clip_norm: float | None,
     ):
         self.student, self.teacher, self.optimizer, self.clip_norm = student, teacher, optimizer, clip_norm
+        self.nonfinite = torch.zeros((), dtype=torch.int32, device=student.weights.device)  # stays 0
 
     def step(self, lr: float, weight_decay: float, momentum: float) -> None:
         for group in self.optimizer.param_groups:

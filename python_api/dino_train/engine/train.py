@@ -314,23 +314,20 @@ class Run:
         self._check_losses()
         epoch = (self.step - 1) // self.steps_per_epoch
         self.progress.update(self.step, epoch, result.loss, result.lr)
-        entropy, single_entropy = result.teacher_entropy()
+        row = {"loss": result.loss, **result.health()}
         self.metrics.write(
             self.step,
             epoch=epoch,
-            loss=result.loss,
             lr=result.lr,
             weight_decay=result.weight_decay,
             momentum=result.momentum,
             teacher_temp=result.teacher_temp,
-            teacher_entropy=entropy,
-            teacher_kl_to_uniform=math.log(self.config.out_dim) - entropy,
-            teacher_single_entropy=single_entropy,
+            **row,
             images_per_second=self.progress.rate,
             data_wait=self.waited / self.progress.seconds,
         )
         self.waited = 0.0
-        self.watch.update(self.step, result.loss, entropy, single_entropy)
+        self.watch.update(self.step, row)
 
     def evaluate(self) -> None:
         """Evaluate the teacher's backbone: view retrieval after every epoch, k-NN every `knn_freq` epochs."""

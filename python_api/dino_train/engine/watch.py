@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -80,22 +81,24 @@ class CollapseWatch:
         self.log_k, self.quiet_steps, self.patience = math.log(outputs), quiet_steps, patience
         self.counts = {"uniform": 0, "constant": 0}
 
-    def update(self, step: int, loss: float, entropy: float, single_entropy: float) -> None:
+    def update(self, step: int, row: Mapping[str, float]) -> None:
+        """row: a line of metrics.jsonl."""
         if step < self.quiet_steps:
             return
-        for kind, seen in collapse_signs(loss, entropy, single_entropy, self.log_k).items():
+        for kind, seen in collapse_signs(row, self.log_k).items():
             self.counts[kind] = self.counts[kind] + 1 if seen else 0
             if self.counts[kind] == self.patience:
-                logger.warning("%s", self._text(kind, step, loss, entropy))
+                logger.warning("%s", self._text(kind, step, row))
 
-    def _text(self, kind: str, step: int, loss: float, entropy: float) -> str:
+    def _text(self, kind: str, step: int, row: Mapping[str, float]) -> str:
         if kind == "uniform":
             return (
                 f"step {step}: the loss stays at ln K = {self.log_k:.2f}, the outputs are uniform and nothing is "
                 "learned. Try a longer --warmup-teacher-temp-epochs, a lower --teacher-temp, another --lr"
             )
         return (
-            f"step {step}: the teacher gives every image the same output (entropy {entropy:.2f} of {self.log_k:.2f}): "
+            f"step {step}: the teacher gives every image the same output (entropy {row['teacher_entropy']:.2f} "
+            f"of {self.log_k:.2f}): "
             "the run is collapsing. Try a higher --momentum-teacher, a lower --lr, a smaller --out-dim"
         )
 

@@ -111,7 +111,7 @@ def draw(panel: Panel, rows: list[Row], log_k: float) -> str:
 def checks(rows: list[Row], log_k: float) -> list[tuple[bool, str]]:
     """(passed, description) of each check of the last lines of the log."""
     last, newest = rows[-LAST_LINES:], rows[-1]
-    signs = [collapse_signs(row["loss"], row[ENTROPIES[0]], row[ENTROPIES[1]], log_k) for row in last]
+    signs = [collapse_signs(row, log_k) for row in last]
     uniform, constant = (sum(sign[kind] for sign in signs) for kind in ("uniform", "constant"))
     mean, single = (newest[name] for name in ENTROPIES)
     finite = sum(math.isfinite(row["loss"]) for row in rows)

@@ -1,0 +1,89 @@
+"""Training methods: what differs between frameworks of self-supervised learning, one file each.
+
+A method owns two networks, a loss and what it remembers from step to step. Crops, micro-batches, ranks, schedules,
+optimizer, moving average, checkpoints and evaluation are the same for all of them (`dino_train.engine`).
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dino_train.config.pretrain import PretrainConfig
+
+METHODS = {"dino": "Dino"}  # class of the module of that name
+
+
+class Part(NamedTuple):
+    """What a micro-batch gives: `told`, float32 [n], is averaged over micro-batches and ranks, the rows of `kept` are
+    those of this rank, in the order of the micro-batches. Neither has a gradient."""
+
+    loss: Tensor
+    told: Tensor
+    kept: Tensor
+
+
+class Method:
+    """One training method.
+
+    Attributes:
+        evaluated: which network is evaluated and exported.
+        student, teacher: set by the constructor, on the CPU, each with a `backbone`, and with parameters of the same
+            names in the same order. The teacher starts as a copy of the student and follows it by its moving average.
+        phase: call it with a name when a phase of the step has been queued; benchmarks measure the time between calls.
+    """
+
+    evaluated: ClassVar[Literal["teacher", "student"]] = "teacher"
+    student: nn.Module
+    teacher: nn.Module
+
+    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        """Build both networks, the student first, and state on `device`, at addresses that stay."""
+        self.config, self.device, self.dtype = config, device, config.dtype(device)
+        self.phase: Callable[[str], None] = lambda name: None
+
+    def autocast(self) -> torch.autocast:
+        """For networks without layers of `dino_kernels.nn`, whose weights have no copies in bfloat16."""
+        low = self.dtype == torch.bfloat16 and self.config.arch == "resnet50"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+
+    def frozen(self, epoch: int) -> list[nn.Module]:
+        """Parts of the student that are not trained in this epoch."""
+        return []
+
+    def forward(self, crops: list[Tensor], teacher_temp: Tensor) -> Part:
+        """The loss of a micro-batch. Without a device-to-host sync, and without reading a value on the host: on a GPU
+        it is captured in a graph.
+
+        Args:
+            crops: V tensors [B, 3, h, w] float32, the two global crops first.
+            teacher_temp: 0-d, this step's.
+        """
+        raise NotImplementedError
+
+    def after(self, told: Tensor, kept: Tensor, refused: Tensor) -> None:
+        """Update the state in place, after the optimizer's step; what `forward` says of a sync holds here too.
+
+        Args:
+            told: mean over micro-batches and ranks. kept: rows of all micro-batches of this rank.
+            refused: 0-d bool: a value was not finite, the step has changed no weight and must change no state.
+        """
+
+    def health(self, kept: Tensor, teacher_temp: float) -> dict[str, float]:
+        """Numbers for the log, by which a collapse shows (`dino_train.common.metrics.collapse_signs`)."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds besides networks and optimizer: nested dicts of tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """From a checkpoint with the keys of `state_dict`."""
+
+
+def build_method(config: PretrainConfig, device: torch.device) -> Method:
+    """The method that a configuration asks for."""
+    name = "dino"
+    return getattr(importlib.import_module(f"dino_train.methods.{name}"), METHODS[name])(config, device)
