@@ -57,7 +57,7 @@ class Baselines(Frozen):
         rows = {"chance": {"knn10": 100 / len(train.classes), "linear": 100 / len(train.classes)}}
         pixels = both(self.cache(trained), raw_pixels, "raw pixels")
         rows["raw pixels"] = {"knn10": self._knn(*pixels, device), "linear": self._linear(*pixels, device)}
-        for name, backbone in (("random weights", random), (self.net, trained.backbone)):
+        for name, backbone in (("random weights", random), (trained.net, trained.backbone)):
             cache = Cache(backbone, self.folder / "features")
             tokens = both(cache, partial(block_features, backbone, 4, False), "4 blocks, average False")
             # The backbone's output is the class token of the last block, the last channels of these features.
