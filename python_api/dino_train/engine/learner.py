@@ -69,7 +69,9 @@ class Learner:
         self.gpu, self.dtype = gpu_of(device), config.dtype(device)
         self.method = build_method(config, device)
         self.method.phase = self._phase
-        self.student, self.teacher = (self._placed(net) for net in (self.method.student, self.method.teacher))
+        self.student, self.teacher = self.method.student, self.method.teacher
+        for net in (self.student, self.teacher):
+            self._place(net)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         if isinstance(self.student.backbone, VisionTransformer):
@@ -91,7 +93,7 @@ class Learner:
             warmup_steps=config.warmup_epochs * steps_per_epoch,
         )
         self.weight_decay = cosine_schedule(config.weight_decay, config.weight_decay_end, steps)
-        self.momentum = cosine_schedule(config.momentum_teacher, 1.0, steps)
+        self.momentum = cosine_schedule(config.momentum_teacher, config.momentum_teacher_end, steps)
         self.teacher_temp = teacher_temp_schedule(
             config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs, config.epochs
         )
@@ -101,16 +103,17 @@ class Learner:
         self.scheduled = torch.zeros(4, dtype=torch.float64, device=device)
         self.update = self._new_update()
 
-    def _placed(self, net: nn.Module) -> nn.Module:
-        """The net on the device, with batch norm over all ranks."""
+    def _place(self, net: nn.Module) -> None:
+        """Move a net to the device; its batch norms are over all ranks, unless they are of parts of a batch."""
         if self.gpu is not None and self.config.arch == "resnet50":
             self.gpu.tune_convolutions()
-        model = net.to(self.device)
-        if parallel.size() == 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-            return model
+        net.to(self.device)
+        normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+        if parallel.size() == 1 or not normed or self.config.bn_split:
+            return
         if self.gpu is None:
             raise ValueError("batch norm over several processes needs GPUs: run one process, or a ViT without it")
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # as main_dino.py:196-206
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)  # as main_dino.py:196-206
 
     def _optimizer(self) -> AdamWithEMA | TorchWithEMA:
         clip_norm = self.config.clip_grad or None

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_train.config.pretrain import PretrainConfig
-
-METHODS = {"dino": "Dino"}  # class of the module of that name
+from dino_train.models.vit import Net, VisionTransformer
 
 
 class Part(NamedTuple):
@@ -30,14 +29,14 @@ class Method:
 
     Attributes:
         evaluated: which network is evaluated and exported.
-        student, teacher: set by the constructor, on the CPU, each with a `backbone`, and with parameters of the same
-            names in the same order. The teacher starts as a copy of the student and follows it by its moving average.
+        student, teacher: set by the constructor, on the CPU, with parameters of the same names in the same order. The
+            teacher starts as a copy of the student and follows it by its moving average.
         phase: call it with a name when a phase of the step has been queued; benchmarks measure the time between calls.
     """
 
     evaluated: ClassVar[Literal["teacher", "student"]] = "teacher"
-    student: nn.Module
-    teacher: nn.Module
+    student: Net
+    teacher: Net
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         """Build both networks, the student first, and state on `device`, at addresses that stay."""
@@ -51,6 +50,9 @@ class Method:
 
     def frozen(self, epoch: int) -> list[nn.Module]:
         """Parts of the student that are not trained in this epoch."""
+        backbone = self.student.backbone
+        if self.config.freeze_patch_embed and isinstance(backbone, VisionTransformer):
+            return [backbone.patch_embed]
         return []
 
     def forward(self, crops: list[Tensor], teacher_temp: Tensor) -> Part:
@@ -85,5 +87,5 @@ class Method:
 
 def build_method(config: PretrainConfig, device: torch.device) -> Method:
     """The method that a configuration asks for."""
-    name = "dino"
-    return getattr(importlib.import_module(f"dino_train.methods.{name}"), METHODS[name])(config, device)
+    module = importlib.import_module(f"dino_train.methods.{config.method}")
+    return getattr(module, config.method.capitalize())(config, device)

@@ -41,7 +41,8 @@ class Dino(Method):
         )
 
     def frozen(self, epoch: int) -> list[nn.Module]:
-        return [self.student.head.last_layer] if epoch < self.config.freeze_last_layer else []
+        last_layer = [self.student.head.last_layer] if epoch < self.config.freeze_last_layer else []
+        return super().frozen(epoch) + last_layer
 
     def forward(self, crops: list[Tensor], teacher_temp: Tensor) -> Part:
         """Told is the batch center [K], kept the input of the teacher's last layer."""
