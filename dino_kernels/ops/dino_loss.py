@@ -50,7 +50,8 @@ def dino_loss(
         student_temp: temperature > 0, a float or a 0-d tensor (read on its device: no synchronization).
         teacher_temp: the same for the teacher.
         inplace: write the gradient over `student`, whose logits are lost, and so need no memory of that size.
-            Under torch.compile the memory is the compiler's to plan, and `student` stays as it was.
+            Under torch.compile the memory is the compiler's to plan, and `student` stays as it was. `teacher` may not
+            lie between the first and the last logit of `student`.
 
     Returns:
         loss: float32 scalar, the mean over the 2V-2 pairs and B.
@@ -59,7 +60,7 @@ def dino_loss(
 
     Raises:
         ValueError: a shape, dtype, device or temperature that does not fit the above; `inplace` with rows of
-            `student` that overlap.
+            `student` that overlap each other or `teacher`.
     """
     _check(student, teacher, center)
     student_temp = temperature("student_temp", student_temp, student.device)
@@ -69,6 +70,7 @@ def dino_loss(
     if inplace and student.stride(0) < student.shape[1]:
         raise ValueError(f"inplace needs rows of student that do not overlap, got strides {list(student.stride())}")
     if inplace and not torch.compiler.is_compiling():
+        _check_apart(student, teacher)
         return _InPlace.apply(*inputs)
     return torch.ops.dino_kernels.dino_loss(*inputs)[:2]
 
@@ -116,6 +118,21 @@ def _check(student: Tensor, teacher: Tensor, center: Tensor) -> None:
     if not student.device == teacher.device == center.device:
         raise ValueError(
             f"student, teacher, center must be on one device, got {student.device}, {teacher.device}, {center.device}"
+        )
+
+
+def _check_apart(student: Tensor, teacher: Tensor) -> None:
+    if student.is_meta:
+        return
+    ranges = [
+        (x.data_ptr(), x.data_ptr() + ((x.shape[0] - 1) * x.stride(0) + x.shape[1]) * x.element_size())
+        for x in (student, teacher)
+    ]
+    (begin, end), (teacher_begin, teacher_end) = ranges
+    if begin < teacher_end and teacher_begin < end:
+        raise ValueError(
+            "inplace needs a teacher that shares no memory with student, whose logits are overwritten (pass a clone), "
+            f"got addresses [{begin}, {end}) of student and [{teacher_begin}, {teacher_end}) of teacher"
         )
 
 

@@ -174,6 +174,18 @@ def test_with_the_logits_of_its_own_global_views_it_is_the_loss_of_swav(device):
     torch.testing.assert_close(grad.double(), scores.grad, rtol=1e-5, atol=1e-8)
 
 
+def test_in_place_is_refused_over_a_teacher_in_the_same_memory(device):
+    student, _, center = inputs(2, 3, 64, device=device)
+    for teacher in (student[:4], student[2:], student.view(-1)[10:266].view(4, 64)):
+        with pytest.raises(ValueError, match="inplace needs a teacher that shares no memory with student"):
+            dino_loss(student, teacher, center, inplace=True)
+        dino_loss(student, teacher, center)
+    memory = torch.zeros(10, 64, device=device)  # one behind the other is not the same
+    memory[:6], memory[6:] = student, student[:4]
+    expected = dino_loss(student, student[:4], center)[0]
+    assert torch.equal(dino_loss(memory[:6], memory[6:], center, inplace=True)[0], expected)
+
+
 def test_gradient_rows_sum_to_zero_and_a_perfect_student_gets_none(device):
     student, teacher, center = inputs(2, 4, 800, device=device)
     _, _, grad = run(dino_loss, student, teacher, center)
