@@ -52,7 +52,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def dino_loss() -> None:
-    center = meta(OUTPUTS, dtype=torch.float32)
+    center = meta(OUTPUTS, dtype=torch.float32).expand(2, -1)
     for temp in (torch.tensor(0.1), meta(dtype=torch.float32)):  # a float and a 0-d tensor
         student = meta(10 * IMAGES, OUTPUTS)
         dino_loss_triton.forward_triton(student, meta(2 * IMAGES, OUTPUTS), center, temp, temp, student)

@@ -14,8 +14,9 @@ void bind_dino_loss(py::module_& m) {
     using Args = DinoLossArgs;
     bind(m, "dino_loss", dino_loss, DINO_FIELD(student), DINO_FIELD(teacher), DINO_FIELD(center), DINO_FIELD(grad),
          DINO_FIELD(batch_center), DINO_FIELD(views), DINO_FIELD(batch), DINO_FIELD(outputs),
-         DINO_FIELD(student_stride), DINO_FIELD(teacher_stride), DINO_FIELD(grad_stride), DINO_FIELD(student_dtype),
-         DINO_FIELD(teacher_dtype), DINO_FIELD(student_temp), DINO_FIELD(teacher_temp), DINO_FIELD(threads));
+         DINO_FIELD(student_stride), DINO_FIELD(teacher_stride), DINO_FIELD(center_stride), DINO_FIELD(grad_stride),
+         DINO_FIELD(student_dtype), DINO_FIELD(teacher_dtype), DINO_FIELD(student_temp), DINO_FIELD(teacher_temp),
+         DINO_FIELD(threads));
 }
 
 void bind_dino_head_loss(py::module_& m) {
