@@ -15,8 +15,7 @@ namespace dino {
 namespace {
 
 constexpr int64_t kBlock = 1024;   // elements a block: a few blocks fit the first-level cache
-constexpr int64_t kGroups = 16;    // tasks of rows; fixed, so that sums do not depend on the threads
-constexpr int kTogether = 4;       // rows whose exponentials stay in the second-level cache together
+constexpr int64_t kGroups = 16;    // tasks of at least four rows; fixed, so that sums do not depend on the threads
 constexpr int64_t kColumns = 512;  // columns a task
 constexpr int64_t kRows = 64;      // rows of these columns that are in the second-level cache when read again
 constexpr float kLowest = std::numeric_limits<float>::lowest();  // a maximum of nothing: differences are no NaN
@@ -28,46 +27,39 @@ DINO_INLINE inline float power(float y) { return exp2_negative<DType::f32>(y < -
 
 DINO_INLINE inline bool counted(const ColumnMassArgs& a, int64_t row) { return !a.counted || a.counted[row]; }
 
-// sums += softmax((row - center) / temp) of `count` rows, whose blocks take turns so that those of center and sums are
-// read once for all. Scratch: exps [count, K], block_max [count, blocks].
+// sums += softmax((row - center) / temp); scratch: exps [K], block_max: one number a block
 DINO_MULTIVERSION
-void add_softmax(const ColumnMassArgs& a, const int64_t* rows, int count, float* exps, float* block_max, float* sums) {
-    float scratch[kBlock], max[kTogether];
-    double total[kTogether] = {};
-    std::fill_n(max, count, kLowest);
-    float scale = scale_of(a);
+void add_softmax(const ColumnMassArgs& a, int64_t row, float* exps, float* block_max, float* sums) {
+    float scratch[kBlock];
+    float scale = scale_of(a), max = kLowest;
+    double total = 0;
     for (int64_t k = 0; k < a.outputs; k += kBlock) {
         int64_t n = std::min(kBlock, a.outputs - k);
+        const float* s = load(a.logits, a.dtype, row * a.stride + k, n, scratch);
         const float* center = a.center + k;
-        for (int i = 0; i < count; ++i) {
-            const float* s = load(a.logits, a.dtype, rows[i] * a.stride + k, n, scratch);
-            float *e = exps + i * a.outputs + k, highest = max[i], sum = 0;
+        float *e = exps + k, highest = max, sum = 0;
 #pragma omp simd reduction(max : highest)
-            for (int64_t j = 0; j < n; ++j) {
-                float x = (s[j] - center[j]) * scale;
-                e[j] = x;
-                highest = x > highest ? x : highest;
-            }
-            if (highest > max[i]) total[i] *= std::exp2(double(max[i]) - double(highest));
-            block_max[k / kBlock * count + i] = max[i] = highest;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < n; ++j) {
-                float y = power(e[j] - highest);
-                e[j] = y;
-                sum += y;
-            }
-            total[i] += sum;
+        for (int64_t j = 0; j < n; ++j) {
+            float x = (s[j] - center[j]) * scale;
+            e[j] = x;
+            highest = x > highest ? x : highest;
         }
+        if (highest > max) total *= std::exp2(double(max) - double(highest));
+        block_max[k / kBlock] = max = highest;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < n; ++j) {
+            float y = power(e[j] - max);
+            e[j] = y;
+            sum += y;
+        }
+        total += sum;
     }
     FlushDenormals flush;  // not before: it would take float16's subnormal logits for zeros
     for (int64_t k = 0; k < a.outputs; k += kBlock) {
         int64_t n = std::min(kBlock, a.outputs - k);
-        for (int i = 0; i < count; ++i) {
-            const float* e = exps + i * a.outputs + k;
-            float factor = float(std::exp2(double(block_max[k / kBlock * count + i]) - double(max[i])) / total[i]);
+        float factor = float(std::exp2(double(block_max[k / kBlock]) - double(max)) / total);
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j) sums[k + j] += factor * e[j];
-        }
+        for (int64_t j = 0; j < n; ++j) sums[k + j] += factor * exps[k + j];
     }
 }
 
@@ -125,23 +117,15 @@ void column_mass(const ColumnMassArgs& a) {
         return;
     }
     static thread_local Buffer partial_buffer;
-    int64_t groups = std::min(kGroups, (a.rows + kTogether - 1) / kTogether);
+    int64_t groups = std::min(kGroups, (a.rows + 3) / 4);
     float* partial = partial_buffer.fit(groups * a.outputs);
     parallel_for(groups, a.threads, [&](int64_t group) {
         static thread_local Buffer buffers[2];
-        float* exps = buffers[0].fit(kTogether * a.outputs);
-        float* block_max = buffers[1].fit(kTogether * ((a.outputs + kBlock - 1) / kBlock));
+        float *exps = buffers[0].fit(a.outputs), *block_max = buffers[1].fit((a.outputs + kBlock - 1) / kBlock);
         float* sums = partial + group * a.outputs;
         std::fill_n(sums, a.outputs, 0.0f);
-        int64_t rows[kTogether];
-        int count = 0;
-        for (int64_t row = group * a.rows / groups, end = (group + 1) * a.rows / groups; row < end; ++row) {
-            if (counted(a, row)) rows[count++] = row;
-            if (count == kTogether || row + 1 == end) {
-                add_softmax(a, rows, count, exps, block_max, sums);
-                count = 0;
-            }
-        }
+        for (int64_t row = group * a.rows / groups; row < (group + 1) * a.rows / groups; ++row)
+            if (counted(a, row)) add_softmax(a, row, exps, block_max, sums);
     });
     std::fill_n(a.mass, a.outputs, 0.0f);
     of_columns([&](int64_t begin, int64_t count) { add_groups(a, partial, groups, begin, count); });
