@@ -164,6 +164,19 @@ def bias_gelu_backward(
     threads: int,
 ) -> None: ...
 def check_crops(*, crops: int, heights: Sequence[int], widths: Sequence[int], sizes: Sequence[int]) -> None: ...
+def column_mass(
+    *,
+    logits: int,
+    center: int,
+    counted: int,
+    mass: int,
+    rows: int,
+    outputs: int,
+    stride: int,
+    dtype: int,
+    temp: float,
+    threads: int,
+) -> None: ...
 def dino_head_loss(
     *,
     student_z: int,
