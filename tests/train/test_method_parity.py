@@ -33,6 +33,9 @@ SETTINGS = {
 }
 
 
+SWAV = {"method": "swav", "local_crops_number": 2, "head_bottleneck_dim": 16, "clip_grad": 0.0, "momentum_teacher": 0.0}
+
+
 class Plain:
     """Nets as state dicts, SGD with the schedules of the paper, moving average of the parameters."""
 
@@ -40,7 +43,9 @@ class Plain:
 
     def __init__(self, learner, config):
         self.c = config
-        self.student = {name: p.detach().double().requires_grad_() for name, p in learner.student.named_parameters()}
+        self.student = {
+            name: p.detach().double().requires_grad_(p.requires_grad) for name, p in learner.student.named_parameters()
+        }
         self.teacher = {name: p.detach().clone() for name, p in self.student.items()}
         self.statistics = {}
         decayed = [p for name, p in self.student.items() if p.dim() > 1 and not name.endswith(".bias")]
@@ -89,6 +94,8 @@ class Plain:
         self.optimizer.zero_grad()
         loss = self.loss([crop.double() for crop in crops], step)
         loss.backward()
+        if step < self.c.freeze_last_layer * STEPS_PER_EPOCH and "head.last_layer.weight_v" in self.student:
+            self.student["head.last_layer.weight_v"].grad = None
         self.optimizer.step()
         self.after(momentum)
         return loss.item()
@@ -112,7 +119,7 @@ class PlainBYOL(Plain):
 class PlainMoCo2(Plain):
     def __init__(self, learner, config):
         super().__init__(learner, config)
-        self.queue, self.momentum = learner.method.queue.double(), None
+        self.queue, self.momentum = learner.method.queue.rows.double(), None
 
     def loss(self, crops, step):
         if self.momentum is not None:  # before the keys (builder.py:130), by what the last step's schedule says
@@ -159,11 +166,52 @@ def difference(ours, plain):
     return ((ours.double() - plain).norm() / plain.norm().clamp_min(0.1)).item()
 
 
+class PlainSwAV(Plain):
+    """With the head of DINO, and assignments as 3 divisions of rows and columns."""
+
+    def __init__(self, learner, config):
+        super().__init__(learner, config)
+        self.queue = torch.zeros(2, 0, config.head_bottleneck_dim, dtype=torch.float64)
+
+    def features(self, crop):
+        x = self.backbone(self.student, crop)
+        for layer in (0, 2):
+            x = F.gelu(F.linear(x, self.student[f"head.mlp.{layer}.weight"], self.student[f"head.mlp.{layer}.bias"]))
+        x = F.linear(x, self.student["head.mlp.4.weight"], self.student["head.mlp.4.bias"])
+        return F.normalize(x, dim=1)
+
+    @torch.no_grad()
+    def assignments(self, scores):
+        q = (scores / self.c.teacher_temp).exp()
+        for _ in range(3):
+            q = q / q.sum(0, keepdim=True) / q.shape[1]
+            q = q / q.sum(1, keepdim=True) / q.shape[0]
+        return q * q.shape[0]
+
+    def loss(self, crops, step):
+        prototypes = F.normalize(self.student["head.last_layer.weight_v"], dim=1)
+        z = [self.features(crop) for crop in crops]
+        scores = [x @ prototypes.t() for x in z]
+        full = self.c.queue_size > 0 and self.queue.shape[1] == self.c.queue_size
+        total = 0.0
+        for u in range(2):
+            rows = torch.cat([scores[u], self.queue[u] @ prototypes.t()]) if full else scores[u]
+            q = self.assignments(rows)[:BATCH]
+            others = [s for v, s in enumerate(scores) if v != u]
+            losses = [-(q * (s / self.c.student_temp).log_softmax(1)).sum(1).mean() for s in others]
+            total = total + sum(losses) / len(losses) / 2
+        if self.c.queue_size and step >= self.c.queue_start_epoch * STEPS_PER_EPOCH:
+            self.queue = torch.cat([self.queue, torch.stack(z[:2]).detach()], dim=1)[:, -self.c.queue_size :]
+        return total
+
+
 CASES = {
     "byol": (PlainBYOL, {"method": "byol"}),
     "byol with a frozen patch embedding": (PlainBYOL, {"method": "byol", "freeze_patch_embed": True}),
     "mocov2": (PlainMoCo2, {"method": "moco", "queue_size": 20}),  # not a multiple of the batch
     "mocov3": (PlainMoCo3, {"method": "moco", "predictor": True, "queue_size": 0, "student_temp": 0.2}),
+    "swav": (PlainSwAV, {**SWAV}),
+    "swav with a queue": (PlainSwAV, {**SWAV, "queue_size": 24, "queue_start_epoch": 1}),  # used from step 5 on
 }
 
 
@@ -191,6 +239,7 @@ def test_ten_steps(name):
     if kind is PlainMoCo2:
         plain.move_teacher(plain.momentum)
         assert max(difference(p, plain.teacher[name]) for name, p in learner.teacher.named_parameters()) < tolerance
-        order = (learner.method.position + torch.arange(len(plain.queue))) % len(plain.queue)
-        assert relative(learner.method.queue[order], plain.queue) < tolerance
-    assert relative(dict(learner.teacher.named_parameters())["projector.0.weight"], start["projector.0.weight"]) > 1e-4
+        order = (learner.method.queue.position + torch.arange(len(plain.queue))) % len(plain.queue)
+        assert relative(learner.method.queue.rows[order], plain.queue) < tolerance
+    name = "head.mlp.0.weight" if kind is PlainSwAV else "projector.0.weight"
+    assert relative(dict(learner.teacher.named_parameters())[name], start[name]) > 1e-4

@@ -2,9 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 
 import dino_train
 import pytest
+import tiny_run
 import torch
 import torch.nn.functional as F
 from dino_train.cli import main
@@ -14,7 +16,7 @@ from dino_train.config.presets import METHODS, PRESETS, READ_BY, recipe
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine.learner import Learner
 from dino_train.models.resnet import SplitBatchNorm, split_batch_norm
-from tiny_run import make_images
+from tiny_run import make_images, torchrun
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -35,6 +37,8 @@ KINDS = {
     "byol": {"method": "byol"},
     "mocov2": {"method": "moco", "queue_size": 20},
     "mocov3": {"method": "moco", "predictor": True, "queue_size": 0},
+    "swav": {"method": "swav", "local_crops_number": 2, "head_bottleneck_dim": 16, "queue_size": 16},
+    "dino with sinkhorn": {"method": "dino", "local_crops_number": 2, "centering": "sinkhorn"},
 }
 
 
@@ -93,7 +97,6 @@ def test_a_setting_that_a_method_does_not_read_is_an_error(setting):
     [
         ("mocov2", {"local_crops_number": 2}, "local_crops_number must be 0 for moco, got 2"),
         ("mocov2", {"queue_size": 0}, "queue_size must be 0 with a predictor .*, at least 1 without one .*, got 0"),
-        ("mocov2", {"queue_size": 7}, "queue_size must be at least batch_size_per_gpu 8, got 7"),
         ("mocov3", {"queue_size": 64}, "queue_size must be 0 with a predictor .*, got 64"),
         ("mocov2", {"bn_split": 3}, "bn_split must be a divisor of the 8 images of a micro-batch.*, got 3"),
         ("mocov2", {"bn_split": 8}, "bn_split must be a divisor of the 8 .* with at least 2 parts, got 8"),
@@ -185,7 +188,7 @@ def test_a_step_that_is_not_finite_changes_nothing(kind):
         assert torch.equal(value, now), name
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dino"])
+@pytest.mark.parametrize("kind", ["byol", "mocov2", "mocov3"])
 def test_a_constant_output_is_seen_as_a_collapse(kind):
     config = make(kind)
     learner = started(config)
@@ -224,10 +227,12 @@ def test_the_queue_holds_the_last_keys_in_order():
     config = make("mocov2", queue_size=20, accumulate=2)
     learner = started(config)
     keys = [learner.step(step, crops(config, step)).kept[:, 1] for step in range(4)]
-    method = learner.method
-    assert method.position == 4 * 8 % 20
-    order = (method.position + torch.arange(20)) % 20
-    assert torch.equal(method.queue[order], torch.cat(keys)[-20:])
+    queue = learner.method.queue
+    assert queue.position == 4 * 8 % 20
+    order = (queue.position + torch.arange(20)) % 20
+    assert torch.equal(queue.rows[order], torch.cat(keys)[-20:])
+    with pytest.raises(ValueError, match="queue_size must be 0 or at least the 8 images of a step, got 7"):
+        started(make("mocov2", queue_size=7))
 
 
 @pytest.mark.parametrize("shape", [(12,), (12, 5, 4)])
@@ -279,3 +284,72 @@ def test_moco_trains_a_resnet_with_split_batch_norms():
     losses = [learner.step(step, crops(config, 0)).loss for step in range(3)]
     assert all(map(math.isfinite, losses))
     assert sum(isinstance(module, SplitBatchNorm) for module in learner.student.modules()) == 53
+
+
+# --- SwAV and Sinkhorn-Knopp -------------------------------------------------------------------------
+
+
+def test_prototypes_have_norm_1_and_stay_bitwise_while_they_are_frozen():
+    config = make("swav", arch="resnet50", optimizer="sgd", use_bn_in_head=True, precision="bfloat16", lr=0.5)
+    learner = started(config)
+    layer = learner.student.head.last_layer
+    before = layer.weight.detach().clone()
+    for step in range(4):  # of 2 epochs
+        learner.step(step, crops(config, step))
+        assert (layer.weight.norm(dim=1) - 1).abs().max() < 1e-6
+        assert torch.equal(layer.copies[0], layer.weight.to(torch.bfloat16))
+        assert torch.equal(layer.weight, before) == (step < 2)
+    assert (layer.weight - before).norm() > 1e-3
+
+
+def test_the_queue_of_swav_is_filled_from_its_epoch_and_used_once_it_is_full():
+    method = started(make("swav", queue_size=20, queue_start_epoch=1)).method
+    stages = [method.stage(step, 2) for step in range(6)]
+    assert stages == [(False, False)] * 2 + [(True, False)] * 3 + [(True, True)]
+    assert started(make("swav", queue_size=0)).method.stage(9, 2) == (False, False)
+
+
+def test_the_center_of_sinkhorn_balances_the_outputs():
+    config = make("dino with sinkhorn", sinkhorn_iterations=50, out_dim=8, warmup_teacher_temp=0.5, teacher_temp=0.5)
+    learner = started(config)
+    images = crops(config, 0)
+    with torch.no_grad():
+        logits = learner.teacher(images[:2])
+    learner.step(0, images)
+    q = ((logits - learner.method.center) / 0.5).softmax(dim=1)
+    torch.testing.assert_close(q.sum(0), torch.full((8,), 2.0), rtol=1e-3, atol=0)
+
+
+# --- several processes -------------------------------------------------------------------------------
+
+_RANK = """
+import json, sys, torch
+sys.path[:0] = json.loads(sys.argv[1])
+import test_methods
+from dino_train.common import parallel
+from dino_train.engine.learner import Learner
+parallel.join(torch.device("cpu"))
+torch.set_num_threads(1)
+torch.manual_seed(parallel.rank())
+config = test_methods.make("mocov2", batch_size_per_gpu=4, bn_split=2)
+learner = Learner(config, 2, torch.device("cpu"))
+own = slice(4 * parallel.rank(), 4 * parallel.rank() + 4)
+keys = []
+for step in range(4):
+    result = learner.step(step, [crop[own] for crop in test_methods.crops(config, step)])
+    keys.append(result.kept[:, 1])
+kept = {"queue": learner.method.queue.rows, "keys": keys, "weights": learner.student_flat.weights}
+torch.save(kept, f"{sys.argv[2]}/{parallel.rank()}.pt")
+parallel.leave()
+"""
+
+
+def test_all_ranks_have_the_queue_of_all_keys(tmp_path):
+    (tmp_path / "rank.py").write_text(_RANK)
+    folders = json.dumps([str(Path(file).parent) for file in (__file__, tiny_run.__file__)])
+    assert torchrun([str(tmp_path / "rank.py"), folders, str(tmp_path)]).wait(timeout=300) == 0
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first["queue"], second["queue"]) and torch.equal(first["weights"], second["weights"])
+    keys = torch.cat([key for pair in zip(first["keys"], second["keys"], strict=True) for key in pair])
+    position = 4 * 8 % 20
+    assert torch.equal(first["queue"][(position + torch.arange(20)) % 20], keys[-20:])

@@ -218,12 +218,6 @@ class PretrainConfig:
                 self.queue_size,
                 "0 with a predictor (MoCo v3), at least 1 without one (v2)",
             )
-            _require(
-                self.queue_size in (0, *range(self.batch_size_per_gpu, self.queue_size + 1)),
-                "queue_size",
-                self.queue_size,
-                f"at least batch_size_per_gpu {self.batch_size_per_gpu}",
-            )
         if self.bn_split:
             batch = self.batch_size_per_gpu // self.accumulate
             _require(

@@ -78,9 +78,10 @@ class Learner:
             self.student.backbone.checkpoint_activations = config.checkpoint_activations
         self.student_flat = FlatParameters(self.student, self.dtype)
         self.teacher_flat = FlatParameters(self.teacher, self.dtype)
-        if parallel.size() > 1:  # all ranks start from the weights of rank 0
+        if parallel.size() > 1:  # all ranks start from the weights and the state of rank 0
             weights = self.student_flat.weights, self.teacher_flat.weights
-            parallel.broadcast([*weights, *self.student.buffers(), *self.teacher.buffers()])
+            state = [tensor for part in self.method.state_dict().values() for tensor in part.values()]
+            parallel.broadcast([*weights, *self.student.buffers(), *self.teacher.buffers(), *state])
             self._renew()
         self.frozen: list[nn.Module] = []
         self.optimizer = self._optimizer()
@@ -101,6 +102,7 @@ class Learner:
         columns = (self.lr, self.weight_decay, self.momentum, np.repeat(self.teacher_temp, steps_per_epoch))
         self.schedule = torch.tensor(np.stack(columns, axis=1), device=device)
         self.scheduled = torch.zeros(4, dtype=torch.float64, device=device)
+        self.stage = self.method.stage(0, steps_per_epoch)
         self.update = self._new_update()
 
     def _place(self, net: nn.Module) -> None:
@@ -136,6 +138,8 @@ class Learner:
             NonFiniteLoss: with sgd or lars, which check the loss on the host; before any update.
         """
         self._freeze(step // self.steps_per_epoch)
+        if (stage := self.method.stage(step, self.steps_per_epoch)) != self.stage:
+            self.stage, self.update = stage, self._new_update()
         self.scheduled.copy_(self.schedule[step])
         loss, kept = self.update(crops)
         return StepResult(loss, *self.schedule_values(step), kept, self)

@@ -6,6 +6,7 @@ optimizer, moving average, checkpoints and evaluation are the same for all of th
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -43,10 +44,11 @@ class Method:
         self.config, self.device, self.dtype = config, device, config.dtype(device)
         self.phase: Callable[[str], None] = lambda name: None
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[Any]:
         """For networks without layers of `dino_kernels.nn`, whose weights have no copies in bfloat16."""
-        low = self.dtype == torch.bfloat16 and self.config.arch == "resnet50"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+        if self.dtype == torch.bfloat16 and self.config.arch == "resnet50":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
 
     def frozen(self, epoch: int) -> list[nn.Module]:
         """Parts of the student that are not trained in this epoch."""
@@ -54,6 +56,10 @@ class Method:
         if self.config.freeze_patch_embed and isinstance(backbone, VisionTransformer):
             return [backbone.patch_embed]
         return []
+
+    def stage(self, step: int, steps_per_epoch: int) -> object:
+        """What the host knows of this step and `forward` and `after` depend on; another value is a new graph."""
+        return None
 
     def forward(self, crops: list[Tensor], teacher_temp: Tensor) -> Part:
         """The loss of a micro-batch. Without a device-to-host sync, and without reading a value on the host: on a GPU
@@ -77,8 +83,8 @@ class Method:
         """Numbers for the log, by which a collapse shows (`dino_train.common.metrics.collapse_signs`)."""
         raise NotImplementedError
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds besides networks and optimizer: nested dicts of tensors."""
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds besides networks and optimizer: dicts of tensors, for others than DINO "method"."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

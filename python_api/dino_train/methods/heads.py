@@ -59,6 +59,33 @@ class Projected(Net):
         return torch.stack([view if self.predictor is None else self.predictor(view) for view in projections])
 
 
+class Prototypes(nn.Module):
+    """SwAV's head: two linear layers, features of norm 1, and their products with K prototypes of norm 1."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, use_bn: bool, hidden_dim: int, bottleneck_dim: int):
+        super().__init__()
+        self.mlp = mlp(in_dim, hidden_dim, bottleneck_dim, bn=use_bn)
+        self.last_layer = Linear(bottleneck_dim, out_dim, bias=False)
+        with torch.no_grad():
+            self.last_layer.weight.copy_(F.normalize(self.last_layer.weight, dim=1))
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """x [N, in_dim] -> rows of norm 1 [N, bottleneck_dim], float32 or wider."""
+        return normalize(self.mlp(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, in_dim] -> products with the prototypes [N, K]."""
+        return self.last_layer(self.bottleneck(x))
+
+    @torch.no_grad()
+    def normalize_prototypes(self, refused: Tensor) -> None:
+        """After a step, unless it was refused. Not a weight norm, whose gradient has no part along the prototypes."""
+        weight = self.last_layer.weight
+        weight.copy_(torch.where(refused, weight, F.normalize(weight, dim=1)))
+        if self.last_layer.copies is not None:
+            self.last_layer.copies[0].copy_(weight)
+
+
 def normalize(x: Tensor) -> Tensor:
     """Rows of norm 1, float32 or wider: in 16 bit the rounded norm would scale all products with a row alike."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12)

@@ -15,6 +15,7 @@ from dino_train.common import parallel
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.methods import Method, Part
 from dino_train.methods.heads import Projected, mlp, normalize, projector_of, spread
+from dino_train.methods.queue import Queue
 from dino_train.models.resnet import split_batch_norm
 from dino_train.models.vit import build_backbone
 
@@ -35,10 +36,8 @@ class Moco(Method):
             self.splits = config.batch_size_per_gpu // config.accumulate // config.bn_split
             for net in (self.student, self.teacher):
                 split_batch_norm(net, self.splits)
-        # The keys of earlier steps, and which of them is the oldest.
         rows = F.normalize(torch.randn(config.queue_size, config.out_dim), dim=1)
-        self.queue = rows.to(device, self.dtype)
-        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self.queue = Queue(rows.to(device, self.dtype), config.batch_size_per_gpu)
 
     def _build(self, drop_path_rate: float) -> Projected:
         c = self.config
@@ -72,7 +71,7 @@ class Moco(Method):
             query = normalize(self.student.project(crops[:1])[0])
             self.phase("student_forward")
         positive = (query * key).sum(1, keepdim=True)
-        logits = torch.cat([positive, query @ self.queue.to(query.dtype).t()], dim=1)
+        logits = torch.cat([positive, query @ self.queue.rows.to(query.dtype).t()], dim=1)
         loss = F.cross_entropy(logits / self.config.student_temp, logits.new_zeros(len(query), dtype=torch.int64))
         self.phase("loss")
         return Part(loss, key.new_empty(0), torch.stack([query.detach(), key], dim=1))
@@ -107,20 +106,15 @@ class Moco(Method):
         return Part(2 * temp * torch.stack(losses).sum(), keys.new_empty(0), kept)
 
     def after(self, told: Tensor, kept: Tensor, refused: Tensor) -> None:
-        if not len(self.queue):
-            return
-        keys = parallel.gather(kept[:, -1]).to(self.dtype)
-        places = (self.position + torch.arange(len(keys), device=self.device)) % len(self.queue)
-        self.queue.index_copy_(0, places, torch.where(refused, self.queue[places], keys))
-        self.position.copy_((self.position + torch.where(refused, 0, len(keys))) % len(self.queue))
+        if len(self.queue):
+            self.queue.push(kept[:, -1], refused)
 
     def health(self, kept: Tensor, teacher_temp: float) -> dict[str, float]:
         """Spread of the keys, near 1 or, after a collapse, near 0; mean cosine of a query and its key."""
         return {"spread": spread(kept[:, -1]), "positive_cosine": (kept[:, 0] * kept[:, -1]).sum(-1).mean().item()}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"method": {"queue": self.queue, "position": self.position}}
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {"method": self.queue.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.queue.copy_(state["method"]["queue"])
-        self.position.copy_(state["method"]["position"])
+        self.queue.load_state_dict(state["method"])

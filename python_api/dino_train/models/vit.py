@@ -7,7 +7,7 @@ sequences together, C = embed_dim, H heads of D = C / H channels, K = out_dim.
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -258,9 +258,9 @@ class Net(nn.Module):
 
 
 class DINOModel(Net):
-    """Backbone and the head of DINO (`utils.py:594`)."""
+    """Backbone and a head with a `bottleneck` and a `last_layer`, as DINO's (`utils.py:594`)."""
 
-    def __init__(self, backbone: VisionTransformer | ResNet, head: DINOHead):
+    def __init__(self, backbone: VisionTransformer | ResNet, head: Any):
         super().__init__(backbone)
         self.head = head
 
