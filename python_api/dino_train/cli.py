@@ -1,4 +1,4 @@
-"""The command line: dino-train pretrain | pack | evaluate <protocol> | export | --version."""
+"""The command line: dino-train pretrain | pack | evaluate <protocol> | compare | export | --version."""
 
 import logging
 import sys
@@ -15,6 +15,7 @@ from dino_train.config.presets import METHOD_DEFAULTS, PRESETS, recipe
 from dino_train.config.pretrain import PretrainConfig, default_workers
 from dino_train.data.folder import ImageFolder
 from dino_train.data.pack import pack
+from dino_train.engine.compare import Compare
 from dino_train.engine.learner import NonFiniteLoss
 from dino_train.engine.train import Interrupted, pretrain
 from dino_train.evaluate.attention import Attention
@@ -177,6 +178,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Annotated[_Pretrain, tyro.conf.subcommand("pretrain", default=_defaults(argv))]
         | Annotated[_marked(Pack, data=_alias("--data-path")), tyro.conf.subcommand("pack")]
         | _Evaluate
+        | Annotated[
+            _marked(Compare, data=_alias("--data-path"), sweep=_single, equal_time=_word),
+            tyro.conf.subcommand("compare"),
+        ]
         | Annotated[Export, tyro.conf.subcommand("export")]
     )
     try:
