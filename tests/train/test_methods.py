@@ -188,7 +188,7 @@ def test_a_step_that_is_not_finite_changes_nothing(kind):
         assert torch.equal(value, now), name
 
 
-@pytest.mark.parametrize("kind", ["byol", "mocov2", "mocov3"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind]["method"] not in ("dino", "swav")])
 def test_a_constant_output_is_seen_as_a_collapse(kind):
     config = make(kind)
     learner = started(config)
