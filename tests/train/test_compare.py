@@ -85,7 +85,7 @@ def test_a_run_that_fails_is_named(tmp_path, capfd):
 
 
 def test_wrong_options(tmp_path, capsys):
-    assert main(words(tmp_path, "--methods", "dino", "simclr")) == 1
+    assert main(words(tmp_path, "--methods", "dino", "nonsense")) == 1
     assert "methods must be among dino, dino-sinkhorn, byol" in capsys.readouterr().err
     assert main(words(tmp_path, "--seeds", "0")) == 1
     assert "seeds must be at least 1, got 0" in capsys.readouterr().err
