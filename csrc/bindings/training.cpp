@@ -5,6 +5,7 @@
 #include "cpu/dino_head_loss.h"
 #include "cpu/dino_loss.h"
 #include "cpu/ema_update.h"
+#include "cpu/sgd_ema.h"
 #include "cpu/weight_norm.h"
 
 namespace dino::bindings {
@@ -59,6 +60,12 @@ void bind_adamw_ema_step(py::module_& m) {
                                          DINO_FIELD(steps), DINO_FIELD(beta1), DINO_FIELD(beta2), DINO_FIELD(eps));
 }
 
+void bind_sgd_ema_step(py::module_& m) {
+    using Args = SgdEmaArgs;
+    bind_flat_step<Args, sgd_ema_step>(m, "sgd_ema_step", DINO_FIELD(momentum_buffer), DINO_FIELD(adapted),
+                                       DINO_FIELD(momentum_sgd), DINO_FIELD(eta), DINO_FIELD(eps), DINO_FIELD(larc));
+}
+
 void bind_weight_norm(py::module_& m) {
     using Args = WeightNormArgs;
     bind(m, "weight_norm", weight_norm, DINO_FIELD(v), DINO_FIELD(g), DINO_FIELD(w), DINO_FIELD(rows),
@@ -80,6 +87,7 @@ void bind_training(py::module_& m) {
     m.def("ema_update", &update_ema, py::kw_only(), py::arg("targets"), py::arg("sources"), py::arg("sizes"),
           py::arg("source_dtypes"), py::arg("momentum"), py::arg("threads"));
     bind_adamw_ema_step(m);
+    bind_sgd_ema_step(m);
     bind_weight_norm(m);
     bind_weight_norm_backward(m);
 }

@@ -21,9 +21,9 @@ DINO_INLINE inline void advance(const AdamwEmaArgs& a, int64_t i, int64_t n, con
 }
 
 DINO_MULTIVERSION
-Squares measure(const AdamwEmaArgs& a, int64_t, int64_t begin, int64_t count) {
+Sums measure(const AdamwEmaArgs& a, int64_t, int64_t begin, int64_t count) {
     float scratch[kBlock];
-    Squares sum;
+    Sums sum;
     for (int64_t i = 0; i < count; i += kBlock) {
         int64_t n = std::min(kBlock, count - i);
         const float* g = load(a.grad, a.grad_dtype, begin + i, n, scratch);
@@ -40,9 +40,9 @@ void update_rows(const AdamwEmaArgs& a, int64_t first, int64_t count, const Fact
     update_layer(a, first, count, f);
 }
 
-Factors make_factors(const AdamwEmaArgs& a, int64_t i, const Squares& squares) {
+Factors make_factors(const AdamwEmaArgs& a, int64_t i, const Sums& sums) {
     double n = double(a.steps[i] + 1);
-    return {float(clip_factor(a, std::sqrt(squares.grad))), float(a.lr / (1 - std::pow(a.beta1, n))),
+    return {float(clip_factor(a, std::sqrt(sums.grad))), float(a.lr / (1 - std::pow(a.beta1, n))),
             float(1 / std::sqrt(1 - std::pow(a.beta2, n))), float(a.decayed[i] ? 1 - a.lr * a.weight_decay : 1.0)};
 }
 

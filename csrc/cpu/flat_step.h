@@ -39,11 +39,11 @@ namespace {
 constexpr int64_t kChunk = 1 << 15;  // elements a task
 constexpr int64_t kBlock = 1024;     // elements at a time in the first-level cache
 
-// Squared norms of a segment or a part of it.
-struct Squares {
-    double grad = 0;
+// Of a segment or a part of it: squared norms of the gradient and the weights, and their dot product.
+struct Sums {
+    double grad = 0, weights = 0, product = 0;
 
-    void add(const Squares& other) { grad += other.grad; }
+    void add(const Sums& x) { grad += x.grad, weights += x.weights, product += x.product; }
 };
 
 // min(1, clip_norm / norm) of a gradient
@@ -110,11 +110,11 @@ DINO_INLINE inline void update_layer(const Args& a, int64_t first, int64_t count
 
 // Returns whether a gradient's norm was not finite; then nothing was changed.
 //   measure(args, segment, begin, count): of a part of a segment
-//   make_factors(args, segment, squares): what `advance` takes, from the whole segment's
+//   make_factors(args, segment, sums): what `advance` takes, from the whole segment's
 //   update, update_rows: update_chunk and update_layer, compiled for each instruction set
 template <class Args, class Factors>
-bool flat_step(const Args& a, Squares (*measure)(const Args&, int64_t, int64_t, int64_t),
-               Factors (*make_factors)(const Args&, int64_t, const Squares&),
+bool flat_step(const Args& a, Sums (*measure)(const Args&, int64_t, int64_t, int64_t),
+               Factors (*make_factors)(const Args&, int64_t, const Sums&),
                void (*update)(const Args&, int64_t, int64_t, const Factors*),
                void (*update_rows)(const Args&, int64_t, int64_t, const Factors*)) {
     std::vector<int64_t> first_chunk(a.segments + 1, 0);
@@ -126,15 +126,15 @@ bool flat_step(const Args& a, Squares (*measure)(const Args&, int64_t, int64_t, 
         count = std::min(kChunk, a.offsets[i + 1] - begin);
         return i;
     };
-    std::vector<Squares> squares(first_chunk.back());
+    std::vector<Sums> sums(first_chunk.back());
     parallel_for(first_chunk.back(), a.threads, [&](int64_t chunk) {
         int64_t begin, count, i = locate(chunk, begin, count);
-        if (!a.frozen[i]) squares[chunk] = measure(a, i, begin, count);
+        if (!a.frozen[i]) sums[chunk] = measure(a, i, begin, count);
     });
     std::vector<Factors> factors(a.segments);
     for (int64_t i = 0; i < a.segments; ++i) {
-        Squares total;
-        for (int64_t chunk = first_chunk[i]; chunk < first_chunk[i + 1]; ++chunk) total.add(squares[chunk]);
+        Sums total;
+        for (int64_t chunk = first_chunk[i]; chunk < first_chunk[i + 1]; ++chunk) total.add(sums[chunk]);
         if (!std::isfinite(total.grad)) return true;
         factors[i] = make_factors(a, i, total);
     }
