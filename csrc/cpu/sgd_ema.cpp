@@ -47,8 +47,8 @@ Factors make_factors(const SgdEmaArgs& a, int64_t i, const Sums& sums) {
     if (a.adapted[i] && a.larc && weights > 0)
         ratio = grad > 0 ? a.eta * weights / (clip * grad + decay * weights + a.eps) : 0;
     if (a.adapted[i] && !a.larc && weights > 0) {
-        double d = clip * clip * sums.grad + 2 * clip * decay * sums.product + decay * decay * sums.weights;
-        if (d > 0) ratio = a.eta * weights / std::sqrt(d);
+        double square = clip * clip * sums.grad + 2 * clip * decay * sums.product + decay * decay * sums.weights;
+        if (square > 0) ratio = a.eta * weights / std::sqrt(square);
     }
     return {float(clip * ratio), float(decay * ratio)};
 }

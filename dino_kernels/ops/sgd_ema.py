@@ -57,11 +57,11 @@ def sgd_ema_step_(
 ) -> None:
     """One optimizer step of the student and one of the teacher, in place; on a GPU without a device-to-host sync.
 
-    Formula in the module's docstring. SGD is `adapted` false everywhere (torch.optim.SGD); LARS `adapted` true of
-    matrices, usually those that are decayed (You et al. 2017; main_dino.py's utils.py:553-591); LARC `larc=True` with
-    `adapted` true of every segment (NVIDIA apex, `clip=False`, as SwAV trains). Computed in float32; a repeated call on
-    the same values is bitwise equal. If the norm of a segment's gradient is infinite or NaN, nothing is changed but
-    `nonfinite`, and the gradient is cleared.
+    Formula in the module's docstring. SGD is `adapted` false everywhere (torch.optim.SGD). LARS is `adapted` true of
+    matrices, usually those that decay (You et al. 2017; utils.py:553-591). LARC is `larc=True` and `adapted` true of
+    every segment (NVIDIA apex with clip=False, as SwAV trains). Computed in float32, |g + w s| from |g|, |s| and g . s
+    with an error of about 1e-7 (|g| + w |s|); a repeated call on the same values is bitwise equal. If the norm of a
+    segment's gradient is infinite or NaN, nothing is changed but `nonfinite`, and the gradient is cleared.
 
     Args:
         momentum_buffer: mu, float32 [N], contiguous, zero at first.

@@ -57,8 +57,8 @@ def _sgd_segment_kernel(
             ratio = tl.where(norm > 0.0, eta * length / (clip * norm + decay * length + eps), 0.0)
         else:
             product = sum_of_blocks(partials + 2 * programs, begin, end, BLOCK)
-            d = clip * clip * square + 2.0 * clip * decay * product + decay * decay * weights
-            ratio = tl.where(d > 0.0, eta * length / tl.sqrt(d), 1.0)
+            both = clip * clip * square + 2.0 * clip * decay * product + decay * decay * weights
+            ratio = tl.where(both > 0.0, eta * length / tl.sqrt(both), 1.0)
         ratio = tl.where(length > 0.0, ratio, 1.0)
     tl.store(factors + 4 * segment, ratio * clip)
     tl.store(factors + 4 * segment + 1, scalar(lr).to(tl.float32))
