@@ -2,6 +2,7 @@
 
     python bench/bench_step.py --arch vit_tiny --batch 4 --steps 8 --json step.json
     python bench/bench_step.py --reference-repo PATH ...      also measures a clone of facebookresearch/dino
+    python bench/bench_step.py --methods dino,byol,swav ...   measures methods of ours in place of peers
 
 Every provider runs in a separate process, to measure its peak memory: maximum resident (CPU) or allocated (CUDA). The
 providers alternate, one step each, from the same weights, on the same random crops, which are computed before. Phases
@@ -72,7 +73,23 @@ def ours(setting: Setting, weights: dict[str, torch.Tensor], precision: str, **c
     return made
 
 
+def config_of(variant: str, setting: Setting, precision: str):
+    """A method with its own crops and heads, on the backbone of the setting."""
+    from dino_train.config.presets import recipe
+    from dino_train.config.pretrain import PretrainConfig
+    from dino_train.engine.compare import VARIANTS
+
+    settings = {**recipe(VARIANTS[variant]["method"], "none"), **VARIANTS[variant]}
+    settings |= {"arch": setting.arch, "patch_size": setting.patch, "drop_path_rate": setting.drop_path}
+    return PretrainConfig(**settings, precision=precision, batch_size_per_gpu=setting.batch, device=setting.device)
+
+
 def build(name: str, setting: Setting, precision: str, reference_repo: Path | None = None):
+    if name.startswith("method "):
+        from dino_train.engine.learner import Learner
+
+        config = config_of(name.removeprefix("method "), setting, precision)
+        return Learner(config, STEPS_PER_EPOCH, torch.device(setting.device))
     weights = start_weights(setting)
     if name == "ours_plain":  # eager, also on a GPU
         return ours(setting, weights, precision, cuda_graph=False)
@@ -105,7 +122,8 @@ def serve(connection: Connection, name: str, setting: Setting, options: argparse
     batches = [setting.crops(seed) for seed in range(BATCHES)]
 
     def take(step: int, phases: bool) -> dict[str, Any]:
-        crops = [crop.to(setting.device) for crop in batches[step % BATCHES]]
+        local_crops = trained.config.local_crops_number if name.startswith("method ") else setting.local_crops
+        crops = [crop.to(setting.device) for crop in batches[step % BATCHES][: 2 + local_crops]]
         synchronize()
         timer = PhaseTimer(synchronize)
         trained.phase_hook = timer if phases else None
@@ -160,7 +178,7 @@ class Provider:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, name, setting, options), daemon=True)
         before = dict(os.environ)
-        os.environ.update(dino_train_environment() if name.startswith("ours") else {})
+        os.environ.update(dino_train_environment() if name.startswith(("ours", "method ")) else {})
         self.process.start()
         os.environ.clear()
         os.environ.update(before)
@@ -255,6 +273,21 @@ def tables(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def methods_table(rows: dict[str, dict[str, Any]], setting: Setting, precision: str) -> str:
+    """What each method computes and how fast: images per second do not compare methods of different crops."""
+    from dino_train.methods.flops import flops_per_image
+
+    lines = ["| method | images/s | GFLOP/image | TFLOP/s | of the first |", "|---|--:|--:|--:|--:|"]
+    first = None
+    for name, row in rows.items():
+        flops = flops_per_image(config_of(name.removeprefix("method "), setting, precision))
+        sustained = flops * row["images_per_s"] / 1e12
+        first = first or sustained
+        cells = (f"{row['images_per_s']:.2f}", f"{flops / 1e9:.1f}", f"{sustained:.3f}", f"{sustained / first:.2f}")
+        lines.append(f"| {name.removeprefix('method ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def parse() -> argparse.Namespace:
     at_least_one = partial(bounded, 1)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -268,6 +301,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of ours")
     parser.add_argument("--providers", help="comma-separated list; default: all")
+    parser.add_argument("--methods", help="comma-separated list of methods, as of dino-train compare")
     parser.add_argument("--reference-repo", type=Path, help="a clone of facebookresearch/dino to measure too")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
@@ -282,6 +316,11 @@ def parse() -> argparse.Namespace:
         known.append("reference_repo")
         if not (options.reference_repo / "main_dino.py").is_file():
             parser.error(f"--reference-repo {options.reference_repo} has no main_dino.py")
+    if options.methods:
+        from dino_train.engine.compare import VARIANTS
+
+        known = [f"method {name}" for name in VARIANTS]
+        options.providers = ",".join(f"method {name}" for name in options.methods.split(","))
     options.providers = options.providers.split(",") if options.providers else known
     if unknown := set(options.providers) - set(known):
         parser.error(f"--providers: {', '.join(sorted(unknown))} not among {', '.join(known)}")
@@ -299,6 +338,8 @@ def main() -> None:
     setting = Setting(options.arch, options.batch, options.device, options.local_crops, options.out_dim)
     rows = measure(setting, options.providers, options)
     print(tables(rows))
+    if options.methods:
+        print("\n" + methods_table(rows, setting, options.precision))
     if options.json:
         results = {
             "setting": {**vars(setting), **{k: getattr(options, k) for k in ("precision", "steps", "warmup")}},

@@ -28,6 +28,7 @@ from dino_kernels.triton import adamw_ema as adamw_ema_triton
 from dino_kernels.triton import add_layer_norm as add_layer_norm_triton
 from dino_kernels.triton import attention as attention_triton
 from dino_kernels.triton import bias_gelu as bias_gelu_triton
+from dino_kernels.triton import column_mass as column_mass_triton
 from dino_kernels.triton import column_sums as column_sums_triton
 from dino_kernels.triton import dino_head_loss as dino_head_loss_triton
 from dino_kernels.triton import dino_loss as dino_loss_triton
@@ -53,11 +54,21 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def dino_loss() -> None:
-    center = meta(OUTPUTS, dtype=torch.float32)
+    center = meta(OUTPUTS, dtype=torch.float32).expand(2, -1)
     for temp in (torch.tensor(0.1), meta(dtype=torch.float32)):  # a float and a 0-d tensor
         student = meta(10 * IMAGES, OUTPUTS)
         dino_loss_triton.forward_triton(student, meta(2 * IMAGES, OUTPUTS), center, temp, temp, student)
     dino_loss_triton.scale_triton(student, temp)
+
+
+def column_mass() -> None:
+    shapes = ((2 * IMAGES, OUTPUTS, torch.bfloat16), (3800, 8192, torch.bfloat16), (3904, 3000, torch.float32))
+    for rows, outputs, dtype in shapes:
+        logits, center = meta(rows, outputs, dtype=dtype), meta(outputs, dtype=torch.float32)
+        for counted in (None, meta(rows, dtype=torch.bool)):
+            for temp in (torch.tensor(0.05), meta(dtype=torch.float32)):
+                column_mass_triton.forward_triton(logits, None, counted, temp)
+                column_mass_triton.forward_triton(logits, center, counted, temp)
 
 
 def dino_head_loss() -> None:
@@ -176,6 +187,7 @@ def multicrop() -> None:
 
 OPS = (
     dino_loss,
+    column_mass,
     dino_head_loss,
     attention,
     ema_update,

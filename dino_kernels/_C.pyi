@@ -164,6 +164,19 @@ def bias_gelu_backward(
     threads: int,
 ) -> None: ...
 def check_crops(*, crops: int, heights: Sequence[int], widths: Sequence[int], sizes: Sequence[int]) -> None: ...
+def column_mass(
+    *,
+    logits: int,
+    center: int,
+    counted: int,
+    mass: int,
+    rows: int,
+    outputs: int,
+    stride: int,
+    dtype: int,
+    temp: float,
+    threads: int,
+) -> None: ...
 def dino_head_loss(
     *,
     student_z: int,
@@ -195,6 +208,7 @@ def dino_loss(
     outputs: int,
     student_stride: int,
     teacher_stride: int,
+    center_stride: int,
     grad_stride: int,
     student_dtype: int,
     teacher_dtype: int,
@@ -491,6 +505,7 @@ class Cuda:
         outputs: int,
         student_stride: int,
         teacher_stride: int,
+        center_stride: int,
         grad_stride: int,
         student_dtype: int,
         teacher_dtype: int,

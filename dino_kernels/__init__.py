@@ -8,6 +8,12 @@ from dino_kernels.ops.add_layer_norm import add_layer_norm, add_layer_norm_refer
 from dino_kernels.ops.add_product import add_product_, add_product_reference_
 from dino_kernels.ops.attention import attention, attention_reference
 from dino_kernels.ops.bias_gelu import bias_gelu, bias_gelu_reference
+from dino_kernels.ops.column_mass import (
+    column_mass,
+    column_mass_reference,
+    sinkhorn_center,
+    sinkhorn_center_reference,
+)
 from dino_kernels.ops.dino_head_loss import dino_head_loss, dino_head_loss_reference
 from dino_kernels.ops.dino_loss import dino_loss, dino_loss_reference
 from dino_kernels.ops.ema_update import ema_update_, ema_update_reference_
@@ -42,6 +48,8 @@ __all__ = [
     "attention_reference",
     "bias_gelu",
     "bias_gelu_reference",
+    "column_mass",
+    "column_mass_reference",
     "dino_head_loss",
     "dino_head_loss_reference",
     "dino_loss",
@@ -58,6 +66,8 @@ __all__ = [
     "set_backend",
     "sgd_ema_step_",
     "sgd_ema_step_reference_",
+    "sinkhorn_center",
+    "sinkhorn_center_reference",
     "weight_norm_",
     "weight_norm_product_backward_",
     "weight_norm_product_backward_reference_",

@@ -134,6 +134,7 @@ def test_every_op_is_registered_with_a_fake_and_a_gpu_kernel():
         "dino_loss",
         "dino_loss_",
         "dino_loss_scale_",
+        "column_mass",
         "dino_head_loss",
         "ema_update_",
         "adamw_ema_step_",

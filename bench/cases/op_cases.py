@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bench_dino_loss import einsum_form
+from bench_sinkhorn import center_and_softmax, iterations, reference
 from block_cases import add_layer_norm, attention_cases, bias_gelu, linear, mlp
 from gpu_report import OURS
 from setting import CROPS, Case, Provider, Random, Sizes, compiled, name_of
@@ -111,6 +112,23 @@ def dino_head_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
         results=("loss", "batch center", "grad z", "grad W"),
         providers=providers,
         exact=lambda: run(reference, [z.double() for z in zs], [w.double() for w in layers], center.double()),
+    )
+
+
+def sinkhorn(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
+    """Teacher logits to the assignments of three iterations of Sinkhorn-Knopp."""
+    rows, outputs = 2 * sizes.images, sizes.outputs
+    logits = (Random(device).normal(rows, outputs) / 16).to(dtype)
+    forms = {OURS: center_and_softmax, "reference": reference, "iterations": iterations}
+    return Case(
+        op="Sinkhorn-Knopp, 3 iterations and softmax",
+        shape=f"[{rows}, {outputs}]",
+        dtype=name_of(dtype),
+        bytes=rows * outputs * (dtype.itemsize + 4),
+        flops=0,
+        results=("assignments",),
+        providers={name: partial(lambda form: (form(logits),), form) for name, form in forms.items()},
+        exact=lambda: (reference(logits.double()),),
     )
 
 
@@ -434,6 +452,7 @@ def late_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
     base = sizes.base()
     return {
         "dino_loss float16": partial(dino_loss, sizes=sizes, dtype=torch.float16),
+        "sinkhorn bfloat16": partial(sinkhorn, sizes=sizes, dtype=torch.bfloat16),
         **attention_cases(base, "12 heads", ["197", "37", "packed"]),
         "ema_update ViT-B": partial(ema_update, sizes=base),
         "adamw_ema ViT-B": partial(adamw_ema, sizes=base),

@@ -49,8 +49,8 @@ void bind_dino_loss(py::module_& m) {
     bind_launch(m, "dino_loss", cuda::launch_dino_loss, DINO_FIELD(student), DINO_FIELD(teacher), DINO_FIELD(center),
                 DINO_FIELD(grad), DINO_FIELD(batch_center), DINO_FIELD(loss), DINO_FIELD(partials), DINO_FIELD(targets),
                 DINO_FIELD(losses), DINO_FIELD(arrived), DINO_FIELD(views), DINO_FIELD(batch), DINO_FIELD(outputs),
-                DINO_FIELD(student_stride), DINO_FIELD(teacher_stride), DINO_FIELD(grad_stride),
-                DINO_FIELD(student_dtype), DINO_FIELD(teacher_dtype), DINO_FIELD(student_temp),
+                DINO_FIELD(student_stride), DINO_FIELD(teacher_stride), DINO_FIELD(center_stride),
+                DINO_FIELD(grad_stride), DINO_FIELD(student_dtype), DINO_FIELD(teacher_dtype), DINO_FIELD(student_temp),
                 DINO_FIELD(teacher_temp));
 }
 

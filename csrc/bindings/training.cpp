@@ -2,6 +2,7 @@
 #include "bindings/bindings.h"
 #include "bindings/fields.h"
 #include "cpu/adamw_ema.h"
+#include "cpu/column_mass.h"
 #include "cpu/dino_head_loss.h"
 #include "cpu/dino_loss.h"
 #include "cpu/ema_update.h"
@@ -11,12 +12,20 @@
 namespace dino::bindings {
 namespace {
 
+void bind_column_mass(py::module_& m) {
+    using Args = ColumnMassArgs;
+    bind(m, "column_mass", column_mass, DINO_FIELD(logits), DINO_FIELD(center), DINO_FIELD(counted), DINO_FIELD(mass),
+         DINO_FIELD(rows), DINO_FIELD(outputs), DINO_FIELD(stride), DINO_FIELD(dtype), DINO_FIELD(temp),
+         DINO_FIELD(threads));
+}
+
 void bind_dino_loss(py::module_& m) {
     using Args = DinoLossArgs;
     bind(m, "dino_loss", dino_loss, DINO_FIELD(student), DINO_FIELD(teacher), DINO_FIELD(center), DINO_FIELD(grad),
          DINO_FIELD(batch_center), DINO_FIELD(views), DINO_FIELD(batch), DINO_FIELD(outputs),
-         DINO_FIELD(student_stride), DINO_FIELD(teacher_stride), DINO_FIELD(grad_stride), DINO_FIELD(student_dtype),
-         DINO_FIELD(teacher_dtype), DINO_FIELD(student_temp), DINO_FIELD(teacher_temp), DINO_FIELD(threads));
+         DINO_FIELD(student_stride), DINO_FIELD(teacher_stride), DINO_FIELD(center_stride), DINO_FIELD(grad_stride),
+         DINO_FIELD(student_dtype), DINO_FIELD(teacher_dtype), DINO_FIELD(student_temp), DINO_FIELD(teacher_temp),
+         DINO_FIELD(threads));
 }
 
 void bind_dino_head_loss(py::module_& m) {
@@ -82,6 +91,7 @@ void bind_weight_norm_backward(py::module_& m) {
 }  // namespace
 
 void bind_training(py::module_& m) {
+    bind_column_mass(m);
     bind_dino_loss(m);
     bind_dino_head_loss(m);
     m.def("ema_update", &update_ema, py::kw_only(), py::arg("targets"), py::arg("sources"), py::arg("sizes"),

@@ -145,7 +145,8 @@ double image_views(const DinoLossArgs& a, int64_t b, int64_t begin, int64_t end)
     float* block_max = exps + a.outputs;
     for (int u = 0; u < 2; ++u) {
         int64_t offset = (u * a.batch + b) * a.teacher_stride;
-        teacher_probabilities({a.teacher, a.teacher_dtype, offset, a.outputs, 1 / a.teacher_temp}, a.center, q[u]);
+        teacher_probabilities({a.teacher, a.teacher_dtype, offset, a.outputs, 1 / a.teacher_temp},
+                              a.center + u * a.center_stride, q[u]);
     }
     double inv_temp = 1.0 / a.student_temp, loss = 0;
     double scale = inv_temp / double((2 * a.views - 2) * a.batch);

@@ -51,29 +51,32 @@ template <class T>
 __global__ void __launch_bounds__(32 * kTeacherWarps) teacher_kernel(DinoLossArgs a, bool vectors) {
     __shared__ float sums[kTeacherWarps][kColumns];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int k = blockIdx.x * kColumns + 8 * lane, outputs = int(a.outputs), rows = 2 * int(a.batch);
+    int k = blockIdx.x * kColumns + 8 * lane, outputs = int(a.outputs), batch = int(a.batch);
     float scale = kLog2E / float(read(a.teacher_temp));
     float c[8], mean[8] = {};
-    load8(a.center, k, outputs, aligned(a.center), 0.0f, c);
+    bool center_vectors = aligned(a.center, a.center_stride * int64_t(sizeof(float)));
+    for (int view = 0; view < 2; ++view) {
+        load8(a.center + view * a.center_stride, k, outputs, center_vectors, 0.0f, c);
 #pragma unroll 2
-    for (int row = warp; row < rows; row += kTeacherWarps) {
-        float t[8];
-        load8(static_cast<const T*>(a.teacher) + row * a.teacher_stride, k, outputs, vectors, 0.0f, t);
-        float high = kLowest, sum = 0.0f;
+        for (int row = view * batch + warp; row < (view + 1) * batch; row += kTeacherWarps) {
+            float t[8];
+            load8(static_cast<const T*>(a.teacher) + row * a.teacher_stride, k, outputs, vectors, 0.0f, t);
+            float high = kLowest, sum = 0.0f;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            mean[j] += t[j];
-            t[j] = k + j < outputs ? t[j] - c[j] : -INFINITY;
-            high = fmaxf(high, t[j]);
-        }
-        // Rounded once and then used by all: x scale - shift is exact but for its own rounding.
-        float shift = fmaxf(warp_max(high) * scale, kLowest);
+            for (int j = 0; j < 8; ++j) {
+                mean[j] += t[j];
+                t[j] = k + j < outputs ? t[j] - c[j] : -INFINITY;
+                high = fmaxf(high, t[j]);
+            }
+            // Rounded once and then used by all: x scale - shift is exact but for its own rounding.
+            float shift = fmaxf(warp_max(high) * scale, kLowest);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) sum += exp2_approximate(fmaf(t[j], scale, -shift));
-        sum = warp_sum(sum);
-        if (lane == 0) {
-            float* partial = a.partials + int64_t(row) * 2 * gridDim.x + blockIdx.x;
-            partial[0] = shift, partial[gridDim.x] = sum;
+            for (int j = 0; j < 8; ++j) sum += exp2_approximate(fmaf(t[j], scale, -shift));
+            sum = warp_sum(sum);
+            if (lane == 0) {
+                float* partial = a.partials + int64_t(row) * 2 * gridDim.x + blockIdx.x;
+                partial[0] = shift, partial[gridDim.x] = sum;
+            }
         }
     }
 #pragma unroll
@@ -82,7 +85,7 @@ __global__ void __launch_bounds__(32 * kTeacherWarps) teacher_kernel(DinoLossArg
     float total = 0.0f;
     for (int i = 0; i < kTeacherWarps; ++i) total += sums[i][threadIdx.x];
     if (blockIdx.x * kColumns + threadIdx.x < outputs) {
-        a.batch_center[blockIdx.x * kColumns + threadIdx.x] = total / rows;
+        a.batch_center[blockIdx.x * kColumns + threadIdx.x] = total / (2 * batch);
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) *a.arrived = 0;
 }
@@ -130,13 +133,14 @@ __global__ void __launch_bounds__(kTargetThreads) target_kernel(DinoLossArgs a, 
     const T* second = first + a.batch * a.teacher_stride;
     int64_t padded = (a.outputs + 7) / 8 * 8;
     auto* targets = static_cast<Target<Student>*>(a.targets) + image * padded;
+    bool center_vectors = aligned(a.center, a.center_stride * int64_t(sizeof(float)));
     int begin = blockIdx.x % chunks * kTargetColumns;
 #pragma unroll 1
     for (int k = begin + 8 * threadIdx.x; k < min(begin + kTargetColumns, outputs); k += 8 * kTargetThreads) {
         float c[8], x[8], q[3][8];
-        load8(a.center, k, outputs, aligned(a.center), 0.0f, c);
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
+            load8(a.center + u * a.center_stride, k, outputs, center_vectors, 0.0f, c);
             load8(u ? second : first, k, outputs, vectors, -INFINITY, x);
 #pragma unroll
             for (int j = 0; j < 8; ++j) {

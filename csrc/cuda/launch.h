@@ -30,7 +30,7 @@ void launch_ema_update(const EmaArgs& args, Stream stream);
 struct DinoLossArgs {
     const void* student;  // [V*B, K], row stride student_stride elements
     const void* teacher;  // [2*B, K]
-    const float* center;  // [K]
+    const float* center;  // [K] for each teacher view, center_stride elements apart; 0: one for both
     void* grad;           // [V*B, K], dtype of the student; may be the student itself
     float* batch_center;  // [K]
     float* loss;          // 0-d
@@ -40,7 +40,7 @@ struct DinoLossArgs {
     void* targets;
     float* losses;
     int* arrived;
-    int64_t views, batch, outputs, student_stride, teacher_stride, grad_stride;
+    int64_t views, batch, outputs, student_stride, teacher_stride, center_stride, grad_stride;
     DType student_dtype, teacher_dtype;
     Scalar student_temp, teacher_temp;
 };

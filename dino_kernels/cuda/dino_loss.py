@@ -9,9 +9,8 @@ __all__ = ["forward_cuda", "scale_cuda"]
 
 
 def forward_cuda(student, teacher, center, student_temp, teacher_temp, grad):
-    center = center.contiguous()
     (rows, outputs), batch = student.shape, teacher.shape[0] // 2
-    loss, batch_center = center.new_empty(()), torch.empty_like(center)
+    loss, batch_center = center.new_empty(()), center.new_empty(outputs)
     partials = center.new_empty(2 * batch, 2, -(-outputs // 256))
     target_dtype = torch.float32 if student.dtype == torch.float32 else torch.float16
     targets = center.new_empty(3, batch, -(-outputs // 8) * 8, dtype=target_dtype)
@@ -32,6 +31,7 @@ def forward_cuda(student, teacher, center, student_temp, teacher_temp, grad):
         outputs=outputs,
         student_stride=student.stride(0),
         teacher_stride=teacher.stride(0),
+        center_stride=center.stride(0),
         grad_stride=grad.stride(0),
         student_dtype=DTYPES[student.dtype],
         teacher_dtype=DTYPES[teacher.dtype],

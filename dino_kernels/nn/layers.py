@@ -3,7 +3,7 @@
 By itself a layer is torch's own operation. `FlatParameters` gives it `copies` of its weights, rounded to 16 bit once a
 step, or the float32 weights themselves. Then its product is `dino_kernels.linear`'s, its result has the dtype of the
 copies, and the backward pass adds the gradients of weights to their `.grad` in place: all parameters of such a layer
-must be trained, or the layer be used without gradients.
+must be trained, or none of them.
 
 Dimensions: T rows (tokens), I inputs, O outputs.
 """
@@ -50,21 +50,22 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        into_bias = None if ctx.bias is None else ctx.bias.grad
-        _add_product_(ctx.weight.grad.view_as(weight), grad, x, into_bias)
+        if ctx.needs_input_grad[1]:
+            into_bias = None if ctx.bias is None else ctx.bias.grad
+            _add_product_(ctx.weight.grad.view_as(weight), grad, x, into_bias)
         return _linear_op(grad, weight, None, True) if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
 class Linear(nn.Linear):
-    """out = x weight^T + bias; parameters and their start as of torch.nn.Linear, weight [O, I] and bias [O]."""
+    """out = x weight^T + bias; parameters and their start as of torch.nn.Linear, weight [O, I] and bias [O] or none."""
 
-    copies: tuple[Tensor, Tensor] | None = None
+    copies: tuple[Tensor, Tensor | None] | None = None
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
 
     def use_copies(self, copy_of: _CopyOf) -> None:
-        self.copies = copy_of(self.weight), copy_of(self.bias)
+        self.copies = copy_of(self.weight), None if self.bias is None else copy_of(self.bias)
 
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         """x [T, I] -> [T, O], or without `add_bias` the product alone.
@@ -82,7 +83,7 @@ class Linear(nn.Linear):
         return _linear(x, self.weight, self.bias if add_bias else None, self.copies)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, copies: tuple[Tensor, Tensor] | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, copies: tuple[Tensor, Tensor | None] | None) -> Tensor:
     """x weight^T + bias, with copies of both if there are any."""
     if copies is None:
         return F.linear(x, weight.flatten(1), bias)

@@ -132,7 +132,7 @@ def _check(
             f"student_z must have shape [V*B, D] with V >= 2, B = {rows // 2} as in teacher_z and D = {channels} as in "
             f"weight_student, got {list(student_z.shape)}"
         )
-    check_center(center, outputs)
+    check_center(center, outputs, most=1)
     if student_z.is_cuda and student_z.dtype == torch.float32 and not store_logits:
         raise ValueError("on a GPU float32 needs store_logits=True, or pass the rows and weights in 16 bit")
     devices = {name: x.device for name, x in named.items()} | {"center": center.device}

@@ -1,6 +1,6 @@
 """The DINO loss with its gradient in one pass.
 
-    q_u  = softmax((t_u - c) / teacher_temp)                                  u in {0, 1}
+    q_u  = softmax((t_u - c_u) / teacher_temp)                                u in {0, 1}
     loss = 1 / (N B) * sum_b sum_v sum_{u != v} -<q_u, log_softmax(s_v / student_temp)>,    N = 2 V - 2
     batch_center = mean over u, b of t_u                                      (raw rows, before centering)
 
@@ -9,7 +9,9 @@ An image's pairs collapse: with n_v targets for view v (1 for the two global vie
     loss     = 1 / (N B) * sum_{b,v} [n_v logsumexp(s_v / temp) - <qbar_v, s_v> / temp]
     dL/ds_v  = (n_v softmax(s_v / temp) - qbar_v) / (temp N B)
 
-so the gradient is known as soon as a student row's statistics are: it is written by the forward pass.
+so the gradient is known as soon as a student row's statistics are: it is written by the forward pass. In DINO both
+teacher views have the same center. With c_u of `sinkhorn_center` and the student's own logits as the teacher's, it is
+the loss of SwAV (Caron et al. 2020, section 3.2).
 
 Dimensions: V views an image (2 global first, then local), B images, K outputs; row v * B + b is view v of image b.
 """
@@ -44,11 +46,12 @@ def dino_loss(
     Args:
         student: logits [V*B, K], view-major, V >= 2; float32, float16 or bfloat16; rows may be strided.
         teacher: logits [2*B, K] of the global views, view-major; as `student`, of any of the three dtypes.
-        center: [K] or [1, K], float32.
+        center: [K] or [1, K], or [2, K] with a row for each teacher view; float32.
         student_temp: temperature > 0, a float or a 0-d tensor (read on its device: no synchronization).
         teacher_temp: the same for the teacher.
         inplace: write the gradient over `student`, whose logits are lost, and so need no memory of that size.
-            Under torch.compile the memory is the compiler's to plan, and `student` stays as it was.
+            Under torch.compile the memory is the compiler's to plan, and `student` stays as it was. `teacher` may not
+            lie between the first and the last logit of `student`.
 
     Returns:
         loss: float32 scalar, the mean over the 2V-2 pairs and B.
@@ -57,15 +60,17 @@ def dino_loss(
 
     Raises:
         ValueError: a shape, dtype, device or temperature that does not fit the above; `inplace` with rows of
-            `student` that overlap.
+            `student` that overlap each other or `teacher`.
     """
     _check(student, teacher, center)
     student_temp = temperature("student_temp", student_temp, student.device)
     teacher_temp = temperature("teacher_temp", teacher_temp, student.device)
-    inputs = student, teacher.detach(), center.detach().view(-1), student_temp, teacher_temp
+    centers = center.detach().view(-1, student.shape[1]).contiguous().expand(2, -1)
+    inputs = student, teacher.detach(), centers, student_temp, teacher_temp
     if inplace and student.stride(0) < student.shape[1]:
         raise ValueError(f"inplace needs rows of student that do not overlap, got strides {list(student.stride())}")
     if inplace and not torch.compiler.is_compiling():
+        _check_apart(student, teacher)
         return _InPlace.apply(*inputs)
     return torch.ops.dino_kernels.dino_loss(*inputs)[:2]
 
@@ -81,7 +86,8 @@ def dino_loss_reference(
     """`dino_loss` in plain PyTorch, term by term as main_dino.py:379-416 states it."""
     batch = teacher.shape[0] // 2
     students = (student / student_temp).split(batch)
-    targets = ((teacher.detach() - center.view(1, -1)) / teacher_temp).softmax(dim=-1).split(batch)
+    centers = center.view(-1, teacher.shape[1]).expand(2, -1).repeat_interleave(batch, dim=0)
+    targets = ((teacher.detach() - centers) / teacher_temp).softmax(dim=-1).split(batch)
     terms = [
         (-q * s.log_softmax(dim=-1)).sum(dim=-1).mean()
         for u, q in enumerate(targets)
@@ -108,17 +114,34 @@ def _check(student: Tensor, teacher: Tensor, center: Tensor) -> None:
             f"student must have shape [V*B, K] with V >= 2, B = {rows // 2} and K = {outputs} as in teacher "
             f"{list(teacher.shape)}, got {list(student.shape)}"
         )
-    check_center(center, outputs)
+    check_center(center, outputs, most=2)
     if not student.device == teacher.device == center.device:
         raise ValueError(
             f"student, teacher, center must be on one device, got {student.device}, {teacher.device}, {center.device}"
         )
 
 
-def check_center(center: Tensor, outputs: int) -> None:
-    if list(center.shape) not in ([outputs], [1, outputs]) or center.dtype != torch.float32:
+def _check_apart(student: Tensor, teacher: Tensor) -> None:
+    if not student.data_ptr():  # no memory: fake and meta tensors
+        return
+    ranges = [
+        (x.data_ptr(), x.data_ptr() + ((x.shape[0] - 1) * x.stride(0) + x.shape[1]) * x.element_size())
+        for x in (student, teacher)
+    ]
+    (begin, end), (teacher_begin, teacher_end) = ranges
+    if begin < teacher_end and teacher_begin < end:
         raise ValueError(
-            f"center must have shape [{outputs}] or [1, {outputs}] and dtype float32, got {list(center.shape)}, "
+            "inplace needs a teacher that shares no memory with student, whose logits are overwritten (pass a clone), "
+            f"got addresses [{begin}, {end}) of student and [{teacher_begin}, {teacher_end}) of teacher"
+        )
+
+
+def check_center(center: Tensor, outputs: int, most: int) -> None:
+    """most: rows that it may have, one for each teacher view."""
+    shapes = [[outputs], *([rows, outputs] for rows in range(1, most + 1))]
+    if list(center.shape) not in shapes or center.dtype != torch.float32:
+        raise ValueError(
+            f"center must have shape {' or '.join(map(str, shapes))} and dtype float32, got {list(center.shape)}, "
             f"{center.dtype}"
         )
 
@@ -140,7 +163,8 @@ _forward_gpu = GpuKernel(triton="dino_loss.forward_triton", cuda="dino_loss.forw
 def _loss(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, batch_center, gradient of the loss with respect to student, in its dtype)"""
+    """(loss, batch_center, gradient of the loss with respect to student, in its dtype); center: [2, K], rows of stride
+    1, which may be the same memory."""
     grad = reused_empty(student.shape, student.dtype)
     return *_forward_cpu(student, teacher, center, student_temp, teacher_temp, grad), grad
 
@@ -153,7 +177,7 @@ def _(student, teacher, center, student_temp, teacher_temp):
 
 @_loss.register_fake
 def _(student, teacher, center, student_temp, teacher_temp):
-    return center.new_empty(()), torch.empty_like(center), student.new_empty(student.shape)
+    return center.new_empty(()), center.new_empty(student.shape[1]), student.new_empty(student.shape)
 
 
 @custom_op("dino_loss_", mutates_args=("student",))
@@ -171,7 +195,7 @@ def _(student, teacher, center, student_temp, teacher_temp):
 
 @_loss_.register_fake
 def _(student, teacher, center, student_temp, teacher_temp):
-    return center.new_empty(()), torch.empty_like(center)
+    return center.new_empty(()), center.new_empty(student.shape[1])
 
 
 @custom_op("dino_loss_scale_", mutates_args=("grad",), triton="dino_loss.scale_triton", cuda="dino_loss.scale_cuda")
@@ -216,8 +240,7 @@ class _InPlace(torch.autograd.Function):
 
 
 def _forward_cpu(student, teacher, center, student_temp, teacher_temp, grad):
-    center = center.contiguous()
-    batch_center = torch.empty_like(center)
+    batch_center = center.new_empty(student.shape[1])
     batch = teacher.shape[0] // 2
     loss = _C.dino_loss(
         student=student.data_ptr(),
@@ -230,6 +253,7 @@ def _forward_cpu(student, teacher, center, student_temp, teacher_temp, grad):
         outputs=student.shape[1],
         student_stride=student.stride(0),
         teacher_stride=teacher.stride(0),
+        center_stride=center.stride(0),
         grad_stride=grad.stride(0),
         student_dtype=DTYPES[student.dtype],
         teacher_dtype=DTYPES[teacher.dtype],

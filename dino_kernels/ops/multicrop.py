@@ -60,12 +60,14 @@ _ORDERS = tuple(permutations(range(4)))
 @dataclass(frozen=True)
 class CropKind:
     """What distinguishes the global crops 1 and 2 and the local crops: output side in pixels, area as a
-    fraction (low, high) of the image, probability of blur, probability of solarize."""
+    fraction (low, high) of the image, probability of blur, probability of solarize, and by how much brightness,
+    contrast, saturation and hue vary around 1, 1, 1 and 0."""
 
     size: int
     scale: tuple[float, float]
     blur: float
     solarize: float
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
 
 
 def draw_crops(seed: int, epoch: int, index: int, kinds: Sequence[CropKind], image_size: tuple[int, int]) -> np.ndarray:
@@ -91,10 +93,10 @@ def _draw_crop(u: list[float], kind: CropKind, height: int, width: int) -> tuple
     return (
         _draw_box(u, kind.scale, height, width),
         kind.size,
-        0.6 + 0.8 * brightness,
-        0.6 + 0.8 * contrast,
-        0.8 + 0.4 * saturation,
-        -0.1 + 0.2 * hue,
+        1 - kind.jitter[0] + 2 * kind.jitter[0] * brightness,
+        1 - kind.jitter[1] + 2 * kind.jitter[1] * contrast,
+        1 - kind.jitter[2] + 2 * kind.jitter[2] * saturation,
+        -kind.jitter[3] + 2 * kind.jitter[3] * hue,
         0.1 + 1.9 * radius if blur < kind.blur else 0.0,
         _ORDERS[int(24 * order)],
         flip < 0.5,

@@ -22,8 +22,8 @@ _SCALE_PROGRAMS = 528
 
 @triton.jit
 def _teacher_kernel(
-    teacher, center, temp, partials, batch_center, arrived, rows, outputs, stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    teacher, center, temp, partials, batch_center, arrived, batch, outputs, stride, center_stride,
+    IMAGES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Mean of a block of columns, and of each row over them (max, sum of exp((x - max) / temp)), x = row - center.
 
@@ -32,19 +32,24 @@ def _teacher_kernel(
     block, blocks = tl.program_id(0), tl.num_programs(0)
     k = block * COLUMNS + tl.arange(0, COLUMNS)
     scale = LOG2_E / scalar(temp)
-    c = tl.load(center + k, k < outputs, other=0.0)
+    first = tl.load(center + k, k < outputs, other=0.0)
+    second = tl.load(center + center_stride + k, k < outputs, other=0.0)
     mean = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, rows, ROWS):
-        r = start + tl.arange(0, ROWS)
-        mask = (r < rows)[:, None] & (k < outputs)[None, :]
-        t = tl.load(teacher + r[:, None].to(tl.int64) * stride + k[None, :], mask, other=0.0).to(tl.float32)
-        mean += tl.sum(t, axis=0)
-        x = tl.where(mask, t - c[None, :], float("-inf"))
-        high = tl.maximum(tl.max(x, axis=1), LOWEST)
-        at = partials + r.to(tl.int64) * 2 * blocks + block
-        tl.store(at, high, r < rows)
-        tl.store(at + blocks, tl.sum(tl.exp2((x - high[:, None]) * scale), axis=1), r < rows)
-    tl.store(batch_center + k, mean / rows, k < outputs)
+    for start in range(0, batch, IMAGES):
+        image = start + tl.arange(0, IMAGES)
+        mask = (image < batch)[:, None] & (k < outputs)[None, :]
+        both = tl.zeros((IMAGES, COLUMNS), tl.float32)
+        for view in tl.static_range(2):
+            r = view * batch + image
+            t = tl.load(teacher + r[:, None].to(tl.int64) * stride + k[None, :], mask, other=0.0).to(tl.float32)
+            both += t
+            x = tl.where(mask, t - (second if view else first)[None, :], float("-inf"))
+            high = tl.maximum(tl.max(x, axis=1), LOWEST)
+            at = partials + r.to(tl.int64) * 2 * blocks + block
+            tl.store(at, high, image < batch)
+            tl.store(at + blocks, tl.sum(tl.exp2((x - high[:, None]) * scale), axis=1), image < batch)
+        mean += tl.sum(both, axis=0)
+    tl.store(batch_center + k, mean / (2 * batch), k < outputs)
     if block == 0:
         tl.store(arrived, 0)
 
@@ -61,7 +66,7 @@ def _row_statistics(partials, row, scale, blocks, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _target_kernel(
-    teacher, center, temp, partials, targets, batch, outputs, teacher_stride, target_stride, blocks,
+    teacher, center, temp, partials, targets, batch, outputs, teacher_stride, center_stride, target_stride, blocks,
     BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """_LIFT times q_0, q_1 and q_0 + q_1 of a block of columns of an image: targets [3, batch, target_stride]."""
@@ -69,13 +74,13 @@ def _target_kernel(
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     mask = k < outputs
     scale = LOG2_E / scalar(temp)
-    c = tl.load(center + k, mask, other=0.0)
     at = targets + image.to(tl.int64) * target_stride + k
     step = tl.cast(batch, tl.int64) * target_stride
     both = tl.zeros((COLUMNS,), tl.float32)
     for view in tl.static_range(2):
         row = view * batch + image
         top, weight = _row_statistics(partials, row, scale, blocks, BLOCKS)
+        c = tl.load(center + view * center_stride + k, mask, other=0.0)
         t = tl.load(teacher + row.to(tl.int64) * teacher_stride + k, mask, other=0.0).to(tl.float32)
         q = tl.exp2((t - c - top) * scale) * (weight * _LIFT)
         tl.store(at + view * step, q.to(targets.dtype.element_ty), mask)
@@ -155,7 +160,6 @@ def _scale_kernel(grad, upstream, rows, columns, stride, BLOCK: tl.constexpr):
 
 
 def forward_triton(student, teacher, center, student_temp, teacher_temp, grad):
-    center = center.contiguous()
     (rows, outputs), batch = student.shape, teacher.shape[0] // 2
     temps = argument(student_temp), argument(teacher_temp)
     blocks = triton.cdiv(outputs, 256)
@@ -165,14 +169,15 @@ def forward_triton(student, teacher, center, student_temp, teacher_temp, grad):
     targets = student.new_empty(3, batch, triton.cdiv(outputs, 16) * 16, dtype=stored)
     losses, loss = center.new_empty(rows), center.new_empty(())
     arrived = center.new_empty((), dtype=torch.int32)
-    batch_center = torch.empty_like(center)
+    batch_center = center.new_empty(outputs)
     _teacher_kernel[(blocks,)](
-        teacher, center, temps[1], partials, batch_center, arrived, 2 * batch, outputs, teacher.stride(0),
-        ROWS=32, COLUMNS=256, num_warps=8,
+        teacher, center, temps[1], partials, batch_center, arrived, batch, outputs, teacher.stride(0), center.stride(0),
+        IMAGES=16, COLUMNS=256, num_warps=8,
     )  # fmt: skip
     # Without fusion a sum of products is the same in all lanes that hold it.
     _target_kernel[(triton.cdiv(outputs, 8192), batch)](
-        teacher, center, temps[1], partials, targets, batch, outputs, teacher.stride(0), targets.stride(1), blocks,
+        teacher, center, temps[1], partials, targets, batch, outputs, teacher.stride(0), center.stride(0),
+        targets.stride(1), blocks,
         BLOCKS=triton.next_power_of_2(blocks), COLUMNS=8192, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     # Each lane is one thread's: threads that share an element would race in place, reading it after another of them

@@ -1,4 +1,4 @@
-"""The command line: dino-train pretrain | pack | evaluate <protocol> | export | --version."""
+"""The command line: dino-train pretrain | pack | evaluate <protocol> | compare | export | --version."""
 
 import logging
 import sys
@@ -11,9 +11,11 @@ import tyro
 
 from dino_train import __version__
 from dino_train.config.options import WeightsOptions
-from dino_train.config.pretrain import PRESETS, PretrainConfig, default_workers
+from dino_train.config.presets import METHOD_DEFAULTS, PRESETS, recipe
+from dino_train.config.pretrain import PretrainConfig, default_workers
 from dino_train.data.folder import ImageFolder
 from dino_train.data.pack import pack
+from dino_train.engine.compare import Compare
 from dino_train.engine.train import Interrupted, NonFiniteLoss, pretrain
 from dino_train.evaluate.attention import Attention
 from dino_train.evaluate.baselines import Baselines
@@ -127,7 +129,7 @@ def _evaluate(name: str, protocol: type, **marks: Callable[[Any], Any]) -> Any:
     return Annotated[_marked(protocol, json=_single, **marks), tyro.conf.subcommand(name)]
 
 
-_WORDED = ("norm_last_layer", "use_bn_in_head", "cuda_graph", "checkpoint_activations", "scaled_decode")
+_WORDED = [name for name, hint in get_type_hints(PretrainConfig).items() if hint is bool and name != "resume"]
 _Pretrain = _marked(Pretrain, data=_alias("--data-path"), **dict.fromkeys(_WORDED, _word))
 _Evaluate: Any = Annotated[
     _evaluate("knn", Knn, data=_alias("--data-path"))
@@ -151,15 +153,16 @@ _Evaluate: Any = Annotated[
 ]
 
 
-def _preset(argv: Sequence[str]) -> PretrainConfig:
-    """The defaults that --preset asks for; tyro then reads the rest, and the flag itself, over them."""
-    name = "none"
-    for i, word in enumerate(argv):
-        if word == "--preset" and i + 1 < len(argv):
-            name = argv[i + 1]
-        elif word.startswith("--preset="):
-            name = word.partition("=")[2]
-    return _Pretrain(preset=name, **PRESETS[name]) if name in PRESETS else _Pretrain()
+def _defaults(argv: Sequence[str]) -> PretrainConfig:
+    """The defaults that --method and --preset ask for; tyro then reads the rest, and these flags too, over them."""
+    given = {"--method": "", "--preset": "none"}
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag in given:
+            given[flag] = value if equals else following
+    method, preset = given.values()
+    known = method in ("", *METHOD_DEFAULTS) and preset in ("none", *PRESETS)
+    return _Pretrain(**recipe(method or None, preset)) if known else _Pretrain()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,9 +174,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="dino-train: %(message)s", level=logging.WARNING)
     logging.getLogger("dino_train.models.weights").setLevel(logging.INFO)  # says which weights of a file it takes
     command = (
-        Annotated[_Pretrain, tyro.conf.subcommand("pretrain", default=_preset(argv))]
+        Annotated[_Pretrain, tyro.conf.subcommand("pretrain", default=_defaults(argv))]
         | Annotated[_marked(Pack, data=_alias("--data-path")), tyro.conf.subcommand("pack")]
         | _Evaluate
+        | Annotated[
+            _marked(Compare, data=_alias("--data-path"), sweep=_single, equal_time=_word),
+            tyro.conf.subcommand("compare"),
+        ]
         | Annotated[Export, tyro.conf.subcommand("export")]
     )
     try:

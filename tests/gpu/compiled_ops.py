@@ -119,6 +119,24 @@ def test_dino_loss(dtype, batch, views, outputs):
     check(D.dino_loss, D.dino_loss_reference, [student], dtype, teacher=teacher, center=randn(outputs, scale=0.1))
 
 
+@pytest.mark.parametrize("some", [True, False])
+@pytest.mark.parametrize(
+    "dtype, rows, outputs",
+    [
+        (BRAIN, 37, 8200),
+        (HALF, 9, 777),
+        (FULL, 300, 1024),
+        *(pytest.param(*case, marks=pytest.mark.prove) for case in [(FULL, 1, 1), (BRAIN, 3, 65536), (HALF, 2, 8192)]),
+    ],
+)
+def test_column_mass(dtype, rows, outputs, some):
+    logits, center = randn(rows, outputs, dtype=dtype, scale=0.3), randn(outputs, scale=0.1)
+    counted = torch.arange(rows) % 3 != 1 if some else None
+    for given in (None, center):
+        exact = D.column_mass_reference(logits.double(), given, temp=0.05, counted=counted)
+        assert_close(D.column_mass(logits, given, temp=0.05, counted=counted), exact, FULL)
+
+
 @pytest.mark.parametrize(
     "dtype, tokens, channels",
     [(BRAIN, 20, 1536), (HALF, 257, 37), pytest.param(FULL, 37, 1, marks=pytest.mark.prove)],

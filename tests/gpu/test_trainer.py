@@ -113,7 +113,8 @@ def test_bfloat16_is_the_default_of_a_gpu(config, capsys):
         assert replace(config, precision="auto").dtype(CPU) == torch.bfloat16
         assert config.dtype(CPU) == torch.float32
     assert (
-        "vit_nano, 0.4 M parameters with head, K = 64, bfloat16 on a double of a GPU, 0 GiB" in capsys.readouterr().out
+        "dino: vit_nano, 0.4 M parameters with head, 64 outputs, bfloat16 on a double of a GPU, 0 GiB"
+        in capsys.readouterr().out
     )
     assert replace(config, precision="auto").dtype(CPU) == torch.float32
 
@@ -198,6 +199,24 @@ def test_other_optimizers_and_micro_batches(config, changes):
         pretrain(config)
     assert (gpu.captures, gpu.replays) == (2, 2 + 7)
     assert_close(config, on_cpu(config))
+
+
+OTHER_METHODS = {
+    "byol": {"method": "byol", "local_crops_number": 0},
+    "mocov2": {"method": "moco", "local_crops_number": 0, "predictor": False, "queue_size": 10, "bn_split": 2},
+    "mocov3": {"method": "moco", "local_crops_number": 0},
+    "swav": {"method": "swav", "head_bottleneck_dim": 16, "queue_size": 12, "queue_start_epoch": 1},
+    "sinkhorn": {"centering": "sinkhorn"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_METHODS)
+def test_other_methods_equal_a_cpu_run(config, name, caplog):
+    config = replace(config, **OTHER_METHODS[name], freeze_patch_embed=name == "mocov3")
+    with Double().installed() as gpu:
+        pretrain(config)
+    assert gpu.captures > 0 and gpu.replays > 0 and "capture failed" not in caplog.text
+    assert losses(config) == pytest.approx(losses(on_cpu(config)), rel=1e-3)
 
 
 def test_a_resnet_runs_channels_last_with_tuned_convolutions_in_a_graph(config, monkeypatch):

@@ -8,6 +8,7 @@ from ptx import launch
 from test_dino_loss import (  # noqa: F401
     inputs,
     run,
+    test_a_center_for_each_teacher_view,
     test_against_float64,
     test_fewest_and_most_outputs,
     test_flat_and_sharp_logits,

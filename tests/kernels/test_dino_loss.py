@@ -136,6 +136,56 @@ def test_temperatures_as_floats_and_tensors(device):
             torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch, outputs", [(3, 199), (2, 1024), (1, 4133)])
+def test_a_center_for_each_teacher_view(device, dtype, batch, outputs):
+    student, teacher, center = inputs(batch, 4, outputs, dtype, device)
+    x = student, teacher, torch.stack([center, 0.1 - 2 * center])
+    exact = run(dino_loss_reference, *(t.double() for t in x))
+    for ours, theirs, truth in zip(run(dino_loss, *x), run(dino_loss_reference, *x), exact, strict=True):
+        assert ours.shape == truth.shape
+        assert_as_accurate(ours, theirs, truth, floor=2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    strided = torch.stack([x[2], x[2]], dim=2)[:, :, 0]
+    for same in (center.expand(2, -1), strided[:1]):
+        expected = run(dino_loss, student, teacher, same[0].clone())
+        for ours, truth in zip(run(dino_loss, student, teacher, same), expected, strict=True):
+            assert torch.equal(ours, truth)
+    for ours, truth in zip(run(dino_loss, student, teacher, strided), run(dino_loss, *x), strict=True):
+        assert torch.equal(ours, truth)
+
+
+def test_with_the_logits_of_its_own_global_views_it_is_the_loss_of_swav(device):
+    """Caron et al. 2020, section 3.2: each of the two assigned views against all others."""
+    student, _, center = inputs(3, 5, 300, device=device)
+    centers = torch.stack([center, -center])
+    loss, _, grad = run(dino_loss, student, student[:6], centers, teacher_temp=0.05)
+    scores = student.double().requires_grad_()
+    views = scores.view(5, 3, 300)
+    codes = ((views[:2].detach() - centers[:, None]) / 0.05).softmax(dim=-1)
+    parts = [
+        -(codes[i] * (views[v] / 0.1).log_softmax(dim=-1)).sum(dim=-1).mean() / 4
+        for i in range(2)
+        for v in range(5)
+        if v != i
+    ]
+    truth = sum(parts) / 2
+    truth.backward()
+    torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), scores.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_in_place_is_refused_over_a_teacher_in_the_same_memory(device):
+    student, _, center = inputs(2, 3, 64, device=device)
+    for teacher in (student[:4], student[2:], student.view(-1)[10:266].view(4, 64)):
+        with pytest.raises(ValueError, match="inplace needs a teacher that shares no memory with student"):
+            dino_loss(student, teacher, center, inplace=True)
+        dino_loss(student, teacher, center)
+    memory = torch.zeros(10, 64, device=device)  # one behind the other is not the same
+    memory[:6], memory[6:] = student, student[:4]
+    expected = dino_loss(student, student[:4], center)[0]
+    assert torch.equal(dino_loss(memory[:6], memory[6:], center, inplace=True)[0], expected)
+
+
 def test_gradient_rows_sum_to_zero_and_a_perfect_student_gets_none(device):
     student, teacher, center = inputs(2, 4, 800, device=device)
     _, _, grad = run(dino_loss, student, teacher, center)
@@ -211,14 +261,15 @@ def test_nan_reaches_the_loss(device):
 def test_opcheck_and_compile(device):
     student, teacher, center = inputs(2, 4, 65, device=device)
     temps = (torch.tensor(0.1, device=device), torch.tensor(0.04, device=device))
-    args = (student.requires_grad_(), teacher, center, *temps)
+    args = (student.requires_grad_(), teacher, center.expand(2, -1), *temps)
     torch.library.opcheck(torch.ops.dino_kernels.dino_loss.default, args)
     torch.library.opcheck(
         torch.ops.dino_kernels.dino_loss_scale_.default,
         (student.detach().clone(), torch.tensor(2.0, device=device)),
     )
     torch.library.opcheck(
-        torch.ops.dino_kernels.dino_loss_.default, (student.detach().clone(), teacher, center, *temps)
+        torch.ops.dino_kernels.dino_loss_.default,
+        (student.detach().clone(), teacher, torch.stack([center, center + 1]), *temps),
     )
 
     def doubled(student, teacher, center, inplace=False):
@@ -245,7 +296,8 @@ def test_opcheck_and_compile(device):
         ({"student": torch.zeros(8, 8).T}, r"adjacent columns \(stride 1\)"),
         ({"teacher": torch.zeros(3, 8)}, r"teacher must have shape \[2\*B, K\]"),
         ({"teacher": torch.zeros(8)}, "teacher must have shape"),
-        ({"center": torch.zeros(9)}, r"center must have shape \[8\] or \[1, 8\]"),
+        ({"center": torch.zeros(9)}, r"center must have shape \[8\] or \[1, 8\] or \[2, 8\]"),
+        ({"center": torch.zeros(4, 8)}, "center must have shape"),
         ({"center": torch.zeros(8, dtype=torch.float16)}, "dtype float32"),
         ({"center": torch.zeros(8, device="meta")}, "one device"),
         ({"student_temp": 0.0}, "student_temp must be > 0, got 0.0"),

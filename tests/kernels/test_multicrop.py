@@ -15,7 +15,7 @@ from PIL import Image
 from pillow_crops import pillow_levels
 from test_multicrop_triton import crop_row, picture
 
-from dino_kernels import CROP, draw_crops, multicrop
+from dino_kernels import CROP, CropKind, draw_crops, multicrop
 from dino_kernels._core.native import JITTER
 
 KINDS = PretrainConfig().crop_kinds
@@ -364,3 +364,18 @@ def test_draws_of_one_key_stay_what_they_are():
     crop = draw_crops(0, 1, 2, KINDS, (375, 500))[2]
     assert crop["box"].tolist() == [358, 0, 448, 106] and crop["order"].tolist() == [1, 0, 2, 3]
     assert crop["brightness"] == pytest.approx(0.6951195, abs=1e-6) and crop["flip"] and not crop["grayscale"]
+
+
+def test_how_much_colors_vary():
+    wide = [
+        CropKind(32, (0.4, 1.0), 0.0, 0.0, jitter=jitter) for jitter in ((0.4, 0.4, 0.2, 0.1), (0.8, 0.6, 0.3, 0.2))
+    ]
+    drawn = np.stack([draw_crops(0, 0, i, [kind], (64, 64)) for i in range(500) for kind in wide]).reshape(500, 2)
+    for i, kind in enumerate(wide):
+        for name, middle, by in zip(
+            ("brightness", "contrast", "saturation", "hue"), (1, 1, 1, 0), kind.jitter, strict=True
+        ):
+            factors = drawn[name][:, i]
+            assert (
+                middle - by <= factors.min() < middle - 0.95 * by and middle + 0.95 * by < factors.max() <= middle + by
+            )

@@ -223,6 +223,25 @@ def test_freezing_a_layer_leaves_it_without_a_gradient():
     assert net.head[1].weight_v.grad.data_ptr() == flat.view(flat.grad, "head.1.weight_v").data_ptr()
 
 
+def test_a_linear_layer_without_bias_and_one_that_is_frozen():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(Linear(32, 64, bias=False), torch.nn.ReLU(), Linear(64, 32, bias=False), Linear(32, 5))
+    other = copy.deepcopy(net)
+    flat = FlatParameters(net)
+    for layer in (net[2], net[3]):
+        flat.freeze(layer, True)
+    x, targets = torch.randn(7, 32), torch.randint(5, (7,))
+    for model in (net, other):
+        F.cross_entropy(model(x), targets).backward()
+    assert [name for name, parameter in net.named_parameters() if parameter.grad is not None] == ["0.weight"]
+    torch.testing.assert_close(net[0].weight.grad, other[0].weight.grad)
+    flat.freeze(net[2], False)
+    flat.clear_grad()
+    F.cross_entropy(net(x), targets).backward()
+    for layer in (0, 2):
+        torch.testing.assert_close(net[layer].weight.grad, other[layer].weight.grad)
+
+
 def test_they_are_not_among_the_functions():
     assert not set(dino_kernels.__all__) & set(dino_kernels.nn.__all__)
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from dino_train import cli
 from dino_train.cli import main
-from dino_train.config.pretrain import PRESETS, PretrainConfig
+from dino_train.config.presets import PRESETS
+from dino_train.config.pretrain import PretrainConfig
 from dino_train.evaluate.attention import Attention
 from dino_train.evaluate.copy_detection import CopyDetection
 from dino_train.evaluate.finetune import Finetune

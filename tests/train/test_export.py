@@ -26,7 +26,7 @@ def trained(arch="vit_nano", patch_size=8, image_size=32):
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.01 if arch == "resnet50" else 0.05)
-    return Trained(net.eval(), arch, patch_size, image_size, None)
+    return Trained(net.eval(), "weights", arch, patch_size, image_size, None)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -99,7 +99,16 @@ def test_checkpointed_activations_are_recomputed(monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"accumulate": 2, "checkpoint_activations": True, "drop_path_rate": 0.2}, {"optimizer": "larc"}],
+    [
+        {},
+        {"accumulate": 2, "checkpoint_activations": True, "drop_path_rate": 0.2},
+        {"centering": "sinkhorn"},
+        {"optimizer": "larc"},
+        {"method": "byol", "local_crops_number": 0, "freeze_patch_embed": True},
+        {"method": "moco", "local_crops_number": 0, "predictor": False, "queue_size": 20, "bn_split": 4},
+        {"method": "moco", "local_crops_number": 0},
+        {"method": "swav", "queue_size": 16},
+    ],
 )
 def test_a_step_does_not_synchronize(monkeypatch, precision, changes):
     """With fake tensors, which have no values: .item(), .tolist(), bool() and .cpu() raise."""
@@ -111,7 +120,8 @@ def test_a_step_does_not_synchronize(monkeypatch, precision, changes):
     with FakeTensorMode():
         learner = Learner(replace(PretrainConfig(**SETTINGS, precision=precision), **changes), 2, CPU)
         for step in (0, 1, 2, 3):  # with the last layer frozen and trained
-            result = learner.step(step, [torch.randn(8, 3, size, size) for size in (32, 32, 16, 16, 16)])
+            sizes = (32, 32, *[16] * learner.config.local_crops_number)
+            result = learner.step(step, [torch.randn(8, 3, size, size) for size in sizes])
         for read in (lambda: result.loss, lambda: bool(result.loss_tensor > 0), result.loss_tensor.tolist):
             with pytest.raises(DataDependentOutputException):
                 read()
@@ -207,7 +217,15 @@ parallel.leave()
 """
 
 
-@pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "norm_last_layer": False, "freeze_last_layer": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"accumulate": 2, "norm_last_layer": False, "freeze_last_layer": 2},
+        {"centering": "sinkhorn"},
+        {"method": "swav", "queue_size": 24},  # used from the fourth step on
+    ],
+)
 def test_two_ranks_equal_one_process_with_the_same_batch(tmp_path, changes):
     script = tmp_path / "rank.py"
     script.write_text(_RANK)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from dino_train.cli import main
+from dino_train.models.export import export
 from dino_train.models.resnet import resnet50
 from dino_train.models.vit import vit
 from dino_train.models.weights import fit, load_linear, load_trained
@@ -165,6 +166,80 @@ def test_published_resnet50s_load(tmp_path, caplog):
             call(torch.zeros(1, 3, 64, 64))
 
 
+OTHERS = {
+    # file: what its keys are, for (online network, its moving average), and whether it has both
+    "moco": lambda online, average: {
+        "state_dict": {
+            **prefixed({**online, "fc.0.weight": torch.zeros(4, 4), "fc.2.bias": torch.zeros(4)}, "module.encoder_q."),
+            **prefixed({**average, "fc.0.weight": torch.zeros(4, 4)}, "module.encoder_k."),
+            "module.queue": torch.zeros(4, 8),
+            "module.queue_ptr": torch.zeros(1),
+        },
+        "arch": "resnet50",
+    },
+    "mocov3": lambda online, average: {
+        "state_dict": {
+            **prefixed({**online, "fc.0.weight": torch.zeros(4, 4)}, "module.base_encoder."),
+            **prefixed({**average, "fc.0.weight": torch.zeros(4, 4)}, "module.momentum_encoder."),
+            "module.predictor.0.weight": torch.zeros(4, 4),
+        },
+    },
+    "swav": lambda online, average: prefixed(
+        {**online, "projection_head.0.weight": torch.zeros(4, 4), "prototypes.weight": torch.zeros(3, 4)}, "module."
+    ),
+    "solo": lambda online, average: {
+        "state_dict": {
+            **prefixed(online, "backbone."),
+            **prefixed(average, "momentum_backbone."),
+            "projector.0.weight": torch.zeros(4, 4),
+            "predictor.0.weight": torch.zeros(4, 4),
+            "classifier.weight": torch.zeros(4, 4),
+        },
+    },
+    "lightly": lambda online, average: {
+        "state_dict": {
+            **prefixed(numbered(online), "backbone."),
+            **prefixed(numbered(average), "backbone_momentum."),
+            "projection_head.layers.0.weight": torch.zeros(4, 4),
+        },
+    },
+}
+
+
+def numbered(state):
+    """Names of torch.nn.Sequential(*resnet.children())."""
+    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    return {f"{numbers[name.partition('.')[0]]}.{name.partition('.')[2]}": x for name, x in state.items()}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_checkpoints_of_other_methods_load(tmp_path, name):
+    torch.manual_seed(0)
+    online, average = resnet50().state_dict(), resnet50().state_dict()
+    torch.save(OTHERS[name](online, average), tmp_path / "x.pth.tar")
+    trained = load_trained(tmp_path / "x.pth.tar")
+    assert_is(trained.backbone, online)
+    assert trained.arch == "resnet50" and trained.net == "weights"
+    assert_is(dino_train.load_backbone(tmp_path / "x.pth.tar", net="student"), online)
+    if name == "swav":
+        return
+    assert_is(dino_train.load_backbone(tmp_path / "x.pth.tar", net="teacher"), average)
+    torch.save({"state_dict": prefixed(online, "module.base_encoder.")}, tmp_path / "one.pth")
+    with pytest.raises(ValueError, match="the file has no teacher, only base_encoder"):
+        load_trained(tmp_path / "one.pth", net="teacher")
+
+
+def test_vits_of_mocov3_have_12_heads(tmp_path):
+    weights = published_vit(dim=384, depth=12, patch=16, size=32)
+    torch.save({"state_dict": prefixed(weights, "module.base_encoder.")}, tmp_path / "x.pth.tar")
+    trained = load_trained(tmp_path / "x.pth.tar")
+    assert trained.arch == "vit_small_12heads" and trained.backbone.attention(torch.zeros(1, 3, 32, 32)).shape[1] == 12
+    export(trained, tmp_path / "x.safetensors", "safetensors")
+    assert load_trained(tmp_path / "x.safetensors").arch == "vit_small_12heads"
+    torch.save(weights, tmp_path / "bare.pth")
+    assert load_trained(tmp_path / "bare.pth").arch == "vit_small"
+
+
 def test_published_linear_classifiers_load(tmp_path, caplog):
     caplog.set_level("INFO", "dino_train.models.weights")
     weight, bias = torch.randn(10, 1536), torch.randn(10)
@@ -181,7 +256,7 @@ def test_published_linear_classifiers_load(tmp_path, caplog):
         with pytest.raises(ValueError, match=r"no linear classifier: expected linear.weight \[classes, features\]"):
             load_linear(tmp_path / "wrong.pth")
     torch.save(published, tmp_path / "linear.pth")
-    with pytest.raises(ValueError, match="expected a backbone's weights, or a teacher and a student, got epoch, "):
+    with pytest.raises(ValueError, match="expected a backbone's weights, got module.linear.weight, "):
         load_trained(tmp_path / "linear.pth")
 
 
@@ -230,7 +305,7 @@ def test_partial_weights_load_only_on_request(tmp_path, capsys, caplog):
     [
         ({"student": {}, "epoch": 1}, [], "the checkpoint has no 'teacher', only student, epoch"),
         ({"teacher": {}}, [], "expected a backbone's weights, or a teacher and a student, got nothing"),
-        ({"a": torch.zeros(1)}, [], "of no known architecture .vit_nano, vit_tiny, vit_small, vit_base, resnet50.: a;"),
+        ({"a": torch.zeros(1)}, [], "of no known architecture .vit_nano, .*, resnet50.: a;"),
         (TEACHER, ["--arch", "vit_tiny"], r"missing blocks.3.norm1.weight; .*; and 145 more$"),
         (TEACHER, ["--patch-size", "16"], r"pos_embed has shape \[1, 17, 96\], expected \[1, 5, 96\]"),
         ({"teacher": TEACHER, "evil": os.system}, [], r"not loaded for safety \(it asks for posix.system\)$"),

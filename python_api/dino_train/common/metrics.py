@@ -65,7 +65,9 @@ def _tensorboard(folder: Path, step: int):
 
 
 def collapse_signs(row: Mapping[str, float], log_k: float) -> dict[str, bool]:
-    """The two ways in which a teacher can collapse, see `CollapseWatch`, in a row of metrics; all values in nats."""
+    """The ways in which outputs collapse, see `CollapseWatch`, in a row of metrics; entropies are in nats."""
+    if "spread" in row:
+        return {"constant": row["spread"] < 0.1}
     entropy, single_entropy = row["teacher_entropy"], row["teacher_single_entropy"]
     return {
         "uniform": abs(row["loss"] - log_k) < 1e-3 * log_k,

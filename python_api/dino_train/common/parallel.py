@@ -1,7 +1,7 @@
 """Data parallel training: one process per device, started by torchrun. In a single process, nothing is communicated."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -86,6 +86,22 @@ def mean(values: Tensor) -> "Pending":
     if size() > 1:
         values /= size()
     return Pending([values])
+
+
+def combine_mass(temp: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Of `dino_kernels.sinkhorn_center`: from [2, K] of each rank, column maxima and sums of exponentials below them,
+    those over all ranks. None in a single process."""
+    if size() == 1:
+        return None
+
+    def combine(mass: Tensor) -> Tensor:
+        top = mass[0].clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX)
+        total = mass[1] * ((mass[0] - top) / temp).exp()
+        dist.all_reduce(total)
+        return torch.stack([top, total])
+
+    return combine
 
 
 class Pending:

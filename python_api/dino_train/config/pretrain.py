@@ -1,7 +1,7 @@
-"""Every setting of pretraining, typed, documented and checked; and the recipes."""
+"""Every setting of pretraining, typed, documented and checked."""
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +9,19 @@ import torch
 
 from dino_kernels import CropKind
 from dino_train.common.device import gpu_of
+from dino_train.config.presets import METHODS, PRESET_NAMES, READ_BY
 from dino_train.models.vit import ARCHS
 
-_BLUR = {"dino": (1.0, 0.1, 0.5), "dinov2": (0.0, 0.9, 0.5), "small": (0.0, 0.0, 0.0)}
+_JITTER = (0.4, 0.4, 0.2, 0.1)
+# Of an augmentation: color jitter, and of the first global, the second and a local crop the probabilities of blur and
+# of solarize.
+_AUGMENTATIONS = {
+    "dino": (_JITTER, (1.0, 0.1, 0.5), (0.0, 0.2, 0.0)),
+    "dinov2": (_JITTER, (0.0, 0.9, 0.5), (0.0, 0.2, 0.0)),
+    "small": (_JITTER, (0.0, 0.0, 0.0), (0.0, 0.2, 0.0)),
+    "mocov2": ((0.4, 0.4, 0.4, 0.1), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)),
+    "swav": ((0.8, 0.8, 0.8, 0.2), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)),
+}
 EMBEDDED_DATA = Path(__file__).parents[1] / "data/cifar10-5k.zip"
 
 
@@ -21,9 +31,12 @@ def default_workers() -> int:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Complete DINO pretraining. Defaults are the reference's (main_dino.py:42-129)."""
+    """Complete pretraining. Defaults are those of DINO's reference (main_dino.py:42-129)."""
 
-    preset: Literal["none", "vits16-vanilla", "vits16-boosted", "vitb16", "resnet50", "demo"] = "none"
+    method: Literal[METHODS] = "dino"  # type: ignore[valid-type]
+    """Training method, whose own values become the defaults of other settings. moco is version 3 with --predictor true
+    --queue-size 0, else version 2."""
+    preset: Literal[PRESET_NAMES] = "none"  # type: ignore[valid-type]
     """Published recipe whose values become the defaults; flags given beside it win."""
     data: str = str(EMBEDDED_DATA)
     """Folder of images (any nesting; JPEG, PNG, WebP, BMP, TIFF), or a .zip or .tar of one (see dino-train pack). With
@@ -46,16 +59,33 @@ class PretrainConfig:
     use_bn_in_head: bool = False
     """Batch norm in the projection head."""
     head_hidden_dim: int = 2048
-    """Width of the projection head."""
+    """Width of the hidden layers of projection and prediction heads."""
+    head_bottleneck_dim: int = 256
+    """Width of the normalized features that the last layer takes."""
+    predictor: bool = True
+    """A prediction head behind the student's projection."""
     drop_path_rate: float = 0.1
     """Stochastic depth of the student, probability at the last block."""
 
     momentum_teacher: float = 0.996
-    """EMA momentum of the teacher at the start; it rises to 1 along a cosine. Higher for small batches."""
+    """EMA momentum of the teacher at the start. Higher for small batches."""
+    momentum_teacher_end: float = 1.0
+    """EMA momentum at the end, along a cosine."""
+    student_temp: float = 0.1
+    """Temperature of the student's output, or of MoCo's products with the keys."""
+    centering: Literal["ema", "sinkhorn"] = "ema"
+    """What keeps the teacher's outputs balanced: a moving average of its mean output, or Sinkhorn-Knopp iterations over
+    the batch, as DINOv2 has it."""
+    sinkhorn_iterations: int = 3
+    """Sinkhorn-Knopp iterations; 1 is a softmax over the batch."""
+    queue_size: int = 0
+    """Rows of earlier batches that a step also compares with; 0: none."""
+    queue_start_epoch: int = 0
+    """Epoch from which the queue is filled; it is used once it is full."""
     warmup_teacher_temp: float = 0.04
     """Teacher temperature at the start."""
     teacher_temp: float = 0.04
-    """Teacher temperature after its warm-up. Above 0.07 training becomes unstable."""
+    """Teacher temperature after its warm-up, above 0.07 training becomes unstable; of SwAV's assignments."""
     warmup_teacher_temp_epochs: int = 0
     """Epochs of the teacher temperature's warm-up."""
 
@@ -70,7 +100,10 @@ class PretrainConfig:
     """Images a step (of each process, where torchrun starts several)."""
     accumulate: int = 1
     """Gradient accumulation micro-batches that a step's images are split into, for less memory: optimizer, teacher and
-    center are updated once. The crops of all micro-batches are held; batch norm sees one micro-batch at a time."""
+    center are updated once. The crops of all micro-batches are held; batch norm, the assignments of Sinkhorn-Knopp and
+    MoCo version 3's comparison see one micro-batch at a time."""
+    bn_split: int = 0
+    """Images that share the statistics of a batch norm, as if each so many were on a GPU of their own; 0: all."""
     checkpoint_activations: bool = False
     """Keep only each block's input for the backward pass and recompute the rest: less memory, a third slower."""
     epochs: int = 100
@@ -91,6 +124,8 @@ class PretrainConfig:
     """Largest L2 norm of each tensor's gradient; 0 turns it off."""
     freeze_last_layer: int = 1
     """Epochs during which the last layer is not trained."""
+    freeze_patch_embed: bool = False
+    """Do not train a ViT's patch embedding: steadier for contrastive methods (MoCo v3, arXiv 2104.02057, section 4)."""
 
     global_crops_scale: tuple[float, float] = (0.4, 1.0)
     """Range of a global crop's area, as a fraction of the image."""
@@ -103,10 +138,11 @@ class PretrainConfig:
     local_crops_size: int = 96
     """Side of a local crop, in pixels."""
 
-    augmentation: Literal["dino", "dinov2", "small"] = "dino"
+    augmentation: Literal["dino", "dinov2", "small", "mocov2", "swav"] = "dino"
     """dino: blur as in the paper, with probability 1, 0.1 and 0.5 for the first global, the second and a local crop.
     dinov2: as DINOv2 and DINOv3 were released, which take 1 - p for it: 0, 0.9 and 0.5. small: no blur, which leaves
-    little of images of few pixels."""
+    little of images of few pixels. mocov2, swav: blur with probability 0.5 in all crops, no solarize, stronger jitter
+    of saturation (mocov2) or of all colors (swav)."""
 
     saveckp_freq: int = 20
     """Keep a numbered checkpoint every so many epochs; last.pt is written after each. 0: last.pt only."""
@@ -128,17 +164,25 @@ class PretrainConfig:
     """auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            methods = READ_BY.get(setting.name, METHODS)
+            if self.method not in methods and getattr(self, setting.name) != setting.default:
+                raise ValueError(f"{setting.name} is for {' and '.join(methods)}, not for {self.method}")
         least = {"patch_size": 1, "out_dim": 2, "head_hidden_dim": 1, "batch_size_per_gpu": 1, "epochs": 1}
         least |= {"accumulate": 1, "log_interval": 1, "num_workers": 1, "global_crops_size": 1, "local_crops_size": 1}
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "local_crops_number"):
+            least[name] = 0
+        least |= {"head_bottleneck_dim": 1, "sinkhorn_iterations": 1}
+        for name in ("queue_size", "queue_start_epoch", "bn_split"):
             least[name] = 0
         for name in ("saveckp_freq", "save_minutes", "knn_freq", "seed", "lr", "clip_grad"):
             least[name] = 0
         for name, bound in least.items():
             _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
-        for name in ("warmup_teacher_temp", "teacher_temp"):
+        for name in ("warmup_teacher_temp", "teacher_temp", "student_temp"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        _require(0 <= self.momentum_teacher <= 1, "momentum_teacher", self.momentum_teacher, "from 0 to 1")
+        for name in ("momentum_teacher", "momentum_teacher_end"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
         _require(0 <= self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "from 0 to below 1")
         for name in ("global_crops_scale", "local_crops_scale"):
             low, high = getattr(self, name)
@@ -149,6 +193,7 @@ class PretrainConfig:
             self.accumulate,
             f"a divisor of batch_size_per_gpu {self.batch_size_per_gpu}",
         )
+        self._check_method()
         if self.arch == "resnet50":
             _require(not self.checkpoint_activations, "checkpoint_activations", True, "false: it is for ViTs")
         else:
@@ -166,6 +211,27 @@ class PretrainConfig:
                     f"at least patch_size {self.patch_size}",
                 )
 
+    def _check_method(self) -> None:
+        if self.method == "moco":
+            _require(not self.local_crops_number, "local_crops_number", self.local_crops_number, "0 for moco")
+            _require(
+                self.predictor == (not self.queue_size),
+                "queue_size",
+                self.queue_size,
+                "0 with a predictor (MoCo v3), at least 1 without one (v2)",
+            )
+        if self.bn_split:
+            batch = self.batch_size_per_gpu // self.accumulate
+            _require(
+                batch % self.bn_split == 0 and batch > self.bn_split,
+                "bn_split",
+                self.bn_split,
+                f"a divisor of the {batch} images of a micro-batch, with at least 2 parts",
+            )
+        _require(
+            not (self.freeze_patch_embed and self.arch == "resnet50"), "freeze_patch_embed", True, "false for a convnet"
+        )
+
     def dtype(self, device: torch.device) -> torch.dtype:
         """What `precision` is on a device."""
         low = gpu_of(device) is not None if self.precision == "auto" else self.precision == "bfloat16"
@@ -174,14 +240,14 @@ class PretrainConfig:
     @property
     def crop_kinds(self) -> tuple[CropKind, ...]:
         """Of the crops of an image, in their order: the two global ones, then the local ones (main_dino.py:419-456)."""
-        size, scale = self.global_crops_size, self.global_crops_scale
-        first, second, third = _BLUR[self.augmentation]
-        local = CropKind(self.local_crops_size, self.local_crops_scale, blur=third, solarize=0.0)
-        return (
-            CropKind(size, scale, blur=first, solarize=0.0),
-            CropKind(size, scale, blur=second, solarize=0.2),
-            *[local] * self.local_crops_number,
+        jitter, *probabilities = _AUGMENTATIONS[self.augmentation]
+        first, second, local = (
+            {"blur": blur, "solarize": solarize, "jitter": jitter}
+            for blur, solarize in zip(*probabilities, strict=True)
         )
+        both = self.global_crops_size, self.global_crops_scale
+        small = CropKind(self.local_crops_size, self.local_crops_scale, **local)
+        return (CropKind(*both, **first), CropKind(*both, **second), *[small] * self.local_crops_number)
 
     def plain(self) -> dict[str, Any]:
         """As plain values, which a checkpoint holds and `torch.load(weights_only=True)` reads."""
@@ -191,70 +257,3 @@ class PretrainConfig:
 def _require(fits: bool, name: str, value: object, wanted: str) -> None:
     if not fits:
         raise ValueError(f"{name} must be {wanted}, got {value}")
-
-
-_VITS16 = {"arch": "vit_small", "patch_size": 16}
-
-# What --preset sets; flags beside it win.
-PRESETS: dict[str, dict[str, Any]] = {
-    # README of the reference, "vanilla DINO training": 8 GPUs x 64 images.
-    "vits16-vanilla": {**_VITS16, "epochs": 100},
-    # Its "boosting DINO performance": 16 GPUs x 64 images.
-    "vits16-boosted": {
-        **_VITS16,
-        "epochs": 300,
-        "teacher_temp": 0.07,
-        "warmup_teacher_temp_epochs": 30,
-        "norm_last_layer": False,
-    },
-    # Arguments published with the ViT-B/16 weights: 32 GPUs x 32 images.
-    "vitb16": {
-        "arch": "vit_base",
-        "patch_size": 16,
-        "epochs": 400,
-        "batch_size_per_gpu": 32,
-        "lr": 0.00075,
-        "min_lr": 2e-6,
-        "clip_grad": 0.3,
-        "freeze_last_layer": 3,
-        "teacher_temp": 0.07,
-        "warmup_teacher_temp_epochs": 50,
-        "global_crops_scale": (0.25, 1.0),
-        "local_crops_scale": (0.05, 0.25),
-        "local_crops_number": 10,
-    },
-    # README of the reference, "ResNet-50 and other convnets trainings": 8 GPUs x 64 images.
-    "resnet50": {
-        "arch": "resnet50",
-        "optimizer": "sgd",
-        "lr": 0.03,
-        "weight_decay": 1e-4,
-        "weight_decay_end": 1e-4,
-        "global_crops_scale": (0.14, 1.0),
-        "local_crops_scale": (0.05, 0.14),
-    },
-    # For minutes on a CPU. Measured on the embedded images (float32; one seed, another is worth 2 points), k-NN with
-    # k = 10 (23.7 % with random weights) and linear probe (31.3 %): as here 30.7 and 39.8 %, after 14 epochs 30.1 and
-    # 40.0 %; with patches of 8 and blur, 18 epochs in half the time, 26.9 and 38.0 %. Measured earlier by k-NN with
-    # patches of 8 and blur: K = 512 with twice the rate: 27.7 % after 24 epochs; 128 wide, 2 deep, K = 256: 30.0 %.
-    "demo": {
-        "arch": "vit_nano",
-        "augmentation": "small",
-        "patch_size": 4,
-        "global_crops_size": 32,
-        "global_crops_scale": (0.5, 1.0),
-        "local_crops_size": 16,
-        "local_crops_scale": (0.2, 0.6),
-        "local_crops_number": 4,
-        "out_dim": 128,
-        "head_hidden_dim": 256,
-        "drop_path_rate": 0.0,
-        "momentum_teacher": 0.97,
-        "lr": 0.004,
-        "warmup_epochs": 1,
-        "freeze_last_layer": 0,
-        "epochs": 12,
-        "knn_freq": 4,
-        "output_dir": Path("runs/demo"),
-    },
-}

@@ -64,16 +64,19 @@ class Learner:
         self.gpu, self.dtype = gpu_of(device), config.dtype(device)
         self.method = build_method(config, device)
         self.method.phase = self._phase
-        self.student, self.teacher = (self._placed(net) for net in (self.method.student, self.method.teacher))
+        self.student, self.teacher = self.method.student, self.method.teacher
+        for net in (self.student, self.teacher):
+            self._place(net)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         if isinstance(self.student.backbone, VisionTransformer):
             self.student.backbone.checkpoint_activations = config.checkpoint_activations
         self.student_flat = FlatParameters(self.student, self.dtype)
         self.teacher_flat = FlatParameters(self.teacher, self.dtype)
-        if parallel.size() > 1:  # all ranks start from the weights of rank 0
+        if parallel.size() > 1:  # all ranks start from the weights and the state of rank 0
             weights = self.student_flat.weights, self.teacher_flat.weights
-            parallel.broadcast([*weights, *self.student.buffers(), *self.teacher.buffers()])
+            state = [tensor for part in self.method.state_dict().values() for tensor in part.values()]
+            parallel.broadcast([*weights, *self.student.buffers(), *self.teacher.buffers(), *state])
             self._renew()
         self.frozen: list[nn.Module] = []
         self.optimizer = self._optimizer()
@@ -86,7 +89,7 @@ class Learner:
             warmup_steps=config.warmup_epochs * steps_per_epoch,
         )
         self.weight_decay = cosine_schedule(config.weight_decay, config.weight_decay_end, steps)
-        self.momentum = cosine_schedule(config.momentum_teacher, 1.0, steps)
+        self.momentum = cosine_schedule(config.momentum_teacher, config.momentum_teacher_end, steps)
         self.teacher_temp = teacher_temp_schedule(
             config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs, config.epochs
         )
@@ -94,18 +97,20 @@ class Learner:
         columns = (self.lr, self.weight_decay, self.momentum, np.repeat(self.teacher_temp, steps_per_epoch))
         self.schedule = torch.tensor(np.stack(columns, axis=1), device=device)
         self.scheduled = torch.zeros(4, dtype=torch.float64, device=device)
+        self.stage = self.method.stage(0, steps_per_epoch)
         self.update = self._new_update()
 
-    def _placed(self, net: nn.Module) -> nn.Module:
-        """The net on the device, with batch norm over all ranks."""
+    def _place(self, net: nn.Module) -> None:
+        """Move a net to the device; its batch norms are over all ranks, unless they are of parts of a batch."""
         if self.gpu is not None and self.config.arch == "resnet50":
             self.gpu.tune_convolutions()
-        model = net.to(self.device)
-        if parallel.size() == 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-            return model
+        net.to(self.device)
+        normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+        if parallel.size() == 1 or not normed or self.config.bn_split:
+            return
         if self.gpu is None:
             raise ValueError("batch norm over several processes needs GPUs: run one process, or a ViT without it")
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # as main_dino.py:196-206
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)  # as main_dino.py:196-206
 
     def _optimizer(self) -> OptimizerWithEMA:
         nets, groups = (self.student_flat, self.teacher_flat), parameter_groups(self.student, self.config.decay_all)
@@ -124,6 +129,8 @@ class Learner:
             crops: V tensors [B, 3, h, w] float32 on the device, the two global crops first.
         """
         self._freeze(step // self.steps_per_epoch)
+        if (stage := self.method.stage(step, self.steps_per_epoch)) != self.stage:
+            self.stage, self.update = stage, self._new_update()
         self.scheduled.copy_(self.schedule[step])
         loss, kept = self.update(crops)
         return StepResult(loss, *self.schedule_values(step), kept, self)

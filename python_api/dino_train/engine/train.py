@@ -27,6 +27,11 @@ from dino_train.engine.watch import CollapseWatch, Progress, plot_curves
 from dino_train.evaluate import knn_accuracy, view_retrieval
 
 logger = logging.getLogger(__name__)
+# Settings that shapes of the checkpoint depend on.
+FIXED = (
+    *("method", "arch", "patch_size", "global_crops_size", "out_dim", "head_hidden_dim", "head_bottleneck_dim"),
+    *("use_bn_in_head", "norm_last_layer", "predictor", "queue_size", "optimizer"),
+)
 
 
 class Interrupted(Exception):
@@ -110,11 +115,12 @@ class Run:
         saved = state.get("args")
         if not isinstance(saved, dict) or not {"step", "sampler", "rng"} <= state.keys():
             raise checkpoint.CheckpointError(f"{path} was not written by dino-train and cannot be resumed from")
-        fixed = ("arch", "patch_size", "out_dim", "head_hidden_dim", "use_bn_in_head", "norm_last_layer")
-        for name in (*fixed, "global_crops_size", "optimizer"):
-            if saved[name] != getattr(self.config, name):
+        defaults = PretrainConfig()  # for settings that the checkpoint's version did not have
+        for name in FIXED:
+            before = saved.get(name, getattr(defaults, name))
+            if before != getattr(self.config, name):
                 raise ValueError(
-                    f"the run in {self.config.output_dir} has {name} {saved[name]}, not "
+                    f"the run in {self.config.output_dir} has {name} {before}, not "
                     f"{getattr(self.config, name)}: pass the same settings to resume, or another --output-dir"
                 )
         self.learner.load_state_dict(state)
@@ -186,6 +192,7 @@ class Run:
             return
         state = {
             **self.learner.state_dict(),
+            "evaluate": self.learner.method.evaluated,
             "epoch": self.step // self.steps_per_epoch,
             "args": self.config.plain(),
             "step": self.step,
@@ -330,8 +337,9 @@ class Run:
         self.watch.update(self.step, row)
 
     def evaluate(self) -> None:
-        """Evaluate the teacher's backbone: view retrieval after every epoch, k-NN every `knn_freq` epochs."""
-        config, backbone = self.config, self.learner.teacher.backbone
+        """Evaluate the backbone that the method evaluates: view retrieval after every epoch, k-NN every `knn_freq`."""
+        config, method = self.config, self.learner.method
+        backbone = (method.teacher if method.evaluated == "teacher" else method.student).backbone
         epoch, began = self.step // self.steps_per_epoch, time.monotonic()
         values: dict[str, float] = {}
         used: dict[str, int] = {}  # number of evaluated images
@@ -367,7 +375,7 @@ class Run:
         classes = f", {len(images.classes)} class folders" if _labelled(images) else ""
         self.progress.say(
             f"{len(images)} images to train on, {held_out} held out{classes} ({config.data})\n"
-            f"{config.arch}, {parameters:.1f} M parameters with head, K = {config.out_dim}, "
+            f"{config.method}: {config.arch}, {parameters:.1f} M parameters with head, {config.out_dim} outputs, "
             f"{str(self.learner.dtype).removeprefix('torch.')} on {self.gpu.describe() if self.gpu else 'the CPU'}\n"
             f"{config.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size} images, "
             f"2 + {config.local_crops_number} crops, from step {self.step}; output in {config.output_dir}"

@@ -73,8 +73,9 @@ def _duration(seconds: float) -> str:
 class CollapseWatch:
     """Warns once if the teacher's output does not depend on the image in `patience` consecutive log lines.
 
-    Uniform: the loss stays at ln K. Constant: the entropy of the mean output is that of a single output, so all images
-    get the same output. Early in a run, during the learning rate warm-up, both are normal.
+    Uniform: the loss stays at ln K. Constant: the entropy of the mean output is that of a single output, or the spread
+    of the outputs is near 0, so all images get the same output. Early in a run, during the learning rate warm-up, both
+    are normal.
     """
 
     def __init__(self, outputs: int, quiet_steps: int, patience: int = 10) -> None:
@@ -96,9 +97,13 @@ class CollapseWatch:
                 f"step {step}: the loss stays at ln K = {self.log_k:.2f}, the outputs are uniform and nothing is "
                 "learned. Try a longer --warmup-teacher-temp-epochs, a lower --teacher-temp, another --lr"
             )
+        found = (
+            f"spread {row['spread']:.3f}, 1 is the most"
+            if "spread" in row
+            else f"entropy {row['teacher_entropy']:.2f} of {self.log_k:.2f}"
+        )
         return (
-            f"step {step}: the teacher gives every image the same output (entropy {row['teacher_entropy']:.2f} "
-            f"of {self.log_k:.2f}): "
+            f"step {step}: the teacher gives every image the same output ({found}): "
             "the run is collapsing. Try a higher --momentum-teacher, a lower --lr, a smaller --out-dim"
         )
 
@@ -118,7 +123,9 @@ def plot_curves(folder: Path) -> Path | str:
     panels = (
         ("loss", ("loss",), "nats"),
         ("k-NN and view retrieval", ("knn10", "knn20", "retrieval"), "%"),
-        ("teacher entropy", ("teacher_entropy", "teacher_single_entropy"), "nats"),
+        ("teacher entropy", ("teacher_entropy", "teacher_single_entropy"), "nats")
+        if any("teacher_entropy" in row for row in rows)
+        else ("spread of the outputs", ("spread",), "1 is the most"),
     )
     for axis, (title, names, unit) in zip(axes, panels, strict=True):
         for name in names:

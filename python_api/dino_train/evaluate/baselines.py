@@ -8,12 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_train.common.device import pick_device
 from dino_train.config.options import require_least
+from dino_train.data.folder import ImageFolder
 from dino_train.evaluate.features import Cache, Features
 from dino_train.evaluate.knn import knn_top
 from dino_train.evaluate.linear import RATES, Probes, block_features, train_probes
 from dino_train.evaluate.protocol import Frozen
-from dino_train.models.vit import build_backbone
+from dino_train.models.resnet import ResNet
+from dino_train.models.vit import VisionTransformer, build_backbone
+from dino_train.models.weights import Trained
 
 K = 10
 PIXELS = 32  # side to which images are downscaled if their pixels are the features
@@ -45,27 +49,51 @@ class Baselines(Frozen):
         self.check()
         trained = self.load()
         train, val = self.split(trained)
-        size, device = self.image_size or trained.image_size, next(trained.backbone.parameters()).device
-        torch.manual_seed(self.seed)
-        random = build_backbone(trained.arch, patch_size=trained.patch_size, img_size=trained.image_size)
-        random.to(device).eval()
-
-        def both(cache: Cache, forward: Callable[[Tensor], Tensor], name: str) -> tuple[Features, Features]:
-            extract = partial(self.extract, cache, forward=forward, name=name, size=size)
-            return extract(train, what="training"), extract(val, what="held-out")
-
-        rows = {"chance": {"knn10": 100 / len(train.classes), "linear": 100 / len(train.classes)}}
-        pixels = both(self.cache(trained), raw_pixels, "raw pixels")
-        rows["raw pixels"] = {"knn10": self._knn(*pixels, device), "linear": self._linear(*pixels, device)}
-        for name, backbone in (("random weights", random), (self.net, trained.backbone)):
-            cache = Cache(backbone, self.folder / "features")
-            tokens = both(cache, partial(block_features, backbone, 4, False), "4 blocks, average False")
-            # The backbone's output is the class token of the last block, the last channels of these features.
-            first, second = (replace(part, values=part.values[:, -backbone.embed_dim :]) for part in tokens)
-            rows[name] = {"knn10": self._knn(first, second, device), "linear": self._linear(*tokens, device)}
+        chance = 100 / len(train.classes)
+        rows = {"chance": {"knn10": chance, "linear": chance}, "raw pixels": self.of_pixels(trained, train, val)}
+        for name, backbone in (("random weights", self.untrained(trained)), (trained.net, trained.backbone)):
+            rows[name] = self.of_backbone(trained, backbone, train, val)
         lines = [f"{'':16}k-NN (k = {K})  linear probe    top-1 in % of {len(val)} held-out images"]
         lines += [f"{name:16}{row['knn10']:12.1f}  {row['linear']:12.1f}" for name, row in rows.items()]
         self.report({"protocol": "baselines", "train": len(train), "val": len(val), **rows}, "\n".join(lines))
+
+    def untrained(self, trained: Trained) -> VisionTransformer | ResNet:
+        """A backbone of the same architecture with random weights."""
+        torch.manual_seed(self.seed)
+        backbone = build_backbone(trained.arch, patch_size=trained.patch_size, img_size=trained.image_size)
+        return backbone.to(next(trained.backbone.parameters()).device).eval()
+
+    def of_pixels(self, trained: Trained, train: ImageFolder, val: ImageFolder) -> dict[str, float]:
+        """Top-1 in % by the pixels of val's images: "knn10" and "linear"."""
+        return self._accuracies(self._features(self.cache(trained), raw_pixels, "raw pixels", trained, train, val), -1)
+
+    def of_backbone(
+        self, trained: Trained, backbone: VisionTransformer | ResNet, train: ImageFolder, val: ImageFolder
+    ) -> dict[str, float]:
+        """Top-1 in % by a backbone's features: "knn10" and "linear"."""
+        cache = Cache(backbone, self.folder / "features")
+        forward = partial(block_features, backbone, 4, False)
+        tokens = self._features(cache, forward, "4 blocks, average False", trained, train, val)
+        return self._accuracies(tokens, backbone.embed_dim)
+
+    def _features(
+        self,
+        cache: Cache,
+        forward: Callable[[Tensor], Tensor],
+        name: str,
+        trained: Trained,
+        train: ImageFolder,
+        val: ImageFolder,
+    ) -> tuple[Features, Features]:
+        size = self.image_size or trained.image_size
+        extract = partial(self.extract, cache, forward=forward, name=name, size=size)
+        return extract(train, what="training"), extract(val, what="held-out")
+
+    def _accuracies(self, features: tuple[Features, Features], last: int) -> dict[str, float]:
+        """k-NN by the last channels (-1: all), which are the backbone's output, and a probe of all of them."""
+        device, (train, val) = pick_device(self.device), features
+        ends = [part if last < 0 else replace(part, values=part.values[:, -last:]) for part in features]
+        return {"knn10": self._knn(ends[0], ends[1], device), "linear": self._linear(train, val, device)}
 
     def _knn(self, train: Features, val: Features, device: torch.device) -> float:
         queries, found = F.normalize(val.values, dim=1).to(device), F.normalize(train.values, dim=1)

@@ -60,6 +60,7 @@ PANELS = (
         [("teacher_entropy", "of the mean output"), ("teacher_single_entropy", "of one image's output")],
         "ln K",
     ),
+    Panel("Spread of the outputs", "1 is the most", [("spread", "spread"), ("positive_cosine", "cosine of two views")]),
     Panel("Throughput", "images/s", [("images_per_second", "images/s")]),
     Panel("Learning rate", "", [("lr", "lr")]),
     Panel("Weight decay", "", [("weight_decay", "weight decay")]),
@@ -95,7 +96,7 @@ def draw(panel: Panel, rows: list[Row], log_k: float) -> str:
                 axis.plot(*zip(*thin(points), strict=True), label=label, color=color, lw=1.6)
                 if len(points) < 40:
                     axis.lines[-1].set_marker(".")
-        if panel.level:
+        if panel.level and any(ENTROPIES[0] in row for row in rows):
             axis.axhline(log_k, color="#6b7280", lw=1, ls="--", label=panel.level)
         if len(axis.lines) > 1:
             axis.legend(frameon=False, fontsize=8)
@@ -112,11 +113,16 @@ def checks(rows: list[Row], log_k: float) -> list[tuple[bool, str]]:
     """(passed, description) of each check of the last lines of the log."""
     last, newest = rows[-LAST_LINES:], rows[-1]
     signs = [collapse_signs(row, log_k) for row in last]
-    uniform, constant = (sum(sign[kind] for sign in signs) for kind in ("uniform", "constant"))
-    mean, single = (newest[name] for name in ENTROPIES)
+    constant = sum(sign["constant"] for sign in signs)
     finite = sum(math.isfinite(row["loss"]) for row in rows)
+    same = f"All images get the same output in {constant} of the last {len(last)} lines; "
+    found = [(finite == len(rows), f"The loss is finite in {finite} of {len(rows)} lines of the log.")]
+    if "spread" in newest:
+        return [*found, (constant < len(last), f"{same}the spread of the outputs is {newest['spread']:.2f}.")]
+    uniform = sum(sign["uniform"] for sign in signs)
+    mean, single = (newest[name] for name in ENTROPIES)
     return [
-        (finite == len(rows), f"The loss is finite in {finite} of {len(rows)} lines of the log."),
+        *found,
         (
             uniform < len(last),
             f"The loss is at ln K = {log_k:.2f} (uniform outputs) in {uniform} of the last {len(last)} lines; "
@@ -124,9 +130,8 @@ def checks(rows: list[Row], log_k: float) -> list[tuple[bool, str]]:
         ),
         (
             constant < len(last),
-            f"All images get the same output in {constant} of the last {len(last)} lines; the entropy of the mean "
-            f"output is {mean:.2f}, of one image's output {single:.2f} on average: the outputs have "
-            f"{mean - single:.2f} nats of information about the image.",
+            f"{same}the entropy of the mean output is {mean:.2f}, of one image's output {single:.2f} on average: the "
+            f"outputs have {mean - single:.2f} nats of information about the image.",
         ),
     ]
 
@@ -264,7 +269,8 @@ def read_run(folder: Path) -> tuple[list[Row], Row]:
     logged = [row for row in rows if "loss" in row]
     if not logged:
         raise ValueError(f"{folder / METRICS} has no line with a loss: the run has not logged a training step yet")
-    wanted = {"step", "epoch", "images_per_second", *ENTROPIES}
+    health = {"spread"} if "spread" in logged[0] else {*ENTROPIES}
+    wanted = {"step", "epoch", "images_per_second"} | health
     if missing := {name for row in logged for name in wanted - row.keys()}:
         raise ValueError(
             f"lines of {folder / METRICS} lack {', '.join(sorted(missing))}: expected what dino-train writes"

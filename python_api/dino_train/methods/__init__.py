@@ -6,14 +6,14 @@ optimizer, moving average, checkpoints and evaluation are the same for all of th
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dino_train.config.pretrain import PretrainConfig
-
-METHODS = {"dino": "Dino"}  # class of the module of that name
+from dino_train.models.vit import Net, VisionTransformer
 
 
 class Part(NamedTuple):
@@ -30,28 +30,36 @@ class Method:
 
     Attributes:
         evaluated: which network is evaluated and exported.
-        student, teacher: set by the constructor, on the CPU, each with a `backbone`, and with parameters of the same
-            names in the same order. The teacher starts as a copy of the student and follows it by its moving average.
+        student, teacher: set by the constructor, on the CPU, with parameters of the same names in the same order. The
+            teacher starts as a copy of the student and follows it by its moving average.
         phase: call it with a name when a phase of the step has been queued; benchmarks measure the time between calls.
     """
 
     evaluated: ClassVar[Literal["teacher", "student"]] = "teacher"
-    student: nn.Module
-    teacher: nn.Module
+    student: Net
+    teacher: Net
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         """Build both networks, the student first, and state on `device`, at addresses that stay."""
         self.config, self.device, self.dtype = config, device, config.dtype(device)
         self.phase: Callable[[str], None] = lambda name: None
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[Any]:
         """For networks without layers of `dino_kernels.nn`, whose weights have no copies in bfloat16."""
-        low = self.dtype == torch.bfloat16 and self.config.arch == "resnet50"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+        if self.dtype == torch.bfloat16 and self.config.arch == "resnet50":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
 
     def frozen(self, epoch: int) -> list[nn.Module]:
         """Parts of the student that are not trained in this epoch."""
+        backbone = self.student.backbone
+        if self.config.freeze_patch_embed and isinstance(backbone, VisionTransformer):
+            return [backbone.patch_embed]
         return []
+
+    def stage(self, step: int, steps_per_epoch: int) -> object:
+        """What the host knows of this step and `forward` and `after` depend on; another value is a new graph."""
+        return None
 
     def forward(self, crops: list[Tensor], teacher_temp: Tensor) -> Part:
         """The loss of a micro-batch. Without a device-to-host sync, and without reading a value on the host: on a GPU
@@ -75,8 +83,8 @@ class Method:
         """Numbers for the log, by which a collapse shows (`dino_train.common.metrics.collapse_signs`)."""
         raise NotImplementedError
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds besides networks and optimizer: nested dicts of tensors."""
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds besides networks and optimizer: dicts of tensors, for others than DINO "method"."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -85,5 +93,5 @@ class Method:
 
 def build_method(config: PretrainConfig, device: torch.device) -> Method:
     """The method that a configuration asks for."""
-    name = "dino"
-    return getattr(importlib.import_module(f"dino_train.methods.{name}"), METHODS[name])(config, device)
+    module = importlib.import_module(f"dino_train.methods.{config.method}")
+    return getattr(module, config.method.capitalize())(config, device)

@@ -7,12 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_kernels import dino_loss
+from dino_kernels import dino_loss, sinkhorn_center
+from dino_train.common import parallel
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.methods import Method, Part
 from dino_train.models.vit import DINOModel, build_model
 
 CENTER_MOMENTUM = 0.9  # main_dino.py:365
+
+
+def entropies(centered: Tensor, temp: float) -> dict[str, float]:
+    """In nats: of the mean output over the batch, its distance from ln K, and of a single output.
+
+    At ln K the outputs are uniform; if the first and the last are equal, the output is the same for all images.
+    """
+    q = (centered / temp).softmax(dim=-1)
+    mean = torch.special.entr(q.mean(dim=0)).sum()
+    return {
+        "teacher_entropy": mean.item(),
+        "teacher_kl_to_uniform": math.log(q.shape[-1]) - mean.item(),
+        "teacher_single_entropy": torch.special.entr(q).sum(dim=-1).mean().item(),
+    }
 
 
 class Dino(Method):
@@ -41,10 +56,11 @@ class Dino(Method):
         )
 
     def frozen(self, epoch: int) -> list[nn.Module]:
-        return [self.student.head.last_layer] if epoch < self.config.freeze_last_layer else []
+        last_layer = [self.student.head.last_layer] if epoch < self.config.freeze_last_layer else []
+        return super().frozen(epoch) + last_layer
 
     def forward(self, crops: list[Tensor], teacher_temp: Tensor) -> Part:
-        """Told is the batch center [K], kept the input of the teacher's last layer."""
+        """Told is the batch center [K], with Sinkhorn-Knopp the center; kept the input of the teacher's last layer."""
         with self.autocast():
             with torch.no_grad():  # the teacher is in train mode: its batch norms use its own batches
                 teacher_z = self.teacher.bottleneck(crops[:2])
@@ -54,32 +70,37 @@ class Dino(Method):
         with torch.no_grad():
             teacher_logits = self.teacher.head.last_layer(teacher_z)
         student_logits = self.student.head.last_layer(student_z)
+        sinkhorn = self.config.centering == "sinkhorn"
+        center = self._sinkhorn(teacher_logits, teacher_temp) if sinkhorn else self.center
         loss, batch_center = dino_loss(
-            student_logits, teacher_logits, self.center, teacher_temp=teacher_temp, inplace=True
+            student_logits,
+            teacher_logits,
+            center,
+            student_temp=self.config.student_temp,
+            teacher_temp=teacher_temp,
+            inplace=True,
         )
         self.phase("loss")
-        return Part(loss, batch_center, teacher_z)
+        return Part(loss, center if sinkhorn else batch_center, teacher_z)
+
+    def _sinkhorn(self, teacher_logits: Tensor, teacher_temp: Tensor) -> Tensor:
+        """Center of both views' rows together, as DINOv2 has it (dinov2/loss/dino_clstoken_loss.py)."""
+        return sinkhorn_center(
+            teacher_logits,
+            temp=teacher_temp,
+            iterations=self.config.sinkhorn_iterations,
+            combine=parallel.combine_mass(teacher_temp),
+        )
 
     def after(self, told: Tensor, kept: Tensor, refused: Tensor) -> None:
-        center = self.center.lerp(told, 1 - CENTER_MOMENTUM)
+        center = told if self.config.centering == "sinkhorn" else self.center.lerp(told, 1 - CENTER_MOMENTUM)
         self.center.copy_(torch.where(refused, self.center, center))
 
     def health(self, kept: Tensor, teacher_temp: float) -> dict[str, float]:
-        """Entropies in nats: of the mean teacher output over the batch, its distance from ln K, and of a single output.
+        """Entropies of the teacher, with its current last layer and the current center."""
+        return entropies(self.teacher.head.last_layer(kept).float() - self.center, teacher_temp)
 
-        At ln K the outputs are uniform; if the first and the last are equal, the output is the same for all images.
-        Computed with the current last layer of the teacher and the current center.
-        """
-        logits = self.teacher.head.last_layer(kept).float()
-        q = ((logits - self.center) / teacher_temp).softmax(dim=-1)
-        mean = torch.special.entr(q.mean(dim=0)).sum()
-        return {
-            "teacher_entropy": mean.item(),
-            "teacher_kl_to_uniform": math.log(self.config.out_dim) - mean.item(),
-            "teacher_single_entropy": torch.special.entr(q).sum(dim=-1).mean().item(),
-        }
-
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {"dino_loss": {"center": self.center}}  # the reference's key (main_dino.py:276-284)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -72,6 +72,40 @@ class ResNet(nn.Module):
         raise ValueError(_NO_TOKENS)
 
 
+class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm of parts of a batch by themselves: those of image b are the images of equal b modulo `splits`.
+
+    [N, C, ...] with N a multiple of splits; in eval mode as any batch norm, with the mean of the parts' statistics.
+    """
+
+    splits = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None and var is not None and self.num_batches_tracked is not None
+        if not self.training:
+            return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        means, variances, weight, bias = (
+            None if each is None else each.repeat(self.splits) for each in (mean, var, self.weight, self.bias)
+        )
+        parts = x.reshape(len(x) // self.splits, self.splits * x.shape[1], *x.shape[2:])
+        out = F.batch_norm(parts, means, variances, weight, bias, True, self.momentum or 0.0, self.eps)
+        for kept, of_parts in ((mean, means), (var, variances)):
+            kept.copy_(of_parts.view(self.splits, -1).mean(0))
+        self.num_batches_tracked.add_(1)
+        return out.view_as(x)
+
+
+def split_batch_norm(net: nn.Module, splits: int) -> None:
+    """Replace every batch norm of a new net by a `SplitBatchNorm`."""
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+                split = SplitBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+                split.splits = splits
+                setattr(module, name, split)
+
+
 def _stage(in_channels: int, width: int, depth: int, stride: int) -> nn.Sequential:
     rest = [Bottleneck(4 * width, width, stride=1) for _ in range(depth - 1)]
     return nn.Sequential(Bottleneck(in_channels, width, stride), *rest)

@@ -7,7 +7,7 @@ sequences together, C = embed_dim, H heads of D = C / H channels, K = out_dim.
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,13 @@ class Size(NamedTuple):
     num_heads: int
 
 
-# vit_nano is ours, for demonstrations on a CPU; the others are the paper's (`vision_transformer.py:234`).
+# vit_nano is ours, for demonstrations on a CPU; vit_small_12heads is MoCo v3's ViT-S (vits.py:117 of
+# facebookresearch/moco-v3); the others are the paper's (`vision_transformer.py:234`).
 VIT_SIZES = {
     "vit_nano": Size(96, 3, 3),
     "vit_tiny": Size(192, 12, 3),
     "vit_small": Size(384, 12, 6),
+    "vit_small_12heads": Size(384, 12, 12),
     "vit_base": Size(768, 12, 12),
 }
 ARCHS = (*VIT_SIZES, "resnet50")
@@ -228,40 +230,47 @@ class _Sequences(torch.autograd.Function):
         return patches, None, *(part.sum(0) for part in grads)
 
 
-class DINOModel(nn.Module):
-    """A student or a teacher: backbone and head (`utils.py:594`)."""
+class Net(nn.Module):
+    """A student or a teacher: a backbone, and in subclasses what is behind it."""
 
-    def __init__(self, backbone: nn.Module, head: DINOHead):
+    def __init__(self, backbone: VisionTransformer | ResNet):
         super().__init__()
         self.backbone = backbone
-        self.head = head
 
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """Logits of all crops: a ViT takes them in one pass, a convnet each run of one size (`utils.py:612`).
+    def features(self, crops: Sequence[Tensor]) -> Tensor:
+        """Features of all crops: a ViT takes them in one pass, a convnet each run of one size (`utils.py:612`).
 
         Args:
             crops: V tensors [B, 3, h, w], float.
 
         Returns:
-            [V*B, K], rows in the order of the list.
+            [V*B, C], rows in the order of the list.
 
         Raises:
             ValueError: an image has not 3 channels or is smaller than a patch.
         """
-        return self.head(self.features(crops))
-
-    def bottleneck(self, crops: Sequence[Tensor]) -> Tensor:
-        """What the last layer takes [V*B, bottleneck_dim]; otherwise as `forward`."""
-        return self.head.bottleneck(self.features(crops))
-
-    def features(self, crops: Sequence[Tensor]) -> Tensor:
-        """What the head takes [V*B, C]; otherwise as `forward`."""
         if isinstance(self.backbone, VisionTransformer):
             return self.backbone(crops)
         for crop in crops:
             _check_images(crop, 1)
         runs = [torch.cat(list(run)) for _, run in groupby(crops, key=lambda crop: crop.shape[2:])]
         return torch.cat([self.backbone(run) for run in runs])
+
+
+class DINOModel(Net):
+    """Backbone and a head with a `bottleneck` and a `last_layer`, as DINO's (`utils.py:594`)."""
+
+    def __init__(self, backbone: VisionTransformer | ResNet, head: Any):
+        super().__init__(backbone)
+        self.head = head
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+        """Logits [V*B, K]; otherwise as `features`."""
+        return self.head(self.features(crops))
+
+    def bottleneck(self, crops: Sequence[Tensor]) -> Tensor:
+        """What the last layer takes [V*B, bottleneck_dim]; otherwise as `features`."""
+        return self.head.bottleneck(self.features(crops))
 
 
 def vit(arch: str, *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0) -> VisionTransformer:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,29 @@ from dino_train.models.vit import VIT_SIZES, VisionTransformer, build_backbone
 
 logger = logging.getLogger(__name__)
 
+Choice = Literal["auto", "teacher", "student"]
+# Of the backbones of others' checkpoints: MoCo, MoCo v3, solo-learn and lightly.
+_PREFIXES = {
+    "student": ("encoder_q.", "base_encoder.", "backbone."),
+    "teacher": ("encoder_k.", "momentum_encoder.", "momentum_backbone.", "backbone_momentum."),
+}
+_HEADS = ("head.", "fc.", "projection_head.", "prototypes.", "projector.", "predictor.", "classifier.", "linear.")
+_RESNET_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
 
 @dataclass
 class Trained:
     """A backbone in eval mode, and what it was trained with."""
 
     backbone: VisionTransformer | ResNet
+    net: str  # teacher, student or weights
     arch: str
     patch_size: int
     image_size: int
     data: Path | None
 
 
-def load_backbone(path: str | Path, *, net: str = "teacher", allow_partial: bool = False) -> VisionTransformer | ResNet:
+def load_backbone(path: str | Path, *, net: Choice = "auto", allow_partial: bool = False) -> VisionTransformer | ResNet:
     """A trained backbone in eval mode on the CPU; arch, patch and image size are read off the weights.
 
     Images are [B, 3, h, w], float, normalized by ImageNet's mean and std. Of a ViT, `backbone(images)` are the normed
@@ -39,7 +49,7 @@ def load_backbone(path: str | Path, *, net: str = "teacher", allow_partial: bool
 
     Args:
         path: a run's folder, one of its checkpoints, an exported .safetensors or a .pth of the reference.
-        net: "teacher" (what the paper evaluates) or "student", where the file has both.
+        net: "teacher" or "student", where the file has both; "auto" is the one that its method evaluates.
         allow_partial: load what matches and warn of the rest, in place of an error.
 
     Raises:
@@ -53,7 +63,7 @@ def load_trained(
     *,
     arch: str | None = None,
     patch_size: int | None = None,
-    net: str = "teacher",
+    net: Choice = "auto",
     allow_partial: bool = False,
     device: torch.device | None = None,
 ) -> Trained:
@@ -64,15 +74,16 @@ def load_trained(
         device: where to put the backbone; the CPU by default.
     """
     state, args = _read(path)
-    weights, origin = backbone_weights(state, net=net)
-    arch = arch or _arch_of(weights)
+    weights, found, left = backbone_weights(state, net=net)
+    of_mocov3 = any(prefix in left for prefix in ("base_encoder.", "momentum_encoder."))
+    arch = arch or _arch_of(weights, "vit_small_12heads" if of_mocov3 else args.get("arch"))
     patch_size, image_size = _sizes(weights, patch_size, args.get("global_crops_size", 224))
     backbone = build_backbone(arch, patch_size=patch_size, img_size=image_size)
     name = arch if arch == "resnet50" else f"{arch}/{patch_size}"
-    logger.info("%s: %s, a %s", path, origin, name)
+    logger.info("%s: %s, a %s", path, f"{found} ({left})" if left else found, name)
     fit(backbone, weights, allow_partial=allow_partial)
     data = Path(args["data"]) if "data" in args else None
-    return Trained(backbone.eval().to(device), arch, patch_size, image_size, data)
+    return Trained(backbone.eval().to(device), found, arch, patch_size, image_size, data)
 
 
 def load_linear(path: Path) -> nn.Linear:
@@ -101,36 +112,57 @@ def load_linear(path: Path) -> nn.Linear:
     return linear
 
 
-def backbone_weights(state: Mapping[str, Any], *, net: str = "teacher") -> tuple[dict[str, Any], str]:
-    """A backbone's weights under their bare names, from any format the reference publishes (`utils.py:72`).
+def backbone_weights(state: Mapping[str, Any], *, net: Choice = "auto") -> tuple[dict[str, Any], str, str]:
+    """A backbone's weights under their bare names, from our files and from the formats that others publish.
 
     Args:
-        state: a state dict of the backbone or of a whole net, or a checkpoint with such dicts under "teacher" and
-            "student". Prefixes "module." and "backbone." are removed, a head or classifier ("head.", "fc.") is left.
-        net: which net of a checkpoint.
+        state: a state dict of the backbone or of a whole net, a checkpoint with such dicts under "teacher" and
+            "student" (DINO, `utils.py:72`), or one with both networks under "state_dict", told apart by prefixes
+            (MoCo, MoCo v3, solo-learn, lightly). Prefixes are removed, heads and classifiers are left.
+        net: which network. "auto": the one that the file's method evaluates, the teacher of DINO, else the student.
 
     Returns:
-        The weights, and in words what was taken.
+        The weights; "teacher", "student" or, where the file has one network, "weights"; in words what was left.
 
     Raises:
-        ValueError: a checkpoint lacks `net`, or there are no weights.
+        ValueError: the file lacks `net`, or there are no weights.
     """
-    origin = "weights"
+    chosen = "weights" if net == "auto" else net
     if "teacher" in state or "student" in state:
-        if net not in state:
-            raise ValueError(f"the checkpoint has no {net!r}, only {', '.join(state)}")
-        state, origin = state[net], net
+        chosen = state.get("evaluate", "teacher") if net == "auto" else net
+        if chosen not in state:
+            raise ValueError(f"the checkpoint has no {chosen!r}, only {', '.join(state)}")
+        state = state[chosen]
+        net = "auto"  # what is left is one network
+    elif isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"expected a backbone's weights, or a teacher and a student, got {_listed(list(state))}")
-    bare = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
-    weights = {key: value for key, value in bare.items() if not key.startswith(("head.", "fc."))}
-    prefix = next(iter(state)).removesuffix(next(iter(bare)))
+    named = {key.removeprefix("module."): value for key, value in state.items()}
+    prefix = _prefix(named, net)
+    weights = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
+    weights = {key: value for key, value in weights.items() if not key.startswith(_HEADS)}
+    if not weights:
+        raise ValueError(f"expected a backbone's weights, got {_listed(list(state))}")
+    if "4.0.conv1.weight" in weights:  # lightly numbers the parts of torchvision's ResNet
+        parts = {key: key.partition(".") for key in weights}
+        weights = {f"{_RESNET_PARTS[parts[key][0]]}.{parts[key][2]}": value for key, value in weights.items()}
+    prefix = ("module." if next(iter(state)).startswith("module.") else "") + prefix
     left = [f"prefix {prefix!r}"] if prefix else []
-    if len(weights) < len(bare):
-        left.append(f"{len(bare) - len(weights)} tensors of a head")
-    if left:
-        origin += f" (without {' and '.join(left)})"
-    return weights, origin
+    if len(weights) < len(named):
+        left.append(f"{len(named) - len(weights)} tensors of a head")
+    return weights, chosen, f"without {' and '.join(left)}" if left else ""
+
+
+def _prefix(named: Mapping[str, Any], net: Choice) -> str:
+    """What the names of a network's backbone begin with."""
+    for prefix in _PREFIXES["student" if net == "auto" else net]:
+        if any(key.startswith(prefix) for key in named):
+            return prefix
+    others = [prefix for prefixes in _PREFIXES.values() for prefix in prefixes if prefix != "backbone."]
+    if net != "auto" and any(key.startswith(tuple(others)) for key in named):
+        raise ValueError(f"the file has no {net}, only {_listed(sorted({key.partition('.')[0] for key in named}))}")
+    return ""
 
 
 def fit(backbone: nn.Module, weights: Mapping[str, Any], *, allow_partial: bool = False) -> None:
@@ -180,15 +212,17 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
         raise CheckpointError(f"no weights at {path}") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from error
-    return state, {"global_crops_size": int(metadata["image_size"])} if "image_size" in metadata else {}
+    settings = {"arch": metadata.get("arch"), "global_crops_size": int(metadata.get("image_size", 224))}
+    return state, settings
 
 
-def _arch_of(weights: Mapping[str, Any]) -> str:
+def _arch_of(weights: Mapping[str, Any], said: str | None) -> str:
+    """The architecture that weights are of; `said` decides between those of the same shapes."""
     blocks = {key.split(".")[1] for key in weights if key.startswith("blocks.")}
     if "layer4.2.conv3.weight" in weights:
         return "resnet50"
     width = getattr(weights.get("cls_token"), "shape", (0,))[-1]
-    for arch, size in VIT_SIZES.items():
+    for arch, size in sorted(VIT_SIZES.items(), key=lambda item: item[0] != said):
         if (size.depth, size.embed_dim) == (len(blocks), width):
             return arch
     raise ValueError(

@@ -1,0 +1,67 @@
+"""The comparison of methods: every method trains, the table has all rows, what is done is not done again."""
+
+import json
+
+import pytest
+from dino_train.cli import main
+from dino_train.engine.compare import NOTE, VARIANTS
+from tiny_run import colored_classes
+
+
+def words(folder, *more):
+    images = folder / "images"
+    if not images.exists():
+        colored_classes(images, train=30)
+    budget = ["--budget-images", "180", "--num-workers", "1", "--device", "cpu"]
+    budget += [] if "--seeds" in more else ["--seeds", "1"]
+    return ["compare", "--data", str(images), "--output-dir", str(folder / "compare"), *budget, *more]
+
+
+def test_all_methods_are_trained_and_compared_and_nothing_is_done_twice(tmp_path, capsys, monkeypatch):
+    names = ["dino", "byol"]
+    assert main(words(tmp_path, "--methods", *names)) == 0
+    text = capsys.readouterr().out
+    table = json.loads((tmp_path / "compare/compare.json").read_text())
+    assert list(table["methods"]) == names and table["note"] == NOTE and NOTE in text
+    assert (tmp_path / "compare/compare.png").stat().st_size > 1000
+    lines = (tmp_path / "compare/compare.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:] == [
+        *("raw pixels", "random weights", "dino", "dino", "byol", "byol")
+    ]
+    for row in table["methods"].values():
+        assert row["epochs"] == 2 and row["sweep_seconds"] == 0 and row["rate"] == 1
+        assert 0 <= row["knn10"] <= 100 and row["knn10_sd"] >= 0 and row["peak_mib"] > 100
+        assert row["tflops"] == pytest.approx(row["gflop_per_image"] * row["images_per_second"] / 1e3, rel=0.2)
+        assert row["time"]["epochs"] >= 1
+    assert table["methods"]["dino"]["time"]["epochs"] == 2  # it is the measure
+    monkeypatch.setattr("dino_train.engine.compare._train", None)  # no run starts again
+    assert main(words(tmp_path, "--methods", *names)) == 0
+    assert json.loads((tmp_path / "compare/compare.json").read_text()) == table
+
+
+@pytest.mark.slow
+def test_every_variant_trains_at_its_best_rate(tmp_path):
+    assert main(words(tmp_path, "--methods", *VARIANTS, "--equal-time", "false", "--seeds", "2", "--sweep")) == 0
+    table = json.loads((tmp_path / "compare/compare.json").read_text())
+    assert list(table["methods"]) == list(VARIANTS)
+    for name, row in table["methods"].items():
+        tried = {}
+        for path in (tmp_path / "compare" / name).glob("images-2-epochs-rate-*-seed-0/result.json"):
+            tried[path.parent.name.split("-")[4]] = json.loads(path.read_text())["validation"]
+        assert len(tried) == 3 and row["sweep_seconds"] > 0
+        assert tried[f"{row['rate']:.2g}"] == max(tried.values())
+
+
+def test_a_run_that_fails_is_named(tmp_path, capfd):
+    (tmp_path / "images").mkdir()
+    colored_classes(tmp_path / "images")
+    assert main(words(tmp_path, "--methods", "dino")) == 1
+    error = capfd.readouterr().err
+    assert "error: 36 images are fewer than one batch of 64" in error and "dino with seed 0 has failed" in error
+
+
+def test_wrong_options(tmp_path, capsys):
+    assert main(words(tmp_path, "--methods", "dino", "simclr")) == 1
+    assert "methods must be among dino, dino-sinkhorn, byol" in capsys.readouterr().err
+    assert main(words(tmp_path, "--seeds", "0")) == 1
+    assert "seeds must be at least 1, got 0" in capsys.readouterr().err
