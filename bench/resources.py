@@ -35,6 +35,7 @@ from dino_kernels.triton import dino_loss as dino_loss_triton
 from dino_kernels.triton import ema_update as ema_update_triton
 from dino_kernels.triton import mlp as mlp_triton
 from dino_kernels.triton import multicrop as multicrop_triton
+from dino_kernels.triton import sgd_ema as sgd_ema_triton
 from dino_kernels.triton import weight_norm as weight_norm_triton
 
 TARGETS = {  # (backend, architecture, threads per warp), shared memory limit of a program in bytes
@@ -98,8 +99,8 @@ def ema_update() -> None:
         ema_update_triton.update_triton(weights, weights, momentum)
 
 
-def adamw_ema() -> None:
-    steps, flags = meta(150, dtype=torch.int64), meta(150, dtype=torch.bool)
+def flat_steps():
+    """A number or an address for scalars, and the tensors of a step: flat, grad, a copy, rows, offsets, flags."""
     numbers, addresses = torch.tensor(0.1, dtype=torch.float64), meta(dtype=torch.float64)
     for size, setting, dtype in (
         (384 * 384, numbers, torch.float32),
@@ -110,11 +111,25 @@ def adamw_ema() -> None:
         offsets = [size * i for i in range(149)]
         offsets += [offsets[-1] + OUTPUTS, offsets[-1] + OUTPUTS * 257]
         flat, grad, copy = (meta(offsets[-1], dtype=kind) for kind in (torch.float32, dtype, torch.bfloat16))
-        rows = meta(OUTPUTS, 256, dtype=dtype)
+        yield setting, flat, grad, copy, meta(OUTPUTS, 256, dtype=dtype), offsets, meta(150, dtype=torch.bool)
+
+
+def adamw_ema() -> None:
+    steps = meta(150, dtype=torch.int64)
+    for setting, flat, grad, copy, rows, offsets, flags in flat_steps():
         adamw_ema_triton.step_triton(
             flat, grad, flat, flat, flat, copy, copy, rows, rows, offsets, steps, flags, flags, meta(dtype=torch.int32),
             setting, setting, setting, 3.0, 0.9, 0.999, 1e-8, 0,
         )  # fmt: skip
+
+
+def sgd_ema() -> None:
+    for setting, flat, grad, copy, rows, offsets, flags in flat_steps():
+        for larc in (False, True):
+            sgd_ema_triton.step_triton(
+                flat, grad, flat, flat, copy, copy, rows, rows, offsets, flags, flags, flags, meta(dtype=torch.int32),
+                setting, setting, setting, 3.0, 0.9, larc, 0.001, 1e-8, 0,
+            )  # fmt: skip
 
 
 def add_layer_norm() -> None:
@@ -177,6 +192,7 @@ OPS = (
     attention,
     ema_update,
     adamw_ema,
+    sgd_ema,
     add_layer_norm,
     bias_gelu,
     column_sums,

@@ -21,6 +21,7 @@ from dino_kernels.ops.fused_block import FusedBlock
 from dino_kernels.ops.linear import linear, linear_reference
 from dino_kernels.ops.mlp import mlp, mlp_reference
 from dino_kernels.ops.multicrop import CROP, CropKind, draw_crops, multicrop, multicrop_packed
+from dino_kernels.ops.sgd_ema import sgd_ema_step_, sgd_ema_step_reference_
 from dino_kernels.ops.weight_norm import (
     weight_norm_,
     weight_norm_product_backward_,
@@ -63,6 +64,8 @@ __all__ = [
     "multicrop",
     "multicrop_packed",
     "set_backend",
+    "sgd_ema_step_",
+    "sgd_ema_step_reference_",
     "sinkhorn_center",
     "sinkhorn_center_reference",
     "weight_norm_",

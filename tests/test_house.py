@@ -138,6 +138,7 @@ def test_every_op_is_registered_with_a_fake_and_a_gpu_kernel():
         "dino_head_loss",
         "ema_update_",
         "adamw_ema_step_",
+        "sgd_ema_step_",
         "attention",
         "attention_backward_",
         "add_layer_norm",

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from bench_dino_loss import einsum_form
 from bench_sinkhorn import center_and_softmax, iterations, reference
 from block_cases import add_layer_norm, attention_cases, bias_gelu, linear, mlp
-from dino_train.engine.optim import clip_gradients
 from gpu_report import OURS
 from setting import CROPS, Case, Provider, Random, Sizes, compiled, name_of
 from torch import Tensor
@@ -212,52 +211,83 @@ def ema_update(device: str, sizes: Sizes) -> Case:
     )
 
 
-def adamw_ema(device: str, sizes: Sizes) -> Case:
-    """The phase after the backward: clip each tensor, AdamW, teacher EMA, bfloat16 copies of student and teacher."""
-    g, shapes = Random(device), parameter_shapes(sizes)
-    counts = [torch.Size(shape).numel() for shape in shapes]
-    padded = [(count + 15) // 16 * 16 for count in counts]  # like the segments of FlatParameters
-    offsets = [sum(padded[:i]) for i in range(len(padded) + 1)]
-    begins = [g.normal(*shape) / 16 for shape in shapes], [g.normal(*shape) / 16 for shape in shapes]
-    grads = [g.normal(*shape) / 100 for shape in shapes]
-    hyper = {"lr": 5e-4, "weight_decay": 0.04, "momentum": 0.996, "clip_norm": 3.0}
+class Flat:
+    """Tensors of some shapes in flat buffers, padded like the segments of FlatParameters; their random values."""
 
-    def flat(tensors: Sequence[Tensor], dtype=torch.float32) -> Tensor:
-        out = torch.zeros(offsets[-1], dtype=dtype, device=device)
-        for begin, x in zip(offsets, tensors, strict=False):
+    def __init__(self, device: str, shapes: Sequence[tuple[int, ...]]) -> None:
+        g, self.device, self.shapes = Random(device), device, shapes
+        self.counts = [torch.Size(shape).numel() for shape in shapes]
+        padded = [(count + 15) // 16 * 16 for count in self.counts]
+        self.offsets = [sum(padded[:i]) for i in range(len(padded) + 1)]
+        self.student, self.teacher = ([g.normal(*shape) / 16 for shape in shapes] for _ in range(2))
+        self.grads = [g.normal(*shape) / 100 for shape in shapes]
+
+    def flags(self, values: Sequence[bool]) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    def buffer(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        out = torch.zeros(self.offsets[-1], dtype=dtype, device=self.device)
+        for begin, x in zip(self.offsets, tensors, strict=False):
             out[begin : begin + x.numel()] = x.flatten()
         return out
 
-    def parts(x: Tensor) -> list[Tensor]:
-        return [x[begin : begin + n].view(shape) for begin, n, shape in zip(offsets, counts, shapes, strict=False)]
+    def parts(self, x: Tensor) -> list[Tensor]:
+        places = zip(self.offsets, self.counts, self.shapes, strict=False)
+        return [x[begin : begin + n].view(shape) for begin, n, shape in places]
 
-    def fused(op, dtype=torch.float32, **settings) -> Provider:
-        student, teacher, grad = (flat(x, dtype) for x in (*begins, grads))
-        flags = torch.zeros(len(shapes), dtype=torch.bool, device=device)
+    def fused(self, op: Callable, moments: int, dtype: torch.dtype = torch.float32, **options) -> Provider:
+        """A step of the op, with bfloat16 copies; matrices decay, nothing is frozen."""
+        student, teacher, grad = (self.buffer(x, dtype) for x in (self.student, self.teacher, self.grads))
         arguments = {
-            "offsets": offsets,
-            "steps": torch.zeros(len(shapes), dtype=torch.int64, device=device),
-            "decayed": torch.tensor([len(shape) > 1 for shape in shapes], device=device),
-            "frozen": flags,
-            "nonfinite": torch.zeros((), dtype=torch.int32, device=device),
+            "offsets": self.offsets,
+            "decayed": self.flags([len(shape) > 1 for shape in self.shapes]),
+            "frozen": self.flags([False] * len(self.shapes)),
+            "nonfinite": torch.zeros((), dtype=torch.int32, device=self.device),
             "student_16": torch.zeros_like(student, dtype=torch.bfloat16),
             "teacher_16": torch.zeros_like(student, dtype=torch.bfloat16),
         }
-        state = student, grad, torch.zeros_like(student), torch.zeros_like(student), teacher
+        state = student, grad, *(torch.zeros_like(student) for _ in range(moments)), teacher
 
         def run():
-            op(*state, **arguments, **{**hyper, **settings})
-            return parts(student), parts(teacher)
+            op(*state, **arguments, **options)
+            return self.parts(student), self.parts(teacher)
 
         return run
+
+    def on_device(self, hyper: dict[str, float]) -> dict:
+        """lr, weight_decay and momentum as tensors."""
+        tensors = {name: torch.tensor(x, dtype=torch.float64, device=self.device) for name, x in hyper.items()}
+        return {**hyper, **{name: tensors[name] for name in ("lr", "weight_decay", "momentum")}}
+
+    def case(self, op: str, bytes_each: int, providers: dict[str, Provider], exact: Provider) -> Case:
+        return Case(
+            op=op,
+            shape=f"{len(self.shapes)} tensors, {sum(self.counts) / 1e6:.4g} M parameters",
+            dtype="float32",
+            bytes=bytes_each * sum(self.counts),
+            flops=0,
+            results=("student", "teacher"),
+            providers=providers,
+            exact=exact,
+        )
+
+
+def adamw_ema(device: str, sizes: Sizes) -> Case:
+    """The phase after the backward: clip each tensor, AdamW, teacher EMA, bfloat16 copies of student and teacher."""
+    flat = Flat(device, parameter_shapes(sizes))
+    hyper = {"lr": 5e-4, "weight_decay": 0.04, "momentum": 0.996, "clip_norm": 3.0}
+
+    def fused(op, dtype=torch.float32, **options) -> Provider:
+        steps = torch.zeros(len(flat.shapes), dtype=torch.int64, device=device)
+        return flat.fused(op, 2, dtype, steps=steps, **options)
 
     def separate(best: bool) -> Provider:
         """torch's fused and foreach calls, or the loops of the reference."""
 
         @cache
         def state():
-            parameters = [x.clone().requires_grad_() for x in begins[0]]
-            teachers, weights = [x.clone() for x in begins[1]], [p.detach() for p in parameters]
+            parameters = [x.clone().requires_grad_() for x in flat.student]
+            teachers, weights = [x.clone() for x in flat.teacher], [p.detach() for p in parameters]
             copies = [torch.zeros_like(x, dtype=torch.bfloat16) for x in (*weights, *teachers)]
             decayed = [p for p in parameters if p.ndim > 1]
             groups = [{"params": decayed, "weight_decay": 0.04}, {"params": [p for p in parameters if p.ndim < 2]}]
@@ -267,43 +297,95 @@ def adamw_ema(device: str, sizes: Sizes) -> Case:
 
         def run():
             parameters, teachers, weights, copies, optimizer = state()
-            for p, grad in zip(parameters, grads, strict=True):
+            for p, grad in zip(parameters, flat.grads, strict=True):
                 p.grad = grad  # clipped in place by the first call; later calls do not change it
             if best:
-                clip_gradients(parameters, hyper["clip_norm"])
+                clip_gradients(flat.grads, hyper["clip_norm"])
                 optimizer.step()
                 torch._foreach_lerp_(teachers, weights, 1 - hyper["momentum"])
                 torch._foreach_copy_(copies, [*weights, *teachers])
             else:
-                reference_phase(grads, optimizer, teachers, weights, copies, hyper)
+                reference_phase(flat.grads, optimizer.step, teachers, weights, copies, hyper)
             return weights, teachers
 
         return run
 
-    on_device = {name: torch.tensor(hyper[name], dtype=torch.float64, device=device) for name in list(hyper)[:3]}
-    return Case(
-        op="clip, AdamW, EMA, copies",
-        shape=f"{len(shapes)} tensors, {sum(counts) / 1e6:.4g} M parameters",
-        dtype="float32",
-        bytes=40 * sum(counts),
-        flops=0,
-        results=("student", "teacher"),
-        providers={
-            OURS: fused(dino_kernels.adamw_ema_step_, **on_device),
-            "reference": separate(best=False),
-            "torch fused": separate(best=True),
-        },
-        exact=fused(dino_kernels.adamw_ema_step_reference_, torch.float64),
-    )
+    providers = {
+        OURS: fused(dino_kernels.adamw_ema_step_, **flat.on_device(hyper)),
+        "reference": separate(best=False),
+        "torch fused": separate(best=True),
+    }
+    exact = fused(dino_kernels.adamw_ema_step_reference_, torch.float64, **hyper)
+    return flat.case("clip, AdamW, EMA, copies", 40, providers, exact)
 
 
-def reference_phase(grads, optimizer, teachers, weights, copies, hyper) -> None:
+def lars_ema(device: str, shapes: Sequence[tuple[int, ...]]) -> Case:
+    """The same phase with LARS of the matrices."""
+    flat = Flat(device, shapes)
+    hyper = {"lr": 0.3, "weight_decay": 1e-4, "momentum": 0.996, "clip_norm": 3.0}
+    adapted = flat.flags([len(shape) > 1 for shape in shapes])
+
+    def separate(best: bool) -> Provider:
+        """Foreach calls around LARS' loop, or the loops of the reference alone."""
+
+        @cache
+        def state():
+            weights, teachers = ([x.clone() for x in tensors] for tensors in (flat.student, flat.teacher))
+            copies = [torch.zeros_like(x, dtype=torch.bfloat16) for x in (*weights, *teachers)]
+            return weights, teachers, copies, [torch.zeros_like(x) for x in weights]
+
+        def run():
+            weights, teachers, copies, buffers = state()
+            step = partial(lars_, weights, flat.grads, buffers, hyper["lr"], hyper["weight_decay"])
+            if best:
+                clip_gradients(flat.grads, hyper["clip_norm"])
+                step()
+                torch._foreach_lerp_(teachers, weights, 1 - hyper["momentum"])
+                torch._foreach_copy_(copies, [*weights, *teachers])
+            else:
+                reference_phase(flat.grads, step, teachers, weights, copies, hyper)
+            return weights, teachers
+
+        return run
+
+    providers = {
+        OURS: flat.fused(dino_kernels.sgd_ema_step_, 1, adapted=adapted, **flat.on_device(hyper)),
+        "reference": separate(best=False),
+        "foreach": separate(best=True),
+    }
+    exact = flat.fused(dino_kernels.sgd_ema_step_reference_, 1, torch.float64, adapted=adapted, **hyper)
+    return flat.case("clip, LARS, EMA, copies", 40, providers, exact)
+
+
+def lars_(weights, grads, buffers, lr: float, weight_decay: float) -> None:
+    """utils.py:553-591, a tensor at a time."""
+    for p, d, buffer in zip(weights, grads, buffers, strict=True):
+        if p.ndim > 1:
+            d = d.add(p, alpha=weight_decay)
+            w_norm, d_norm = p.norm(), d.norm()
+            ratio = 0.001 * w_norm / d_norm
+            d = d * torch.where((w_norm > 0) & (d_norm > 0), ratio, torch.ones_like(ratio))
+        buffer.mul_(0.9).add_(d)
+        p.add_(buffer, alpha=-lr)
+
+
+def clip_gradients(grads: list[Tensor], max_norm: float) -> None:
+    """utils.py:132-141 in torch's foreach calls: each tensor separately to an L2 norm of at most max_norm, in place."""
+    scales = torch._foreach_norm(grads)
+    torch._foreach_add_(scales, 1e-6)
+    torch._foreach_reciprocal_(scales)
+    torch._foreach_mul_(scales, max_norm)
+    torch._foreach_clamp_max_(scales, 1.0)
+    torch._foreach_mul_(grads, scales)
+
+
+def reference_phase(grads, step, teachers, weights, copies, hyper) -> None:
     """utils.py:132-141 (a device-to-host sync for every tensor) and main_dino.py:340-350."""
     for grad in grads:
         coefficient = hyper["clip_norm"] / (grad.norm(2).item() + 1e-6)
         if coefficient < 1:
             grad.mul_(coefficient)
-    optimizer.step()
+    step()
     for t, s in zip(teachers, weights, strict=True):
         t.mul_(hyper["momentum"]).add_((1 - hyper["momentum"]) * s)
     for copy, x in zip(copies, (*weights, *teachers), strict=True):
@@ -374,4 +456,5 @@ def late_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
         **attention_cases(base, "12 heads", ["197", "37", "packed"]),
         "ema_update ViT-B": partial(ema_update, sizes=base),
         "adamw_ema ViT-B": partial(adamw_ema, sizes=base),
+        "lars_ema ViT-S": partial(lars_ema, shapes=parameter_shapes(sizes)),
     }

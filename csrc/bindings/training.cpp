@@ -6,6 +6,7 @@
 #include "cpu/dino_head_loss.h"
 #include "cpu/dino_loss.h"
 #include "cpu/ema_update.h"
+#include "cpu/sgd_ema.h"
 #include "cpu/weight_norm.h"
 
 namespace dino::bindings {
@@ -45,21 +46,33 @@ void update_ema(const std::vector<uintptr_t>& targets, const std::vector<uintptr
     ema_update({to.data(), from.data(), sizes.data(), types.data(), int64_t(sizes.size()), momentum, threads});
 }
 
-bool step(const AdamwEmaArgs& given) {
-    AdamwEmaArgs args = given;
-    --args.segments;  // counted as offsets, of which there is one more
-    return adamw_ema_step(args);
+// The step of an optimizer with the fields of FlatStepArgs and its own.
+template <class Args, bool (*Step)(const Args&), class... Fields>
+void bind_flat_step(py::module_& m, const char* name, Fields... own) {
+    auto step = [](const Args& given) {
+        Args args = given;
+        --args.segments;  // counted as offsets, of which there is one more
+        return Step(args);
+    };
+    bind<Args, bool>(m, name, step, DINO_FIELD(student), DINO_FIELD(grad), DINO_FIELD(teacher), DINO_FIELD(student_16),
+                     DINO_FIELD(teacher_16), DINO_FIELD(student_rows), DINO_FIELD(teacher_rows), DINO_FIELD(grad_dtype),
+                     DINO_FIELD(student_16_dtype), DINO_FIELD(teacher_16_dtype), DINO_FIELD(rows_dtype),
+                     ListField<Args>{"offsets", &Args::offsets, &Args::segments}, DINO_FIELD(decayed),
+                     DINO_FIELD(frozen), DINO_FIELD(lr), DINO_FIELD(weight_decay), DINO_FIELD(momentum),
+                     DINO_FIELD(clip_norm), DINO_FIELD(rows), DINO_FIELD(channels), DINO_FIELD(cleared),
+                     DINO_FIELD(threads), own...);
 }
 
 void bind_adamw_ema_step(py::module_& m) {
     using Args = AdamwEmaArgs;
-    bind(m, "adamw_ema_step", step, DINO_FIELD(student), DINO_FIELD(grad), DINO_FIELD(exp_avg), DINO_FIELD(exp_avg_sq),
-         DINO_FIELD(teacher), DINO_FIELD(student_16), DINO_FIELD(teacher_16), DINO_FIELD(grad_dtype),
-         DINO_FIELD(student_16_dtype), DINO_FIELD(teacher_16_dtype),
-         ListField<Args>{"offsets", &Args::offsets, &Args::segments}, DINO_FIELD(steps), DINO_FIELD(decayed),
-         DINO_FIELD(frozen), DINO_FIELD(lr), DINO_FIELD(weight_decay), DINO_FIELD(momentum), DINO_FIELD(clip_norm),
-         DINO_FIELD(beta1), DINO_FIELD(beta2), DINO_FIELD(eps), DINO_FIELD(student_rows), DINO_FIELD(teacher_rows),
-         DINO_FIELD(rows_dtype), DINO_FIELD(rows), DINO_FIELD(channels), DINO_FIELD(cleared), DINO_FIELD(threads));
+    bind_flat_step<Args, adamw_ema_step>(m, "adamw_ema_step", DINO_FIELD(exp_avg), DINO_FIELD(exp_avg_sq),
+                                         DINO_FIELD(steps), DINO_FIELD(beta1), DINO_FIELD(beta2), DINO_FIELD(eps));
+}
+
+void bind_sgd_ema_step(py::module_& m) {
+    using Args = SgdEmaArgs;
+    bind_flat_step<Args, sgd_ema_step>(m, "sgd_ema_step", DINO_FIELD(momentum_buffer), DINO_FIELD(adapted),
+                                       DINO_FIELD(momentum_sgd), DINO_FIELD(eta), DINO_FIELD(eps), DINO_FIELD(larc));
 }
 
 void bind_weight_norm(py::module_& m) {
@@ -84,6 +97,7 @@ void bind_training(py::module_& m) {
     m.def("ema_update", &update_ema, py::kw_only(), py::arg("targets"), py::arg("sources"), py::arg("sizes"),
           py::arg("source_dtypes"), py::arg("momentum"), py::arg("threads"));
     bind_adamw_ema_step(m);
+    bind_sgd_ema_step(m);
     bind_weight_norm(m);
     bind_weight_norm_backward(m);
 }

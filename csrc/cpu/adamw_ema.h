@@ -1,30 +1,15 @@
-// The optimizer's step and the teacher's update on the CPU.
+// AdamW and the teacher's update on the CPU.
 #pragma once
 
-#include "common/dtype.h"
+#include "cpu/flat_step.h"
 
 namespace dino {
 
-struct AdamwEmaArgs {
-    float* student;  // flat, as all of the next
-    void* grad;      // set to zero in the first `cleared` segments
-    float *exp_avg, *exp_avg_sq, *teacher;
-    void *student_16, *teacher_16;  // or null
-    DType grad_dtype, student_16_dtype, teacher_16_dtype;
-    const int64_t* offsets;  // [segments + 1]
-    int64_t segments;
-    int64_t* steps;                                                   // [segments]
-    const bool *decayed, *frozen;                                     // [segments]
-    double lr, weight_decay, momentum, clip_norm, beta1, beta2, eps;  // clip_norm 0: none
-    // Null, or the normalized rows [rows, channels] of a weight-normed layer, whose v is the last segment and g the one
-    // before. They replace the copies of the last segment.
-    void *student_rows, *teacher_rows;
-    DType rows_dtype;
-    int64_t rows, channels;  // channels at most kMostChannels
-    int64_t cleared;
-    int threads;
+struct AdamwEmaArgs : FlatStepArgs {
+    float *exp_avg, *exp_avg_sq;
+    int64_t* steps;  // [segments]
+    double beta1, beta2, eps;
 };
-constexpr int64_t kMostChannels = 4096;
 // Returns whether a gradient's norm was not finite; then nothing was changed.
 bool adamw_ema_step(const AdamwEmaArgs& args);
 

@@ -6,6 +6,7 @@ place of tensor by tensor.
 
 import contextlib
 import mmap
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dino_kernels._core.device import on_gpu
 from dino_kernels._core.native import DTYPES
 from dino_kernels.nn.layers import Linear, PatchEmbed, WeightNormLinear
 from dino_kernels.ops.adamw_ema import adamw_ema_step_
+from dino_kernels.ops.sgd_ema import sgd_ema_step_
 
 __all__ = ["FlatParameters"]
 
@@ -95,14 +97,14 @@ class FlatParameters:
             layer.use_copies(lambda parameter: self.view(read, names[id(parameter)]))
         self._weight_normed = [layer for layer in layers if isinstance(layer, WeightNormLinear)]
         self._segments_of_v = [self._segments[names[id(layer.weight_v)]] for layer in self._weight_normed]
-        # The kernels of adamw_ema_step_ renew the rows of one layer, whose g and v are the last two segments.
+        # The kernels of a step renew the rows of one layer, whose g and v are the last two segments.
         end = list(self.parameters.values())[-2:]
         ends = [layer for layer in self._weight_normed if [*map(id, layer.parameters())] == [*map(id, end)]]
         self._renewed_by_step = ends[0] if ends else None
 
     def renew(self) -> None:
         """Write copies, and the rows of weight-normed layers, from the weights: after these were changed by anything
-        but `adamw_ema_step_` of this class."""
+        but a step of this class."""
         if self.copies is not None:
             self.copies.copy_(self.weights)
         for layer in self._weight_normed:
@@ -143,6 +145,23 @@ class FlatParameters:
         Raises:
             ValueError: the layouts differ, or as `dino_kernels.adamw_ema_step_`.
         """
+        self._step(adamw_ema_step_, teacher, exp_avg, exp_avg_sq, **options)
+
+    def sgd_ema_step_(self, teacher: "FlatParameters", momentum_buffer: Tensor, **options: Any) -> None:
+        """`dino_kernels.sgd_ema_step_` of these weights and a teacher's; the gradient is then as after `clear_grad`.
+
+        Args:
+            teacher: of the same layout.
+            momentum_buffer: of `zeros()` at first.
+            options: decayed, adapted, frozen, nonfinite, lr, weight_decay, momentum; momentum_sgd, larc, eta, eps,
+                clip_norm.
+
+        Raises:
+            ValueError: the layouts differ, or as `dino_kernels.sgd_ema_step_`.
+        """
+        self._step(sgd_ema_step_, teacher, momentum_buffer, **options)
+
+    def _step(self, op: Callable[..., None], teacher: "FlatParameters", *moments: Tensor, **options: Any) -> None:
         if teacher.offsets != self.offsets:
             raise ValueError("teacher must have parameters of the same sizes in the same order")
         ours, theirs = self._renewed_by_step, teacher._renewed_by_step
@@ -150,11 +169,10 @@ class FlatParameters:
         if ours is not None and theirs is not None:
             assert ours.rows is not None and theirs.rows is not None
             rows = ours.rows, theirs.rows
-        adamw_ema_step_(
+        op(
             self.weights,
             self.grad,
-            exp_avg,
-            exp_avg_sq,
+            *moments,
             teacher.weights,
             offsets=self.offsets,
             student_16=self.copies,

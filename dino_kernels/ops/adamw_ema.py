@@ -17,11 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dino_kernels._core.native import _C, DTYPES, address, dtype_of, setting
+from dino_kernels._core.native import _C
 from dino_kernels._core.registry import custom_op
-from dino_kernels._core.results import last_segments
 from dino_kernels.ops.ema_update import momentum_tensor
-from dino_kernels.ops.weight_norm import weight_norm_reference_
+from dino_kernels.ops.flat_step import check, rate, step_cpu, step_reference_
 
 __all__ = ["adamw_ema_step_", "adamw_ema_step_reference_"]
 
@@ -82,17 +81,23 @@ def adamw_ema_step_(
         ValueError: an argument that does not fit the above.
     """
     offsets = list(offsets)
-    _check(student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, offsets)
-    _check_segments(student, offsets, steps, decayed, frozen, nonfinite)
-    student_rows, teacher_rows = rows or (None, None)
-    if rows is not None:
-        _check_rows(student, offsets, *rows)
-    if not 0 <= cleared <= (most := len(offsets) - 1 - (rows is not None)):
-        raise ValueError(f"cleared must be from 0 to {most} segments, got {cleared}")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be > 0 or None, got {clip_norm}")
+    check(
+        student,
+        grad,
+        teacher,
+        student_16,
+        teacher_16,
+        rows,
+        moments={"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
+        offsets=offsets,
+        segments={"steps": (steps, torch.int64), "decayed": (decayed, torch.bool), "frozen": (frozen, torch.bool)},
+        nonfinite=nonfinite,
+        clip_norm=clip_norm,
+        cleared=cleared,
+    )
     if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps >= 0):
         raise ValueError(f"betas must be in [0, 1) and eps >= 0, got {betas} and {eps}")
+    student_rows, teacher_rows = rows or (None, None)
     torch.ops.dino_kernels.adamw_ema_step_(
         student,
         grad,
@@ -108,8 +113,8 @@ def adamw_ema_step_(
         decayed,
         frozen,
         nonfinite,
-        _rate("lr", lr, student.device),
-        _rate("weight_decay", weight_decay, student.device),
+        rate("lr", lr, student.device),
+        rate("weight_decay", weight_decay, student.device),
         momentum_tensor(momentum, student.device),
         clip_norm or 0.0,
         *betas,
@@ -143,92 +148,31 @@ def adamw_ema_step_reference_(
     cleared: int = 0,
 ) -> None:
     """`adamw_ema_step_` in plain PyTorch, a segment at a time."""
-    sizes = [end - begin for begin, end in zip(offsets, offsets[1:], strict=False)]
-    segments = list(zip(*(x.split(sizes) for x in (student, grad, exp_avg, exp_avg_sq, teacher)), strict=True))
-    norms = torch.stack([g.to(student.dtype).norm() for _, g, *_ in segments])
-    nonfinite.copy_((~(norms.isfinite() | frozen)).any())
-    if nonfinite:
-        grad[: offsets[cleared]].zero_()
-        return
-    for i, (s, g, m1, m2, t) in enumerate(segments):
-        if not frozen[i]:
-            steps[i] += 1
-            g = g.to(s.dtype)
-            if clip_norm is not None:
-                g = g * (clip_norm / (norms[i] + 1e-6)).clamp(max=1)
-            m1.mul_(betas[0]).add_((1 - betas[0]) * g)
-            m2.mul_(betas[1]).add_((1 - betas[1]) * g * g)
-            n = steps[i].item()
-            s.mul_(1 - lr * weight_decay * decayed[i])
-            s.sub_(lr / (1 - betas[0] ** n) * m1 / ((m2 / (1 - betas[1] ** n)).sqrt() + eps))
-        t.mul_(momentum).add_((1 - momentum) * s)
-    grad[: offsets[cleared]].zero_()
-    copied = offsets[-1] if rows is None else offsets[-2]
-    for copy, weights in ((student_16, student), (teacher_16, teacher)):
-        if copy is not None:
-            copy[:copied].copy_(weights[:copied])
-    for out, weights in zip(rows or (), (student, teacher), strict=False):
-        weight_norm_reference_(out, *last_segments(weights, offsets, out))
 
+    def update(i: int, s: Tensor, g: Tensor, m1: Tensor, m2: Tensor) -> None:
+        steps[i] += 1
+        m1.mul_(betas[0]).add_((1 - betas[0]) * g)
+        m2.mul_(betas[1]).add_((1 - betas[1]) * g * g)
+        n = steps[i].item()
+        s.mul_(1 - lr * weight_decay * decayed[i])
+        s.sub_(lr / (1 - betas[0] ** n) * m1 / ((m2 / (1 - betas[1] ** n)).sqrt() + eps))
 
-def _check(student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, offsets) -> None:
-    halves = (torch.float16, torch.bfloat16)
-    allowed = {
-        "student": (student, (torch.float32,)),
-        "grad": (grad, tuple(DTYPES)),
-        "exp_avg": (exp_avg, (torch.float32,)),
-        "exp_avg_sq": (exp_avg_sq, (torch.float32,)),
-        "teacher": (teacher, (torch.float32,)),
-        "student_16": (student_16, halves),
-        "teacher_16": (teacher_16, halves),
-    }
-    for name, (x, dtypes) in allowed.items():
-        if x is not None and (x.shape != (student.numel(),) or not x.is_contiguous() or x.dtype not in dtypes):
-            raise ValueError(
-                f"{name} must be contiguous, of shape [{student.numel()}] and dtype "
-                f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, "
-                f"got shape {list(x.shape)}, strides {list(x.stride())}, {x.dtype}"
-            )
-        if x is not None and x.device != student.device:
-            raise ValueError(f"{name} must be on {student.device} as student, got {x.device}")
-    rising = all(begin < end for begin, end in zip(offsets, offsets[1:], strict=False))
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != student.numel() or not rising:
-        raise ValueError(
-            f"offsets must rise from 0 to the number of elements {student.numel()}, "
-            f"got {offsets[:4]}...{offsets[-1:]} ({len(offsets)} of them)"
-        )
-
-
-def _check_segments(student, offsets, steps, decayed, frozen, nonfinite) -> None:
-    shape = [len(offsets) - 1]
-    for name, x, dtype, wanted in (
-        ("steps", steps, torch.int64, shape),
-        ("decayed", decayed, torch.bool, shape),
-        ("frozen", frozen, torch.bool, shape),
-        ("nonfinite", nonfinite, torch.int32, []),
-    ):
-        if list(x.shape) != wanted or x.dtype != dtype or x.device != student.device or not x.is_contiguous():
-            raise ValueError(
-                f"{name} must have shape {wanted}, dtype {str(dtype).removeprefix('torch.')} and be contiguous on "
-                f"{student.device}, got {list(x.shape)}, {x.dtype} on {x.device}"
-            )
-
-
-def _check_rows(student, offsets, *both) -> None:
-    room = (offsets[-2] - offsets[-3], offsets[-1] - offsets[-2]) if len(offsets) > 2 else (0, 0)
-    for rows in both:
-        fits = rows.ndim == 2 and len(rows) <= room[0] and rows.numel() <= room[1] and 1 <= rows.shape[1] <= 4096
-        same = rows.shape == both[0].shape and rows.dtype == both[0].dtype and rows.device == student.device
-        if not fits or not same or rows.dtype not in DTYPES or not rows.is_contiguous():
-            raise ValueError(
-                "rows must be two contiguous tensors [K, D] of one dtype on the device of student, D <= 4096, K and "
-                f"K * D at most the lengths of the last two segments, {room[0]} and {room[1]}; "
-                f"got {[(list(x.shape), x.dtype, str(x.device)) for x in both]}"
-            )
-
-
-def _rate(name: str, value: float | Tensor, device: torch.device) -> Tensor:
-    return setting(name, value, device, ">= 0", lambda rate: rate >= 0)
+    step_reference_(
+        update,
+        student,
+        grad,
+        (exp_avg, exp_avg_sq),
+        teacher,
+        offsets=offsets,
+        frozen=frozen,
+        nonfinite=nonfinite,
+        momentum=momentum,
+        clip_norm=clip_norm,
+        student_16=student_16,
+        teacher_16=teacher_16,
+        rows=rows,
+        cleared=cleared,
+    )
 
 
 # --- registration ------------------------------------------------------------------------------------
@@ -282,37 +226,9 @@ def _step_cpu(
     student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets, steps,
     decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps, cleared,
 ):  # fmt: skip
-    rows, channels = (0, 0) if student_rows is None else student_rows.shape
-    refused = _C.adamw_ema_step(
-        student=student.data_ptr(),
-        grad=grad.data_ptr(),
-        exp_avg=exp_avg.data_ptr(),
-        exp_avg_sq=exp_avg_sq.data_ptr(),
-        teacher=teacher.data_ptr(),
-        student_16=address(student_16),
-        teacher_16=address(teacher_16),
-        student_rows=address(student_rows),
-        teacher_rows=address(teacher_rows),
-        grad_dtype=DTYPES[grad.dtype],
-        student_16_dtype=dtype_of(student_16),
-        teacher_16_dtype=dtype_of(teacher_16),
-        rows_dtype=dtype_of(student_rows),
-        offsets=offsets,
-        steps=steps.data_ptr(),
-        decayed=decayed.data_ptr(),
-        frozen=frozen.data_ptr(),
-        lr=float(lr),
-        weight_decay=float(weight_decay),
-        momentum=float(momentum),
-        clip_norm=clip_norm,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        rows=rows,
-        channels=channels,
-        cleared=cleared,
-        threads=torch.get_num_threads(),
-    )
-    nonfinite.fill_(refused)
-    if refused:
-        grad[: offsets[cleared]].zero_()
+    step_cpu(
+        _C.adamw_ema_step, student, grad, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets,
+        decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, cleared,
+        exp_avg=exp_avg.data_ptr(), exp_avg_sq=exp_avg_sq.data_ptr(), steps=steps.data_ptr(),
+        beta1=beta1, beta2=beta2, eps=eps,
+    )  # fmt: skip

@@ -16,8 +16,7 @@ from dino_train.config.pretrain import PretrainConfig, default_workers
 from dino_train.data.folder import ImageFolder
 from dino_train.data.pack import pack
 from dino_train.engine.compare import Compare
-from dino_train.engine.learner import NonFiniteLoss
-from dino_train.engine.train import Interrupted, pretrain
+from dino_train.engine.train import Interrupted, NonFiniteLoss, pretrain
 from dino_train.evaluate.attention import Attention
 from dino_train.evaluate.baselines import Baselines
 from dino_train.evaluate.copy_detection import CopyDetection

@@ -239,6 +239,33 @@ def test_adamw_ema(dtype, sizes, shape):
         assert_close([out], [g * v / v.norm(dim=1, keepdim=True)], BRAIN)
 
 
+@pytest.mark.parametrize("larc", [False, True])
+@pytest.mark.parametrize(
+    "dtype, sizes, shape", [(FULL, [507, 48, 1536], (37, 40)), (BRAIN, [8192 + 32, 32, 4096], (32, 128))]
+)
+def test_sgd_ema(dtype, sizes, shape, larc):
+    """As `test_adamw_ema`; LARS adapts the last two segments."""
+    offsets, names = np.cumsum([0, *sizes]).tolist(), ("student", "grad", "momentum_buffer", "teacher")
+    state = {name: randn(offsets[-1]) for name in names}
+    state["grad"] = state["grad"].to(dtype)
+    flags = torch.tensor([larc, True, True])
+    numbers = {
+        "offsets": offsets, "decayed": flags, "adapted": flags, "frozen": torch.zeros(3, dtype=torch.bool),
+        "nonfinite": torch.zeros((), dtype=torch.int32), "larc": larc,
+        "lr": 2.0, "weight_decay": 0.1, "momentum": 0.9, "clip_norm": 3.0,
+    }  # fmt: skip
+    exact = {name: value.double() for name, value in state.items()}
+    rows = tuple(torch.empty(shape, dtype=BRAIN) for _ in range(2))
+    D.sgd_ema_step_reference_(**exact, **numbers)
+    D.sgd_ema_step_(**state, **numbers, rows=rows)
+    written = [name for name in names if name != "grad"]
+    assert_close([state[name] for name in written], [exact[name] for name in written], FULL)
+    assert not numbers["nonfinite"]
+    for out, net in zip(rows, ("student", "teacher"), strict=True):
+        g, v = exact[net][offsets[-3] :][: shape[0], None], exact[net][offsets[-2] :][: math.prod(shape)].view(shape)
+        assert_close([out], [g * v / v.norm(dim=1, keepdim=True)], BRAIN)
+
+
 @pytest.mark.parametrize("dtype", [BRAIN, torch.uint8])
 def test_multicrop(dtype):
     """Bitwise equal to the CPU, with every step of a crop."""

@@ -22,8 +22,8 @@ from dino_train.config.pretrain import PretrainConfig
 from dino_train.data import loader
 from dino_train.data.folder import ImageFolder
 from dino_train.engine import gradient_sum, graph, learner, train
-from dino_train.engine.learner import Learner, NonFiniteLoss
-from dino_train.engine.train import pretrain
+from dino_train.engine.learner import Learner
+from dino_train.engine.train import NonFiniteLoss, pretrain
 from dino_train.evaluate.features import extract
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.knn import view_retrieval
@@ -192,12 +192,12 @@ def test_a_non_finite_loss_ends_the_run_and_updates_nothing(config, monkeypatch,
     assert all(value.isfinite().all() for value in state["student"].values())
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"optimizer": "lars"}, {"accumulate": 2}])
-def test_optimizers_without_a_guard_and_micro_batches(config, changes):
+@pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"optimizer": "larc", "decay_all": True}, {"accumulate": 2}])
+def test_other_optimizers_and_micro_batches(config, changes):
     config = replace(config, **changes)
     with Double().installed() as gpu:
         pretrain(config)
-    assert (gpu.captures > 0) == ("accumulate" in changes)  # sgd and lars synchronize to read the loss
+    assert (gpu.captures, gpu.replays) == (2, 2 + 7)
     assert_close(config, on_cpu(config))
 
 
@@ -219,9 +219,9 @@ def test_other_methods_equal_a_cpu_run(config, name, caplog):
     assert losses(config) == pytest.approx(losses(on_cpu(config)), rel=1e-3)
 
 
-def test_a_resnet_runs_channels_last_with_tuned_convolutions(config, monkeypatch):
-    config = replace(config, arch="resnet50", optimizer="sgd")
-    crops, layouts, tuned, results = [torch.randn(8, 3, size, size) for size in (64, 64, 32)], [], [], []
+def test_a_resnet_runs_channels_last_with_tuned_convolutions_in_a_graph(config, monkeypatch):
+    config = replace(config, arch="resnet50", optimizer="lars")
+    crops, layouts, tuned, results, graphs = [torch.randn(8, 3, size, size) for size in (64, 64, 32)], [], [], [], []
     monkeypatch.setattr(Double, "tune_convolutions", lambda self: tuned.append(self))
     for gpu in (True, False):
         torch.manual_seed(0)
@@ -230,8 +230,10 @@ def test_a_resnet_runs_channels_last_with_tuned_convolutions(config, monkeypatch
             learner.student.backbone.conv1.register_forward_pre_hook(
                 lambda _, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
             )
-            results.append([learner.step(step, crops).loss for step in range(2)])
-    assert len(tuned) == 2 and layouts == [True] * 4 + [False] * 4  # crops of two sizes, two steps
+            results.append([learner.step(step, crops).loss for step in range(5)])
+            graphs.append(isinstance(learner.update, graph.Graphed) and learner.update.replay is not None)
+    assert len(tuned) == 2 and layouts == [True] * 8 + [False] * 10  # crops of two sizes, a step each
+    assert graphs == [True, False]
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 

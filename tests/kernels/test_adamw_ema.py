@@ -3,7 +3,7 @@ import torch
 from checks import DTYPES, assert_as_accurate, use_backend
 
 from dino_kernels import adamw_ema_step_, adamw_ema_step_reference_
-from dino_kernels.triton import adamw_ema as adamw_ema_triton
+from dino_kernels.triton import flat_step
 
 SIZES = [64, 1, 507, 37, 5000, 199, 16]  # odd ones: segments begin anywhere
 HYPER = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9, "clip_norm": 3.0}
@@ -58,8 +58,8 @@ def test_rows_of_a_weight_normed_layer(device, dtype, frozen):
 def test_rows_that_fill_whole_blocks(device, monkeypatch, frozen, grad_dtype):
     """K = 256 rows of 32 channels in segments of their sizes: on a GPU the update writes the rows too."""
     launched = []
-    forward = adamw_ema_triton.forward_triton
-    monkeypatch.setattr(adamw_ema_triton, "forward_triton", lambda *args: launched.append(1) or forward(*args))
+    forward = flat_step.forward_triton
+    monkeypatch.setattr(flat_step, "forward_triton", lambda *args: launched.append(1) or forward(*args))
     for first in (64, 0):  # also without a segment before them
         x = state(device, [*[first][: first > 0], 256, 8192], frozen=frozen, grad_dtype=grad_dtype)
         plain = clone(x)
@@ -221,8 +221,8 @@ def test_settings_as_tensors_and_without_copies(device):
 
 def test_a_segment_of_more_blocks_than_are_summed_at_once(device, monkeypatch):
     block = 512  # not less than two elements a thread: of those that share one, some may read what another wrote
-    monkeypatch.setattr(adamw_ema_triton, "_BLOCK", block)
-    adamw_ema_triton._table.cache_clear()
+    monkeypatch.setattr(flat_step, "_BLOCK", block)
+    flat_step.table.cache_clear()
     ours = state(device, [3, block * 1030 + 5, 2])
     ours["grad"][block * 1030 :] *= 1000  # what the last blocks hold decides how much is clipped
     eager = clone(ours)

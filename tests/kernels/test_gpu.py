@@ -11,6 +11,7 @@ from dino_kernels import (
     dino_head_loss,
     dino_loss,
     ema_update_,
+    sgd_ema_step_,
     sinkhorn_center,
 )
 
@@ -86,12 +87,11 @@ def ema():
     return (*targets, *sources, momentum), step
 
 
-def optimizer():
-    flat = [uniform(5000) for _ in range(5)]
+def optimizer(op, moments, **own):
+    flat = [uniform(5000) for _ in range(3 + moments)]
     settings = [torch.tensor(value, dtype=torch.float64, device="cuda") for value in (0.01, 0.1, 0.9)]
-    options = {
+    options = own | {
         "offsets": [0, 16, 5000],
-        "steps": torch.zeros(2, dtype=torch.int64, device="cuda"),
         "decayed": torch.tensor([True, False], device="cuda"),
         "frozen": torch.tensor([False, False], device="cuda"),
         "nonfinite": torch.zeros((), dtype=torch.int32, device="cuda"),
@@ -99,12 +99,21 @@ def optimizer():
     }
 
     def step():
-        options["steps"].zero_()  # or the replay would count on
+        if "steps" in own:
+            own["steps"].zero_()  # or the replay would count on
         lr, weight_decay, momentum = settings
-        adamw_ema_step_(*flat, **options, lr=lr, weight_decay=weight_decay, momentum=momentum, clip_norm=3.0)
+        op(*flat, **options, lr=lr, weight_decay=weight_decay, momentum=momentum, clip_norm=3.0)
         return ()
 
     return (*flat, *settings), step
+
+
+def adamw():
+    return optimizer(adamw_ema_step_, 2, steps=torch.zeros(2, dtype=torch.int64, device="cuda"))
+
+
+def lars():
+    return optimizer(sgd_ema_step_, 1, adapted=torch.tensor([True, False], device="cuda"))
 
 
 def known_attention():
@@ -123,7 +132,8 @@ def known_attention():
         pytest.param(sinkhorn, id="sinkhorn_center"),
         pytest.param(packed_attention, id="attention"),
         pytest.param(known_attention, id="attention of known lengths"),
-        pytest.param(optimizer, id="adamw_ema_step_"),
+        pytest.param(adamw, id="adamw_ema_step_"),
+        pytest.param(lars, id="sgd_ema_step_"),
         pytest.param(norm, id="add_layer_norm"),
         pytest.param(gelu, id="bias_gelu"),
         pytest.param(ema, id="ema_update_"),

@@ -125,25 +125,33 @@ def test_a_model_trains_as_plain_torch_does(dtype):
 
 @PRECISIONS
 @pytest.mark.parametrize("normed_last", [True, False])
-def test_the_fused_step_is_adamw_and_a_moving_average(dtype, normed_last):
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_fused_step_is_the_optimizer_and_a_moving_average(name, dtype, normed_last):
     """Of weight-normed layers the kernels renew one at the end; others are renewed after them."""
     net, other = Net(normed_last), Net(normed_last)
     teacher, other_teacher = copy.deepcopy(net).requires_grad_(False), copy.deepcopy(other).requires_grad_(False)
     flat, flat_teacher = FlatParameters(net, dtype), FlatParameters(teacher, dtype)
     assert not len(flat_teacher.grad)
     count = len(flat.parameters)
-    moments = flat.zeros(), flat.zeros()
     nonfinite, frozen = torch.zeros((), dtype=torch.int32), torch.zeros(count, dtype=torch.bool)
-    state = {"steps": torch.zeros(count, dtype=torch.int64), "frozen": frozen, "decayed": ~frozen}
-    hyper = {"lr": 3e-3, "weight_decay": 0.1, "eps": 1e-3}  # a large eps: AdamW scales rounding up, too
-    adamw = torch.optim.AdamW(other.parameters(), **hyper)
-    for step in range(4):
-        images, labels = batch(step)
+    options = {"frozen": frozen, "decayed": ~frozen, "nonfinite": nonfinite, "momentum": 0.9}
+    if name == "adamw":
+        hyper = {"lr": 3e-3, "weight_decay": 0.1, "eps": 1e-3}  # a large eps: AdamW scales rounding up, too
+        options["steps"] = torch.zeros(count, dtype=torch.int64)
+        step, moments = flat.adamw_ema_step_, (flat.zeros(), flat.zeros())
+        optimizer = torch.optim.AdamW(other.parameters(), **hyper)
+    else:
+        hyper = {"lr": 0.05, "weight_decay": 0.1}
+        options["adapted"] = frozen
+        step, moments = flat.sgd_ema_step_, (flat.zeros(),)
+        optimizer = torch.optim.SGD(other.parameters(), momentum=0.9, **hyper)
+    for number in range(4):
+        images, labels = batch(number)
         F.cross_entropy(net(images), labels).backward()
-        flat.adamw_ema_step_(flat_teacher, *moments, **state, nonfinite=nonfinite, momentum=0.9, **hyper)
+        step(flat_teacher, *moments, **options, **hyper)
         F.cross_entropy(plain(other, images), labels).backward()
-        adamw.step()
-        adamw.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         with torch.no_grad():
             for t, s in zip(other_teacher.parameters(), other.parameters(), strict=True):
                 t.lerp_(s, 0.1)

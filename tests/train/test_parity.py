@@ -135,7 +135,11 @@ class PlainDINO:
     def lars(self, lr, decay):
         for p in (p for group in self.groups for p in group["params"] if p.grad is not None):
             d = p.grad
-            if p.dim() != 1:
+            if self.c.optimizer == "larc":  # apex's, with decay of all tensors
+                d = d + decay * p
+                if p.norm() > 0 and p.grad.norm() > 0:
+                    d = d * (0.001 * p.norm() / (p.grad.norm() + decay * p.norm() + 1e-8))
+            elif p.dim() != 1:
                 # The reference applies the schedule of weight decay only to its first group, which has all matrices.
                 d = d + decay * p
                 if p.norm() > 0 and d.norm() > 0:
@@ -163,8 +167,9 @@ def without_key_bias(name, tensor):
         {"norm_last_layer": False, "clip_grad": 0.02, "freeze_last_layer": 2, "warmup_epochs": 3},
         {"optimizer": "sgd", "lr": 0.3, "clip_grad": 0.0},
         {"optimizer": "lars", "lr": 5.0, "freeze_last_layer": 0},
+        {"optimizer": "larc", "lr": 20.0, "decay_all": True},
     ],
-    ids=["adamw", "adamw-free-norm", "sgd", "lars"],
+    ids=["adamw", "adamw-free-norm", "sgd", "lars", "larc"],
 )
 def test_ten_steps(changes):
     settings = {

@@ -10,6 +10,7 @@ import tiny_run
 import torch
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine.learner import Learner
+from dino_train.engine.optim import parameter_groups
 from dino_train.models.vit import vit
 from tiny_run import torchrun
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -102,6 +103,7 @@ def test_checkpointed_activations_are_recomputed(monkeypatch):
         {},
         {"accumulate": 2, "checkpoint_activations": True, "drop_path_rate": 0.2},
         {"centering": "sinkhorn"},
+        {"optimizer": "larc"},
         {"method": "byol", "local_crops_number": 0, "freeze_patch_embed": True},
         {"method": "moco", "local_crops_number": 0, "predictor": False, "queue_size": 20, "bn_split": 4},
         {"method": "moco", "local_crops_number": 0},
@@ -150,9 +152,10 @@ def test_skipping_dropped_samples_equals_multiplying_them_by_zero(monkeypatch, p
     assert_close(*results, tolerance=1e-5 if precision == "float32" else 1e-2)
 
 
-def test_a_non_finite_loss_updates_nothing():
+@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+def test_a_non_finite_loss_updates_nothing(optimizer):
     torch.manual_seed(0)
-    learner = Learner(PretrainConfig(**SETTINGS), 2, CPU)
+    learner = Learner(PretrainConfig(**SETTINGS, optimizer=optimizer), 2, CPU)
     for step in range(3):
         learner.step(step, crops(step))
     kept = learner.student_flat.weights, learner.teacher_flat.weights, learner.method.center
@@ -161,6 +164,24 @@ def test_a_non_finite_loss_updates_nothing():
     assert result.loss != result.loss and learner.optimizer.nonfinite == 1
     assert all(map(torch.equal, before, kept))
     assert learner.step(4, crops(4)).loss > 0 and learner.optimizer.nonfinite == 0
+
+
+@pytest.mark.parametrize("optimizer, key", [("sgd", "momentum_buffer"), ("lars", "mu")])
+def test_a_state_of_torchs_sgd_and_of_0_1_is_resumed(optimizer, key):
+    config = PretrainConfig(**SETTINGS, optimizer=optimizer)
+    torch.manual_seed(0)
+    ours, resumed = Learner(config, 2, CPU), Learner(config, 2, CPU)
+    for step in range(3):
+        ours.step(step, crops(step))
+    state = ours.state_dict()
+    sgd = torch.optim.SGD(parameter_groups(ours.student), lr=0.1, momentum=0.9)
+    sgd.load_state_dict(state["optimizer"])
+    buffers = {i: entry["momentum_buffer"].clone() for i, entry in sgd.state_dict()["state"].items()}
+    state["optimizer"] = {"state": {i: {key: buffer} for i, buffer in buffers.items()}}
+    resumed.load_state_dict(state)
+    for learner in (ours, resumed):
+        learner.step(3, crops(3))
+    assert torch.equal(ours.student_flat.weights, resumed.student_flat.weights)
 
 
 def test_invalid_switches(monkeypatch):

@@ -20,8 +20,8 @@ from dino_train.common.process import _ADDRESSES
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.data.folder import DataError
 from dino_train.engine import train
-from dino_train.engine.learner import Learner, NonFiniteLoss
-from dino_train.engine.train import pretrain
+from dino_train.engine.learner import Learner
+from dino_train.engine.train import NonFiniteLoss, pretrain
 from dino_train.engine.watch import CollapseWatch
 from tiny_run import assert_same, final_weights, make_images
 

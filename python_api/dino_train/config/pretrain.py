@@ -93,9 +93,9 @@ class PretrainConfig:
     """Arithmetic of the networks; weights, statistics and loss stay float32. auto: bfloat16 on a GPU, where float32 is
     several times slower, float32 on a CPU."""
     cuda_graph: bool = True
-    """On a single GPU with adamw, run a step as one CUDA graph; false runs it op by op, for debugging."""
-    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
-    """adamw for ViTs, sgd or lars for convnets."""
+    """On a single GPU, run a step as one CUDA graph; false runs it op by op, for debugging."""
+    optimizer: Literal["adamw", "sgd", "lars", "larc"] = "adamw"
+    """adamw for ViTs; sgd, lars or larc for convnets."""
     batch_size_per_gpu: int = 64
     """Images a step (of each process, where torchrun starts several)."""
     accumulate: int = 1
@@ -118,6 +118,8 @@ class PretrainConfig:
     """Weight decay at the start."""
     weight_decay_end: float = 0.4
     """Weight decay at the end, along a cosine."""
+    decay_all: bool = False
+    """Weight decay of biases and norms too, as SwAV and MoCo train."""
     clip_grad: float = 3.0
     """Largest L2 norm of each tensor's gradient; 0 turns it off."""
     freeze_last_layer: int = 1

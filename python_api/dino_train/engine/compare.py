@@ -21,8 +21,7 @@ from dino_train.config.options import require_least
 from dino_train.config.presets import recipe
 from dino_train.config.pretrain import EMBEDDED_DATA, PretrainConfig, default_workers
 from dino_train.data.folder import split
-from dino_train.engine.learner import NonFiniteLoss
-from dino_train.engine.train import Interrupted, pretrain
+from dino_train.engine.train import Interrupted, NonFiniteLoss, pretrain
 from dino_train.evaluate.baselines import Baselines
 from dino_train.evaluate.protocol import require_labels
 from dino_train.methods.flops import flops_per_image

@@ -1,6 +1,5 @@
 """One training step of a method: gradients over micro-batches and ranks, optimizer, teacher EMA, the method's state."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,19 +15,15 @@ from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine.gradient_sum import GradientSum
 from dino_train.engine.graph import Graphed
 from dino_train.engine.optim import (
-    LARS,
     AdamWithEMA,
-    TorchWithEMA,
+    OptimizerWithEMA,
+    SgdWithEMA,
     cosine_schedule,
     parameter_groups,
     teacher_temp_schedule,
 )
 from dino_train.methods import build_method
 from dino_train.models.vit import VisionTransformer
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; that step has not updated anything."""
 
 
 @dataclass
@@ -117,25 +112,21 @@ class Learner:
             raise ValueError("batch norm over several processes needs GPUs: run one process, or a ViT without it")
         nn.SyncBatchNorm.convert_sync_batchnorm(net)  # as main_dino.py:196-206
 
-    def _optimizer(self) -> AdamWithEMA | TorchWithEMA:
+    def _optimizer(self) -> OptimizerWithEMA:
+        nets, groups = (self.student_flat, self.teacher_flat), parameter_groups(self.student, self.config.decay_all)
         clip_norm = self.config.clip_grad or None
-        groups, nets = parameter_groups(self.student), (self.student_flat, self.teacher_flat)
         if self.config.optimizer == "adamw":
             return AdamWithEMA(*nets, groups, clip_norm)
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9) if self.config.optimizer == "sgd" else LARS(groups)
-        return TorchWithEMA(*nets, optimizer, clip_norm)
+        return SgdWithEMA(*nets, groups, clip_norm, self.config.optimizer)
 
     def step(self, step: int, crops: list[Tensor]) -> StepResult:
         """One update of student, teacher and the method's state (of DINO, main_dino.py:303-350).
 
-        With AdamW, a non-finite loss updates nothing; the caller sees it in the result.
+        A non-finite loss updates nothing; the caller sees it in the result.
 
         Args:
             step: global step, the index into the schedules.
             crops: V tensors [B, 3, h, w] float32 on the device, the two global crops first.
-
-        Raises:
-            NonFiniteLoss: with sgd or lars, which check the loss on the host; before any update.
         """
         self._freeze(step // self.steps_per_epoch)
         if (stage := self.method.stage(step, self.steps_per_epoch)) != self.stage:
@@ -155,13 +146,7 @@ class Learner:
         self.student_flat.overwrite_grads()  # also after a failed capture that included a backward
         lr, decay, momentum, teacher_temp = self.scheduled.unbind()
         loss, told, kept = self._gradients(crops, teacher_temp)
-        if isinstance(self.optimizer, AdamWithEMA):
-            self.optimizer.step(lr, decay, momentum)
-        else:
-            if not math.isfinite(loss.item()):
-                self.student_flat.clear_grad()
-                raise NonFiniteLoss
-            self.optimizer.step(*self.scheduled[:3].tolist())
+        self.optimizer.step(lr, decay, momentum)
         self.method.after(told, kept, self.optimizer.nonfinite > 0)
         self._phase("optimizer")
         return loss, kept
@@ -171,8 +156,7 @@ class Learner:
         return f"the loss is {loss} at step {step} (epoch {epoch}, lr {self.lr[step]:.3g})"
 
     def _new_update(self) -> Callable[[list[Tensor]], tuple[Tensor, ...]]:
-        # The other optimizers synchronize with the device; all-reduces inside a graph are not tested.
-        graphed = self.config.cuda_graph and parallel.size() == 1 and isinstance(self.optimizer, AdamWithEMA)
+        graphed = self.config.cuda_graph and parallel.size() == 1  # all-reduces inside a graph are not tested
         return Graphed(self.gpu, self._update) if graphed and self.gpu is not None else self._update
 
     def _freeze(self, epoch: int) -> None:
@@ -184,8 +168,7 @@ class Learner:
         self.frozen = frozen
         self.gradient_sum.remove()
         self.gradient_sum = GradientSum(self.student_flat)
-        if isinstance(self.optimizer, AdamWithEMA):
-            self.optimizer.track_frozen()
+        self.optimizer.track_frozen()
         self.update = self._new_update()
 
     def _gradients(self, crops: list[Tensor], teacher_temp: Tensor) -> tuple[Tensor, Tensor, Tensor]:

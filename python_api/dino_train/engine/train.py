@@ -22,7 +22,7 @@ from dino_train.config.pretrain import PretrainConfig
 from dino_train.data.folder import ImageFolder, split
 from dino_train.data.loader import Bad, BadImages, CropLoader, require_batch
 from dino_train.data.stream import ShardStream, count_samples, is_shards, shard_urls
-from dino_train.engine.learner import Learner, NonFiniteLoss, StepResult
+from dino_train.engine.learner import Learner, StepResult
 from dino_train.engine.watch import CollapseWatch, Progress, plot_curves
 from dino_train.evaluate import knn_accuracy, view_retrieval
 
@@ -40,6 +40,10 @@ class Interrupted(Exception):
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; that step has not updated anything."""
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -259,11 +263,7 @@ class Run:
             crops, bad = next(batches)
             self.waited += time.monotonic() - began
             self.bad.add(bad)
-            try:
-                result = self.learner.step(self.step, crops)
-            except NonFiniteLoss:
-                message = self.learner.nonfinite_message(self.step, math.nan)
-                raise NonFiniteLoss(f"{message}. {self._advice()}") from None
+            result = self.learner.step(self.step, crops)
             self.unread.append((self.step, result.loss_tensor))
             self.step += 1
             self._log(result)
