@@ -122,14 +122,12 @@ def _check(student: Tensor, teacher: Tensor, center: Tensor) -> None:
 
 
 def _check_apart(student: Tensor, teacher: Tensor) -> None:
-    if not student.data_ptr():  # no memory: fake and meta tensors
-        return
     ranges = [
         (x.data_ptr(), x.data_ptr() + ((x.shape[0] - 1) * x.stride(0) + x.shape[1]) * x.element_size())
         for x in (student, teacher)
     ]
     (begin, end), (teacher_begin, teacher_end) = ranges
-    if begin < teacher_end and teacher_begin < end:
+    if begin and begin < teacher_end and teacher_begin < end:  # meta and fake tensors begin at 0
         raise ValueError(
             "inplace needs a teacher that shares no memory with student, whose logits are overwritten (pass a clone), "
             f"got addresses [{begin}, {end}) of student and [{teacher_begin}, {teacher_end}) of teacher"

@@ -142,7 +142,8 @@ def ema_update_arguments():
 
 
 def dino_loss_arguments():
-    return *inputs(2, 4, 300), torch.tensor(0.1), torch.tensor(0.04)
+    student, teacher, center = inputs(2, 4, 300)
+    return student, teacher, center.expand(2, -1), torch.tensor(0.1), torch.tensor(0.04)
 
 
 def adamw_ema_arguments():
