@@ -83,7 +83,8 @@ _MOCOV3 = {
 _SWAV = {
     "method": "swav",
     "arch": "resnet50",
-    "optimizer": "sgd",
+    "optimizer": "larc",
+    "decay_all": True,
     "use_bn_in_head": True,
     "out_dim": 3000,
     "head_bottleneck_dim": 128,
@@ -187,6 +188,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "moco",
         "arch": "resnet50",
         "optimizer": "sgd",
+        "decay_all": True,
         "epochs": 200,
         "batch_size_per_gpu": 256,
         "bn_split": 32,
