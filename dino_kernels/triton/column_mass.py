@@ -157,6 +157,7 @@ def forward_triton(logits, center, counted, temp):
             STEP=step, LANES=lanes, num_warps=lanes // (8 * warp_size()),
         )  # fmt: skip
     _total_kernel[(triton.cdiv(outputs, 64),)](
-        partial, mass, temp, shares, outputs, CENTERED=center is not None, STEP=32, BLOCK=64, num_warps=4
-    )
+        partial, mass, temp, shares, outputs,
+        CENTERED=center is not None, STEP=min(32, triton.next_power_of_2(shares)), BLOCK=64, num_warps=4,
+    )  # fmt: skip
     return mass

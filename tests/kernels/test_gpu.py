@@ -12,6 +12,7 @@ from dino_kernels import (
     dino_loss,
     ema_update_,
     sgd_ema_step_,
+    sinkhorn_center,
 )
 
 pytestmark = pytest.mark.gpu
@@ -52,6 +53,12 @@ def head_loss(store_logits):
         return dino_head_loss(z, teacher_z, weight, weight_teacher, center, store_logits=store_logits)
 
     return differentiated(op, uniform(20, 64, dtype=torch.bfloat16), uniform(1000, 64, dtype=torch.bfloat16))
+
+
+def sinkhorn():
+    """Of rows that a program holds, and of longer ones."""
+    logits, temp = (uniform(20, 1000), uniform(20, 9000)), torch.tensor(0.1, device="cuda")
+    return logits, lambda: tuple(sinkhorn_center(x, temp=temp) for x in logits)
 
 
 def packed_attention():
@@ -122,6 +129,7 @@ def known_attention():
         pytest.param(lambda: loss(True), id="dino_loss in place"),
         pytest.param(lambda: head_loss(False), id="dino_head_loss"),
         pytest.param(lambda: head_loss(True), id="dino_head_loss with logits"),
+        pytest.param(sinkhorn, id="sinkhorn_center"),
         pytest.param(packed_attention, id="attention"),
         pytest.param(known_attention, id="attention of known lengths"),
         pytest.param(adamw, id="adamw_ema_step_"),

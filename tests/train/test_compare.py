@@ -1,9 +1,13 @@
 """The comparison of methods: every method trains, the table has all rows, what is done is not done again."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 from dino_train.cli import main
+from dino_train.common import checkpoint
 from dino_train.engine.compare import NOTE, VARIANTS
 from tiny_run import colored_classes
 
@@ -52,6 +56,26 @@ def test_every_variant_trains_at_its_best_rate(tmp_path):
         assert tried[f"{row['rate']:.2g}"] == max(tried.values())
 
 
+@pytest.mark.slow
+def test_a_killed_comparison_leaves_no_run_behind_and_goes_on(tmp_path):
+    command = [sys.executable, "-m", "dino_train", *words(tmp_path, "--methods", "dino", "--equal-time", "false")]
+    command += ["--budget-images", "5400"]
+    folder = tmp_path / "compare/dino/images-60-epochs-rate-1-seed-0"
+    killed = subprocess.Popen(command)
+    while not (folder / "last.pt").exists():
+        time.sleep(0.1)
+        assert killed.poll() is None
+    killed.kill()
+    killed.wait()
+    size = -1
+    while size != (size := (folder / "metrics.jsonl").stat().st_size):  # until it grows no more
+        time.sleep(3)
+    step = checkpoint.load(folder / "last.pt")["step"]
+    assert 0 < step < 60
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and f"from step {step}" in done.stdout
+
+
 def test_a_run_that_fails_is_named(tmp_path, capfd):
     (tmp_path / "images").mkdir()
     colored_classes(tmp_path / "images")
@@ -61,7 +85,7 @@ def test_a_run_that_fails_is_named(tmp_path, capfd):
 
 
 def test_wrong_options(tmp_path, capsys):
-    assert main(words(tmp_path, "--methods", "dino", "simclr")) == 1
+    assert main(words(tmp_path, "--methods", "dino", "nonsense")) == 1
     assert "methods must be among dino, dino-sinkhorn, byol" in capsys.readouterr().err
     assert main(words(tmp_path, "--seeds", "0")) == 1
     assert "seeds must be at least 1, got 0" in capsys.readouterr().err

@@ -188,7 +188,7 @@ def test_a_step_that_is_not_finite_changes_nothing(kind):
         assert torch.equal(value, now), name
 
 
-@pytest.mark.parametrize("kind", ["byol", "mocov2", "mocov3"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind]["method"] not in ("dino", "swav")])
 def test_a_constant_output_is_seen_as_a_collapse(kind):
     config = make(kind)
     learner = started(config)
@@ -329,6 +329,7 @@ import test_methods
 from dino_train.common import parallel
 from dino_train.engine.learner import Learner
 parallel.join(torch.device("cpu"))
+parallel.gather = None  # it reads the number of rows on the host, which a step must not
 torch.set_num_threads(1)
 torch.manual_seed(parallel.rank())
 config = test_methods.make("mocov2", batch_size_per_gpu=4, bn_split=2)

@@ -59,7 +59,8 @@ def largest(values: Sequence[int], device: torch.device) -> list[int]:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows [n, ...] of all ranks, in rank order; n may differ, and a rank without rows may pass any shape."""
+    """The rows [n, ...] of all ranks, in rank order, without a gradient; n may differ, and a rank without rows may pass
+    any shape."""
     if size() == 1:
         return rows
     counts = torch.zeros(size(), dtype=torch.int64, device=rows.device)
@@ -70,9 +71,17 @@ def gather(rows: Tensor) -> Tensor:
     padded = rows.new_zeros(shape.tolist())
     if len(rows):
         padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(size())]
-    dist.all_gather(parts, padded)
+    parts = gather_equal(padded).chunk(size())
     return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
+
+
+def gather_equal(rows: Tensor) -> Tensor:
+    """`gather` where n is the same on all ranks: nothing is read on the host."""
+    if size() == 1:
+        return rows
+    parts = [rows.new_empty(rows.shape) for _ in range(size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 
 def broadcast(tensors: Sequence[Tensor]) -> None:

@@ -4,9 +4,12 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import resource
+import signal
 import statistics
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -186,7 +189,8 @@ def _over_seeds(results: list[Result]) -> Result:
 
 
 def _train(config: PretrainConfig) -> None:
-    """In a process of its own, whose peak memory is the run's."""
+    """In a process of its own, whose peak memory is the run's. If its parent dies it stops, with a checkpoint."""
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         pretrain(config)
     except (ValueError, OSError, NonFiniteLoss, Interrupted) as error:
@@ -195,6 +199,13 @@ def _train(config: PretrainConfig) -> None:
     crops = f"2 + {config.local_crops_number}"
     values = {"peak_mib": peak, "crops": crops, "epochs": config.epochs}
     (config.output_dir / "peak.json").write_text(json.dumps(values))
+
+
+def _stop_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def markdown(table: dict[str, Any], epochs: int, val: int) -> Iterator[str]:

@@ -71,7 +71,7 @@ def _duration(seconds: float) -> str:
 
 
 class CollapseWatch:
-    """Warns once if the teacher's output does not depend on the image in `patience` consecutive log lines.
+    """Warns once if the output does not depend on the image in `patience` consecutive log lines.
 
     Uniform: the loss stays at ln K. Constant: the entropy of the mean output is that of a single output, or the spread
     of the outputs is near 0, so all images get the same output. Early in a run, during the learning rate warm-up, both
@@ -95,7 +95,7 @@ class CollapseWatch:
         if kind == "uniform":
             return (
                 f"step {step}: the loss stays at ln K = {self.log_k:.2f}, the outputs are uniform and nothing is "
-                "learned. Try a longer --warmup-teacher-temp-epochs, a lower --teacher-temp, another --lr"
+                "learned. Try a lower --teacher-temp, another --lr or, for DINO, a longer --warmup-teacher-temp-epochs"
             )
         found = (
             f"spread {row['spread']:.3f}, 1 is the most"
@@ -103,8 +103,8 @@ class CollapseWatch:
             else f"entropy {row['teacher_entropy']:.2f} of {self.log_k:.2f}"
         )
         return (
-            f"step {step}: the teacher gives every image the same output ({found}): "
-            "the run is collapsing. Try a higher --momentum-teacher, a lower --lr, a smaller --out-dim"
+            f"step {step}: every image gets the same output ({found}): the run is collapsing. "
+            "Try a lower --lr, a smaller --out-dim or, with a teacher, a higher --momentum-teacher"
         )
 
 

@@ -17,8 +17,9 @@ from dino_train.models.vit import Net, VisionTransformer
 
 
 class Part(NamedTuple):
-    """What a micro-batch gives: `told`, float32 [n], is averaged over micro-batches and ranks, the rows of `kept` are
-    those of this rank, in the order of the micro-batches. Neither has a gradient."""
+    """What a micro-batch gives: a loss, of which the mean over micro-batches and ranks is minimized; `told`, float32
+    [n], averaged likewise, n may be 0; `kept`, rows of this rank, those of all micro-batches one after the other.
+    `told` and `kept` have no gradient."""
 
     loss: Tensor
     told: Tensor
@@ -40,7 +41,8 @@ class Method:
     teacher: Net
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
-        """Build both networks, the student first, and state on `device`, at addresses that stay."""
+        """A method then builds the student, the teacher, and its state on `device`, in this order of random numbers.
+        The state is only written in place: a CUDA graph holds its addresses."""
         self.config, self.device, self.dtype = config, device, config.dtype(device)
         self.phase: Callable[[str], None] = lambda name: None
 
@@ -58,21 +60,21 @@ class Method:
         return []
 
     def stage(self, step: int, steps_per_epoch: int) -> object:
-        """What the host knows of this step and `forward` and `after` depend on; another value is a new graph."""
+        """Values of the host on which `forward` and `after` depend, such as whether a queue is full. Each other value
+        is captured as a new CUDA graph."""
         return None
 
     def forward(self, crops: list[Tensor], teacher_temp: Tensor) -> Part:
-        """The loss of a micro-batch. Without a device-to-host sync, and without reading a value on the host: on a GPU
-        it is captured in a graph.
+        """The loss of a micro-batch of B images. No value is read on the host: on a GPU it is captured in a CUDA graph.
 
         Args:
             crops: V tensors [B, 3, h, w] float32, the two global crops first.
-            teacher_temp: 0-d, this step's.
+            teacher_temp: 0-d, on the device, by the schedule.
         """
         raise NotImplementedError
 
     def after(self, told: Tensor, kept: Tensor, refused: Tensor) -> None:
-        """Update the state in place, after the optimizer's step; what `forward` says of a sync holds here too.
+        """Update the state in place, after the optimizer's step. No value is read on the host.
 
         Args:
             told: mean over micro-batches and ranks. kept: rows of all micro-batches of this rank.
@@ -80,7 +82,8 @@ class Method:
         """
 
     def health(self, kept: Tensor, teacher_temp: float) -> dict[str, float]:
-        """Numbers for the log, by which a collapse shows (`dino_train.common.metrics.collapse_signs`)."""
+        """Numbers for the log. `spread`, or `teacher_entropy` and `teacher_single_entropy`, must be among them: a
+        collapse is seen by these (`dino_train.common.metrics.collapse_signs`)."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:

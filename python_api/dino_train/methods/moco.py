@@ -98,7 +98,7 @@ class Moco(Method):
             self.phase("student_forward")
         own = parallel.rank() * len(crops[0]) + torch.arange(len(crops[0]), device=self.device)
         losses = [
-            F.cross_entropy(query @ parallel.gather(key).t() / temp, own)
+            F.cross_entropy(query @ parallel.gather_equal(key).t() / temp, own)
             for query, key in zip(queries, keys.flip(0), strict=True)
         ]
         self.phase("loss")

@@ -32,7 +32,7 @@ class Queue:
 
     def push(self, rows: Tensor, refused: Tensor) -> None:
         """Replace the oldest by this rank's and the others' rows; without a sync, and not at all if `refused`."""
-        rows = parallel.gather(rows).to(self.rows.dtype)
+        rows = parallel.gather_equal(rows).to(self.rows.dtype)
         places = (self.position + torch.arange(len(rows), device=rows.device)) % len(self)
         self.rows.index_copy_(0, places, torch.where(refused, self.rows[places], rows))
         self.position.copy_((self.position + torch.where(refused, 0, len(rows))) % len(self))
