@@ -225,6 +225,21 @@ def ema_update(
     momentum: float,
     threads: int,
 ) -> None: ...
+def info_nce(
+    *,
+    query: int,
+    positive: int,
+    labels: int,
+    keys: int,
+    grad: int,
+    rows: int,
+    outputs: int,
+    channels: int,
+    dtype: int,
+    temp: float,
+    scale: float,
+    threads: int,
+) -> float: ...
 def linear(
     *,
     x: int,

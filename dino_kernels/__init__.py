@@ -18,6 +18,7 @@ from dino_kernels.ops.dino_head_loss import dino_head_loss, dino_head_loss_refer
 from dino_kernels.ops.dino_loss import dino_loss, dino_loss_reference
 from dino_kernels.ops.ema_update import ema_update_, ema_update_reference_
 from dino_kernels.ops.fused_block import FusedBlock
+from dino_kernels.ops.info_nce import info_nce, info_nce_reference
 from dino_kernels.ops.linear import linear, linear_reference
 from dino_kernels.ops.mlp import mlp, mlp_reference
 from dino_kernels.ops.multicrop import CROP, CropKind, draw_crops, multicrop, multicrop_packed
@@ -57,6 +58,8 @@ __all__ = [
     "draw_crops",
     "ema_update_",
     "ema_update_reference_",
+    "info_nce",
+    "info_nce_reference",
     "linear",
     "linear_reference",
     "mlp",

@@ -136,6 +136,7 @@ def test_every_op_is_registered_with_a_fake_and_a_gpu_kernel():
         "dino_loss_scale_",
         "column_mass",
         "dino_head_loss",
+        "info_nce",
         "ema_update_",
         "adamw_ema_step_",
         "sgd_ema_step_",

@@ -7,110 +7,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
-#include "common/math.h"
 #include "common/parallel.h"
+#include "cpu/block_softmax.h"
 #include "cpu/gemm/microkernel.h"
 
 namespace dino {
 namespace {
 
-constexpr int64_t kBlock = 128;  // outputs a block: its weights and logits fit the second-level cache
 constexpr int64_t kGroups = 32;  // tasks; fixed, so that sums over blocks do not depend on the threads
-
-float* zeros(Buffer& buffer, int64_t size) {
-    float* x = buffer.fit(size);
-    std::fill_n(x, size, 0.0f);
-    return x;
-}
-
-// --- rows and weights as floats ----------------------------------------------------------------------
-
-DINO_MULTIVERSION
-void widen(const void* from, DType dtype, int64_t offset, int64_t rows, int64_t columns, float* to, int64_t to_row) {
-    for (int64_t i = 0; i < rows; ++i) {
-        const float* x = load(from, dtype, offset + i * columns, columns, to + i * to_row);
-        if (x != to + i * to_row) std::copy_n(x, columns, to + i * to_row);
-    }
-}
-
-DINO_MULTIVERSION
-void narrow(const float* from, int64_t from_row, int64_t rows, int64_t columns, void* to, DType dtype, int64_t offset) {
-    for (int64_t i = 0; i < rows; ++i) store(to, dtype, offset + i * columns, columns, from + i * from_row);
-}
-
-// Rows of the bottleneck [count, D] and their transpose [D, width], padded with zeros.
-struct Rows {
-    int64_t count, width;
-    Buffer wide_buffer, transposed_buffer;
-    float *wide, *transposed;
-
-    Rows(const void* z, DType dtype, int64_t given, int64_t extra, int64_t channels)
-        : count(given + extra),
-          width(padded(count)),
-          wide(zeros(wide_buffer, count * padded(channels))),
-          transposed(zeros(transposed_buffer, channels * width)) {
-        widen(z, dtype, 0, given, channels, wide, padded(channels));
-    }
-    void transpose(int64_t channels) {
-        for (int64_t i = 0; i < count; ++i)
-            for (int64_t d = 0; d < channels; ++d) transposed[d * width + i] = wide[i * padded(channels) + d];
-    }
-};
-
-// --- statistics --------------------------------------------------------------------------------------
-
-// Of rows of x / temp: their maximum (before the division) and the sum of exp((x - max) / temp).
-struct Statistics {
-    std::vector<float> max;
-    std::vector<double> total;
-
-    explicit Statistics(int64_t width) : max(width, -std::numeric_limits<float>::infinity()), total(width, 0.0) {}
-
-    void raise(int64_t row, float to, double inv_temp) {
-        if (to > max[row]) {
-            total[row] *= std::exp((double(max[row]) - double(to)) * inv_temp);
-            max[row] = to;
-        }
-    }
-    void merge(const Statistics& other, double inv_temp) {
-        for (size_t row = 0; row < max.size(); ++row) {
-            raise(int64_t(row), other.max[row], inv_temp);
-            total[row] += other.total[row] * std::exp((double(other.max[row]) - double(max[row])) * inv_temp);
-        }
-    }
-};
-
-// highest[row] = max over the block of logits - center
-DINO_MULTIVERSION
-void block_max(const float* logits, int64_t width, const float* center, int64_t outputs, float* highest) {
-    std::fill_n(highest, width, -std::numeric_limits<float>::infinity());
-    for (int64_t k = 0; k < outputs; ++k) {
-        const float* x = logits + k * width;
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-            float y = x[i] - center[k];
-            highest[i] = y > highest[i] ? y : highest[i];
-        }
-    }
-}
-
-// logits = weight[row] exp((logits - center - max[row]) / temp); sum[row] += those
-DINO_MULTIVERSION
-void exponentials(float* logits, int64_t width, const float* center, int64_t outputs, const float* max, float inv_temp,
-                  const float* weight, float* sum) {
-    for (int64_t k = 0; k < outputs; ++k) {
-        float* x = logits + k * width;
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-            float e = weight[i] * exp_negative((x[i] - center[k] - max[i]) * inv_temp);
-            x[i] = e;
-            sum[i] += e;
-        }
-    }
-}
 
 // logits = exponentials * weight[row] - scale * target; dot[row] += target * logits
 DINO_MULTIVERSION
@@ -140,13 +46,8 @@ struct Problem {
     double scale;      // of the gradient
     Microkernel kernel = microkernel_for(DType::f32, Products::f32);
 
-    // Weights of a block as floats with aligned rows, padded to kTile: in place where they are so, else in `scratch`.
     const float* weights(const Net& net, int64_t begin, int64_t count, float* scratch) const {
-        const float* direct = static_cast<const float*>(net.weights) + begin * a.channels;
-        bool aligned = channels == a.channels && reinterpret_cast<uintptr_t>(direct) % 64 == 0;
-        if (a.dtype == DType::f32 && aligned && count % kTile == 0) return direct;
-        widen(net.weights, a.dtype, begin * a.channels, count, a.channels, scratch, channels);
-        return scratch;
+        return block_of(net.weights, a.dtype, begin, count, a.channels, scratch);
     }
     void logits(const Net& net, const float* weights, int64_t count, float* out) const {
         int64_t width = net.rows.width;

@@ -10,56 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from dino_kernels.triton.common import LOG2_E, LOWEST, argument, operand, scalar, shared_memory
+from dino_kernels.triton.common import LOG2_E, argument, scalar, shared_memory
+from dino_kernels.triton.softmax_average import average, merge, shares, tile
 
 __all__ = ["forward_triton"]
 
 _SPLITS = 32  # shares of the outputs at most, which a row's program merges at once
 _LIFT = tl.constexpr(1024.0)  # keeps row weights of 1 / K out of float16's subnormal numbers
-
-
-@triton.jit
-def _tile(x, first, i, d, count, D: tl.constexpr, WIDEN: tl.constexpr):
-    """Rows first + i of a matrix [count, D] as an operand. Offsets within it are constants: one address a thread."""
-    mask = (i < count - first)[:, None]
-    if d.shape[0] != D:
-        mask &= (d < D)[None, :]
-    return operand(tl.load(x + tl.cast(first, tl.int64) * D + i[:, None] * D + d[None, :], mask, other=0.0), WIDEN)
-
-
-@triton.jit
-def _average(
-    z, weight, values, center, temp, averages, stats, rows, tile, split, outputs, share,
-    D: tl.constexpr, TEACHER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """Of a tile of rows and `share` outputs: their softmax average of values' rows, and (max, sum of exponentials)."""
-    i, j, d = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    r = tile * ROWS + i
-    scale = LOG2_E / scalar(temp)
-    q = _tile(z, tile * ROWS, i, d, rows, D, WIDEN)
-    high = tl.full((ROWS,), LOWEST, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    average = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for start in range(split * share, tl.minimum((split + 1) * share, outputs), BLOCK):
-        k = start + j
-        w = _tile(weight, start, j, d, outputs, D, WIDEN)
-        x = tl.dot(q, tl.trans(w), input_precision=PRECISION)
-        if TEACHER:
-            x -= tl.load(center + k, k < outputs, other=0.0)[None, :]
-            w = _tile(values, start, j, d, outputs, D, WIDEN)
-        x = tl.where((k < outputs)[None, :], x, float("-inf"))
-        higher = tl.maximum(high, tl.max(x, axis=1) * scale)
-        p = tl.exp2(tl.fma(x, scale, -higher[:, None]))
-        shrink = tl.exp2(high - higher)
-        total = total * shrink + tl.sum(p, axis=1)
-        average = average * shrink[:, None] + tl.dot(p.to(w.dtype), w, input_precision=PRECISION)
-        high = higher
-    at = split.to(tl.int64) * rows + r
-    average = (average / total[:, None]).to(averages.dtype.element_ty)
-    tl.store(averages + at[:, None] * D + d[None, :], average, (r < rows)[:, None] & (d < D)[None, :])
-    tl.store(stats + 2 * at, high, r < rows)
-    tl.store(stats + 2 * at + 1, total, r < rows)
 
 
 @triton.jit
@@ -74,32 +31,18 @@ def _average_kernel(
     first = tl.cdiv(teachers, ROWS) * teacher_splits
     if i < first:
         rows = splits * students.to(tl.int64)
-        _average(
+        average(
             teacher_z, teacher_weight, student_weight, center, teacher_temp, averages + rows * D, stats + 2 * rows,
             teachers, i // teacher_splits, i % teacher_splits, outputs, teacher_share,
             D, True, ROWS, TEACHER_BLOCK, BLOCK_D, PRECISION, WIDEN,
         )  # fmt: skip
     else:
         i -= first
-        _average(
+        average(
             student_z, student_weight, student_weight, center, student_temp, averages, stats,
             students, i // splits, i % splits, outputs, share,
             D, False, ROWS, BLOCK, BLOCK_D, PRECISION, WIDEN,
         )  # fmt: skip
-
-
-@triton.jit
-def _merge(averages, stats, row, rows, d, D, splits, SPLITS: tl.constexpr):
-    """(average, max, sum of exponentials) of a row over all outputs; maxima in exp2's unit."""
-    i = tl.arange(0, SPLITS)
-    at = i.to(tl.int64) * rows + row
-    high = tl.load(stats + 2 * at, i < splits, other=LOWEST)
-    top = tl.max(high, axis=0)
-    part = tl.load(stats + 2 * at + 1, i < splits, other=0.0) * tl.exp2(high - top)
-    total = tl.sum(part, axis=0)
-    mask = (i < splits)[:, None] & (d < D)[None, :]
-    average = tl.load(averages + at[:, None] * D + d[None, :], mask, other=0.0).to(tl.float32)
-    return tl.sum(average * part[:, None], axis=0) / total, top, total
 
 
 @triton.jit
@@ -121,11 +64,11 @@ def _row_kernel(
         both = view >= 2
         pairs = tl.where(both, 2.0, 1.0)
         scale = 1.0 / scalar(student_temp)
-        average, top, total = _merge(averages, stats, row, students, d, D, splits, SPLITS)
+        average, top, total = merge(averages, stats, row, students, d, D, splits, SPLITS)
         first = tl.where(view == 0, batch + image, image)  # view 0 learns from 1, view 1 from 0, others from both
-        target = _merge(teacher_averages, teacher_stats, first, 2 * batch, d, D, teacher_splits, TEACHER_SPLITS)[0]
+        target = merge(teacher_averages, teacher_stats, first, 2 * batch, d, D, teacher_splits, TEACHER_SPLITS)[0]
         if both:
-            target += _merge(
+            target += merge(
                 teacher_averages, teacher_stats, batch + image, 2 * batch, d, D, teacher_splits, TEACHER_SPLITS
             )[0]
         x = tl.load(z + at, d < D, other=0.0).to(tl.float32)
@@ -135,7 +78,7 @@ def _row_kernel(
         x *= _LIFT * pairs / total
     else:
         teacher = row - students
-        average, top, total = _merge(
+        average, top, total = merge(
             teacher_averages, teacher_stats, teacher, 2 * batch, d, D, teacher_splits, TEACHER_SPLITS
         )
         v = tl.arange(0, VIEWS)
@@ -155,10 +98,10 @@ def _add_outer(
     i = tl.arange(0, ROWS)
     for start in range(0, rows, ROWS):
         r = start + i
-        x = tl.dot(w, tl.trans(_tile(z, start, i, d, rows, D, WIDEN)), input_precision=PRECISION) - c[:, None]
+        x = tl.dot(w, tl.trans(tile(z, start, i, d, rows, D, WIDEN)), input_precision=PRECISION) - c[:, None]
         e = tl.exp2(tl.fma(x, scale, -tl.load(tops + r, r < rows, other=0.0)[None, :]))
         e = tl.where((r < rows)[None, :], e, 0.0)
-        y = _tile(weighted, start, i, d, rows, D, WIDEN)
+        y = tile(weighted, start, i, d, rows, D, WIDEN)
         acc += tl.dot(e.to(y.dtype), y, input_precision=PRECISION)
     return acc
 
@@ -175,12 +118,12 @@ def _weight_kernel(
     k = first + j
     scale = 1.0 / scalar(student_temp)
     acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    w = _tile(student_weight, first, j, d, outputs, D, WIDEN)
+    w = tile(student_weight, first, j, d, outputs, D, WIDEN)
     c = tl.zeros((BLOCK,), tl.float32)
     acc = _add_outer(
         acc, w, c, student_z, tops, weighted, d, students, scale * LOG2_E, D, ROWS, PRECISION, WIDEN
     )  # fmt: skip
-    w = _tile(teacher_weight, first, j, d, outputs, D, WIDEN)
+    w = tile(teacher_weight, first, j, d, outputs, D, WIDEN)
     c = tl.load(center + k, k < outputs, other=0.0)
     acc = _add_outer(
         acc, w, c, teacher_z, tops + students, weighted + students.to(tl.int64) * D, d, teachers,
@@ -199,17 +142,10 @@ def _center_kernel(
     i, j, d = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     mean = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, rows, ROWS):
-        mean += tl.sum(_tile(z, start, i, d, rows, D, True), axis=0)
+        mean += tl.sum(tile(z, start, i, d, rows, D, True), axis=0)
     for start in range(tl.program_id(0) * BLOCK, outputs, tl.num_programs(0) * BLOCK):
-        w = _tile(weight, start, j, d, outputs, D, True)
+        w = tile(weight, start, j, d, outputs, D, True)
         tl.store(center + start + j, tl.sum(w * (mean / rows)[None, :], axis=1), start + j < outputs)
-
-
-def _shares(outputs: int, splits: int) -> tuple[int, int]:
-    """(outputs of each share, a multiple of all blocks; number of shares)"""
-    blocks = triton.cdiv(outputs, 64)
-    share = 64 * triton.cdiv(blocks, min(_SPLITS, max(1, splits)))
-    return share, triton.cdiv(outputs, share)
 
 
 def forward_triton(
@@ -233,8 +169,8 @@ def forward_triton(
     # 5 : 3 as long as the student's.
     programs, slower = (264, 5 / 3) if wgmma else (108, 1)
     tiles, teacher_tiles = triton.cdiv(students, 64), triton.cdiv(teachers, 64)
-    share, splits = _shares(outputs, round(programs / (tiles + slower * teacher_tiles)))
-    teacher_share, teacher_splits = _shares(outputs, (programs - tiles * splits) // teacher_tiles)
+    share, splits = shares(outputs, min(_SPLITS, round(programs / (tiles + slower * teacher_tiles))))
+    teacher_share, teacher_splits = shares(outputs, min(_SPLITS, (programs - tiles * splits) // teacher_tiles))
     parts = splits * students + teacher_splits * teachers
     stats = center.new_empty(parts, 2)
     grad_weight = weight_student.new_empty(outputs if weight_grad else 0, channels)

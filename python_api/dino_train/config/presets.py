@@ -188,7 +188,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "moco",
         "arch": "resnet50",
         "optimizer": "sgd",
-        "decay_all": True,
         "epochs": 200,
         "batch_size_per_gpu": 256,
         "bn_split": 32,
