@@ -48,10 +48,8 @@ def _positive_kernel(
     else:
         mean, high, total = k * 0.0, target * 0.0 + LOWEST, target * 0.0
     for start in range(0, splits, SPLITS):
-        part, top, part_total = merge(
-            averages + start * rows.to(tl.int64) * D, stats + 2 * start * rows.to(tl.int64), row, rows, d, D,
-            splits - start, SPLITS,
-        )  # fmt: skip
+        first = tl.cast(start, tl.int64) * rows
+        part, top, part_total = merge(averages + first * D, stats + 2 * first, row, rows, d, D, splits - start, SPLITS)
         higher = tl.maximum(high, top)
         total *= tl.exp2(high - higher)
         part_total *= tl.exp2(top - higher)
