@@ -33,6 +33,7 @@ from dino_kernels.triton import column_sums as column_sums_triton
 from dino_kernels.triton import dino_head_loss as dino_head_loss_triton
 from dino_kernels.triton import dino_loss as dino_loss_triton
 from dino_kernels.triton import ema_update as ema_update_triton
+from dino_kernels.triton import info_nce as info_nce_triton
 from dino_kernels.triton import mlp as mlp_triton
 from dino_kernels.triton import multicrop as multicrop_triton
 from dino_kernels.triton import sgd_ema as sgd_ema_triton
@@ -76,6 +77,16 @@ def dino_head_loss() -> None:
         z, weight = meta(10 * IMAGES, 256, dtype=dtype), meta(OUTPUTS, 256, dtype=dtype)
         center, temp = meta(OUTPUTS, dtype=torch.float32), meta(dtype=torch.float32)
         dino_head_loss_triton.forward_triton(z, z[: 2 * IMAGES], weight, weight, center, temp, temp, True)
+
+
+def info_nce() -> None:
+    labels = meta(IMAGES, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for channels in (128, 256):
+            query, keys = meta(IMAGES, channels, dtype=dtype), meta(OUTPUTS, channels, dtype=dtype)
+            for temp in (torch.tensor(0.2), meta(dtype=torch.float32)):
+                info_nce_triton.forward_triton(query, query, keys, None, temp, 1.0)
+                info_nce_triton.forward_triton(query, None, keys, labels, temp, 1.0)
 
 
 def attention() -> None:
@@ -189,6 +200,7 @@ OPS = (
     dino_loss,
     column_mass,
     dino_head_loss,
+    info_nce,
     attention,
     ema_update,
     adamw_ema,

@@ -74,7 +74,8 @@ def info_nce_reference(
 ) -> Tensor:
     """`info_nce` in plain PyTorch."""
     logits = query @ keys.detach().t()
-    if positive is not None:
+    if labels is None:
+        assert positive is not None
         logits = torch.cat([(query * positive.detach()).sum(1, keepdim=True), logits], dim=1)
         labels = torch.zeros(len(query), dtype=torch.int64, device=query.device)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

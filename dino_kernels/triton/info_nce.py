@@ -48,10 +48,8 @@ def _positive_kernel(
     else:
         mean, high, total = k * 0.0, target * 0.0 + LOWEST, target * 0.0
     for start in range(0, splits, SPLITS):
-        part, top, part_total = merge(
-            averages + start * rows.to(tl.int64) * D, stats + 2 * start * rows.to(tl.int64), row, rows, d, D,
-            splits - start, SPLITS,
-        )  # fmt: skip
+        first = tl.cast(start, tl.int64) * rows
+        part, top, part_total = merge(averages + first * D, stats + 2 * first, row, rows, d, D, splits - start, SPLITS)
         higher = tl.maximum(high, top)
         total *= tl.exp2(high - higher)
         part_total *= tl.exp2(top - higher)
@@ -66,15 +64,17 @@ def forward_triton(query, positive, keys, labels, temp, scale):
     (rows, channels), outputs, temp = query.shape, len(keys), argument(temp)
     wide = query.dtype == torch.float32
     block_d = max(16, triton.next_power_of_2(channels))
-    # Chosen so that nothing spills; the wider ones need Hopper's shared memory and matrix instruction.
-    wgmma = shared_memory() > 200 << 10
-    tiles = triton.cdiv(rows, 64)
+    # Chosen so that nothing spills: float32 products have no tensor cores, blocks of 64 keys need Hopper's matrix
+    # instruction.
+    wgmma = shared_memory() > 200 << 10 and not wide
+    tile, block = (16, 16) if wide else (64, 64 if wgmma else 32)
+    tiles = triton.cdiv(rows, tile)
     share, splits = shares(outputs, 132 // tiles)  # a program on each multiprocessor of an H100 or H200
     averages = query.new_empty(splits, rows, channels, dtype=torch.float32)
     stats = averages.new_empty(splits, rows, 2)
     _share_kernel[(tiles * splits,)](
         query, keys, temp, averages, stats, rows, outputs, share, splits,
-        D=channels, ROWS=64, BLOCK=64 if wgmma else 32, BLOCK_D=block_d, PRECISION="ieee" if wide else "tf32",
+        D=channels, ROWS=tile, BLOCK=block, BLOCK_D=block_d, PRECISION="ieee" if wide else "tf32",
         WIDEN=triton.knobs.runtime.interpret, num_warps=4 if wgmma else 8, num_stages=2,
     )  # fmt: skip
     losses, grad = averages.new_empty(rows), torch.empty_like(query)

@@ -104,6 +104,30 @@ def test_dino_head_loss(dtype, batch, views, channels, outputs):
     check(both(D.dino_head_loss), both(D.dino_head_loss_reference), [z, weight], dtype, **rest)
 
 
+@pytest.mark.parametrize("among", [True, False])
+@pytest.mark.parametrize(
+    "dtype, rows, outputs, channels",
+    [
+        (BRAIN, 70, 9000, 128),
+        (HALF, 3, 199, 37),
+        (FULL, 5, 130, 16),
+        *(
+            pytest.param(*case, marks=pytest.mark.prove)
+            for case in [(BRAIN, 33, 777, 256), (HALF, 1, 1, 1), (FULL, 17, 300, 256)]
+        ),
+    ],
+)
+def test_info_nce(dtype, rows, outputs, channels, among):
+    sizes = (rows, rows, outputs)
+    query, positive, keys = (torch.nn.functional.normalize(randn(n, channels), dim=1).to(dtype) for n in sizes)
+    options = {"labels": torch.randint(outputs, (rows,))} if among else {"positive": positive}
+
+    def form(op):
+        return lambda query, positive=None, **options: op(query, positive, **options)
+
+    check(form(D.info_nce), form(D.info_nce_reference), [query], dtype, keys=keys, temp=0.2, scale=1.5, **options)
+
+
 @pytest.mark.parametrize(
     "dtype, batch, views, outputs",
     [

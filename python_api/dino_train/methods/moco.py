@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_kernels import info_nce
 from dino_train.common import parallel
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.methods import Method, Part
@@ -70,9 +71,7 @@ class Moco(Method):
             self.phase("teacher")
             query = normalize(self.student.project(crops[:1])[0])
             self.phase("student_forward")
-        positive = (query * key).sum(1, keepdim=True)
-        logits = torch.cat([positive, query @ self.queue.rows.to(query.dtype).t()], dim=1)
-        loss = F.cross_entropy(logits / self.config.student_temp, logits.new_zeros(len(query), dtype=torch.int64))
+        loss = info_nce(query.to(self.dtype), key.to(self.dtype), self.queue.rows, temp=self.config.student_temp)
         self.phase("loss")
         return Part(loss, key.new_empty(0), torch.stack([query.detach(), key], dim=1))
 
@@ -98,12 +97,12 @@ class Moco(Method):
             self.phase("student_forward")
         own = parallel.rank() * len(crops[0]) + torch.arange(len(crops[0]), device=self.device)
         losses = [
-            F.cross_entropy(query @ parallel.gather_equal(key).t() / temp, own)
+            info_nce(query, None, parallel.gather_equal(key), temp=temp, labels=own, scale=2 * temp)
             for query, key in zip(queries, keys.flip(0), strict=True)
         ]
         self.phase("loss")
         kept = torch.cat([queries.detach(), keys]).transpose(0, 1)
-        return Part(2 * temp * torch.stack(losses).sum(), keys.new_empty(0), kept)
+        return Part(torch.stack(losses).sum(), keys.new_empty(0), kept)
 
     def after(self, told: Tensor, kept: Tensor, refused: Tensor) -> None:
         if len(self.queue):
