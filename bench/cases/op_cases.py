@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bench_dino_loss import einsum_form
+from bench_info_nce import concatenation
 from bench_sinkhorn import center_and_softmax, iterations, reference
 from block_cases import add_layer_norm, attention_cases, bias_gelu, linear, mlp
 from gpu_report import OURS
@@ -129,6 +130,33 @@ def sinkhorn(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
         results=("assignments",),
         providers={name: partial(lambda form: (form(logits),), form) for name, form in forms.items()},
         exact=lambda: (reference(logits.double()),),
+    )
+
+
+def info_nce(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
+    """Queries, their keys and a queue to the loss and the gradient of the queries."""
+    g, rows, outputs, channels = Random(device), sizes.images, sizes.outputs, 128
+    query, positive, keys = (F.normalize(g.normal(n, channels), dim=1).to(dtype) for n in (rows, rows, outputs))
+    columns = keys.t().contiguous()
+
+    def run(op, query=query, positive=positive, keys=keys):
+        query = query.detach().requires_grad_()
+        loss = op(query, positive, keys)
+        return loss.detach(), *torch.autograd.grad(loss, query)
+
+    return Case(
+        op="info_nce, forward + backward",
+        shape=f"queries [{rows}, {channels}], keys [{outputs}, {channels}]",
+        dtype=name_of(dtype),
+        bytes=(3 * rows + outputs) * channels * dtype.itemsize,
+        flops=2 * 2 * rows * outputs * channels,  # logits, gradient of the queries
+        results=("loss", "grad"),
+        providers={
+            OURS: partial(run, dino_kernels.info_nce),
+            "reference": partial(run, dino_kernels.info_nce_reference),
+            "concatenation": partial(run, concatenation, keys=columns),
+        },
+        exact=lambda: run(dino_kernels.info_nce_reference, query.double(), positive.double(), keys.double()),
     )
 
 
@@ -452,6 +480,7 @@ def late_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
     base = sizes.base()
     return {
         "dino_loss float16": partial(dino_loss, sizes=sizes, dtype=torch.float16),
+        "info_nce bfloat16": partial(info_nce, sizes=sizes, dtype=torch.bfloat16),
         "sinkhorn bfloat16": partial(sinkhorn, sizes=sizes, dtype=torch.bfloat16),
         **attention_cases(base, "12 heads", ["197", "37", "packed"]),
         "ema_update ViT-B": partial(ema_update, sizes=base),

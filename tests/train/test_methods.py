@@ -96,6 +96,7 @@ def test_a_setting_that_a_method_does_not_read_is_an_error(setting):
     ("kind", "changes", "message"),
     [
         ("mocov2", {"local_crops_number": 2}, "local_crops_number must be 0 for moco, got 2"),
+        ("mocov3", {"out_dim": 257}, "out_dim must be at most 256 for moco, got 257"),
         ("mocov2", {"queue_size": 0}, "queue_size must be 0 with a predictor .*, at least 1 without one .*, got 0"),
         ("mocov3", {"queue_size": 64}, "queue_size must be 0 with a predictor .*, got 64"),
         ("mocov2", {"bn_split": 3}, "bn_split must be a divisor of the 8 images of a micro-batch.*, got 3"),

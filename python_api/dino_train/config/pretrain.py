@@ -214,6 +214,7 @@ class PretrainConfig:
     def _check_method(self) -> None:
         if self.method == "moco":
             _require(not self.local_crops_number, "local_crops_number", self.local_crops_number, "0 for moco")
+            _require(self.out_dim <= 256, "out_dim", self.out_dim, "at most 256 for moco")
             _require(
                 self.predictor == (not self.queue_size),
                 "queue_size",
