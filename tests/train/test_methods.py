@@ -321,6 +321,19 @@ def test_the_center_of_sinkhorn_balances_the_outputs():
     torch.testing.assert_close(q.sum(0), torch.full((8,), 2.0), rtol=1e-3, atol=0)
 
 
+def test_what_rarely_works_is_said_at_the_start(caplog):
+    started(make("byol", local_crops_number=2))
+    assert "local crops made BYOL worse" in caplog.text
+    caplog.clear()
+    started(make("dino with sinkhorn", out_dim=200))
+    started(make("swav", out_dim=500, accumulate=2))
+    assert caplog.text.count("Sinkhorn-Knopp balances 16 rows a step over 200 outputs") == 1
+    assert "balances 20 rows a step over 500 outputs" in caplog.text and "or --queue-size" in caplog.text
+    caplog.clear()
+    started(make("dino with sinkhorn", out_dim=160))
+    assert not caplog.text
+
+
 # --- several processes -------------------------------------------------------------------------------
 
 _RANK = """

@@ -5,6 +5,7 @@ optimizer, moving average, checkpoints and evaluation are the same for all of th
 """
 
 import importlib
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -12,8 +13,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dino_train.common import parallel
 from dino_train.config.pretrain import PretrainConfig
-from dino_train.models.vit import Net, VisionTransformer
+from dino_train.models.resnet import ResNet
+from dino_train.models.vit import Net, VisionTransformer, build_backbone
+
+logger = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
@@ -45,6 +50,26 @@ class Method:
         The state is only written in place: a CUDA graph holds its addresses."""
         self.config, self.device, self.dtype = config, device, config.dtype(device)
         self.phase: Callable[[str], None] = lambda name: None
+
+    def build_backbone(self, drop_path_rate: float) -> VisionTransformer | ResNet:
+        """The backbone that the configuration asks for."""
+        c = self.config
+        return build_backbone(
+            c.arch, patch_size=c.patch_size, img_size=c.global_crops_size, drop_path_rate=drop_path_rate
+        )
+
+    def warn_of_few_rows(self, rows: int) -> None:
+        """Sinkhorn-Knopp over few rows gives targets that are nearly flat or one-hot."""
+        rows *= parallel.size() * self.config.batch_size_per_gpu // self.config.accumulate
+        rows += self.config.queue_size
+        if 10 * rows < self.config.out_dim:
+            logger.warning(
+                "Sinkhorn-Knopp balances %d rows a step over %d outputs; with less than a tenth it learns little: take "
+                "a smaller --out-dim or a larger batch%s",
+                rows,
+                self.config.out_dim,
+                " or --queue-size" if self.config.method == "swav" else "",
+            )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """For networks without layers of `dino_kernels.nn`, whose weights have no copies in bfloat16."""

@@ -3,13 +3,16 @@
 Predictor, moving average and batch norm in the heads keep it from collapsing.
 """
 
+import logging
+
 import torch
 from torch import Tensor
 
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.methods import Method, Part
 from dino_train.methods.heads import Projected, mlp, normalize, projector_of, spread
-from dino_train.models.vit import build_backbone
+
+logger = logging.getLogger(__name__)
 
 
 class Byol(Method):
@@ -21,14 +24,14 @@ class Byol(Method):
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         super().__init__(config, device)
+        if config.local_crops_number:
+            logger.warning("local crops made BYOL worse in all experiments of DINO's authors (its paper, appendix E)")
         self.student = self._build(config.drop_path_rate)
         self.teacher = self._build(0.0)
 
     def _build(self, drop_path_rate: float) -> Projected:
         c = self.config
-        backbone = build_backbone(
-            c.arch, patch_size=c.patch_size, img_size=c.global_crops_size, drop_path_rate=drop_path_rate
-        )
+        backbone = self.build_backbone(drop_path_rate)
         projector = projector_of(backbone, c, last_bias=False)
         predictor = mlp(c.out_dim, c.head_hidden_dim, c.out_dim, last_bias=False)
         return Projected(backbone, projector, predictor if c.predictor else None)

@@ -41,6 +41,8 @@ class Dino(Method):
         self.student = self._build(config.drop_path_rate, config.norm_last_layer)
         self.teacher = self._build(0.0, True)
         self.center = torch.zeros(1, config.out_dim, device=device)
+        if config.centering == "sinkhorn":
+            self.warn_of_few_rows(2)  # both views of an image
 
     def _build(self, drop_path_rate: float, norm_last_layer: bool) -> DINOModel:
         c = self.config

@@ -18,7 +18,6 @@ from dino_train.methods import Method, Part
 from dino_train.methods.heads import Projected, mlp, normalize, projector_of, spread
 from dino_train.methods.queue import Queue
 from dino_train.models.resnet import split_batch_norm
-from dino_train.models.vit import build_backbone
 
 
 class Moco(Method):
@@ -42,9 +41,7 @@ class Moco(Method):
 
     def _build(self, drop_path_rate: float) -> Projected:
         c = self.config
-        backbone = build_backbone(
-            c.arch, patch_size=c.patch_size, img_size=c.global_crops_size, drop_path_rate=drop_path_rate
-        )
+        backbone = self.build_backbone(drop_path_rate)
         if not c.predictor:
             # Batch norm in the head of a ViT alone: paper of DINO, appendix E.
             return Projected(backbone, projector_of(backbone, c, bn=c.arch != "resnet50"))

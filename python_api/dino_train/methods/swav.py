@@ -18,7 +18,7 @@ from dino_train.methods.dino import entropies
 from dino_train.methods.heads import Prototypes
 from dino_train.methods.queue import Queue
 from dino_train.models.head import DINOHead
-from dino_train.models.vit import DINOModel, VisionTransformer, build_backbone
+from dino_train.models.vit import DINOModel, VisionTransformer
 
 
 class Swav(Method):
@@ -37,12 +37,11 @@ class Swav(Method):
         rows = torch.zeros(config.queue_size, 2, config.head_bottleneck_dim, dtype=self.dtype, device=device)
         self.queue = Queue(rows, config.batch_size_per_gpu)
         self.filling = self.full = False
+        self.warn_of_few_rows(1)
 
     def _build(self, drop_path_rate: float) -> DINOModel:
         c = self.config
-        backbone = build_backbone(
-            c.arch, patch_size=c.patch_size, img_size=c.global_crops_size, drop_path_rate=drop_path_rate
-        )
+        backbone = self.build_backbone(drop_path_rate)
         sizes = {"hidden_dim": c.head_hidden_dim, "bottleneck_dim": c.head_bottleneck_dim}
         if isinstance(backbone, VisionTransformer):
             head = DINOHead(
