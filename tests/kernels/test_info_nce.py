@@ -31,7 +31,15 @@ def run(op, query, positive, keys, labels=None, upstream=1.0, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "rows, outputs, channels",
-    [(3, 1024, 128), (1, 5, 1), (70, 333, 37), (64, 64, 256), (130, 129, 16), (1, 1, 128), (5, 9000, 32)],
+    [
+        (3, 1024, 128),
+        (1, 5, 1),
+        (70, 333, 37),
+        (64, 64, 256),
+        (130, 129, 16),
+        (1, 1, 128),
+        pytest.param(5, 9000, 32, marks=pytest.mark.slow),
+    ],
 )
 def test_against_float64(device, dtype, rows, outputs, channels, form):
     query, positive, keys, labels = inputs(rows, outputs, channels, dtype, device)

@@ -21,6 +21,7 @@ def words(folder, *more):
     return ["compare", "--data", str(images), "--output-dir", str(folder / "compare"), *budget, *more]
 
 
+@pytest.mark.slow
 def test_all_methods_are_trained_and_compared_and_nothing_is_done_twice(tmp_path, capsys, monkeypatch):
     names = ["dino", "byol"]
     assert main(words(tmp_path, "--methods", *names)) == 0

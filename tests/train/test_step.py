@@ -222,8 +222,8 @@ parallel.leave()
     [
         {},
         {"accumulate": 2, "norm_last_layer": False, "freeze_last_layer": 2},
-        {"centering": "sinkhorn"},
-        {"method": "swav", "queue_size": 24},  # used from the fourth step on
+        pytest.param({"centering": "sinkhorn"}, marks=pytest.mark.slow),
+        pytest.param({"method": "swav", "queue_size": 24}, marks=pytest.mark.slow),  # used from the fourth step on
     ],
 )
 def test_two_ranks_equal_one_process_with_the_same_batch(tmp_path, changes):

@@ -212,7 +212,9 @@ def numbered(state):
     return {f"{numbers[name.partition('.')[0]]}.{name.partition('.')[2]}": x for name, x in state.items()}
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", ["moco", "lightly", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mocov3", "swav", "solo"))]
+)
 def test_checkpoints_of_other_methods_load(tmp_path, name):
     torch.manual_seed(0)
     online, average = resnet50().state_dict(), resnet50().state_dict()
