@@ -211,7 +211,9 @@ OTHER_METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER_METHODS)
+@pytest.mark.parametrize(
+    "name", ["mocov2", "swav", *(pytest.param(name, marks=pytest.mark.slow) for name in ("byol", "mocov3", "sinkhorn"))]
+)
 def test_other_methods_equal_a_cpu_run(config, name, caplog):
     config = replace(config, **OTHER_METHODS[name], freeze_patch_embed=name == "mocov3")
     with Double().installed() as gpu:
