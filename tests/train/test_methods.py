@@ -144,6 +144,13 @@ def test_the_command_line_takes_a_methods_defaults_and_a_preset_of_it(tmp_path, 
     assert "has method byol, not dino: pass the same settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["dino", "swav"])
+def test_the_width_of_the_normalized_features_is_a_setting(kind):
+    method = started(make(kind, head_bottleneck_dim=24)).method
+    for net in (method.student, method.teacher):
+        assert net.head.last_layer.weight_v.shape == (32, 24)
+
+
 # --- every method ------------------------------------------------------------------------------------
 
 

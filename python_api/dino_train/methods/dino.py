@@ -55,6 +55,7 @@ class Dino(Method):
             use_bn_in_head=c.use_bn_in_head,
             norm_last_layer=norm_last_layer,
             head_hidden_dim=c.head_hidden_dim,
+            head_bottleneck_dim=c.head_bottleneck_dim,
         )
 
     def frozen(self, epoch: int) -> list[nn.Module]:
