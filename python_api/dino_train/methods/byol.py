@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.methods import Method, Part
-from dino_train.methods.heads import Projected, mlp, normalize, projector_of, spread
+from dino_train.methods.heads import Projected, mlp, projector_of, spread
+from dino_train.models.head import normalize
 
 logger = logging.getLogger(__name__)
 

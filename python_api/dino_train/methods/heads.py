@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dino_kernels.nn import Linear
 from dino_train.config.pretrain import PretrainConfig
+from dino_train.models.head import normalize
 from dino_train.models.resnet import ResNet
 from dino_train.models.vit import Net, VisionTransformer
 
@@ -84,11 +85,6 @@ class Prototypes(nn.Module):
         weight.copy_(torch.where(refused, weight, F.normalize(weight, dim=1)))
         if self.last_layer.copies is not None:
             self.last_layer.copies[0].copy_(weight)
-
-
-def normalize(x: Tensor) -> Tensor:
-    """Rows of norm 1, float32 or wider: in 16 bit the rounded norm would scale all products with a row alike."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12)
 
 
 def spread(rows: Tensor) -> float:

@@ -15,8 +15,9 @@ from dino_kernels import info_nce
 from dino_train.common import parallel
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.methods import Method, Part
-from dino_train.methods.heads import Projected, mlp, normalize, projector_of, spread
+from dino_train.methods.heads import Projected, mlp, projector_of, spread
 from dino_train.methods.queue import Queue
+from dino_train.models.head import normalize
 from dino_train.models.resnet import split_batch_norm
 
 

@@ -1,4 +1,4 @@
-"""The head of DINO, behind the backbone."""
+"""The head of DINO, behind the backbone, and the normalization that heads of other methods share."""
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,9 @@ class DINOHead(nn.Module):
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """x [N, in_dim] -> rows of norm 1 [N, bottleneck_dim], float32 or wider."""
-        x = self.mlp(x)
-        # In 16 bit the rounded norm would scale all logits of a row alike.
-        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12)
+        return normalize(self.mlp(x))
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Rows of norm 1, float32 or wider: in 16 bit the rounded norm would scale all products with a row alike."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12)
