@@ -80,26 +80,30 @@ void fused_block(const FusedBlockArgs& b, const FusedBlockForward& t) {
                 .products = b.products,
                 .threads = b.threads});
     };
+    auto normalize = [&](const void* x, const float* scale, const RowsOf& added, const RowsOf& read, const Layer& norm,
+                         void* total, void* normed, float* mean, float* rstd) {
+        add_layer_norm({.x = x,
+                        .branch = t.scratch,
+                        .scale = scale,
+                        .branch_rows = added,
+                        .normed_rows = read,
+                        .weight = static_cast<const float*>(norm.weight),
+                        .bias = norm.bias,
+                        .total = total,
+                        .normed = normed,
+                        .mean = mean,
+                        .rstd = rstd,
+                        .tokens = b.tokens,
+                        .channels = c,
+                        .x_dtype = DType::f32,
+                        .branch_dtype = b.dtype,
+                        .eps = b.eps,
+                        .threads = b.threads});
+    };
     product(t.normed, b.qkv, 3 * c, saved.projected);
     attention(attention_args(b, saved, nullptr, nullptr));
     product(saved.heads, b.proj, c, t.scratch);
-    add_layer_norm({.x = t.x,
-                    .branch = t.scratch,
-                    .scale = b.scale,
-                    .branch_rows = b.attention_rows,
-                    .normed_rows = b.mlp_rows,
-                    .weight = static_cast<const float*>(b.norm.weight),
-                    .bias = b.norm.bias,
-                    .total = saved.middle,
-                    .normed = saved.normed,
-                    .mean = saved.mean,
-                    .rstd = saved.rstd,
-                    .tokens = b.tokens,
-                    .channels = c,
-                    .x_dtype = DType::f32,
-                    .branch_dtype = b.dtype,
-                    .eps = b.eps,
-                    .threads = b.threads});
+    normalize(t.x, b.scale, b.attention_rows, b.mlp_rows, b.norm, saved.middle, saved.normed, saved.mean, saved.rstd);
     mlp({.x = saved.normed,
          .weight1 = b.fc1.weight,
          .weight2 = b.fc2.weight,
@@ -113,23 +117,8 @@ void fused_block(const FusedBlockArgs& b, const FusedBlockForward& t) {
          .dtype = b.dtype,
          .products = b.products,
          .threads = b.threads});
-    add_layer_norm({.x = saved.middle,
-                    .branch = t.scratch,
-                    .scale = b.mlp_scale,
-                    .branch_rows = b.mlp_rows,
-                    .normed_rows = b.next_rows,
-                    .weight = static_cast<const float*>(b.next_norm.weight),
-                    .bias = b.next_norm.bias,
-                    .total = t.out,
-                    .normed = t.out_normed,
-                    .mean = saved.next_mean,
-                    .rstd = saved.next_rstd,
-                    .tokens = b.tokens,
-                    .channels = c,
-                    .x_dtype = DType::f32,
-                    .branch_dtype = b.dtype,
-                    .eps = b.eps,
-                    .threads = b.threads});
+    normalize(saved.middle, b.mlp_scale, b.mlp_rows, b.next_rows, b.next_norm, t.out, t.out_normed, saved.next_mean,
+              saved.next_rstd);
 }
 
 void fused_block_backward(const FusedBlockArgs& b, const FusedBlockBackward& t) {
