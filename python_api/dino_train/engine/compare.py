@@ -22,7 +22,8 @@ from dino_train.config.presets import recipe
 from dino_train.config.pretrain import EMBEDDED_DATA, PretrainConfig, default_workers
 from dino_train.data.folder import split
 from dino_train.engine.train import Interrupted, NonFiniteLoss, pretrain
-from dino_train.evaluate.baselines import Baselines
+from dino_train.evaluate import knn_accuracy
+from dino_train.evaluate.baselines import Baselines, K
 from dino_train.evaluate.protocol import require_labels
 from dino_train.methods.flops import flops_per_image
 from dino_train.models.vit import ARCHS
@@ -131,15 +132,17 @@ class Compare:
             raise ValueError(f"{name} with seed {seed} has failed, see above; the same command goes on from there")
         evaluation = self._evaluation(folder)
         trained = evaluation.load()
-        fifth = [i for i in range(len(self.train)) if i % 5 == 0]
-        rest = [i for i in range(len(self.train)) if i % 5]
-        train_part, val_part = self.train.subset(rest), self.train.subset(fifth)
         result = evaluation.of_backbone(trained, trained.backbone, self.train, self.val)
-        validation = self.sweep and evaluation.of_backbone(trained, trained.backbone, train_part, val_part)["knn10"]
+        if self.sweep:
+            fifth = [i for i in range(len(self.train)) if i % 5 == 0]
+            rest = [i for i in range(len(self.train)) if i % 5]
+            parts, size = (self.train.subset(rest), self.train.subset(fifth)), trained.image_size
+            accuracies = knn_accuracy(trained.backbone, *parts, size, ks=[K], num_workers=self.num_workers)
+            result["validation"] = accuracies[f"knn{K}"]
         logged = [row for row in read_metrics(folder) if "images_per_second" in row]
         rate = statistics.median(row["images_per_second"] for row in logged)
         flops = flops_per_image(config)
-        result |= {"validation": validation, "images_per_second": rate, "seconds": epochs * len(self.train) / rate}
+        result |= {"images_per_second": rate, "seconds": epochs * len(self.train) / rate}
         result |= {"gflop_per_image": flops / 1e9, "tflops": flops * rate / 1e12}
         result |= json.loads((folder / "peak.json").read_text())
         self._write(path.relative_to(self.output_dir), json.dumps(result))

@@ -339,7 +339,7 @@ class Run:
     def evaluate(self) -> None:
         """Evaluate the backbone that the method evaluates: view retrieval after every epoch, k-NN every `knn_freq`."""
         config, method = self.config, self.learner.method
-        backbone = (method.teacher if method.evaluated == "teacher" else method.student).backbone
+        backbone = getattr(method, method.evaluated).backbone
         epoch, began = self.step // self.steps_per_epoch, time.monotonic()
         values: dict[str, float] = {}
         used: dict[str, int] = {}  # number of evaluated images
