@@ -42,6 +42,10 @@ def test_all_methods_are_trained_and_compared_and_nothing_is_done_twice(tmp_path
     monkeypatch.setattr("dino_train.engine.compare._train", None)  # no run starts again
     assert main(words(tmp_path, "--methods", *names)) == 0
     assert json.loads((tmp_path / "compare/compare.json").read_text()) == table
+    colored_classes(tmp_path / "other", train=30)
+    assert main([*words(tmp_path, "--methods", *names), "--data", str(tmp_path / "other")]) == 1
+    error = capsys.readouterr().err
+    assert f"holds a comparison of vit_nano on {tmp_path / 'images'}, not of vit_nano on {tmp_path / 'other'}" in error
 
 
 @pytest.mark.slow
@@ -51,8 +55,8 @@ def test_every_variant_trains_at_its_best_rate(tmp_path):
     assert list(table["methods"]) == list(VARIANTS)
     for name, row in table["methods"].items():
         tried = {}
-        for path in (tmp_path / "compare" / name).glob("images-2-epochs-rate-*-seed-0/result.json"):
-            tried[path.parent.name.split("-")[4]] = json.loads(path.read_text())["validation"]
+        for path in (tmp_path / "compare" / name).glob("2-epochs-rate-*-seed-0/result.json"):
+            tried[path.parent.name.split("-")[3]] = json.loads(path.read_text())["validation"]
         assert len(tried) == 3 and row["sweep_seconds"] > 0
         assert tried[f"{row['rate']:.2g}"] == max(tried.values())
 
@@ -61,7 +65,7 @@ def test_every_variant_trains_at_its_best_rate(tmp_path):
 def test_a_killed_comparison_leaves_no_run_behind_and_goes_on(tmp_path):
     command = [sys.executable, "-m", "dino_train", *words(tmp_path, "--methods", "dino", "--equal-time", "false")]
     command += ["--budget-images", "5400"]
-    folder = tmp_path / "compare/dino/images-60-epochs-rate-1-seed-0"
+    folder = tmp_path / "compare/dino/60-epochs-rate-1-seed-0"
     killed = subprocess.Popen(command)
     while not (folder / "last.pt").exists():
         time.sleep(0.1)

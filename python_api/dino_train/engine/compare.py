@@ -82,12 +82,13 @@ class Compare:
             raise ValueError(f"methods must be among {', '.join(VARIANTS)}, got {unknown or 'none'}")
         self.train, self.val = split(self.data)
         require_labels({"training": self.train, "held-out": self.val})
+        self._require_same()
         epochs = math.ceil(self.budget_images / len(self.train))
         results: dict[str, list[Result]] = {}
         rows: dict[str, Result] = {}
         for name in self.methods:
             factor, cost = self._swept(name, epochs) if self.sweep else (1.0, 0.0)
-            results[name] = [self._result(name, "images", epochs, factor, seed) for seed in range(self.seeds)]
+            results[name] = [self._result(name, epochs, factor, seed) for seed in range(self.seeds)]
             rows[name] = self._row(results[name], factor) | {"sweep_seconds": cost}
         if self.equal_time:
             seconds = statistics.median(result["seconds"] for result in results[self.methods[0]])
@@ -95,13 +96,25 @@ class Compare:
                 per_epoch = statistics.median(result["seconds"] for result in results[name]) / epochs
                 longer = max(1, round(seconds / per_epoch))
                 factor = rows[name]["rate"]
-                runs = [self._result(name, "time", longer, factor, seed) for seed in range(self.seeds)]
+                runs = [self._result(name, longer, factor, seed) for seed in range(self.seeds)]
                 rows[name]["time"] = self._row(runs, factor)
-        table = {"baselines": self._baselines(), "methods": rows, "note": NOTE}
-        self._write("compare.json", json.dumps(table, indent=2) + "\n")
-        self._write("compare.md", text := "\n".join(markdown(table, epochs, len(self.val))) + "\n")
+        table = {"baselines": self._baselines(epochs, rows[self.methods[0]]["rate"]), "methods": rows, "note": NOTE}
+        self._write(self.output_dir / "compare.json", json.dumps(table, indent=2) + "\n")
+        self._write(self.output_dir / "compare.md", text := "\n".join(markdown(table, epochs, len(self.val))) + "\n")
         plot(table, self.output_dir / "compare.png")
         print(text)
+
+    def _require_same(self) -> None:
+        """What the folder holds is of the same images and backbone."""
+        path = self.output_dir / "settings.json"
+        asked = {"data": str(Path(self.data).resolve()), "arch": self.arch}
+        found = json.loads(path.read_text()) if path.exists() else asked
+        if found != asked:
+            raise ValueError(
+                f"{self.output_dir} holds a comparison of {found['arch']} on {found['data']}, not of {self.arch} on "
+                f"{asked['data']}: choose another --output-dir"
+            )
+        self._write(path, json.dumps(asked))
 
     def _config(self, name: str, folder: Path, epochs: int, factor: float, seed: int) -> PretrainConfig:
         variant = VARIANTS[name]
@@ -113,16 +126,29 @@ class Compare:
     def _swept(self, name: str, epochs: int) -> tuple[float, float]:
         """The best factor of the learning rate by k-NN on images that were trained on without labels, and the seconds
         that it took to find."""
-        tried = {factor: self._result(name, "images", epochs, factor, 0) for factor in RATES}
+        tried = {factor: self._result(name, epochs, factor, 0) for factor in RATES}
         best = max(tried, key=lambda factor: tried[factor]["validation"])
         return best, sum(result["seconds"] for factor, result in tried.items() if factor != best)
 
-    def _result(self, name: str, budget: str, epochs: int, factor: float, seed: int) -> Result:
+    def _result(self, name: str, epochs: int, factor: float, seed: int) -> Result:
         """Of one run, from its file where it is done."""
-        folder = self.output_dir / name / f"{budget}-{epochs}-epochs-rate-{factor:.2g}-seed-{seed}"
+        folder = self._folder(name, epochs, factor, seed)
         path = folder / "result.json"
-        if path.exists():
-            return json.loads(path.read_text())
+        result = json.loads(path.read_text()) if path.exists() else self._trained(name, folder, epochs, factor, seed)
+        if self.sweep and "validation" not in result:
+            trained = self._evaluation(folder).load()
+            fifth = [i for i in range(len(self.train)) if i % 5 == 0]
+            rest = [i for i in range(len(self.train)) if i % 5]
+            parts, size = (self.train.subset(rest), self.train.subset(fifth)), trained.image_size
+            accuracies = knn_accuracy(trained.backbone, *parts, size, ks=[K], num_workers=self.num_workers)
+            result["validation"] = accuracies[f"knn{K}"]
+        self._write(path, json.dumps(result))
+        return result
+
+    def _folder(self, name: str, epochs: int, factor: float, seed: int) -> Path:
+        return self.output_dir / name / f"{epochs}-epochs-rate-{factor:.2g}-seed-{seed}"
+
+    def _trained(self, name: str, folder: Path, epochs: int, factor: float, seed: int) -> Result:
         config = self._config(name, folder, epochs, factor, seed)
         print(f"{name}, {epochs} epochs, learning rate x {factor:.2g}, seed {seed}", flush=True)
         process = multiprocessing.get_context("spawn").Process(target=_train, args=(config,))
@@ -133,20 +159,12 @@ class Compare:
         evaluation = self._evaluation(folder)
         trained = evaluation.load()
         result = evaluation.of_backbone(trained, trained.backbone, self.train, self.val)
-        if self.sweep:
-            fifth = [i for i in range(len(self.train)) if i % 5 == 0]
-            rest = [i for i in range(len(self.train)) if i % 5]
-            parts, size = (self.train.subset(rest), self.train.subset(fifth)), trained.image_size
-            accuracies = knn_accuracy(trained.backbone, *parts, size, ks=[K], num_workers=self.num_workers)
-            result["validation"] = accuracies[f"knn{K}"]
         logged = [row for row in read_metrics(folder) if "images_per_second" in row]
         rate = statistics.median(row["images_per_second"] for row in logged)
         flops = flops_per_image(config)
         result |= {"images_per_second": rate, "seconds": epochs * len(self.train) / rate}
         result |= {"gflop_per_image": flops / 1e9, "tflops": flops * rate / 1e12}
-        result |= json.loads((folder / "peak.json").read_text())
-        self._write(path.relative_to(self.output_dir), json.dumps(result))
-        return result
+        return result | json.loads((folder / "peak.json").read_text())
 
     def _row(self, results: list[Result], factor: float) -> Result:
         """Means and deviations over the seeds; the median of what is a speed."""
@@ -155,12 +173,12 @@ class Compare:
             row[name] = statistics.median(result[name] for result in results)
         return row
 
-    def _baselines(self) -> dict[str, Result]:
+    def _baselines(self, epochs: int, factor: float) -> dict[str, Result]:
         """Of the pixels, and of random weights with each seed."""
-        folder = next((self.output_dir / self.methods[0]).glob("images-*"))
-        path = self.output_dir / "baselines.json"
+        path = self.output_dir / f"baselines-{self.seeds}-seeds.json"
         if path.exists():
             return json.loads(path.read_text())
+        folder = self._folder(self.methods[0], epochs, factor, 0)
         evaluations = [self._evaluation(folder, seed) for seed in range(self.seeds)]
         trained = evaluations[0].load()
         random = [
@@ -169,7 +187,7 @@ class Compare:
         ]
         rows: dict[str, Result] = {"raw pixels": evaluations[0].of_pixels(trained, self.train, self.val)}
         rows["random weights"] = _over_seeds(random)
-        self._write("baselines.json", json.dumps(rows))
+        self._write(path, json.dumps(rows))
         return rows
 
     def _evaluation(self, folder: Path, seed: int = 0) -> Baselines:
@@ -177,8 +195,8 @@ class Compare:
             checkpoint=folder, data=Path(self.data), device=self.device, num_workers=self.num_workers, seed=seed
         )
 
-    def _write(self, name: str | Path, text: str) -> None:
-        with atomic(self.output_dir / name) as temporary:
+    def _write(self, path: Path, text: str) -> None:
+        with atomic(path) as temporary:
             temporary.write_text(text)
 
 
