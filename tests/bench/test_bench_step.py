@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOY = ["--arch", "vit_nano", "--batch", "2", "--local-crops", "2", "--out-dim", "256", "--threads", "2"]
 
 
+@pytest.mark.slow
 def test_a_toy_run_writes_its_results(tmp_path):
     names = ["ours", "reference", "stock"]
     options = [*TOY, "--steps", "2", "--warmup", "1", "--device", "cpu", "--providers", ",".join(names)]

@@ -59,6 +59,7 @@ def test_every_case_and_step_of_the_reference_setting_is_compiled(tmp_path):
     assert {"_teacher_kernel", "_student_kernel", "_update_kernel", "_short_backward_kernel"} <= set(step)
 
 
+@pytest.mark.slow
 def test_meta_tensors_compile_the_same_kernels_as_real_tensors(tmp_path):
     """The specializations are the same; here for tensors on the CPU, which no kernel accesses."""
     python(SAME, tmp_path)

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.ptx
+@pytest.mark.slow
 def test_counts_of_a_kernel_before_and_after(tmp_path):
     before = ROOT / "bench/results/ptx-counts-b0847b7.md"
     command = [sys.executable, str(ROOT / "bench/ptx_counts.py"), "--archs", "90", "--ops", "ema_update"]

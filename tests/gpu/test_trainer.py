@@ -136,7 +136,7 @@ def test_steps_between_log_lines_do_not_synchronize(config, monkeypatch):
     assert sum(waits) == 2 and waits[3] == waits[8] == 1  # the starts of the captures
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_stopped_within_an_epoch_is_resumed_bitwise(config, monkeypatch, signum):
     whole = replace(config, output_dir=config.output_dir / "whole")
     update = Learner.step
@@ -193,7 +193,14 @@ def test_a_non_finite_loss_ends_the_run_and_updates_nothing(config, monkeypatch,
     assert all(value.isfinite().all() for value in state["student"].values())
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"optimizer": "larc", "decay_all": True}, {"accumulate": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"optimizer": "sgd"}, marks=pytest.mark.slow),
+        {"optimizer": "larc", "decay_all": True},
+        {"accumulate": 2},
+    ],
+)
 def test_other_optimizers_and_micro_batches(config, changes):
     config = replace(config, **changes)
     with Double().installed() as gpu:
@@ -244,7 +251,7 @@ def test_a_resnet_runs_channels_last_with_tuned_convolutions_in_a_graph(config, 
 # --- graphs that fail ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["end", "optimizer"])
+@pytest.mark.parametrize("place", [pytest.param("end", marks=pytest.mark.slow), "optimizer"])
 def test_after_a_failed_capture_steps_run_eagerly_with_a_warning(config, monkeypatch, caplog, place):
     plain = replace(config, output_dir=config.output_dir / "plain", cuda_graph=False)
     with Double().installed():

@@ -75,6 +75,7 @@ def test_a_softmax_with_the_center_is_the_iterations(device, iterations):
     torch.testing.assert_close(softmax(logits, center, 0.05), truth, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow_interpreted
 def test_of_many_iterations_every_output_gets_the_same_mass(device):
     logits, _ = inputs(24, 6, device=device)
     mass = softmax(logits, sinkhorn_center(logits, temp=0.1, iterations=30), 0.1).sum(dim=0)

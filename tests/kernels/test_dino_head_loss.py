@@ -34,7 +34,10 @@ def skip_float32_on_a_gpu(dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "batch, views, channels, outputs",
-    [(2, 10, 256, 1024), (2, 2, 64, 65), (3, 3, 37, 199), (1, 5, 16, 507), (7, 4, 100, 33), (40, 2, 8, 1500)],
+    [
+        *[(2, 10, 256, 1024), (2, 2, 64, 65), (3, 3, 37, 199), (1, 5, 16, 507), (7, 4, 100, 33)],
+        pytest.param(40, 2, 8, 1500, marks=pytest.mark.slow),
+    ],
 )
 def test_against_float64(device, dtype, batch, views, channels, outputs):
     skip_float32_on_a_gpu(dtype, device)

@@ -58,6 +58,7 @@ def test_scaling_of_more_blocks_than_programs(device):
         assert torch.equal(wide, truth)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("outputs", [128, 262144])
 def test_fewest_and_most_outputs(device, outputs):
     x = inputs(1, 3, outputs, device=device)

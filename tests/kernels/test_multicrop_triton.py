@@ -76,7 +76,7 @@ def test_drawn_crops_of_any_images(images, crops, device):
     assert_same(images, crops, device, gap=5)
 
 
-@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize("seed", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_step_is_drawn(images, seed, device):
     drawn = np.stack([draw_crops(seed, 0, i, KINDS[1:3], image.shape[:2]) for i, image in enumerate(images)])
     drawn["jitter"] = True
@@ -93,11 +93,11 @@ def test_every_step_is_drawn(images, seed, device):
         ((30, 1), (0, 5, 1, 30), 16),
         ((9, 9), (2, 3, 5, 5), 50),  # smaller than the output
         ((40, 60), (0, 0, 48, 40), 48),  # as wide as the output
-        ((50, 70), (0, 0, 70, 50), 1),
-        ((2, 300), (0, 0, 300, 2), 3),  # 401 taps
+        pytest.param((50, 70), (0, 0, 70, 50), 1, marks=pytest.mark.slow),
+        pytest.param((2, 300), (0, 0, 300, 2), 3, marks=pytest.mark.slow),  # 401 taps
         ((120, 151), (7, 9, 140, 110), 97),  # several blocks of pixels
-        ((5, 1000), (0, 0, 1000, 5), 31),
-        ((1000, 5), (0, 0, 5, 1000), 31),
+        pytest.param((5, 1000), (0, 0, 1000, 5), 31, marks=pytest.mark.slow),
+        pytest.param((1000, 5), (0, 0, 5, 1000), 31, marks=pytest.mark.slow),
     ],
 )
 def test_resize_of_any_box(shape, box, size, device):

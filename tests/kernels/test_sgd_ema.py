@@ -168,7 +168,7 @@ def test_settings_as_tensors_and_without_copies(device, optimizer):
         torch.testing.assert_close(first[name], second[name], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.slow  # quick for AdamW, whose kernel of norms it is
+@pytest.mark.slow_interpreted
 def test_a_segment_of_more_blocks_than_are_summed_at_once(device, monkeypatch):
     block = 512  # not less than two elements a thread: of those that share one, some may read what another wrote
     monkeypatch.setattr(flat_step, "_BLOCK", block)
