@@ -2,7 +2,8 @@
 
     python bench/bench_step.py --arch vit_tiny --batch 4 --steps 8 --json step.json
     python bench/bench_step.py --reference-repo PATH ...      also measures a clone of facebookresearch/dino
-    python bench/bench_step.py --methods dino,byol,swav ...   measures methods of ours in place of peers
+    python bench/bench_step.py --methods dino,byol,swav ...   measures methods of ours in place of peers, without drop
+                                                              path; --public FOLDER: and the public code of each
 
 Every provider runs in a separate process, to measure its peak memory: maximum resident (CPU) or allocated (CUDA). The
 providers alternate, one step each, from the same weights, on the same random crops, which are computed before. Phases
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache, partial
 from itertools import count
 from multiprocessing.connection import Connection
@@ -84,12 +86,19 @@ def config_of(variant: str, setting: Setting, precision: str):
     return PretrainConfig(**settings, precision=precision, batch_size_per_gpu=setting.batch, device=setting.device)
 
 
-def build(name: str, setting: Setting, precision: str, reference_repo: Path | None = None):
+def build(name: str, setting: Setting, options: argparse.Namespace):
+    precision, reference_repo = options.precision, options.reference_repo
     if name.startswith("method "):
         from dino_train.engine.learner import Learner
 
         config = config_of(name.removeprefix("method "), setting, precision)
         return Learner(config, STEPS_PER_EPOCH, torch.device(setting.device))
+    if name.startswith("public "):
+        from method_peers import PublicMethod
+
+        _, variant, dtype = name.split()
+        config = config_of(variant, setting, dtype)
+        return PublicMethod(options.public, variant, setting, config, getattr(torch, dtype))
     weights = start_weights(setting)
     if name == "ours_plain":  # eager, also on a GPU
         return ours(setting, weights, precision, cuda_graph=False)
@@ -118,12 +127,14 @@ def serve(connection: Connection, name: str, setting: Setting, options: argparse
     synchronize = torch.cuda.synchronize if cuda else int
     if options.threads:
         torch.set_num_threads(options.threads)
-    trained = build(name, setting, options.precision, options.reference_repo)
+    trained = build(name, setting, options)
     batches = [setting.crops(seed) for seed in range(BATCHES)]
+    views = 2 + setting.local_crops
+    if (kind := name.split())[0] in ("method", "public"):
+        views = 2 + config_of(kind[1], setting, options.precision).local_crops_number
 
     def take(step: int, phases: bool) -> dict[str, Any]:
-        local_crops = trained.config.local_crops_number if name.startswith("method ") else setting.local_crops
-        crops = [crop.to(setting.device) for crop in batches[step % BATCHES][: 2 + local_crops]]
+        crops = [crop.to(setting.device) for crop in batches[step % BATCHES][:views]]
         synchronize()
         timer = PhaseTimer(synchronize)
         trained.phase_hook = timer if phases else None
@@ -280,7 +291,7 @@ def methods_table(rows: dict[str, dict[str, Any]], setting: Setting, precision: 
     lines = ["| method | images/s | GFLOP/image | TFLOP/s | of the first |", "|---|--:|--:|--:|--:|"]
     first = None
     for name, row in rows.items():
-        flops = flops_per_image(config_of(name.removeprefix("method "), setting, precision))
+        flops = flops_per_image(config_of(name.split()[1], setting, precision))
         sustained = flops * row["images_per_s"] / 1e12
         first = first or sustained
         cells = (f"{row['images_per_s']:.2f}", f"{flops / 1e9:.1f}", f"{sustained:.3f}", f"{sustained / first:.2f}")
@@ -291,7 +302,7 @@ def methods_table(rows: dict[str, dict[str, Any]], setting: Setting, precision: 
 def parse() -> argparse.Namespace:
     at_least_one = partial(bounded, 1)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--arch", choices=SIZES, default="vit_tiny")
+    parser.add_argument("--arch", choices=(*SIZES, "resnet50"), default="vit_tiny", help="resnet50: with --methods")
     parser.add_argument("--batch", type=at_least_one, default=4, help="images per step")
     parser.add_argument("--steps", type=at_least_one, default=8, help="timed steps of each provider")
     parser.add_argument("--warmup", type=at_least_one, help="warm-up steps; default: 2, on a GPU 6")
@@ -302,6 +313,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of ours")
     parser.add_argument("--providers", help="comma-separated list; default: all")
     parser.add_argument("--methods", help="comma-separated list of methods, as of dino-train compare")
+    parser.add_argument("--public", type=Path, help="folder with the clones that method_peers.py names")
     parser.add_argument("--reference-repo", type=Path, help="a clone of facebookresearch/dino to measure too")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
@@ -318,9 +330,17 @@ def parse() -> argparse.Namespace:
             parser.error(f"--reference-repo {options.reference_repo} has no main_dino.py")
     if options.methods:
         from dino_train.engine.compare import VARIANTS
+        from method_peers import available
 
         known = [f"method {name}" for name in VARIANTS]
-        options.providers = ",".join(f"method {name}" for name in options.methods.split(","))
+        names = options.methods.split(",")
+        options.providers = ",".join(f"method {name}" for name in names)
+        for name in names:
+            if options.public and available(options.public, name, options.arch):
+                known += [public := f"public {name} float32", f"public {name} bfloat16"]
+                options.providers += f",{public},public {name} bfloat16"
+    elif options.arch == "resnet50":
+        parser.error("--arch resnet50 needs --methods: the peers are ViTs")
     options.providers = options.providers.split(",") if options.providers else known
     if unknown := set(options.providers) - set(known):
         parser.error(f"--providers: {', '.join(sorted(unknown))} not among {', '.join(known)}")
@@ -336,6 +356,8 @@ def bounded(least: int, text: str) -> int:
 def main() -> None:
     options = parse()
     setting = Setting(options.arch, options.batch, options.device, options.local_crops, options.out_dim)
+    if options.methods:
+        setting = replace(setting, drop_path=0.0)  # so that TFLOP/s counts what was computed
     rows = measure(setting, options.providers, options)
     print(tables(rows))
     if options.methods:

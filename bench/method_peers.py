@@ -1,0 +1,140 @@
+"""The public code of MoCo v2, MoCo v3 and SwAV: for parity (method_parity.py), and as peers of bench_step.py.
+
+Their modules and losses are imported from clones of facebookresearch/moco at 78b69ca, moco-v3 at c349e6e and swav at
+06b1b7c; optimizer and loop are plain. Backbones are a ResNet under torchvision's names, or the plain ViT of
+step_peers.py; SwAV brings its own ResNet.
+"""
+
+import ast
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.models.resnet import ResNet
+from step_peers import SIZES, Backbone, Setting
+from torch import Tensor, nn
+
+Blocks = tuple[int, int, int, int]
+RESNET50: Blocks = (3, 4, 6, 3)
+Network = Callable[..., nn.Module]  # of num_classes
+# The module with all state, the trained one, and the loss of a list of crops.
+Built = tuple[nn.Module, nn.Module, Callable[[list[Tensor]], Tensor]]
+
+
+class Classifier(ResNet):
+    """A ResNet of torchvision."""
+
+    def __init__(self, blocks: Blocks, num_classes: int) -> None:
+        super().__init__(blocks)
+        self.fc = nn.Linear(2048, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(super().forward(images))
+
+
+class ViTClassifier(Backbone):
+    """With the linear layer under both names that MoCo's two versions ask for."""
+
+    def __init__(self, setting: Setting, num_classes: int) -> None:
+        super().__init__(setting, 0.0, fused=False)
+        self.fc = self.head = nn.Linear(SIZES[setting.arch][0], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        classifier = self.fc if isinstance(self.head, nn.Linear) else self.head  # MoCo replaces one of them
+        return classifier(super().forward(images))
+
+
+def moco(folder: Path, network: Network, blocks: Blocks, c: PretrainConfig) -> Built:
+    settings = {"dim": c.out_dim, "K": c.queue_size, "m": c.momentum_teacher, "T": c.student_temp}
+    public = module_of(folder / "moco/moco/builder.py").MoCo(network, **settings, mlp=True)
+    return public, public.encoder_q, lambda crops: F.cross_entropy(*public(im_q=crops[0], im_k=crops[1]))
+
+
+def moco_v3(folder: Path, network: Network, blocks: Blocks, c: PretrainConfig) -> Built:
+    source = module_of(folder / "moco-v3/moco/builder.py")
+    build = source.MoCo_ResNet if c.arch == "resnet50" else source.MoCo_ViT
+    public = build(network, dim=c.out_dim, mlp_dim=c.head_hidden_dim, T=c.student_temp)
+    trained = nn.ModuleDict({"net": public.base_encoder, "predictor": public.predictor})
+    return public, trained, lambda crops: public(crops[0], crops[1], c.momentum_teacher)
+
+
+def swav(folder: Path, network: Network, blocks: Blocks, c: PretrainConfig) -> Built:
+    source = module_of(folder / "swav/src/resnet50.py")
+    sizes = {"hidden_mlp": c.head_hidden_dim, "output_dim": c.head_bottleneck_dim, "nmb_prototypes": c.out_dim}
+    public = source.ResNet(source.Bottleneck, list(blocks), normalize=True, **sizes)
+    # main_swav.py imports apex: its assignment is taken alone.
+    tree = ast.parse((folder / "swav/main_swav.py").read_text())
+    tree.body = [node for node in tree.body if getattr(node, "name", "") == "distributed_sinkhorn"]
+    names = {"torch": torch, "dist": dist}
+    names["args"] = SimpleNamespace(epsilon=c.teacher_temp, world_size=1, sinkhorn_iterations=3)
+    exec(compile(tree, "main_swav.py", "exec"), names)
+
+    @torch.no_grad()
+    def normalize() -> None:
+        public.prototypes.weight.copy_(F.normalize(public.prototypes.weight, dim=1))
+
+    def loss(crops: list[Tensor]) -> Tensor:
+        normalize()
+        _, output = public(crops)
+        views = output.float().chunk(len(crops))
+        total = output.new_zeros(())
+        for u in range(2):
+            q = names["distributed_sinkhorn"](views[u].detach())
+            others = [F.log_softmax(view / c.student_temp, dim=1) for v, view in enumerate(views) if v != u]
+            total = total - sum((q * other).sum(1).mean() for other in others) / len(others) / 2
+        return total
+
+    normalize()
+    return public, public, loss
+
+
+# Names as of dino-train compare.
+PUBLIC = {"mocov2": ("moco", moco), "mocov3": ("moco-v3", moco_v3), "swav": ("swav", swav)}
+
+
+def available(folder: Path, name: str, arch: str) -> bool:
+    """Whether the folder has the public code of a method, and that runs on the backbone."""
+    return name in PUBLIC and (folder / PUBLIC[name][0]).is_dir() and (name != "swav" or arch == "resnet50")
+
+
+def on_cpus() -> None:
+    """The public code asks for a GPU and a process group."""
+    Tensor.cuda = torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def module_of(path: Path):
+    spec = importlib.util.spec_from_file_location(f"public_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class PublicMethod:
+    """Steps of the public code with AdamW; `dtype` is that of autocast."""
+
+    def __init__(self, folder: Path, name: str, setting: Setting, config: PretrainConfig, dtype: torch.dtype) -> None:
+        on_cpus()
+        torch.manual_seed(0)
+        resnet = config.arch == "resnet50"
+        network = partial(Classifier, RESNET50) if resnet else partial(ViTClassifier, setting)
+        public, self.trained, self.loss = PUBLIC[name][1](folder, network, RESNET50, config)
+        public.train()
+        self.dtype, self.phase_hook = dtype, None
+        self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=1e-5)
+
+    def step(self, step: int, crops: list[Tensor]) -> float:
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.loss(crops)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
