@@ -55,8 +55,8 @@ def test_every_variant_trains_at_its_best_rate(tmp_path):
     assert list(table["methods"]) == list(VARIANTS)
     for name, row in table["methods"].items():
         tried = {}
-        for path in (tmp_path / "compare" / name).glob("2-epochs-rate-*-seed-0/result.json"):
-            tried[path.parent.name.split("-")[3]] = json.loads(path.read_text())["validation"]
+        for path in (tmp_path / "compare" / name).glob("2-epochs-rate-*-seed-0/validation.json"):
+            tried[path.parent.name.split("-")[3]] = json.loads(path.read_text())
         assert len(tried) == 3 and row["sweep_seconds"] > 0
         assert tried[f"{row['rate']:.2g}"] == max(tried.values())
 

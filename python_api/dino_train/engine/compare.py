@@ -10,7 +10,7 @@ import signal
 import statistics
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -98,23 +98,23 @@ class Compare:
                 factor = rows[name]["rate"]
                 runs = [self._result(name, longer, factor, seed) for seed in range(self.seeds)]
                 rows[name]["time"] = self._row(runs, factor)
-        table = {"baselines": self._baselines(epochs, rows[self.methods[0]]["rate"]), "methods": rows, "note": NOTE}
-        self._write(self.output_dir / "compare.json", json.dumps(table, indent=2) + "\n")
-        self._write(self.output_dir / "compare.md", text := "\n".join(markdown(table, epochs, len(self.val))) + "\n")
+        first = self._folder(self.methods[0], epochs, rows[self.methods[0]]["rate"], 0)
+        baselines = _once(self.output_dir / f"baselines-{self.seeds}-seeds.json", lambda: self._baselines(first))
+        table = {"baselines": baselines, "methods": rows, "note": NOTE}
+        _write(self.output_dir / "compare.json", json.dumps(table, indent=2) + "\n")
+        _write(self.output_dir / "compare.md", text := "\n".join(markdown(table, epochs, len(self.val))) + "\n")
         plot(table, self.output_dir / "compare.png")
         print(text)
 
     def _require_same(self) -> None:
         """What the folder holds is of the same images and backbone."""
-        path = self.output_dir / "settings.json"
         asked = {"data": str(Path(self.data).resolve()), "arch": self.arch}
-        found = json.loads(path.read_text()) if path.exists() else asked
+        found = _once(self.output_dir / "settings.json", lambda: asked)
         if found != asked:
             raise ValueError(
                 f"{self.output_dir} holds a comparison of {found['arch']} on {found['data']}, not of {self.arch} on "
                 f"{asked['data']}: choose another --output-dir"
             )
-        self._write(path, json.dumps(asked))
 
     def _config(self, name: str, folder: Path, epochs: int, factor: float, seed: int) -> PretrainConfig:
         variant = VARIANTS[name]
@@ -127,23 +127,26 @@ class Compare:
         """The best factor of the learning rate by k-NN on images that were trained on without labels, and the seconds
         that it took to find."""
         tried = {factor: self._result(name, epochs, factor, 0) for factor in RATES}
-        best = max(tried, key=lambda factor: tried[factor]["validation"])
+        best = max(RATES, key=lambda factor: self._validation(self._folder(name, epochs, factor, 0)))
         return best, sum(result["seconds"] for factor, result in tried.items() if factor != best)
 
     def _result(self, name: str, epochs: int, factor: float, seed: int) -> Result:
         """Of one run, from its file where it is done."""
         folder = self._folder(name, epochs, factor, seed)
-        path = folder / "result.json"
-        result = json.loads(path.read_text()) if path.exists() else self._trained(name, folder, epochs, factor, seed)
-        if self.sweep and "validation" not in result:
+        return _once(folder / "result.json", lambda: self._trained(name, folder, epochs, factor, seed))
+
+    def _validation(self, folder: Path) -> float:
+        """k-NN accuracy of a run on a fifth of its training images."""
+
+        def judge() -> float:
             trained = self._evaluation(folder).load()
             fifth = [i for i in range(len(self.train)) if i % 5 == 0]
             rest = [i for i in range(len(self.train)) if i % 5]
             parts, size = (self.train.subset(rest), self.train.subset(fifth)), trained.image_size
             accuracies = knn_accuracy(trained.backbone, *parts, size, ks=[K], num_workers=self.num_workers)
-            result["validation"] = accuracies[f"knn{K}"]
-        self._write(path, json.dumps(result))
-        return result
+            return accuracies[f"knn{K}"]
+
+        return _once(folder / "validation.json", judge)
 
     def _folder(self, name: str, epochs: int, factor: float, seed: int) -> Path:
         return self.output_dir / name / f"{epochs}-epochs-rate-{factor:.2g}-seed-{seed}"
@@ -173,12 +176,8 @@ class Compare:
             row[name] = statistics.median(result[name] for result in results)
         return row
 
-    def _baselines(self, epochs: int, factor: float) -> dict[str, Result]:
-        """Of the pixels, and of random weights with each seed."""
-        path = self.output_dir / f"baselines-{self.seeds}-seeds.json"
-        if path.exists():
-            return json.loads(path.read_text())
-        folder = self._folder(self.methods[0], epochs, factor, 0)
+    def _baselines(self, folder: Path) -> dict[str, Result]:
+        """Of the pixels, and of random weights with each seed, with the preprocessing of a run."""
         evaluations = [self._evaluation(folder, seed) for seed in range(self.seeds)]
         trained = evaluations[0].load()
         random = [
@@ -187,7 +186,6 @@ class Compare:
         ]
         rows: dict[str, Result] = {"raw pixels": evaluations[0].of_pixels(trained, self.train, self.val)}
         rows["random weights"] = _over_seeds(random)
-        self._write(path, json.dumps(rows))
         return rows
 
     def _evaluation(self, folder: Path, seed: int = 0) -> Baselines:
@@ -195,9 +193,17 @@ class Compare:
             checkpoint=folder, data=Path(self.data), device=self.device, num_workers=self.num_workers, seed=seed
         )
 
-    def _write(self, path: Path, text: str) -> None:
-        with atomic(path) as temporary:
-            temporary.write_text(text)
+
+def _write(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+def _once(path: Path, make: Callable[[], Any]) -> Any:
+    """What the file holds, or what is made now and written there."""
+    if not path.exists():
+        _write(path, json.dumps(make()))
+    return json.loads(path.read_text())
 
 
 def _over_seeds(results: list[Result]) -> Result:
