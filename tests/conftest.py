@@ -32,12 +32,10 @@ LATE = [
 
 @pytest.hookimpl(tryfirst=True)  # before `slow` selects
 def pytest_collection_modifyitems(items):
-    for item in items:
-        backends = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if item.get_closest_marker("slow_interpreted") and "triton" in backends:
-            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LATE.index(item.path.name) if item.path.name in LATE else -1)
     if not torch.cuda.is_available():
         for item in items:
+            if item.get_closest_marker("slow_interpreted") and item.callspec.params["device"] == "triton":
+                item.add_marker(pytest.mark.slow)
             if item.get_closest_marker("gpu"):  # a folder of that name is a keyword too
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -136,7 +136,7 @@ def test_steps_between_log_lines_do_not_synchronize(config, monkeypatch):
     assert sum(waits) == 2 and waits[3] == waits[8] == 1  # the starts of the captures
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_stopped_within_an_epoch_is_resumed_bitwise(config, monkeypatch, signum):
     whole = replace(config, output_dir=config.output_dir / "whole")
     update = Learner.step

@@ -81,7 +81,7 @@ def straight(tmp_path_factory):
     return images, folder / "run"
 
 
-@pytest.mark.parametrize("signum, rank", [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("signum, rank", [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
 def test_a_signal_to_one_rank_stops_both_and_the_resumed_run_is_bitwise_the_same(straight, tmp_path, signum, rank):
     images, whole = straight
     act = f"if number == 6 and rank == {rank}: os.kill(os.getpid(), {signum:d})"
@@ -104,10 +104,7 @@ def test_a_signal_to_one_rank_stops_both_and_the_resumed_run_is_bitwise_the_same
         "os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)",
         # To one rank only: torchrun ends the other, which has stopped too and is about to end.
         "if number == 6 and rank == 1: os.kill(os.getpid(), signal.SIGTERM)",
-        pytest.param(
-            "if number == 6 and rank == 1: os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)",
-            marks=pytest.mark.slow,
-        ),
+        "if number == 6 and rank == 1: os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)",
     ],
     ids=["job", "rank", "twice"],
 )
