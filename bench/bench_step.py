@@ -129,9 +129,8 @@ def serve(connection: Connection, name: str, setting: Setting, options: argparse
         torch.set_num_threads(options.threads)
     trained = build(name, setting, options)
     batches = [setting.crops(seed) for seed in range(BATCHES)]
-    views = 2 + setting.local_crops
-    if (kind := name.split())[0] in ("method", "public"):
-        views = 2 + config_of(kind[1], setting, options.precision).local_crops_number
+    of_method = name.startswith(("method ", "public "))
+    views = 2 + (trained.config.local_crops_number if of_method else setting.local_crops)
 
     def take(step: int, phases: bool) -> dict[str, Any]:
         crops = [crop.to(setting.device) for crop in batches[step % BATCHES][:views]]
@@ -332,13 +331,13 @@ def parse() -> argparse.Namespace:
         from dino_train.engine.compare import VARIANTS
         from method_peers import available
 
-        known = [f"method {name}" for name in VARIANTS]
         names = options.methods.split(",")
-        options.providers = ",".join(f"method {name}" for name in names)
-        for name in names:
-            if options.public and available(options.public, name, options.arch):
-                known += [public := f"public {name} float32", f"public {name} bfloat16"]
-                options.providers += f",{public},public {name} bfloat16"
+        public = [name for name in names if options.public and available(options.public, name, options.arch)]
+        if options.public and (not public or options.device != "cpu"):
+            parser.error(f"--public {options.public} has no code of these methods that runs {options.arch} on a CPU")
+        peers = [f"public {name} {dtype}" for name in public for dtype in ("float32", "bfloat16")]
+        known = [f"method {name}" for name in VARIANTS] + peers
+        options.providers = ",".join([*(f"method {name}" for name in names), *peers])
     elif options.arch == "resnet50":
         parser.error("--arch resnet50 needs --methods: the peers are ViTs")
     options.providers = options.providers.split(",") if options.providers else known

@@ -10,7 +10,7 @@ The network is a ResNet of four bottlenecks: the gradient of a new ResNet-50 cha
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,36 +23,33 @@ from dino_train.engine.learner import Learner
 from dino_train.models import vit
 from dino_train.models.resnet import ResNet
 from method_peers import PUBLIC, Classifier, available, on_cpus
-from torch import Tensor, nn
+from torch import Tensor
 
 STEPS, BATCH, SIZE, RATE, MOMENTUM = 5, 8, 96, 1e-3, 0.9
 BLOCKS = (1, 1, 1, 1)
 
 
-def give_keys(public: nn.Module, learner: Learner) -> None:
-    learner.method.queue.rows.copy_(public.queue.t())
-
-
-# Settings of ours, and what else of the public state is copied.
-METHODS: dict[str, tuple[dict[str, Any], Callable[[nn.Module, Learner], None]]] = {
-    "mocov2": (
-        {"method": "moco", "out_dim": 128, "queue_size": 64, "student_temp": 0.2, "head_hidden_dim": 2048},
-        give_keys,
-    ),
-    "mocov3": (
-        {
-            **{"method": "moco", "predictor": True, "queue_size": 0, "student_temp": 1.0, "out_dim": 256},
-            "head_hidden_dim": 512,
-        },
-        lambda public, learner: None,
-    ),
-    "swav": (
-        {
-            **{"method": "swav", "use_bn_in_head": True, "out_dim": 300, "head_bottleneck_dim": 128},
-            **{"head_hidden_dim": 512, "local_crops_number": 2, "local_crops_size": 32, "freeze_last_layer": 0},
-        },
-        lambda public, learner: None,
-    ),
+# Settings of ours
+METHODS: dict[str, dict[str, Any]] = {
+    "mocov2": {"method": "moco", "out_dim": 128, "queue_size": 64, "student_temp": 0.2, "head_hidden_dim": 2048},
+    "mocov3": {
+        "method": "moco",
+        "predictor": True,
+        "queue_size": 0,
+        "student_temp": 1.0,
+        "out_dim": 256,
+        "head_hidden_dim": 512,
+    },
+    "swav": {
+        "method": "swav",
+        "use_bn_in_head": True,
+        "out_dim": 300,
+        "head_bottleneck_dim": 128,
+        "head_hidden_dim": 512,
+        "local_crops_number": 2,
+        "local_crops_size": 32,
+        "freeze_last_layer": 0,
+    },
 }
 
 
@@ -75,7 +72,7 @@ def renamed(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 def compare(folder: Path, name: str) -> str:
     torch.manual_seed(0)
-    settings, give = METHODS[name]
+    settings = METHODS[name]
     momentum = MOMENTUM if settings["method"] == "moco" else 0.0
     config = PretrainConfig(
         **{
@@ -92,7 +89,8 @@ def compare(folder: Path, name: str) -> str:
     weights = dict(renamed(trained.state_dict()))
     state = learner.state_dict()
     learner.load_state_dict({**state, "student": weights, "teacher": {**state["teacher"], **weights}})
-    give(public, learner)
+    if name == "mocov2":
+        learner.method.queue.rows.copy_(public.queue.t())
     optimizer = torch.optim.SGD(trained.parameters(), lr=RATE, momentum=0.9)
     public.train()
     losses, differences = [], []

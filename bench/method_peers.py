@@ -72,7 +72,7 @@ def swav(folder: Path, network: Network, blocks: Blocks, c: PretrainConfig) -> B
     tree = ast.parse((folder / "swav/main_swav.py").read_text())
     tree.body = [node for node in tree.body if getattr(node, "name", "") == "distributed_sinkhorn"]
     names = {"torch": torch, "dist": dist}
-    names["args"] = SimpleNamespace(epsilon=c.teacher_temp, world_size=1, sinkhorn_iterations=3)
+    names["args"] = SimpleNamespace(epsilon=c.teacher_temp, world_size=1, sinkhorn_iterations=c.sinkhorn_iterations)
     exec(compile(tree, "main_swav.py", "exec"), names)
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class PublicMethod:
         network = partial(Classifier, RESNET50) if resnet else partial(ViTClassifier, setting)
         public, self.trained, self.loss = PUBLIC[name][1](folder, network, RESNET50, config)
         public.train()
-        self.dtype, self.phase_hook = dtype, None
+        self.config, self.dtype = config, dtype
         self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=1e-5)
 
     def step(self, step: int, crops: list[Tensor]) -> float:
