@@ -86,19 +86,21 @@ def config_of(variant: str, setting: Setting, precision: str):
     return PretrainConfig(**settings, precision=precision, batch_size_per_gpu=setting.batch, device=setting.device)
 
 
-def build(name: str, setting: Setting, options: argparse.Namespace):
-    precision, reference_repo = options.precision, options.reference_repo
+def build(
+    name: str, setting: Setting, precision: str, *, public: Path | None = None, reference_repo: Path | None = None
+) -> Any:
+    """The provider `name`, with a method step(step, crops); `public` and `reference_repo` hold others' code."""
     if name.startswith("method "):
         from dino_train.engine.learner import Learner
 
         config = config_of(name.removeprefix("method "), setting, precision)
         return Learner(config, STEPS_PER_EPOCH, torch.device(setting.device))
-    if name.startswith("public "):
+    if public and name.startswith("public "):
         from method_peers import PublicMethod
 
         _, variant, dtype = name.split()
         config = config_of(variant, setting, dtype)
-        return PublicMethod(options.public, variant, setting, config, getattr(torch, dtype))
+        return PublicMethod(public, variant, setting, config, getattr(torch, dtype))
     weights = start_weights(setting)
     if name == "ours_plain":  # eager, also on a GPU
         return ours(setting, weights, precision, cuda_graph=False)
@@ -127,7 +129,7 @@ def serve(connection: Connection, name: str, setting: Setting, options: argparse
     synchronize = torch.cuda.synchronize if cuda else int
     if options.threads:
         torch.set_num_threads(options.threads)
-    trained = build(name, setting, options)
+    trained = build(name, setting, options.precision, public=options.public, reference_repo=options.reference_repo)
     batches = [setting.crops(seed) for seed in range(BATCHES)]
     of_method = name.startswith(("method ", "public "))
     views = 2 + (trained.config.local_crops_number if of_method else setting.local_crops)

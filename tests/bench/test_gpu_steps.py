@@ -1,6 +1,7 @@
 """Whole steps of `make gpu`: verdicts and compared losses."""
 
 import gpu_report
+import gpu_steps
 import gpu_targets
 import pytest
 from gpu_report import OURS, PLAIN
@@ -60,3 +61,14 @@ def test_each_loss_of_the_graph_equals_that_of_plain_calls(losses, note):
     rows = {PLAIN: step_row(), OURS: step_row(losses=losses, captured=True)}
     gpu_report.mark_steps(rows, "cuda")
     assert rows[OURS]["note"] == note and rows[PLAIN]["note"] == ""
+
+
+def test_toy_steps_of_all_providers_on_the_cpu():
+    sent = []
+    for provider in gpu_steps.PROVIDERS:
+        gpu_steps.measure_step(sent.append, "ViT-S/16", provider, "cpu", toy=True)
+    rows = {name: row for message in sent for name, row in message["steps"]["ViT-S/16"].items()}
+    assert list(rows) == list(gpu_steps.PROVIDERS)
+    for row in rows.values():
+        assert row["ms"] > 0 and len(row["losses"]) == gpu_steps.LOSSES
+        assert row["losses"] == pytest.approx(rows["reference"]["losses"], rel=0.05)  # drop path differs
