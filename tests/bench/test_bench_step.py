@@ -15,18 +15,23 @@ ROOT = Path(__file__).resolve().parents[2]
 TOY = ["--arch", "vit_nano", "--batch", "2", "--local-crops", "2", "--out-dim", "256", "--threads", "2"]
 
 
+def toy_run(folder: Path, *options: str) -> tuple[str, dict]:
+    """What it prints and writes."""
+    command = [sys.executable, str(ROOT / "bench/bench_step.py"), *TOY, "--steps", "2", "--warmup", "1"]
+    command += ["--device", "cpu", "--json", str(folder / "step.json"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, json.loads((folder / "step.json").read_text())
+
+
 @pytest.mark.slow
 def test_a_toy_run_writes_its_results(tmp_path):
     names = ["ours", "reference", "stock"]
-    options = [*TOY, "--steps", "2", "--warmup", "1", "--device", "cpu", "--providers", ",".join(names)]
-    command = [sys.executable, str(ROOT / "bench/bench_step.py"), *options, "--json", str(tmp_path / "step.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "step.json").read_text())
+    printed, results = toy_run(tmp_path, "--providers", ",".join(names))
     assert {"setting", "versions", "machine", "date", "providers"} == set(results)
     assert list(results["providers"]) == names
     for name, row in results["providers"].items():
-        assert done.stdout.count(f"| {name} |") == 2  # in both tables
+        assert printed.count(f"| {name} |") == 2  # in both tables
         assert row["images_per_s"] == pytest.approx(2e3 / row["step_ms"])
         assert 100 < row["peak_mib"] < 4000
         assert set(row["phases"]) == set(PHASES) and min(row["phases"].values()) > 0
@@ -35,6 +40,48 @@ def test_a_toy_run_writes_its_results(tmp_path):
             results["providers"]["reference"]["losses"], rel=0.05
         )  # drop path differs
         assert row["idle_cpu_ms"] < 100  # its threads sleep while another provider runs
+
+
+# With the names that bench_step.py takes from a clone of moco-v3; without its momentum encoder.
+PUBLIC_MOCO_V3 = """
+import torch
+
+class MoCo_ViT(torch.nn.Module):
+    def __init__(self, network, dim, mlp_dim, T):
+        super().__init__()
+        self.base_encoder = network(num_classes=mlp_dim)
+        self.predictor = torch.nn.Linear(mlp_dim, dim)
+        self.T = T
+
+    def forward(self, x1, x2, m):
+        q, k = (torch.nn.functional.normalize(self.predictor(self.base_encoder(x)), dim=1) for x in (x1, x2))
+        return torch.nn.functional.cross_entropy(q @ k.T / self.T, torch.arange(len(q)))
+"""
+
+
+@pytest.mark.slow
+def test_methods_are_compared_by_what_they_compute_and_with_public_code(tmp_path):
+    clone = tmp_path / "moco-v3/moco"
+    clone.mkdir(parents=True)
+    (clone / "builder.py").write_text(PUBLIC_MOCO_V3)
+    printed, results = toy_run(tmp_path, "--methods", "dino,mocov3", "--public", str(tmp_path))
+    names = ["method dino", "method mocov3", "public mocov3 float32", "public mocov3 bfloat16"]
+    assert list(results["providers"]) == names
+    for name, row in results["providers"].items():
+        assert row["step_ms"] > 0 and all(loss > 0 for loss in row["losses"]), name
+    lines = [line.split(" | ") for line in printed.splitlines() if line.endswith(tuple("0123456789 |"))]
+    table = {cells[0].removeprefix("| "): cells[1:] for cells in lines if len(cells) == 5}
+    assert set(table) >= {"dino", "mocov3", "public mocov3 float32", "public mocov3 bfloat16"}
+    assert table["mocov3"][1] == table["public mocov3 float32"][1] != table["dino"][1]  # GFLOP per image
+    assert table["dino"][3] == "1.00 |"  # the first
+
+
+def test_public_code_that_is_not_there_is_an_error(monkeypatch, tmp_path, capsys):
+    arguments = ["bench_step.py", "--device", "cpu", "--methods", "byol,mocov2", "--public", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        bench_step.parse()
+    assert f"--public {tmp_path} has no code of these methods" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("peer", ["reference", "stock"])
