@@ -134,7 +134,9 @@ def test_every_path_of_known_lengths(device, dtype, channels):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *(pytest.param(x, marks=pytest.mark.slow) for x in DTYPES[:2])])
-@pytest.mark.parametrize("groups", [[], [(1, 197), (3, 37), (2, 0), (1, 64), (1, 330)]])
+@pytest.mark.parametrize(
+    "groups", [[], pytest.param([(1, 197), (3, 37), (2, 0), (1, 64), (1, 330)], marks=pytest.mark.slow_interpreted)]
+)
 def test_the_gradient_of_a_bias_is_added_to_what_is_there(device, dtype, groups):
     lengths = [length for count, length in groups for _ in range(count)] or LENGTHS
     qkv, bounds = inputs(lengths, heads=3, channels=40, dtype=dtype, device=device)
