@@ -78,6 +78,21 @@ def dino_loss() -> Call:
     return Call("student logit", student.numel(), IMAGES / images, 4.4, differentiated(op, student))
 
 
+def sinkhorn() -> Call:
+    """Three sweeps over the teacher's logits."""
+    outputs = OUTPUTS // 4
+    logits = randn(2 * IMAGES, outputs) / 16
+    run = partial(dino_kernels.sinkhorn_center, logits, temp=0.05)
+    return Call("teacher logit", logits.numel(), OUTPUTS / outputs, 3 * 2, run)
+
+
+def info_nce() -> Call:
+    keys = OUTPUTS // 4
+    query, positive, queue = (torch.nn.functional.normalize(randn(n, 128), dim=1) for n in (IMAGES, IMAGES, keys))
+    run = differentiated(dino_kernels.info_nce, query, positive=positive, keys=queue)
+    return Call("query and key", IMAGES * keys, OUTPUTS / keys, 2 * 128 / IMAGES, run)
+
+
 def dino_head_loss() -> Call:
     outputs = OUTPUTS // 8
     z, teacher, *weights = (torch.nn.functional.normalize(randn(n, 256), dim=-1) for n in (640, 128, outputs, outputs))
@@ -137,16 +152,25 @@ def ema_update() -> Call:
     return Call("weight", elements, PARAMETERS / elements, 12, lambda: dino_kernels.ema_update_(*weights, 0.996))
 
 
-def adamw_ema() -> Call:
+def step(op: Callable, moments: int, floor: float, **options: object) -> Call:
+    """An optimizer's, over 150 tensors; `floor`: bytes of a weight."""
     offsets = [128 * 128 * i for i in range(151)]
-    student, grad, first, teacher = (randn(offsets[-1], dtype=torch.float32) for _ in range(4))
+    student, grad, teacher = (randn(offsets[-1], dtype=torch.float32) for _ in range(3))
     run = partial(
-        dino_kernels.adamw_ema_step_, student, grad, first, torch.rand(offsets[-1]), teacher,
-        offsets=offsets, steps=torch.zeros(150, dtype=torch.int64), decayed=torch.ones(150, dtype=torch.bool),
-        frozen=torch.zeros(150, dtype=torch.bool), nonfinite=torch.zeros((), dtype=torch.int32), lr=1e-3,
-        weight_decay=0.04, momentum=0.996, clip_norm=3.0, student_16=randn(offsets[-1]), teacher_16=randn(offsets[-1]),
+        op, student, grad, *torch.rand(moments, offsets[-1]), teacher, offsets=offsets,
+        decayed=torch.ones(150, dtype=torch.bool), frozen=torch.zeros(150, dtype=torch.bool),
+        nonfinite=torch.zeros((), dtype=torch.int32), lr=1e-3, weight_decay=0.04, momentum=0.996, clip_norm=3.0,
+        student_16=randn(offsets[-1]), teacher_16=randn(offsets[-1]), **options,
     )  # fmt: skip
-    return Call("weight", offsets[-1], PARAMETERS / offsets[-1], 40, run)
+    return Call("weight", offsets[-1], PARAMETERS / offsets[-1], floor, run)
+
+
+def adamw_ema() -> Call:
+    return step(dino_kernels.adamw_ema_step_, 2, 40, steps=torch.zeros(150, dtype=torch.int64))
+
+
+def sgd_ema() -> Call:
+    return step(dino_kernels.sgd_ema_step_, 1, 32, adapted=torch.ones(150, dtype=torch.bool))
 
 
 def multicrop() -> Call:
@@ -164,8 +188,8 @@ OPS = {
     **{
         op.__name__: op
         for op in (
-            dino_loss, dino_head_loss, add_layer_norm, bias_gelu, mlp, weight_norm, ema_update,
-            adamw_ema, multicrop,
+            dino_loss, dino_head_loss, sinkhorn, info_nce, add_layer_norm, bias_gelu, mlp, weight_norm, ema_update,
+            adamw_ema, sgd_ema, multicrop,
         )
     },
 }  # fmt: skip
