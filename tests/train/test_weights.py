@@ -288,14 +288,14 @@ def test_mismatched_weights_are_an_error():
 
 def test_partial_weights_load_only_on_request(tmp_path, capsys, caplog):
     state = {key: value + 1 for key, value in nano().state_dict().items() if not key.startswith("blocks.1.")}
-    state |= {"blocks.1.norm1.bias": torch.zeros(5), "mask_token": torch.zeros(1)}
+    state |= {"blocks.1.norm1.bias": torch.zeros(5), "register_tokens": torch.zeros(1)}
     path = tmp_path / "part.pth"
     torch.save(state, path)
     words = ["export", "--checkpoint", str(path), "--output", str(tmp_path / "out.safetensors")]
     assert main(words) == 1
     assert "do not fit this backbone" in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()
     assert main([*words, "--allow-partial"]) == 0
-    assert "missing blocks.1.attn.qkv.weight" in caplog.text and "unexpected mask_token" in caplog.text
+    assert "missing blocks.1.attn.qkv.weight" in caplog.text and "unexpected register_tokens" in caplog.text
     assert "blocks.1.norm1.bias has shape [5], expected [96]" in caplog.text and "30 of 42 weights" in caplog.text
     loaded = dino_train.load_backbone(tmp_path / "out.safetensors").state_dict()
     for key, value in loaded.items():

@@ -47,6 +47,12 @@ class PretrainConfig:
     """Folder for checkpoints, metrics and plots."""
     resume: bool = False
     """Continue from last.pt in output_dir, in the middle of an epoch if that is where it stopped."""
+    init_from: Path | None = None
+    """Start from these weights in place of random ones: a checkpoint, with the heads where they are of the same method
+    and shapes, or a backbone (of this package, the reference, timm, Hugging Face, DINOv2; .pth, .safetensors or a
+    folder). Positions, patches and channels of other sizes are adapted."""
+    freeze_backbone_steps: int = 0
+    """Steps at the beginning in which only the heads are trained, for weights without heads."""
 
     arch: Literal[ARCHS] = "vit_small"  # type: ignore[valid-type]
     """Backbone."""
@@ -170,10 +176,10 @@ class PretrainConfig:
                 raise ValueError(f"{setting.name} is for {' and '.join(methods)}, not for {self.method}")
         least = {"patch_size": 1, "out_dim": 2, "head_hidden_dim": 1, "batch_size_per_gpu": 1, "epochs": 1}
         least |= {"accumulate": 1, "log_interval": 1, "num_workers": 1, "global_crops_size": 1, "local_crops_size": 1}
-        for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "local_crops_number"):
+        for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "freeze_backbone_steps"):
             least[name] = 0
         least |= {"head_bottleneck_dim": 1, "sinkhorn_iterations": 1}
-        for name in ("queue_size", "queue_start_epoch", "bn_split"):
+        for name in ("queue_size", "queue_start_epoch", "bn_split", "local_crops_number"):
             least[name] = 0
         for name in ("saveckp_freq", "save_minutes", "knn_freq", "seed", "lr", "clip_grad"):
             least[name] = 0

@@ -77,7 +77,7 @@ class Learner:
             weights = self.student_flat.weights, self.teacher_flat.weights
             state = [tensor for part in self.method.state_dict().values() for tensor in part.values()]
             parallel.broadcast([*weights, *self.student.buffers(), *self.teacher.buffers(), *state])
-            self._renew()
+            self.renew()
         self.frozen: list[nn.Module] = []
         self.optimizer = self._optimizer()
         self.gradient_sum = GradientSum(self.student_flat)
@@ -128,7 +128,7 @@ class Learner:
             step: global step, the index into the schedules.
             crops: V tensors [B, 3, h, w] float32 on the device, the two global crops first.
         """
-        self._freeze(step // self.steps_per_epoch)
+        self._freeze(step)
         if (stage := self.method.stage(step, self.steps_per_epoch)) != self.stage:
             self.stage, self.update = stage, self._new_update()
         self.scheduled.copy_(self.schedule[step])
@@ -159,12 +159,16 @@ class Learner:
         graphed = self.config.cuda_graph and parallel.size() == 1  # all-reduces inside a graph are not tested
         return Graphed(self.gpu, self._update) if graphed and self.gpu is not None else self._update
 
-    def _freeze(self, epoch: int) -> None:
-        frozen = self.method.frozen(epoch)
+    def _freeze(self, step: int) -> None:
+        frozen = self.method.frozen(step // self.steps_per_epoch)
+        if step < self.config.freeze_backbone_steps:
+            frozen = [*frozen, self.student.backbone]
         if frozen == self.frozen:
             return
-        for layer in frozen + self.frozen:
-            self.student_flat.freeze(layer, layer in frozen)
+        for layer in self.frozen:
+            self.student_flat.freeze(layer, False)
+        for layer in frozen:  # last: a layer may be part of one that is trained again
+            self.student_flat.freeze(layer, True)
         self.frozen = frozen
         self.gradient_sum.remove()
         self.gradient_sum = GradientSum(self.student_flat)
@@ -213,9 +217,9 @@ class Learner:
             net.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(state)
-        self._renew()
+        self.renew()
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
         """What the nets multiply by, after their weights were written."""
         self.student_flat.renew()
         self.teacher_flat.renew()

@@ -22,6 +22,7 @@ from dino_train.config.pretrain import PretrainConfig
 from dino_train.data.folder import ImageFolder, split
 from dino_train.data.loader import Bad, BadImages, CropLoader, require_batch
 from dino_train.data.stream import ShardStream, count_samples, is_shards, shard_urls
+from dino_train.engine.init_from import init_from
 from dino_train.engine.learner import Learner, StepResult
 from dino_train.engine.watch import CollapseWatch, Progress, plot_curves
 from dino_train.evaluate import knn_accuracy, view_retrieval
@@ -102,6 +103,8 @@ class Run:
         checkpoint.require_none(folder)
         if self.config.resume:
             logger.warning("no checkpoint in %s yet: starting from the beginning", folder)
+        if self.config.init_from is not None:
+            init_from(self.learner, self.config.init_from)
         if parallel.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(json.dumps(self.config.plain(), indent=2) + "\n")

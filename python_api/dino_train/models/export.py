@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.models.names import to_huggingface
 from dino_train.models.vit import VIT_SIZES, VisionTransformer
 from dino_train.models.weights import Trained
 
@@ -134,38 +135,7 @@ def _huggingface(trained: Trained, folder: Path) -> None:
         "image_std": IMAGENET_STD,
     }
     _write_json(processor, folder / "preprocessor_config.json")
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in backbone.state_dict().items():
-        tensors |= _huggingface_names(name, tensor)
-    _save(tensors, folder / "model.safetensors", {})
-
-
-_HUGGINGFACE = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-    "norm1": "layernorm_before",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-
-
-def _huggingface_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor under the name that published ViTs have there; queries, keys and values are layers of their own."""
-    block, stem, kind = "", name, ""
-    if name.startswith("blocks."):
-        _, i, stem = name.split(".", 2)
-        block = f"encoder.layer.{i}."
-    if stem.endswith((".weight", ".bias")):
-        stem, _, kind = stem.rpartition(".")
-        kind = "." + kind
-    if stem == "attn.qkv":
-        parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
-        return {f"{block}attention.attention.{part}{kind}": rows.clone() for part, rows in parts}
-    return {f"{block}{_HUGGINGFACE[stem]}{kind}": tensor}
+    _save(to_huggingface(backbone.state_dict()), folder / "model.safetensors", {})
 
 
 def _write_json(values: dict[str, Any], path: Path) -> None:

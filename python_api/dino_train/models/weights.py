@@ -12,18 +12,30 @@ from torch import Tensor, nn
 
 from dino_train.common import checkpoint
 from dino_train.common.checkpoint import CheckpointError
+from dino_train.models.names import fold_layer_scale, from_huggingface
 from dino_train.models.resnet import ResNet
 from dino_train.models.vit import VIT_SIZES, VisionTransformer, build_backbone
 
 logger = logging.getLogger(__name__)
 
 Choice = Literal["auto", "teacher", "student"]
-# Of the backbones of others' checkpoints: MoCo, MoCo v3, solo-learn and lightly.
+# Of the backbones of others' checkpoints: MoCo, MoCo v3, solo-learn, lightly and Hugging Face.
 _PREFIXES = {
-    "student": ("encoder_q.", "base_encoder.", "backbone."),
+    "student": ("encoder_q.", "base_encoder.", "backbone.", "vit."),
     "teacher": ("encoder_k.", "momentum_encoder.", "momentum_backbone.", "backbone_momentum."),
 }
-_HEADS = ("head.", "fc.", "projection_head.", "prototypes.", "projector.", "predictor.", "classifier.", "linear.")
+_HEADS = (
+    "head.",
+    "fc.",
+    "projection_head.",
+    "prototypes.",
+    "projector.",
+    "predictor.",
+    "classifier.",
+    "linear.",
+    "pooler.",
+    "mask_token",
+)
 _RESNET_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
@@ -48,7 +60,8 @@ def load_backbone(path: str | Path, *, net: Choice = "auto", allow_partial: bool
     `backbone(images)` are the pooled features [B, 2048].
 
     Args:
-        path: a run's folder, one of its checkpoints, an exported .safetensors or a .pth of the reference.
+        path: a run's folder, one of its checkpoints, a .safetensors file, a folder of timm's or Hugging Face's weights,
+            or a .pth of the reference.
         net: "teacher" or "student", where the file has both; "auto" is the one that its method evaluates.
         allow_partial: load what matches and warn of the rest, in place of an error.
 
@@ -73,7 +86,7 @@ def load_trained(
         arch, patch_size: what the weights must fit; by default what they are of.
         device: where to put the backbone; the CPU by default.
     """
-    state, args = _read(path)
+    state, args = read(path)
     weights, found, left = backbone_weights(state, net=net)
     of_mocov3 = any(prefix in left for prefix in ("base_encoder.", "momentum_encoder."))
     arch = arch or _arch_of(weights, "vit_small_12heads" if of_mocov3 else args.get("arch"))
@@ -96,7 +109,7 @@ def load_linear(path: Path) -> nn.Linear:
     Raises:
         CheckpointError: unreadable; ValueError: no linear classifier in it.
     """
-    state, _ = _read(path)
+    state, _ = read(path)
     state = state.get("state_dict", state)
     weights = {key.removeprefix("module.").removeprefix("linear."): value for key, value in state.items()}
     shapes = {key: list(value.shape) if isinstance(value, Tensor) else value for key, value in weights.items()}
@@ -118,7 +131,8 @@ def backbone_weights(state: Mapping[str, Any], *, net: Choice = "auto") -> tuple
     Args:
         state: a state dict of the backbone or of a whole net, a checkpoint with such dicts under "teacher" and
             "student" (DINO, `utils.py:72`), or one with both networks under "state_dict", told apart by prefixes
-            (MoCo, MoCo v3, solo-learn, lightly). Prefixes are removed, heads and classifiers are left.
+            (MoCo, MoCo v3, solo-learn, lightly). Prefixes are removed, heads and classifiers are left, names of
+            Hugging Face's ViTModel are replaced, and layer scale (DINOv2) is folded.
         net: which network. "auto": the one that the file's method evaluates, the teacher of DINO, else the student.
 
     Returns:
@@ -147,6 +161,9 @@ def backbone_weights(state: Mapping[str, Any], *, net: Choice = "auto") -> tuple
     if "4.0.conv1.weight" in weights:  # lightly numbers the parts of torchvision's ResNet
         parts = {key: key.partition(".") for key in weights}
         weights = {f"{_RESNET_PARTS[parts[key][0]]}.{parts[key][2]}": value for key, value in weights.items()}
+    if "embeddings.cls_token" in weights:
+        weights = from_huggingface(weights)
+    weights = fold_layer_scale(weights)
     prefix = ("module." if next(iter(state)).startswith("module.") else "") + prefix
     left = [f"prefix {prefix!r}"] if prefix else []
     if len(weights) < len(named):
@@ -159,7 +176,7 @@ def _prefix(named: Mapping[str, Any], net: Choice) -> str:
     for prefix in _PREFIXES["student" if net == "auto" else net]:
         if any(key.startswith(prefix) for key in named):
             return prefix
-    others = [prefix for prefixes in _PREFIXES.values() for prefix in prefixes if prefix != "backbone."]
+    others = [prefix for prefixes in _PREFIXES.values() for prefix in prefixes if prefix not in ("backbone.", "vit.")]
     if net != "auto" and any(key.startswith(tuple(others)) for key in named):
         raise ValueError(f"the file has no {net}, only {_listed(sorted({key.partition('.')[0] for key in named}))}")
     return ""
@@ -192,8 +209,10 @@ def fit(backbone: nn.Module, weights: Mapping[str, Any], *, allow_partial: bool 
     backbone.load_state_dict(matching, strict=not problems)
 
 
-def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """What a file holds, and the settings it was trained with as far as it tells."""
+def read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """What a file or folder holds, and the settings it was trained with as far as it tells."""
+    if (path / "model.safetensors").exists():  # a folder of timm or Hugging Face
+        path = path / "model.safetensors"
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     state = checkpoint.load_newest(path)[0] if path.is_dir() else checkpoint.load(path)
