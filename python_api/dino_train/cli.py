@@ -1,8 +1,10 @@
 """The command line: dino-train pretrain | pack | evaluate <protocol> | compare | export | --version."""
 
+import importlib
+import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -121,6 +123,9 @@ class Pack:
 class Pretrain(PretrainConfig):
     """Complete DINO pretraining. Defaults are the reference's; --preset demo learns something in minutes."""
 
+    config: Path | None = None
+    """File of settings under their names here, JSON (config.json of a run is one) or YAML; flags beside it win."""
+
     def run(self) -> None:
         pretrain(self)
 
@@ -129,7 +134,8 @@ def _evaluate(name: str, protocol: type, **marks: Callable[[Any], Any]) -> Any:
     return Annotated[_marked(protocol, json=_single, **marks), tyro.conf.subcommand(name)]
 
 
-_WORDED = [name for name, hint in get_type_hints(PretrainConfig).items() if hint is bool and name != "resume"]
+_SINGLE = ("resume", "allow_changes")
+_WORDED = [name for name, hint in get_type_hints(PretrainConfig).items() if hint is bool and name not in _SINGLE]
 _Pretrain = _marked(Pretrain, data=_alias("--data-path"), **dict.fromkeys(_WORDED, _word))
 _Evaluate: Any = Annotated[
     _evaluate("knn", Knn, data=_alias("--data-path"))
@@ -153,16 +159,79 @@ _Evaluate: Any = Annotated[
 ]
 
 
-def _defaults(argv: Sequence[str]) -> PretrainConfig:
-    """The defaults that --method and --preset ask for; tyro then reads the rest, and these flags too, over them."""
-    given = {"--method": "", "--preset": "none"}
+def _values(argv: Sequence[str], **defaults: str) -> dict[str, str]:
+    """Of these flags; the last of each counts."""
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, value = word.partition("=")
-        if flag in given:
-            given[flag] = value if equals else following
-    method, preset = given.values()
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in defaults:
+            defaults[name] = value if equals else following
+    return defaults
+
+
+def _defaults(argv: Sequence[str]) -> PretrainConfig:
+    """The defaults that --method and --preset ask for; tyro then reads the rest, and these flags too, over them."""
+    method, preset = _values(argv, method="", preset="none").values()
     known = method in ("", *METHOD_DEFAULTS) and preset in ("none", *PRESETS)
     return _Pretrain(**recipe(method or None, preset)) if known else _Pretrain()
+
+
+# Of the machine or of the call, not of the run.
+_NOT_RESUMED = (*_SINGLE, "config", "output_dir", "num_workers")
+
+
+def _expanded(argv: list[str]) -> list[str]:
+    """With the settings of the run that --resume continues, then those of --config, before the flags that are given."""
+    if argv[:1] != ["pretrain"]:
+        return argv
+    given = _values(argv, output_dir=str(PretrainConfig.output_dir), config="", preset="")
+    words = []
+    saved = Path(given["output_dir"], "config.json")
+    if "--resume" in argv and saved.exists():
+        values = _settings(saved)
+        words = _flags({name: value for name, value in values.items() if name not in _NOT_RESUMED})
+        if given["preset"] in PRESETS and given["preset"] != values.get("preset"):
+            words += _flags(recipe(None, given["preset"]))
+    if given["config"]:
+        values = _settings(Path(given["config"]))
+        words += _flags({name: value for name, value in values.items() if name not in (*_SINGLE, "config")})
+    return ["pretrain", *words, *argv[1:]]
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The values of a JSON or YAML file.
+
+    Raises:
+        ValueError: it cannot be read, or is something else.
+    """
+    loads: Callable[[str], Any] = json.loads
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            loads = importlib.import_module("yaml").safe_load
+        except ImportError:
+            raise ValueError(f"{path} needs a package to be read, pip install pyyaml; or write it as JSON") from None
+    try:
+        values = loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # YAML's errors have no common base with those of JSON and of UTF-8
+        raise ValueError(f"{path} is not a file of settings ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected settings by their names")
+    return values
+
+
+def _flags(values: Mapping[str, Any]) -> list[str]:
+    """As they would be typed."""
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            items = value if isinstance(value, list | tuple) else [value]
+            words += [
+                f"--{name.replace('_', '-')}",
+                *(str(x).lower() if isinstance(x, bool) else str(x) for x in items),
+            ]
+    return words
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,7 +241,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dino-train {__version__}")
         return 0
     logging.basicConfig(format="dino-train: %(message)s", level=logging.WARNING)
-    logging.getLogger("dino_train.models.weights").setLevel(logging.INFO)  # says which weights of a file it takes
+    for name in ("models.weights", "engine.init_from"):  # they say which weights of a file they take
+        logging.getLogger(f"dino_train.{name}").setLevel(logging.INFO)
+    try:
+        argv = _expanded(argv)
+        return _run(argv)
+    except Interrupted as stop:
+        print(f"dino-train: {stop}", file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("dino-train: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, NonFiniteLoss) as error:
+        print(f"dino-train: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(argv: Sequence[str]) -> int:
     command = (
         Annotated[_Pretrain, tyro.conf.subcommand("pretrain", default=_defaults(argv))]
         | Annotated[_marked(Pack, data=_alias("--data-path")), tyro.conf.subcommand("pack")]
@@ -183,15 +268,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         | Annotated[Export, tyro.conf.subcommand("export")]
     )
-    try:
-        tyro.cli(command, args=argv, prog="dino-train", description=DESCRIPTION).run()  # type: ignore[call-overload]
-    except Interrupted as stop:
-        print(f"dino-train: {stop}", file=sys.stderr)
-        return 128 + stop.signum
-    except KeyboardInterrupt:
-        print("dino-train: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, NonFiniteLoss) as error:
-        print(f"dino-train: error: {error}", file=sys.stderr)
-        return 1
+    tyro.cli(command, args=argv, prog="dino-train", description=DESCRIPTION).run()  # type: ignore[call-overload]
     return 0

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 
 import dino_train
@@ -12,7 +13,7 @@ import pytest
 import torch
 from dino_train import cli
 from dino_train.cli import main
-from dino_train.config.presets import PRESETS
+from dino_train.config.presets import PRESETS, recipe
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.evaluate.attention import Attention
 from dino_train.evaluate.copy_detection import CopyDetection
@@ -65,6 +66,59 @@ def test_presets_are_valid_and_flags_override_them(monkeypatch, preset):
     config = parsed(monkeypatch, "--preset", preset, "--epochs", "7")
     for name, value in PRESETS[preset].items():
         assert getattr(config, name) == (7 if name == "epochs" else value), name
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_settings_from_a_file_and_flags_beside_it(monkeypatch, tmp_path, suffix):
+    values = {"preset": "demo", "epochs": 7, "global_crops_scale": [0.3, 0.9], "norm_last_layer": False, "lr": 1e-3}
+    path = tmp_path / f"settings.{suffix}"
+    text = json.dumps(values) if suffix == "json" else "".join(f"{k}: {json.dumps(v)}\n" for k, v in values.items())
+    path.write_text(text)
+    config = parsed(monkeypatch, "--config", str(path), "--lr", "0.5")
+    expected = {**recipe(None, "demo"), **values, "global_crops_scale": (0.3, 0.9), "lr": 0.5}
+    for name, value in expected.items():
+        assert getattr(config, name) == value, name
+    # What a run writes can be read.
+    path.write_text(json.dumps(config.plain()))
+    assert parsed(monkeypatch, "--config", str(path), "--seed", "3") == replace(config, seed=3)
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("x.json", None, "cannot read .*x.json: No such file"),
+        ("x.json", "{", "x.json is not a file of settings"),
+        ("x.yaml", "a: [", "x.yaml is not a file of settings"),
+        ("x.json", "[1]", "x.json holds a list, expected settings by their names"),
+        ("x.json", '{"no_such": 1}', "no-such"),
+        ("x.json", '{"epochs": "many"}', "epochs"),
+    ],
+)
+def test_files_that_hold_no_settings(tmp_path, capsys, name, text, message):
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    words = ["pretrain", "--config", str(path), "--output-dir", str(tmp_path / "run")]
+    try:
+        assert main(words) == 1
+    except SystemExit as stop:  # of what the parser finds
+        assert stop.code == 2
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "run").exists()
+
+
+def test_resume_alone_takes_the_settings_of_the_run(monkeypatch, tmp_path):
+    stated = ["--preset", "demo", "--lr", "0.25", "--global-crops-scale", "0.3", "0.9", "--num-workers", "7"]
+    folder = tmp_path / "run"
+    config = parsed(monkeypatch, *stated, "--output-dir", str(folder))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.plain()))
+    own = {"resume": True, "num_workers": PretrainConfig().num_workers}
+    assert parsed(monkeypatch, "--output-dir", str(folder), "--resume") == replace(config, **own)
+    assert parsed(monkeypatch, f"--output-dir={folder}", "--resume") == replace(config, **own)
+    again = parsed(monkeypatch, "--resume", "--output_dir", str(folder), "--preset", "demo", "--epochs", "40")
+    assert again == replace(config, **own, epochs=40)  # the run's own preset does not undo its flags
+    other = parsed(monkeypatch, "--resume", "--output-dir", str(folder), "--preset", "vits16-vanilla")
+    assert other.arch == "vit_small" and other.global_crops_scale == config.global_crops_scale
 
 
 def test_defaults_equal_the_reference():

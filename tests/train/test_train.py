@@ -296,6 +296,32 @@ def test_a_second_run_does_not_overwrite_the_first_and_options_must_match(config
         pretrain(replace(config, resume=True, out_dim=32))
 
 
+def test_what_differs_from_the_interrupted_run_is_named_or_refused(config, caplog, tmp_path):
+    pretrain(replace(config, epochs=2))
+    before = (config.output_dir / "config.json").read_text()
+    moved = make_images(tmp_path / "moved")
+    for changes, words in (
+        ({"lr": 0.001}, "lr 0.0005 -> 0.001"),
+        ({"data": moved}, f"data {config.data} -> {moved}"),
+        ({"epochs": 1}, "epochs 2 -> 1"),
+        ({"lr": 0.001, "epochs": 1}, "lr 0.0005 -> 0.001, epochs 2 -> 1"),
+    ):
+        with pytest.raises(ValueError, match=f"would continue with {words}: leave that out, or add --allow-changes"):
+            pretrain(replace(config, **{"epochs": 2, "resume": True, **changes}))
+        assert (config.output_dir / "config.json").read_text() == before
+    changed = replace(config, resume=True, epochs=3, clip_grad=1.0, local_crops_scale=(0.05, 0.3), num_workers=2)
+    caplog.clear()
+    pretrain(changed)
+    words = "the run continues with epochs 2 -> 3, clip_grad 3.0 -> 1.0, local_crops_scale (0.05, 0.4) -> (0.05, 0.3)"
+    assert [record.getMessage() for record in caplog.records] == [words]
+    assert json.loads((config.output_dir / "config.json").read_text())["clip_grad"] == 1.0
+    pretrain(replace(changed, epochs=4, lr=0.001, data=moved, allow_changes=True))
+    assert f"data {config.data} -> {moved}, epochs 3 -> 4, lr 0.0005 -> 0.001" in caplog.text
+    caplog.clear()
+    pretrain(replace(changed, epochs=4, lr=0.001, data=moved))
+    assert not caplog.records
+
+
 def test_resuming_with_other_images_starts_the_epoch_again(config, caplog):
     pretrain(replace(config, epochs=1))
     make_images(config.data, n=30)

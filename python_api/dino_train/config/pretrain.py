@@ -46,7 +46,10 @@ class PretrainConfig:
     output_dir: Path = Path("runs/dino")
     """Folder for checkpoints, metrics and plots."""
     resume: bool = False
-    """Continue from last.pt in output_dir, in the middle of an epoch if that is where it stopped."""
+    """Continue from last.pt in output_dir, in the middle of an epoch if that is where it stopped. On the command line,
+    settings that are not given are those of the run."""
+    allow_changes: bool = False
+    """Resume with other data, another learning rate or an end that the run has passed, which are refused else."""
     init_from: Path | None = None
     """Start from these weights in place of random ones: a checkpoint, with the heads where they are of the same method
     and shapes, or a backbone (of this package, the reference, timm, Hugging Face, DINOv2; .pth, .safetensors or a
@@ -257,8 +260,13 @@ class PretrainConfig:
         return (CropKind(*both, **first), CropKind(*both, **second), *[small] * self.local_crops_number)
 
     def plain(self) -> dict[str, Any]:
-        """As plain values, which a checkpoint holds and `torch.load(weights_only=True)` reads."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        """As plain values, which a checkpoint holds and `torch.load(weights_only=True)` reads; paths that exist are
+        absolute."""
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        for name in ("data", "init_from"):
+            if values[name] and os.path.exists(values[name]):
+                values[name] = os.path.abspath(values[name])
+        return values
 
 
 def _require(fits: bool, name: str, value: object, wanted: str) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from dino_train.common import checkpoint, parallel
 from dino_train.common.device import gpu_of, pick_device
+from dino_train.common.files import atomic
 from dino_train.common.metrics import Metrics, read_metrics
 from dino_train.common.process import use_huge_pages
 from dino_train.config.pretrain import PretrainConfig
@@ -33,6 +34,8 @@ FIXED = (
     *("method", "arch", "patch_size", "global_crops_size", "out_dim", "head_hidden_dim", "head_bottleneck_dim"),
     *("use_bn_in_head", "norm_last_layer", "predictor", "queue_size", "optimizer"),
 )
+# Settings of the call and of the machine.
+UNREPORTED = ("resume", "allow_changes", "config", "output_dir", "num_workers", "init_from", "preset")
 
 
 class Interrupted(Exception):
@@ -107,27 +110,32 @@ class Run:
             init_from(self.learner, self.config.init_from)
         if parallel.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(self.config.plain(), indent=2) + "\n")
+            self._write_config()
         else:
             self._seed_rank(0)
         parallel.barrier()
         return 0
+
+    def _write_config(self) -> None:
+        with atomic(self.config.output_dir / "config.json") as temporary:
+            temporary.write_text(json.dumps(self.config.plain(), indent=2) + "\n")
 
     def _resume(self) -> int:
         state, path = checkpoint.load_newest(self.config.output_dir)
         saved = state.get("args")
         if not isinstance(saved, dict) or not {"step", "sampler", "rng"} <= state.keys():
             raise checkpoint.CheckpointError(f"{path} was not written by dino-train and cannot be resumed from")
-        defaults = PretrainConfig()  # for settings that the checkpoint's version did not have
+        saved = {**PretrainConfig().plain(), **saved}  # an older version's checkpoint lacks settings
         for name in FIXED:
-            before = saved.get(name, getattr(defaults, name))
+            before = saved[name]
             if before != getattr(self.config, name):
                 raise ValueError(
                     f"the run in {self.config.output_dir} has {name} {before}, not "
                     f"{getattr(self.config, name)}: pass the same settings to resume, or another --output-dir"
                 )
-        self.learner.load_state_dict(state)
         step = state["step"]
+        self._report_changes(saved, step)
+        self.learner.load_state_dict(state)
         if state["sampler"] != self._sampler_state:
             step = state["epoch"] * self.steps_per_epoch
             logger.warning(
@@ -137,12 +145,36 @@ class Run:
         last = path.with_name(checkpoint.LAST)
         parallel.barrier()
         # The damaged last.pt is moved away; otherwise the next save would rename it over the good previous.pt.
-        if path != last and parallel.rank() == 0:
-            if last.exists():
-                last.replace(last.with_name("last.damaged.pt"))
-            path.replace(last)
+        if parallel.rank() == 0:
+            if path != last:
+                if last.exists():
+                    last.replace(last.with_name("last.damaged.pt"))
+                path.replace(last)
+            self._write_config()
         self._set_random_state(state["rng"], step)
         return step
+
+    def _report_changes(self, saved: dict[str, Any], step: int) -> None:
+        """Names the settings that are not those of the interrupted run, and refuses some of them.
+
+        Raises:
+            ValueError: other data, another learning rate or an end that is passed, without `allow_changes`.
+        """
+        changed = {}
+        for name, value in self.config.plain().items():
+            before = saved.get(name)
+            same = list(before) == list(value) if isinstance(value, tuple) and before else before == value
+            if not same and name not in UNREPORTED:
+                changed[name] = f"{name} {before} -> {value}"
+        passed = ("epochs",) if step > self.total_steps else ()
+        refused = [name for name in ("data", "lr", *passed) if name in changed]
+        if refused and not self.config.allow_changes:
+            raise ValueError(
+                f"the run in {self.config.output_dir} would continue with "
+                f"{', '.join(changed[name] for name in refused)}: leave that out, or add --allow-changes"
+            )
+        if changed and parallel.rank() == 0:
+            logger.warning("the run continues with %s", ", ".join(changed.values()))
 
     def _seed_rank(self, step: int) -> None:
         """Give each rank its own random numbers for drop path; the weights are the same on all ranks."""
