@@ -255,6 +255,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NonFiniteLoss) as error:
         print(f"dino-train: error: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        print(
+            "dino-train: error: out of memory: take fewer images a step (--batch-size-per-gpu), more micro-batches "
+            f"(--accumulate) or --checkpoint-activations true ({first_line})",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch reports it as a RuntimeError, on a GPU of a class of its own."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -126,6 +126,22 @@ def test_a_killed_process_leaves_no_incomplete_output(root):
     assert packed(root, "killed.tar").read_bytes() == packed(root).read_bytes()
 
 
+def test_two_calls_do_not_write_the_same_file(root, monkeypatch):
+    record, seen = pack_module._record, []
+
+    def meanwhile(*arguments):
+        if not seen:
+            with pytest.raises(ValueError, match="set.tar is in use by process [0-9]+ on ") as error:
+                seen.append(True)
+                packed(root)
+            seen.append(error)
+        return record(*arguments)
+
+    monkeypatch.setattr(pack_module, "_record", meanwhile)
+    out = packed(root, num_workers=1)
+    assert len(seen) == 2 and not list(out.parent.glob("*.lock"))
+
+
 def test_other_options_start_again(root):
     out = packed(root)
     out.rename(out.with_name("set.tar.partial"))

@@ -121,6 +121,27 @@ def test_resume_alone_takes_the_settings_of_the_run(monkeypatch, tmp_path):
     assert other.arch == "vit_small" and other.global_crops_scale == config.global_crops_scale
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 1 bytes\nMore"),
+    ],
+)
+def test_out_of_memory_is_one_line_with_what_to_change(monkeypatch, capsys, error):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(cli, "pretrain", fail)
+    assert main(["pretrain"]) == 1
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "out of memory: take fewer images a step (--batch-size-per-gpu)" in text
+    monkeypatch.setattr(cli, "pretrain", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["pretrain"])
+
+
 def test_defaults_equal_the_reference():
     config = PretrainConfig()
     assert (config.arch, config.patch_size, config.out_dim, config.lr) == ("vit_small", 16, 65536, 0.0005)

@@ -69,6 +69,7 @@ def test_a_run_continues_from_a_finished_one_with_a_fresh_optimizer(config, tmp_
     fresh = learner(config).optimizer.state_dict()
     assert again.learner.optimizer.state_dict()["state"].keys() == fresh["state"].keys()
     again.train()
+    again.held.close()
     before, after = (read_metrics(folder) for folder in (config.output_dir, tmp_path / "again"))
     ends = [row for row in before if "knn10" in row][-1]
     (start,) = [row for row in after if row["step"] == 0]

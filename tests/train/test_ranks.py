@@ -156,8 +156,9 @@ def test_resuming_with_another_number_of_ranks_warns(straight, tmp_path, caplog)
     alone = {**RANKS, "data": images, "output_dir": tmp_path / "run", "epochs": 4, "batch_size_per_gpu": 4}
     pretrain(replace(PretrainConfig(**alone), resume=True))
     assert [record.getMessage() for record in caplog.records] == [
+        "the run continues with batch_size_per_gpu 2 -> 4, epochs 3 -> 4",
         "the interrupted run had 2 processes and this one has 1: it continues, but will not be bitwise identical to "
-        "a run without the interruption"
+        "a run without the interruption",
     ]
     assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 20
     codes, said = run_both(job(images, tmp_path / "run", epochs=5))

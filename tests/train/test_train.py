@@ -1,6 +1,7 @@
 """The training run: resuming, signals, bad input, output files."""
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from dino_train.common import checkpoint
-from dino_train.common.metrics import read_metrics
+from dino_train.common.metrics import Metrics, read_metrics
 from dino_train.common.process import _ADDRESSES
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.data.folder import DataError
@@ -124,7 +125,7 @@ def test_with_limited_addresses_the_heap_is_not_changed():
     assert "hg" not in subprocess.check_output([sys.executable, "-c", code], text=True).split()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_write_a_checkpoint_and_stop(config, signum, monkeypatch):
     whole = replace(config, output_dir=config.output_dir / "whole")
     pretrain(whole)
@@ -209,6 +210,97 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
         signal.signal(signal.SIGXFSZ, ignored)
     assert checkpoint.load(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_metrics_that_cannot_be_written_are_left_out(tmp_path, caplog):
+    metrics = Metrics(tmp_path, 0)
+    metrics.write(1, loss=1.0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, before[1]))
+    try:
+        for step in (2, 3):
+            metrics.write(step, loss=1.0)  # the first line is cut, the second does not begin
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    metrics.write(4, loss=1.0)
+    metrics.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 4]
+    assert "metrics of step 2 cannot be written" in caplog.text and "training continues" in caplog.text
+
+
+def test_rows_after_a_damaged_line_are_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st{"step": 2}\n{"step": 3}\n')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
+
+
+@pytest.mark.parametrize("output", ["full disk", "closed pipe"])
+def test_a_run_whose_output_goes_nowhere_is_trained_to_its_end(config, output):
+    words = ["--data", config.data, "--output-dir", config.output_dir, "--arch", "vit_nano", "--patch-size", "8"]
+    words += ["--out-dim", "64", "--head-hidden-dim", "16", "--global-crops-size", "16", "--local-crops-number", "0"]
+    words += ["--batch-size-per-gpu", "4", "--epochs", "2", "--device", "cpu"]
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "wb") as full:
+        stdout = full if output == "full disk" else write
+        command = [sys.executable, "-m", "dino_train", "pretrain", *map(str, words)]
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 0 and checkpoint.load(config.output_dir / "last.pt")["step"] == 10, done.stderr
+    assert done.stderr.count("progress cannot be written") == 1 and "Traceback" not in done.stderr
+
+
+def test_a_folder_is_used_by_one_run_at_a_time(config, monkeypatch):
+    update, seen = Learner.step, []
+
+    def meanwhile(self, step, crops):
+        if not seen:
+            for changes in ({}, {"resume": True}):
+                with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on ") as error:
+                    pretrain(replace(config, **changes))
+                seen.append(error)
+        return update(self, step, crops)
+
+    monkeypatch.setattr(Learner, "step", meanwhile)
+    pretrain(config)
+    assert len(seen) == 2 and not (config.output_dir / "lock").exists()
+    # A lock file that a killed run left behind locks nothing.
+    (config.output_dir / "lock").write_text("process 1 on another")
+    pretrain(replace(config, resume=True))
+
+
+def test_any_damage_of_a_checkpoint_is_found(tmp_path, caplog):
+    """Single bytes, cuts and holes, such as a bad sector leaves."""
+    checkpoint.save({"step": 1}, tmp_path / "previous.pt")
+    checkpoint.save({"step": 2, "x": torch.arange(3000.0)}, tmp_path / "last.pt")
+    intact = (tmp_path / "last.pt").read_bytes()
+    rng, found = np.random.default_rng(0), 0
+    for i in range(300):
+        at = int(rng.integers(len(intact))) if i % 2 else len(intact) - int(rng.integers(1, 400))  # its directory
+        length = int(rng.choice([1, 16, 512]))
+        hole = bytes(length) if i % 3 else rng.bytes(length)
+        damaged = intact[:at] if i % 5 == 0 else (intact[:at] + hole + intact[at + length :])[: len(intact)]
+        (tmp_path / "last.pt").write_bytes(damaged)
+        state, path = checkpoint.load_newest(tmp_path)
+        if path.name == "last.pt":  # what was hit holds nothing
+            assert state["step"] == 2 and torch.equal(state["x"], torch.arange(3000.0))
+        else:
+            found += 1
+            assert state["step"] == 1 and "last.pt" in caplog.records[-1].getMessage()
+    assert found > 200
+
+
+def test_a_checkpoint_that_cannot_be_read_falls_back_to_the_previous(tmp_path, monkeypatch, caplog):
+    for name in ("last", "previous"):
+        checkpoint.save({"step": len(name)}, tmp_path / f"{name}.pt")
+
+    def is_zipfile(path):
+        if path.name == "last.pt":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return True
+
+    monkeypatch.setattr(checkpoint.zipfile, "is_zipfile", is_zipfile)
+    assert checkpoint.load_newest(tmp_path)[0] == {"step": 8}
+    assert "last.pt is damaged or not a checkpoint ([Errno 5] Input/output error)" in caplog.text
 
 
 def test_training_continues_if_a_checkpoint_cannot_be_written(config, monkeypatch, caplog):

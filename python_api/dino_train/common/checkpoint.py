@@ -78,21 +78,23 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: no such file, damaged, or not a checkpoint that is safe to load.
     """
     try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint at {path}") from None
+    try:
         if zipfile.is_zipfile(path):  # torch.load does not verify the checksums
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     raise CheckpointError(f"{path} is damaged (a checksum does not match)")
         with torch.serialization.safe_globals(_REFERENCE_TYPES):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"no checkpoint at {path}") from None
-    except (CheckpointError, MemoryError, OSError):  # the last two may be temporary: the file is not damaged
+    except (CheckpointError, MemoryError):  # the last may be temporary: the file is not damaged
         raise
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))  # torch's message also advises how to load it anyway
         why = f" and is not loaded for safety (it asks for {asked[1]})" if asked else ", or is not a checkpoint"
         raise CheckpointError(f"{path} is damaged, or holds more than tensors and plain values{why}") from error
-    except Exception as error:  # damaged files raise almost any exception: EOFError, struct.error, KeyError, ...
+    except Exception as error:  # damaged files raise almost any exception: OSError, struct.error, KeyError, ...
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({_first_line(error)})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dictionary of weights")

@@ -1,6 +1,7 @@
 """Metrics of a run: metrics.jsonl and TensorBoard."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from dino_train.common.files import atomic
 
+logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 
 
@@ -22,21 +24,28 @@ class Metrics:
     def __init__(self, folder: Path | None, step: int) -> None:
         self._board = None
         if folder is None:
-            self._file = open(os.devnull, "w")  # noqa: SIM115
+            self._file = open(os.devnull, "wb", buffering=0)  # noqa: SIM115
             return
         path = folder / METRICS
         kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
         with atomic(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115  line-buffered: nothing is lost on a kill
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  unbuffered: nothing is lost on a kill
         self._board = _tensorboard(folder, step)
 
     def write(self, step: int, **values: Any) -> None:
-        """One row: the number of steps done, and the measured values."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        """One row: the number of steps done, and the measured values. On a full disk it is left out, with a warning."""
+        line = json.dumps({"step": step, **values}).encode() + b"\n"
+        try:
+            end = os.fstat(self._file.fileno()).st_size
+            if self._file.write(line) < len(line):
+                self._file.truncate(end)
+                raise OSError("the disk is full")
+            if self._board:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
+        except OSError as error:
+            logger.warning("the metrics of step %d cannot be written (%s); training continues", step, error)
 
     def close(self) -> None:
         self._file.close()
@@ -45,14 +54,14 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, without an incomplete last line after a kill."""
+    """The rows of a run's metrics.jsonl, without a line that a kill left incomplete."""
     path = folder / METRICS
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            continue
     return rows
 
 

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from dino_train.common.files import locked
 from dino_train.data.decode import decode, jpeg_size, reason
 from dino_train.data.folder import ImageFolder
 from dino_train.data.tar_index import BLOCK, ENCODING, INDEX, Head, Index, header
@@ -29,7 +30,8 @@ def pack(images: ImageFolder, out: Path, *, size: int, quality: int, num_workers
     continues an interrupted one.
 
     Raises:
-        ValueError: `out` exists or does not end in .tar, size or quality out of range, or no image can be read.
+        ValueError: `out` exists, is being written by another process or does not end in .tar, size or quality out of
+            range, or no image can be read.
         OSError: the file cannot be written; the part already written is kept for the next call.
     """
     from tqdm import tqdm
@@ -44,7 +46,10 @@ def pack(images: ImageFolder, out: Path, *, size: int, quality: int, num_workers
     head = Head(size, quality, hashlib.sha256("\0".join(images.names).encode(*ENCODING)).hexdigest())
     partial = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "r+b" if partial.exists() else "w+b") as file:
+    with (
+        locked(out.with_name(out.name + ".lock"), out),
+        open(partial, "r+b" if partial.exists() else "w+b") as file,
+    ):
         index = _begin(file, head)
         done = {name for name, *_ in index}
         # Shuffled, so that sequential reading does not yield class after class; by hash, so that every call agrees.

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -16,7 +16,7 @@ import torch
 
 from dino_train.common import checkpoint, parallel
 from dino_train.common.device import gpu_of, pick_device
-from dino_train.common.files import atomic
+from dino_train.common.files import atomic, locked
 from dino_train.common.metrics import Metrics, read_metrics
 from dino_train.common.process import use_huge_pages
 from dino_train.config.pretrain import PretrainConfig
@@ -56,7 +56,7 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises:
         DataError, CheckpointError, ValueError: with a message for the user.
         NonFiniteLoss: the loss became NaN or infinite; the last good checkpoint is kept.
-        Interrupted: SIGTERM or Ctrl-C, after a checkpoint was written.
+        Interrupted: SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, after a checkpoint was written.
     """
     run = Run(config)
     try:
@@ -65,6 +65,8 @@ def pretrain(config: PretrainConfig) -> Path:
     except Interrupted:  # all ranks stop at the same step
         parallel.leave()
         raise
+    finally:
+        run.held.close()
     parallel.leave()
     return config.output_dir / checkpoint.LAST
 
@@ -92,14 +94,24 @@ class Run:
         self.bad = BadImages(len(self.train_images), self.batch_size)
         self.bad_held_out = BadImages(len(self.held_out or ()), 0)
         self.stop_signal = 0
+        self.held = ExitStack()  # the folder's lock, by the first rank
         self.waited = 0.0  # seconds spent waiting for crops since the last log line
         self.unread: list[tuple[int, torch.Tensor]] = []  # (step, loss) of steps whose loss is not yet read
-        self.step = self._resume() if config.resume and checkpoint.exists(config.output_dir) else self._start_new()
+        self.step = self._begin()
         if self.gpu is None:
             use_huge_pages()
         self.last_saved = time.monotonic()
 
     # --- checkpoints -----------------------------------------------------------------------------
+
+    def _begin(self) -> int:
+        """The first step."""
+        try:
+            resume = self.config.resume and checkpoint.exists(self.config.output_dir)
+            return self._resume() if resume else self._start_new()
+        except BaseException:
+            self.held.close()
+            raise
 
     def _start_new(self) -> int:
         folder = self.config.output_dir
@@ -110,6 +122,8 @@ class Run:
             init_from(self.learner, self.config.init_from)
         if parallel.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            self.held.enter_context(locked(folder / "lock", folder))
+            checkpoint.require_none(folder)  # again: a run may have ended since
             self._write_config()
         else:
             self._seed_rank(0)
@@ -121,7 +135,10 @@ class Run:
             temporary.write_text(json.dumps(self.config.plain(), indent=2) + "\n")
 
     def _resume(self) -> int:
-        state, path = checkpoint.load_newest(self.config.output_dir)
+        folder = self.config.output_dir
+        if parallel.rank() == 0:
+            self.held.enter_context(locked(folder / "lock", folder))
+        state, path = checkpoint.load_newest(folder)
         saved = state.get("args")
         if not isinstance(saved, dict) or not {"step", "sampler", "rng"} <= state.keys():
             raise checkpoint.CheckpointError(f"{path} was not written by dino-train and cannot be resumed from")
@@ -130,7 +147,7 @@ class Run:
             before = saved[name]
             if before != getattr(self.config, name):
                 raise ValueError(
-                    f"the run in {self.config.output_dir} has {name} {before}, not "
+                    f"the run in {folder} has {name} {before}, not "
                     f"{getattr(self.config, name)}: pass the same settings to resume, or another --output-dir"
                 )
         step = state["step"]
@@ -150,7 +167,10 @@ class Run:
                 if last.exists():
                     last.replace(last.with_name("last.damaged.pt"))
                 path.replace(last)
-            self._write_config()
+            try:
+                self._write_config()
+            except OSError as error:
+                logger.warning("the settings cannot be written (%s); training continues", error)
         self._set_random_state(state["rng"], step)
         return step
 
@@ -332,10 +352,9 @@ class Run:
         return signum, save_due
 
     def _advice(self) -> str:
-        return (
-            "Try a lower --lr, a smaller --clip-grad or --precision float32. "
-            f"{self.config.output_dir / checkpoint.LAST} was written before this"
-        )
+        last = self.config.output_dir / checkpoint.LAST
+        written = f"{last} was written before this" if last.exists() else "No checkpoint was written before this"
+        return f"Try a lower --lr, a smaller --clip-grad or --precision float32. {written}"
 
     def _evaluated(self) -> bool:
         rows = read_metrics(self.config.output_dir)
@@ -420,8 +439,13 @@ class Run:
         for name, bad in (("training", self.bad), ("held-out", self.bad_held_out)):
             if bad.count:
                 self.progress.say(f"{bad.count} of {bad.n_images} {name} images could not be read")
+        for text in self.watch.warned.values():
+            self.progress.say(text)
         if parallel.rank() == 0:
-            self.progress.say(f"curves: {plot_curves(self.config.output_dir)}")
+            try:
+                self.progress.say(f"curves: {plot_curves(self.config.output_dir)}")
+            except OSError as error:
+                logger.warning("the curves cannot be drawn (%s)", error)
         self.progress.say(f"done: {self.config.output_dir / checkpoint.LAST}")
 
 
@@ -430,7 +454,8 @@ def _labelled(images: ImageFolder | ShardStream | None) -> TypeGuard[ImageFolder
 
 
 class _Signals:
-    """Inside this context, SIGTERM or Ctrl-C stops the run after the current step; a second Ctrl-C kills it.
+    """Inside this context SIGTERM, SIGHUP, SIGUSR1 (a scheduler's notice) or Ctrl-C stops the run after the current
+    step; a second Ctrl-C kills it.
 
     Under torchrun, further signals do not kill: it may forward a signal that a scheduler has also sent to the ranks,
     and after the first rank has ended it signals the others, which are about to end.
@@ -442,8 +467,9 @@ class _Signals:
 
     def __enter__(self) -> None:
         self.torchrun = torch.distributed.is_torchelastic_launched()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self.before[signum] = signal.signal(signum, self._ask)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup sets SIGHUP
+                self.before[signum] = signal.signal(signum, self._ask)
 
     def _ask(self, signum: int, frame: object) -> None:
         self.run.stop_signal = signum

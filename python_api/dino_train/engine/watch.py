@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -49,11 +50,17 @@ class Progress:
             self.say(f"step {done}/{self.total}  {text}  ETA {_duration(remaining)}")
 
     def say(self, text: str) -> None:
-        """Print a line without breaking the bar."""
-        if self.bar:
-            self.bar.write(text)
-        elif not self.quiet:
-            print(text, flush=True)
+        """Print a line without breaking the bar. Where nobody reads it, or a disk is full, the run goes on silently."""
+        try:
+            if self.bar:
+                self.bar.write(text)
+            elif not self.quiet:
+                print(text, flush=True)
+        except OSError as error:
+            self.quiet, self.bar = True, None
+            logger.warning("progress cannot be written (%s); training continues", error.strerror)
+            with suppress(OSError):  # else what the buffer holds fails once more at the end of the process
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def skip(self, seconds: float) -> None:
         """Exclude the last `seconds` (of an evaluation) from the images per second and the ETA."""
@@ -71,7 +78,7 @@ def _duration(seconds: float) -> str:
 
 
 class CollapseWatch:
-    """Warns once if the output does not depend on the image in `patience` consecutive log lines.
+    """Warns if the output does not depend on the image in `patience` consecutive log lines.
 
     Uniform: the loss stays at ln K. Constant: the entropy of the mean output is that of a single output, or the spread
     of the outputs is near 0, so all images get the same output. Early in a run, during the learning rate warm-up, both
@@ -81,6 +88,7 @@ class CollapseWatch:
     def __init__(self, outputs: int, quiet_steps: int, patience: int = 10) -> None:
         self.log_k, self.quiet_steps, self.patience = math.log(outputs), quiet_steps, patience
         self.counts = {"uniform": 0, "constant": 0}
+        self.warned: dict[str, str] = {}  # the first of each kind
 
     def update(self, step: int, row: Mapping[str, float]) -> None:
         """row: a line of metrics.jsonl."""
@@ -88,8 +96,9 @@ class CollapseWatch:
             return
         for kind, seen in collapse_signs(row, self.log_k).items():
             self.counts[kind] = self.counts[kind] + 1 if seen else 0
-            if self.counts[kind] == self.patience:
-                logger.warning("%s", self._text(kind, step, row))
+            if self.counts[kind] == self.patience and kind not in self.warned:
+                self.warned[kind] = self._text(kind, step, row)
+                logger.warning("%s", self.warned[kind])
 
     def _text(self, kind: str, step: int, row: Mapping[str, float]) -> str:
         if kind == "uniform":
@@ -104,7 +113,8 @@ class CollapseWatch:
         )
         return (
             f"step {step}: every image gets the same output ({found}): the run is collapsing. "
-            "Try a lower --lr, a smaller --out-dim or, with a teacher, a higher --momentum-teacher"
+            "Try a lower --lr, a smaller --out-dim or, with a teacher, a higher --momentum-teacher, and look at the "
+            "images: pictures that are nearly black or all alike give this too"
         )
 
 
