@@ -189,7 +189,8 @@ def _expanded(argv: list[str]) -> list[str]:
     saved = Path(given["output_dir"], "config.json")
     if "--resume" in argv and saved.exists():
         values = _settings(saved)
-        words = _flags({name: value for name, value in values.items() if name not in _NOT_RESUMED})
+        known = PretrainConfig.__dataclass_fields__.keys() - set(_NOT_RESUMED)  # another version may have had others
+        words = _flags({name: value for name, value in values.items() if name in known})
         if given["preset"] in PRESETS and given["preset"] != values.get("preset"):
             words += _flags(recipe(None, given["preset"]))
     if given["config"]:

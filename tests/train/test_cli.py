@@ -111,7 +111,7 @@ def test_resume_alone_takes_the_settings_of_the_run(monkeypatch, tmp_path):
     folder = tmp_path / "run"
     config = parsed(monkeypatch, *stated, "--output-dir", str(folder))
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.plain()))
+    (folder / "config.json").write_text(json.dumps(config.plain() | {"of_another_version": 1}))
     own = {"resume": True, "num_workers": PretrainConfig().num_workers}
     assert parsed(monkeypatch, "--output-dir", str(folder), "--resume") == replace(config, **own)
     assert parsed(monkeypatch, f"--output-dir={folder}", "--resume") == replace(config, **own)
