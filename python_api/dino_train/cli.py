@@ -1,4 +1,4 @@
-"""The command line: dino-train pretrain | pack | evaluate <protocol> | compare | export | --version."""
+"""The command line: dino-train pretrain | pack | embed | evaluate <protocol> | compare | export | --version."""
 
 import importlib
 import json
@@ -22,6 +22,7 @@ from dino_train.engine.train import Interrupted, NonFiniteLoss, pretrain
 from dino_train.evaluate.attention import Attention
 from dino_train.evaluate.baselines import Baselines
 from dino_train.evaluate.copy_detection import CopyDetection
+from dino_train.evaluate.embed import Embed
 from dino_train.evaluate.finetune import Finetune
 from dino_train.evaluate.knn import Knn
 from dino_train.evaluate.linear import Linear
@@ -277,6 +278,7 @@ def _run(argv: Sequence[str]) -> int:
     command = (
         Annotated[_Pretrain, tyro.conf.subcommand("pretrain", default=_defaults(argv))]
         | Annotated[_marked(Pack, data=_alias("--data-path")), tyro.conf.subcommand("pack")]
+        | Annotated[_marked(Embed, data=_alias("--data-path"), json=_single), tyro.conf.subcommand("embed")]
         | _Evaluate
         | Annotated[
             _marked(Compare, data=_alias("--data-path"), sweep=_single, equal_time=_word),
