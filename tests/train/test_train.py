@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from dino_train.common import checkpoint
+from dino_train.common.files import locked
 from dino_train.common.metrics import Metrics, read_metrics
 from dino_train.common.process import _ADDRESSES
 from dino_train.config.pretrain import PretrainConfig
@@ -266,6 +267,15 @@ def test_a_folder_is_used_by_one_run_at_a_time(config, monkeypatch):
     # A lock file that a killed run left behind locks nothing.
     (config.output_dir / "lock").write_text("process 1 on another")
     pretrain(replace(config, resume=True))
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path / "lock", tmp_path):
+        assert f"{tmp_path} cannot be locked (No locks available)" in caplog.text
 
 
 def test_any_damage_of_a_checkpoint_is_found(tmp_path, caplog):
