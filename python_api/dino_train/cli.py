@@ -243,8 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dino-train {__version__}")
         return 0
     logging.basicConfig(format="dino-train: %(message)s", level=logging.WARNING)
-    for name in ("models.weights", "engine.init_from"):  # they say which weights of a file they take
-        logging.getLogger(f"dino_train.{name}").setLevel(logging.INFO)
+    logging.getLogger("dino_train.models.weights").setLevel(logging.INFO)  # says which weights of a file it takes
     try:
         argv = _expanded(argv)
         return _run(argv)

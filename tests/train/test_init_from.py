@@ -56,12 +56,10 @@ def head_of(net):
     return {key: value for key, value in net.state_dict().items() if not key.startswith("backbone.")}
 
 
-def test_a_run_continues_from_a_finished_one_with_a_fresh_optimizer(config, tmp_path, caplog):
-    caplog.set_level("INFO")
+def test_a_run_continues_from_a_finished_one_with_a_fresh_optimizer(config, tmp_path, capsys):
     last = pretrain(config)
     saved = checkpoint.load(last)
     again = Run(replace(config, output_dir=tmp_path / "again", init_from=last))
-    assert f"{last}: student and teacher with their heads; the method's state\n" in caplog.text
     for name in ("student", "teacher"):
         state = getattr(again.learner, name).state_dict()
         assert all(torch.equal(state[key], value) for key, value in saved[name].items()), name
@@ -69,6 +67,7 @@ def test_a_run_continues_from_a_finished_one_with_a_fresh_optimizer(config, tmp_
     fresh = learner(config).optimizer.state_dict()
     assert again.learner.optimizer.state_dict()["state"].keys() == fresh["state"].keys()
     again.train()
+    assert f"starts from {last}: student and teacher with their heads; the method's state\n" in capsys.readouterr().out
     again.held.close()
     before, after = (read_metrics(folder) for folder in (config.output_dir, tmp_path / "again"))
     ends = [row for row in before if "knn10" in row][-1]
@@ -79,6 +78,7 @@ def test_a_run_continues_from_a_finished_one_with_a_fresh_optimizer(config, tmp_
     # Resumed, the run goes on from its own checkpoint.
     resumed = Run(replace(config, output_dir=tmp_path / "again", init_from=last, resume=True))
     assert resumed.step == resumed.total_steps
+    resumed.held.close()
 
 
 def test_a_checkpoint_of_the_reference_gives_both_networks_and_the_center(config, tmp_path):
@@ -96,15 +96,14 @@ def test_a_checkpoint_of_the_reference_gives_both_networks_and_the_center(config
 @pytest.mark.parametrize(
     "changes", [{"out_dim": 32}, {"method": "byol", "head_bottleneck_dim": 256}, {"norm_last_layer": False}]
 )
-def test_other_heads_stay_new_and_both_networks_get_the_evaluated_backbone(config, tmp_path, caplog, changes):
-    caplog.set_level("INFO")
+def test_other_heads_stay_new_and_both_networks_get_the_evaluated_backbone(config, tmp_path, changes):
     torch.save(FULL, tmp_path / "checkpoint.pth")
     made, plain = learner(config, **changes), learner(config, **changes)
-    init_from(made, tmp_path / "checkpoint.pth")
+    said = init_from(made, tmp_path / "checkpoint.pth")
     if changes == {"norm_last_layer": False}:  # of the same shapes
-        assert "with their heads" in caplog.text
+        assert "with their heads" in said
         return
-    assert "the backbone (teacher); the heads are new" in caplog.text
+    assert said.endswith(": the backbone (teacher); the heads are new")
     for net, untouched in ((made.student, plain.student), (made.teacher, plain.teacher)):
         backbone = net.backbone.state_dict()
         assert all(torch.equal(backbone[key], value) for key, value in TEACHER.items())
@@ -221,12 +220,11 @@ def test_first_layers_of_other_channels_see_the_same_in_gray_images(arch, channe
     backbone.load_state_dict(adapted)
 
 
-def test_a_run_from_weights_of_other_sizes_says_what_it_adapts(config, tmp_path, caplog):
-    caplog.set_level("INFO")
+def test_a_run_from_weights_of_other_sizes_says_what_it_adapts(config, tmp_path, capsys):
     torch.save(published_vit(patch=16, size=64), tmp_path / "backbone.pth")
     pretrain(replace(config, init_from=tmp_path / "backbone.pth", global_crops_size=48, epochs=1))
     words = "patches of 16 resampled to 8 pixels; positions of 4 x 4 patches interpolated to 6 x 6"
-    assert f"the backbone (weights); the heads are new; {words}\n" in caplog.text
+    assert f"the backbone (weights); the heads are new; {words}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

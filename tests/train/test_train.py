@@ -3,7 +3,9 @@
 import ctypes
 import errno
 import json
+import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -26,6 +28,8 @@ from dino_train.engine.learner import Learner
 from dino_train.engine.train import NonFiniteLoss, pretrain
 from dino_train.engine.watch import CollapseWatch
 from tiny_run import assert_same, final_weights, make_images
+
+import dino_kernels
 
 STEPS_PER_EPOCH = 5
 MEMORY_OF_STEPS = """
@@ -267,6 +271,27 @@ def test_a_folder_is_used_by_one_run_at_a_time(config, monkeypatch):
     # A lock file that a killed run left behind locks nothing.
     (config.output_dir / "lock").write_text("process 1 on another")
     pretrain(replace(config, resume=True))
+
+
+def test_the_log_has_what_was_said_and_how_it_ended(config, capsys, monkeypatch):
+    (Path(config.data) / "class0/000.png").write_bytes(b"no image")
+    pretrain(replace(config, knn_freq=1))
+    said = capsys.readouterr().out.splitlines()
+    lines = (config.output_dir / "log.txt").read_text().splitlines()
+    assert all(re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in lines)
+    text = [line[21:] for line in lines]
+    assert text[0].startswith(f"dino-kernels {dino_kernels.__version__}") and f"torch {torch.__version__}" in text[0]
+    assert not [line for line in said if line not in text]
+    assert "warning: skipped unreadable image class0/000.png: not an image that Pillow reads" in text
+    assert re.fullmatch(r"ended; 0:00:\d\d, at most \d+ MiB of memory", text[-1])
+    best = max(row["knn10"] for row in read_metrics(config.output_dir) if "knn10" in row)
+    assert any(line.startswith(f"best k-NN (k = 10): {best:.1f} % after ") for line in said)
+    before = logging.getLogger().handlers[:]
+    monkeypatch.setattr(Learner, "step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain(replace(config, output_dir=config.output_dir / "other"))
+    assert "division by zero; " in (config.output_dir / "other/log.txt").read_text().splitlines()[-1]
+    assert logging.getLogger().handlers == before
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):

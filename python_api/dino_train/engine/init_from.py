@@ -1,6 +1,5 @@
 """Start of a run from weights of a file, in place of random ones."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ from dino_train.engine.learner import Learner
 from dino_train.models.adapt import adapt
 from dino_train.models.weights import backbone_weights, fit, read
 
-logger = logging.getLogger(__name__)
 
-
-def init_from(learner: Learner, path: Path) -> None:
-    """Fill student and teacher; logs what was taken, what was adapted and what is new. The optimizer stays fresh.
+def init_from(learner: Learner, path: Path) -> str:
+    """Fill student and teacher; returns in words what was taken and adapted and what is new. The optimizer stays fresh.
 
     A checkpoint of the same method with heads of the same shapes gives both networks and the method's state. From any
     other file both networks get the backbone that the file's method evaluates, and the heads stay random.
@@ -42,7 +39,7 @@ def init_from(learner: Learner, path: Path) -> None:
     else:
         taken = [f"the backbone ({found})", "the heads are new"]
     learner.renew()
-    logger.info("%s: %s", path, "; ".join([*taken, *notes]))
+    return f"{path}: {'; '.join([*taken, *notes])}"
 
 
 def _head(state: Any, net: nn.Module) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -25,6 +26,7 @@ from dino_train.data.loader import Bad, BadImages, CropLoader, require_batch
 from dino_train.data.stream import ShardStream, count_samples, is_shards, shard_urls
 from dino_train.engine.init_from import init_from
 from dino_train.engine.learner import Learner, StepResult
+from dino_train.engine.log import RunLog
 from dino_train.engine.watch import CollapseWatch, Progress, plot_curves
 from dino_train.evaluate import knn_accuracy, view_retrieval
 
@@ -60,13 +62,11 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     run = Run(config)
     try:
-        with run.catch_signals():
+        with run.held, run.catch_signals():
             run.train()
     except Interrupted:  # all ranks stop at the same step
         parallel.leave()
         raise
-    finally:
-        run.held.close()
     parallel.leave()
     return config.output_dir / checkpoint.LAST
 
@@ -94,7 +94,9 @@ class Run:
         self.bad = BadImages(len(self.train_images), self.batch_size)
         self.bad_held_out = BadImages(len(self.held_out or ()), 0)
         self.stop_signal = 0
-        self.held = ExitStack()  # the folder's lock, by the first rank
+        self.held = ExitStack()  # the folder's lock and the log, of the first rank
+        self.log: RunLog | None = None
+        self.begun_from = ""
         self.waited = 0.0  # seconds spent waiting for crops since the last log line
         self.unread: list[tuple[int, torch.Tensor]] = []  # (step, loss) of steps whose loss is not yet read
         self.step = self._begin()
@@ -110,8 +112,12 @@ class Run:
             resume = self.config.resume and checkpoint.exists(self.config.output_dir)
             return self._resume() if resume else self._start_new()
         except BaseException:
-            self.held.close()
+            self.held.__exit__(*sys.exc_info())
             raise
+
+    def _take(self, folder: Path) -> None:
+        self.held.enter_context(locked(folder / "lock", folder))
+        self.log = self.held.enter_context(RunLog(folder))
 
     def _start_new(self) -> int:
         folder = self.config.output_dir
@@ -119,10 +125,10 @@ class Run:
         if self.config.resume:
             logger.warning("no checkpoint in %s yet: starting from the beginning", folder)
         if self.config.init_from is not None:
-            init_from(self.learner, self.config.init_from)
+            self.begun_from = init_from(self.learner, self.config.init_from)
         if parallel.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            self.held.enter_context(locked(folder / "lock", folder))
+            self._take(folder)
             checkpoint.require_none(folder)  # again: a run may have ended since
             self._write_config()
         else:
@@ -137,7 +143,7 @@ class Run:
     def _resume(self) -> int:
         folder = self.config.output_dir
         if parallel.rank() == 0:
-            self.held.enter_context(locked(folder / "lock", folder))
+            self._take(folder)
         state, path = checkpoint.load_newest(folder)
         saved = state.get("args")
         if not isinstance(saved, dict) or not {"step", "sampler", "rng"} <= state.keys():
@@ -278,6 +284,8 @@ class Run:
         self.progress = Progress(
             self.step, self.total_steps, config.epochs, self.batch_size, config.log_interval, quiet=not first
         )
+        if self.log is not None:
+            self.progress.record = self.log.line
         self.metrics = Metrics(config.output_dir if first else None, self.step)
         self.watch = CollapseWatch(
             config.out_dim, max(200, min(config.warmup_epochs, config.epochs // 2) * self.steps_per_epoch)
@@ -434,19 +442,25 @@ class Run:
             f"{config.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size} images, "
             f"2 + {config.local_crops_number} crops, from step {self.step}; output in {config.output_dir}"
         )
+        if self.begun_from:
+            self.progress.say(f"starts from {self.begun_from}")
 
     def _summarize(self) -> None:
+        say, folder = self.progress.say, self.config.output_dir
         for name, bad in (("training", self.bad), ("held-out", self.bad_held_out)):
             if bad.count:
-                self.progress.say(f"{bad.count} of {bad.n_images} {name} images could not be read")
+                say(f"{bad.count} of {bad.n_images} {name} images could not be read")
         for text in self.watch.warned.values():
-            self.progress.say(text)
+            say(text)
         if parallel.rank() == 0:
             try:
-                self.progress.say(f"curves: {plot_curves(self.config.output_dir)}")
+                say(f"curves: {plot_curves(folder)}")
             except OSError as error:
                 logger.warning("the curves cannot be drawn (%s)", error)
-        self.progress.say(f"done: {self.config.output_dir / checkpoint.LAST}")
+        if found := [(row["knn10"], row["step"]) for row in read_metrics(folder) if "knn10" in row]:
+            best, step = max(found)
+            say(f"best k-NN (k = 10): {best:.1f} % after {step // self.steps_per_epoch} epochs")
+        say(f"done: {folder / checkpoint.LAST}\nnext: dino-train evaluate report --run {folder}")
 
 
 def _labelled(images: ImageFolder | ShardStream | None) -> TypeGuard[ImageFolder]:

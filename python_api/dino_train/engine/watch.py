@@ -5,17 +5,21 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from dino_train.common.metrics import collapse_signs, read_metrics
+from dino_train.engine.log import duration
 
 logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """A progress bar on a terminal, otherwise a line every `interval` steps; no output if `quiet`."""
+    """A progress bar on a terminal, otherwise a line every `interval` steps; no output if `quiet`. `record` gets every
+    line in any case."""
+
+    record: Callable[[str], None] = staticmethod(lambda text: None)
 
     def __init__(self, first: int, total: int, epochs: int, batch: int, interval: int, *, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -43,14 +47,17 @@ class Progress:
         self.rate = (done - step) * self.batch / self.seconds
         self._last = (done, now)
         text = f"epoch {epoch + 1}/{self.epochs}  loss {loss:.4f}  lr {lr:.2e}  {self.rate:.1f} images/s"
+        remaining = (now - self.start) / (done - self.first) * (self.total - done)
+        line = f"step {done}/{self.total}  {text}  ETA {duration(remaining)}"
         if self.bar:
             self.bar.set_description(text)
+            self.record(line)
         else:
-            remaining = (now - self.start) / (done - self.first) * (self.total - done)
-            self.say(f"step {done}/{self.total}  {text}  ETA {_duration(remaining)}")
+            self.say(line)
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar. Where nobody reads it, or a disk is full, the run goes on silently."""
+        self.record(text)
         try:
             if self.bar:
                 self.bar.write(text)
@@ -70,11 +77,6 @@ class Progress:
     def close(self) -> None:
         if self.bar:
             self.bar.close()
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = int(seconds) // 60, int(seconds) // 3600
-    return f"{hours}:{minutes % 60:02d}:{int(seconds) % 60:02d}"
 
 
 class CollapseWatch:
