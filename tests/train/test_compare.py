@@ -53,6 +53,9 @@ def test_every_variant_trains_at_its_best_rate(tmp_path):
     assert main(words(tmp_path, "--methods", *VARIANTS, "--equal-time", "false", "--sweep")) == 0
     table = json.loads((tmp_path / "compare/compare.json").read_text())
     assert list(table["methods"]) == list(VARIANTS)
+    swept = sum(row["sweep_seconds"] for row in table["methods"].values())
+    text = (tmp_path / "compare/compare.md").read_text()
+    assert f"The other learning rates of the sweep took {swept:.0f} s of training." in text
     for name, row in table["methods"].items():
         tried = {}
         for path in (tmp_path / "compare" / name).glob("2-epochs-rate-*-seed-0/validation.json"):

@@ -252,6 +252,9 @@ def markdown(table: dict[str, Any], epochs: int, val: int) -> Iterator[str]:
                     f"{row['tflops']:.3f} | {row['peak_mib']:.0f} | x {row['rate']:.2g} |"
                 )
     yield ""
+    if swept := sum(row["sweep_seconds"] for row in table["methods"].values()):
+        yield f"The other learning rates of the sweep took {swept:.0f} s of training."
+        yield ""
     yield table["note"]
 
 
@@ -276,5 +279,5 @@ def plot(table: dict[str, Any], path: Path) -> None:
             axis.axhline(row[metric], color="#444444", lw=1, ls=style, label=name)
         axis.set(title=title, ylabel="top-1, %")
         axis.tick_params(axis="x", rotation=20)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=120)
