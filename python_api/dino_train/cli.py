@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 
 from dino_train import __version__
+from dino_train.common import checkpoint
 from dino_train.config.options import WeightsOptions
 from dino_train.config.presets import METHOD_DEFAULTS, PRESETS, recipe
 from dino_train.config.pretrain import PretrainConfig, default_workers
@@ -185,18 +186,20 @@ def _expanded(argv: list[str]) -> list[str]:
     """With the settings of the run that --resume continues, then those of --config, before the flags that are given."""
     if argv[:1] != ["pretrain"]:
         return argv
-    given = _values(argv, output_dir=str(PretrainConfig.output_dir), config="", preset="")
-    words = []
-    saved = Path(given["output_dir"], "config.json")
-    if "--resume" in argv and saved.exists():
-        values = _settings(saved)
-        known = PretrainConfig.__dataclass_fields__.keys() - set(_NOT_RESUMED)  # another version may have had others
-        words = _flags({name: value for name, value in values.items() if name in known})
-        if given["preset"] in PRESETS and given["preset"] != values.get("preset"):
-            words += _flags(recipe(None, given["preset"]))
-    if given["config"]:
-        values = _settings(Path(given["config"]))
-        words += _flags({name: value for name, value in values.items() if name not in (*_SINGLE, "config")})
+    given = _values(argv, output_dir="", config="", preset="")
+    stated = _settings(Path(given["config"])) if given["config"] else {}
+    folder = Path(given["output_dir"] or stated.get("output_dir", PretrainConfig.output_dir))
+    saved = {}
+    if "--resume" in argv and checkpoint.exists(folder):
+        try:
+            saved = _settings(folder / "config.json")
+        except ValueError as error:
+            logging.warning("%s: settings that are not given are the defaults", error)
+    known = PretrainConfig.__dataclass_fields__.keys() - set(_NOT_RESUMED)  # another version may have had others
+    words = _flags({name: value for name, value in saved.items() if name in known})
+    if saved and given["preset"] in PRESETS and given["preset"] != saved.get("preset"):
+        words += _flags(recipe(None, given["preset"]))
+    words += _flags({name: value for name, value in stated.items() if name not in (*_SINGLE, "config")})
     return ["pretrain", *words, *argv[1:]]
 
 
@@ -259,12 +262,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
+        less = "take a smaller --batch-size"
+        if argv[:1] == ["pretrain"]:
+            less = "take fewer images a step (--batch-size-per-gpu), --accumulate or --checkpoint-activations true"
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        print(
-            "dino-train: error: out of memory: take fewer images a step (--batch-size-per-gpu), more micro-batches "
-            f"(--accumulate) or --checkpoint-activations true ({first_line})",
-            file=sys.stderr,
-        )
+        print(f"dino-train: error: out of memory: {less} ({first_line})", file=sys.stderr)
         return 1
 
 

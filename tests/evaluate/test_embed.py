@@ -131,6 +131,18 @@ def test_neighbors_are_the_most_similar_others(folder):
     assert np.array_equal(sheet[:96, :96], first)
 
 
+def test_chunks_of_unreadable_images_are_left_out(folder, monkeypatch, capsys):
+    monkeypatch.setattr(embed, "CHUNK", 7)
+    for i in range(7):
+        (folder / f"pool/{i:03d}.png").write_bytes(b"no image")
+    assert run(folder, "--out", folder / "out.npz") == 0
+    assert np.load(folder / "out.npz")["paths"].tolist() == [f"{i:03d}.png" for i in range(8, 20)]
+    for path in (folder / "pool").iterdir():
+        path.write_bytes(b"no image")
+    assert run(folder, "--out", folder / "none.npz") == 1
+    assert f"none of 20 images in {folder / 'pool'} could be read" in capsys.readouterr().err
+
+
 def test_of_equal_images_each_is_left_out_of_its_own_neighbors():
     rows = torch.tensor([[1, 0, 2], [1, 0, 2], [1, 0, 3], [3, 2, 1]])  # image 2 is not among its three nearest
     similarity = torch.arange(12.0).view(4, 3)
@@ -143,7 +155,7 @@ def test_of_equal_images_each_is_left_out_of_its_own_neighbors():
     "words, message",
     [
         (["--out", "x.csv"], "out must end in .safetensors, .npz, .parquet, got x.csv"),
-        (["--neighbors", "20"], "neighbors must be less than the number of images, 20, got 20"),
+        (["--neighbors", "19"], "neighbors must be less than the number of images, 19, got 19"),
         (["--neighbors", "-1"], "neighbors must be at least 0, got -1"),
         (["--out", "x.parquet"], "needs pyarrow: pip install pyarrow"),
     ],
@@ -154,4 +166,4 @@ def test_errors_are_one_line(folder, capsys, monkeypatch, words, message):
     assert run(folder, *words) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-    assert not list(folder.glob("x*")) and not list(folder.glob("features*"))
+    assert not list(folder.glob("x*")) and not (folder / "features.safetensors").exists()

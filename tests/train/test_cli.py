@@ -106,12 +106,15 @@ def test_files_that_hold_no_settings(tmp_path, capsys, name, text, message):
     assert re.search(message, capsys.readouterr().err) and not (tmp_path / "run").exists()
 
 
-def test_resume_alone_takes_the_settings_of_the_run(monkeypatch, tmp_path):
+def test_resume_alone_takes_the_settings_of_the_run(monkeypatch, tmp_path, caplog):
     stated = ["--preset", "demo", "--lr", "0.25", "--global-crops-scale", "0.3", "0.9", "--num-workers", "7"]
     folder = tmp_path / "run"
     config = parsed(monkeypatch, *stated, "--output-dir", str(folder))
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.plain() | {"of_another_version": 1}))
+    words = ["--output-dir", str(folder), "--resume"]
+    assert parsed(monkeypatch, *words).arch == PretrainConfig().arch  # there is nothing to resume yet
+    (folder / "last.pt").touch()
     own = {"resume": True, "num_workers": PretrainConfig().num_workers}
     assert parsed(monkeypatch, "--output-dir", str(folder), "--resume") == replace(config, **own)
     assert parsed(monkeypatch, f"--output-dir={folder}", "--resume") == replace(config, **own)
@@ -119,6 +122,13 @@ def test_resume_alone_takes_the_settings_of_the_run(monkeypatch, tmp_path):
     assert again == replace(config, **own, epochs=40)  # the run's own preset does not undo its flags
     other = parsed(monkeypatch, "--resume", "--output-dir", str(folder), "--preset", "vits16-vanilla")
     assert other.arch == "vit_small" and other.global_crops_scale == config.global_crops_scale
+    # The folder may be named in a file.
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"output_dir": str(folder), "epochs": 40}))
+    assert parsed(monkeypatch, "--resume", "--config", str(settings)) == replace(again, config=settings)
+    (folder / "config.json").write_text("")
+    assert parsed(monkeypatch, *words, "--preset", "demo").lr == recipe(None, "demo")["lr"]
+    assert "settings that are not given are the defaults" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -137,8 +147,11 @@ def test_out_of_memory_is_one_line_with_what_to_change(monkeypatch, capsys, erro
     assert main(["pretrain"]) == 1
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and "out of memory: take fewer images a step (--batch-size-per-gpu)" in text
-    monkeypatch.setattr(cli, "pretrain", lambda config: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    monkeypatch.setattr(cli.Export, "run", fail)
+    assert main(["export", "--checkpoint", "x"]) == 1
+    assert "out of memory: take a smaller --batch-size (" in capsys.readouterr().err
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
         main(["pretrain"])
 
 

@@ -111,6 +111,28 @@ def test_other_heads_stay_new_and_both_networks_get_the_evaluated_backbone(confi
         assert mine and all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
+def test_a_head_trained_with_free_norms_gets_rows_of_norm_1_where_these_are_kept(config, tmp_path):
+    state = full_checkpoint(TEACHER, published_vit(1))
+    state["student"]["module.head.last_layer.weight_g"] = torch.full((16, 1), 3.0)
+    torch.save(state, tmp_path / "checkpoint.pth")
+    for kept, norm in ((True, 1.0), (False, 3.0)):
+        made = learner(config, norm_last_layer=kept)
+        init_from(made, tmp_path / "checkpoint.pth")
+        assert made.student.head.last_layer.weight_g.unique().tolist() == [norm]
+
+
+def test_the_number_of_heads_that_a_file_tells_must_be_that_of_the_run(config, tmp_path):
+    weights = vit("vit_small_12heads", patch_size=8, img_size=32).state_dict()
+    small = replace(config, arch="vit_small")
+    torch.save({"state_dict": {f"module.base_encoder.{k}": v for k, v in weights.items()}}, tmp_path / "mocov3.pth")
+    with pytest.raises(ValueError, match="mocov3.pth holds a vit_small_12heads, and --arch is vit_small$"):
+        init_from(learner(small), tmp_path / "mocov3.pth")
+    init_from(learner(small, arch="vit_small_12heads"), tmp_path / "mocov3.pth")
+    torch.save(weights, tmp_path / "untold.pth")
+    for arch in ("vit_small", "vit_small_12heads"):
+        init_from(learner(small, arch=arch), tmp_path / "untold.pth")
+
+
 @pytest.mark.parametrize("freeze_patch_embed", [False, True])
 def test_heads_are_trained_before_the_backbone(config, freeze_patch_embed):
     made = learner(config, freeze_backbone_steps=3, freeze_last_layer=0, freeze_patch_embed=freeze_patch_embed, lr=0.1)
@@ -230,7 +252,8 @@ def test_a_run_from_weights_of_other_sizes_says_what_it_adapts(config, tmp_path,
 @pytest.mark.parametrize(
     "state, message",
     [
-        (published_vit(depth=4), r"unexpected blocks\.3\."),
+        (published_vit(depth=4), "of no known architecture"),
+        (published_vit(dim=192, depth=12), "x.pth holds a vit_tiny, and --arch is vit_nano"),
         ({**TEACHER, "register_tokens": torch.zeros(1, 4, 96)}, "unexpected register_tokens"),
         (None, "no checkpoint at"),
     ],

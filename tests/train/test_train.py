@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -303,6 +304,47 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
         assert f"{tmp_path} cannot be locked (No locks available)" in caplog.text
 
 
+def test_the_lock_of_a_file_that_its_holder_removed_is_none(tmp_path, monkeypatch):
+    """Another process takes a new file while this one waits for the old one."""
+    path, flock, seen = tmp_path / "lock", fcntl.flock, []
+
+    def removed_meanwhile(file, how):
+        if not seen:
+            path.unlink()
+        seen.append(os.fstat(file.fileno()).st_ino)
+        flock(file, how)
+
+    monkeypatch.setattr("fcntl.flock", removed_meanwhile)
+    with locked(path, tmp_path):
+        assert len(seen) == 2 and path.stat().st_ino == seen[1]
+
+
+def test_warnings_are_shown_where_logging_is_not_configured(config):
+    code = "import json, logging, sys; from dino_train.engine.log import RunLog; from pathlib import Path\n"
+    code += f"with RunLog(Path({str(config.output_dir.parent)!r})): logging.getLogger('x').warning('seen')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "dino-train: seen\n"
+    assert "warning: seen" in (config.output_dir.parent / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("code, falls_back", [(errno.EIO, True), (errno.EINVAL, True), (errno.EMFILE, False)])
+def test_errors_of_a_read_that_say_nothing_about_the_file_are_no_damage(tmp_path, monkeypatch, code, falls_back):
+    for name in ("last", "previous"):
+        checkpoint.save({"step": len(name)}, tmp_path / f"{name}.pt")
+
+    def is_zipfile(path):
+        if path.name == "last.pt":
+            raise OSError(code, os.strerror(code))
+        return True
+
+    monkeypatch.setattr(checkpoint.zipfile, "is_zipfile", is_zipfile)
+    if falls_back:
+        assert checkpoint.load_newest(tmp_path)[0] == {"step": 8}
+    else:
+        with pytest.raises(OSError, match="Too many open files"):
+            checkpoint.load_newest(tmp_path)
+
+
 def test_any_damage_of_a_checkpoint_is_found(tmp_path, caplog):
     """Single bytes, cuts and holes, such as a bad sector leaves."""
     checkpoint.save({"step": 1}, tmp_path / "previous.pt")
@@ -322,20 +364,6 @@ def test_any_damage_of_a_checkpoint_is_found(tmp_path, caplog):
             found += 1
             assert state["step"] == 1 and "last.pt" in caplog.records[-1].getMessage()
     assert found > 200
-
-
-def test_a_checkpoint_that_cannot_be_read_falls_back_to_the_previous(tmp_path, monkeypatch, caplog):
-    for name in ("last", "previous"):
-        checkpoint.save({"step": len(name)}, tmp_path / f"{name}.pt")
-
-    def is_zipfile(path):
-        if path.name == "last.pt":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return True
-
-    monkeypatch.setattr(checkpoint.zipfile, "is_zipfile", is_zipfile)
-    assert checkpoint.load_newest(tmp_path)[0] == {"step": 8}
-    assert "last.pt is damaged or not a checkpoint ([Errno 5] Input/output error)" in caplog.text
 
 
 def test_training_continues_if_a_checkpoint_cannot_be_written(config, monkeypatch, caplog):
@@ -423,7 +451,7 @@ def test_a_second_run_does_not_overwrite_the_first_and_options_must_match(config
         pretrain(replace(config, resume=True, out_dim=32))
 
 
-def test_what_differs_from_the_interrupted_run_is_named_or_refused(config, caplog, tmp_path):
+def test_what_differs_from_the_interrupted_run_is_named_or_refused(config, caplog, tmp_path, monkeypatch):
     pretrain(replace(config, epochs=2))
     before = (config.output_dir / "config.json").read_text()
     moved = make_images(tmp_path / "moved")
@@ -442,7 +470,15 @@ def test_what_differs_from_the_interrupted_run_is_named_or_refused(config, caplo
     words = "the run continues with epochs 2 -> 3, clip_grad 3.0 -> 1.0, local_crops_scale (0.05, 0.4) -> (0.05, 0.3)"
     assert [record.getMessage() for record in caplog.records] == [words]
     assert json.loads((config.output_dir / "config.json").read_text())["clip_grad"] == 1.0
-    pretrain(replace(changed, epochs=4, lr=0.001, data=moved, allow_changes=True))
+    moving = replace(changed, epochs=4, lr=0.001, data=moved, allow_changes=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", lambda *_: 1 / 0)
+        before = (config.output_dir / "config.json").read_text()
+        with pytest.raises(ZeroDivisionError):  # before its first checkpoint
+            pretrain(moving)
+        assert (config.output_dir / "config.json").read_text() == before
+    caplog.clear()
+    pretrain(moving)
     assert f"data {config.data} -> {moved}, epochs 3 -> 4, lr 0.0005 -> 0.001" in caplog.text
     caplog.clear()
     pretrain(replace(changed, epochs=4, lr=0.001, data=moved))

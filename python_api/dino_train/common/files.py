@@ -5,20 +5,23 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder as `path`; the folder is created. The file written there is renamed to `path`
-    at the end of the block, or removed after an error."""
+    """A temporary path in the same folder as `path`; the folder is created. The file written there is on disk and
+    renamed to `path` at the end of the block, or removed after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -31,15 +34,7 @@ def locked(path: Path, what: Path) -> Iterator[None]:
     Raises:
         ValueError: another process holds it, so that `what` is in use.
     """
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ValueError(f"{what} is in use by {holder}: wait for its end, or choose another place") from None
-        except OSError as error:  # some network file systems have no locks
-            logger.warning("%s cannot be locked (%s): let no other process write there", what, error.strerror)
+    with _opened(path, what) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -47,3 +42,23 @@ def locked(path: Path, what: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _opened(path: Path, what: Path) -> IO[str]:
+    """The lock file, locked."""
+    while True:
+        file = open(path, "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(f"{what} is in use by {holder}: wait for its end, or choose another place") from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s cannot be locked (%s): let no other process write there", what, error.strerror)
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # its holder has removed it since

@@ -260,13 +260,14 @@ class PretrainConfig:
         return (CropKind(*both, **first), CropKind(*both, **second), *[small] * self.local_crops_number)
 
     def plain(self) -> dict[str, Any]:
-        """As plain values, which a checkpoint holds and `torch.load(weights_only=True)` reads; paths that exist are
-        absolute."""
+        """As plain values, which a checkpoint holds and `torch.load(weights_only=True)` reads; paths are absolute."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        for name in ("data", "init_from"):
-            if values[name] and os.path.exists(values[name]):
-                values[name] = os.path.abspath(values[name])
-        return values
+        return values | {name: absolute(values[name]) for name in ("data", "init_from") if values[name]}
+
+
+def absolute(path: str) -> str:
+    """Unless it is a URL, a pipe or a list of shards."""
+    return path if ":" in path else os.path.abspath(path)
 
 
 def _require(fits: bool, name: str, value: object, wanted: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dino_train.engine.learner import Learner
 from dino_train.models.adapt import adapt
-from dino_train.models.weights import backbone_weights, fit, read
+from dino_train.models.weights import arch_of, backbone_weights, fit, read
 
 
 def init_from(learner: Learner, path: Path) -> str:
@@ -28,11 +28,17 @@ def init_from(learner: Learner, path: Path) -> str:
     whole = bool(heads) and all(heads.values())
     notes: list[str] = []
     for name, net in nets.items():
-        weights, found, _ = backbone_weights(state, net=name if whole else "auto")  # type: ignore[arg-type]
+        weights, found, left = backbone_weights(state, net=name if whole else "auto")  # type: ignore[arg-type]
+        wanted = learner.config.arch
+        if (arch := arch_of(weights, left, args.get("arch", wanted))) != wanted:
+            raise ValueError(f"{path} holds a {arch}, and --arch is {wanted}")
         weights, notes = adapt(weights, net.backbone)
         fit(net.backbone, weights)
         if whole:
-            net.load_state_dict(heads[name], strict=False)
+            head = heads[name]
+            if (gains := "head.last_layer.weight_g") in head and learner.config.norm_last_layer:
+                head[gains] = torch.ones_like(head[gains])  # the file may have been trained without
+            net.load_state_dict(head, strict=False)
     if whole:
         taken = ["student and teacher with their heads"]
         taken.append("the method's state" if _load_method_state(learner, state) else "without the method's state")

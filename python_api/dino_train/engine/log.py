@@ -24,6 +24,8 @@ class RunLog(logging.Handler):
         self.path, self.began = folder / NAME, time.monotonic()
 
     def __enter__(self) -> "RunLog":
+        if not logging.getLogger().handlers:  # else this one would be the only one
+            logging.basicConfig(format="dino-train: %(message)s")
         logging.getLogger().addHandler(self)
         self.line(
             f"dino-kernels {__version__}{_commit()}, torch {torch.__version__}, Python {platform.python_version()}, "

@@ -20,7 +20,7 @@ from dino_train.common.device import gpu_of, pick_device
 from dino_train.common.files import atomic, locked
 from dino_train.common.metrics import Metrics, read_metrics
 from dino_train.common.process import use_huge_pages
-from dino_train.config.pretrain import PretrainConfig
+from dino_train.config.pretrain import PretrainConfig, absolute
 from dino_train.data.folder import ImageFolder, split
 from dino_train.data.loader import Bad, BadImages, CropLoader, require_batch
 from dino_train.data.stream import ShardStream, count_samples, is_shards, shard_urls
@@ -97,6 +97,7 @@ class Run:
         self.held = ExitStack()  # the folder's lock and the log, of the first rank
         self.log: RunLog | None = None
         self.begun_from = ""
+        self.config_is_written = False
         self.waited = 0.0  # seconds spent waiting for crops since the last log line
         self.unread: list[tuple[int, torch.Tensor]] = []  # (step, loss) of steps whose loss is not yet read
         self.step = self._begin()
@@ -137,8 +138,12 @@ class Run:
         return 0
 
     def _write_config(self) -> None:
-        with atomic(self.config.output_dir / "config.json") as temporary:
-            temporary.write_text(json.dumps(self.config.plain(), indent=2) + "\n")
+        try:
+            with atomic(self.config.output_dir / "config.json") as temporary:
+                temporary.write_text(json.dumps(self.config.plain(), indent=2) + "\n")
+            self.config_is_written = True
+        except OSError as error:
+            raise checkpoint.CheckpointError(f"cannot write {error.filename or 'config.json'}: {error}") from error
 
     def _resume(self) -> int:
         folder = self.config.output_dir
@@ -156,27 +161,26 @@ class Run:
                     f"the run in {folder} has {name} {before}, not "
                     f"{getattr(self.config, name)}: pass the same settings to resume, or another --output-dir"
                 )
-        step = state["step"]
+        again = state["sampler"] != self._sampler_state
+        step = state["epoch"] * self.steps_per_epoch if again else state["step"]
         self._report_changes(saved, step)
         self.learner.load_state_dict(state)
-        if state["sampler"] != self._sampler_state:
-            step = state["epoch"] * self.steps_per_epoch
+        if again:
             logger.warning(
                 "the images, batch size or seed differ from the interrupted run's: epoch %d starts again",
                 state["epoch"] + 1,
             )
         last = path.with_name(checkpoint.LAST)
-        parallel.barrier()
+        most, least = parallel.largest([step, -step], self.device)  # waits for all ranks
+        if most != -least:
+            raise checkpoint.CheckpointError(
+                f"the processes read different checkpoints from {folder}: start them again"
+            )
         # The damaged last.pt is moved away; otherwise the next save would rename it over the good previous.pt.
-        if parallel.rank() == 0:
-            if path != last:
-                if last.exists():
-                    last.replace(last.with_name("last.damaged.pt"))
-                path.replace(last)
-            try:
-                self._write_config()
-            except OSError as error:
-                logger.warning("the settings cannot be written (%s); training continues", error)
+        if path != last and parallel.rank() == 0:
+            if last.exists():
+                last.replace(last.with_name("last.damaged.pt"))
+            path.replace(last)
         self._set_random_state(state["rng"], step)
         return step
 
@@ -189,6 +193,8 @@ class Run:
         changed = {}
         for name, value in self.config.plain().items():
             before = saved.get(name)
+            if name == "data" and before:
+                before = absolute(before)  # an older version's checkpoint has it as it was typed
             same = list(before) == list(value) if isinstance(value, tuple) and before else before == value
             if not same and name not in UNREPORTED:
                 changed[name] = f"{name} {before} -> {value}"
@@ -265,6 +271,8 @@ class Run:
         if self.config.saveckp_freq and not within and epoch and epoch % self.config.saveckp_freq == 0:
             checkpoint.save(state, folder / f"checkpoint{epoch:04d}.pt")  # first: a resumed run does not repeat it
         checkpoint.save(state, folder / checkpoint.LAST, previous=folder / checkpoint.PREVIOUS)
+        if not self.config_is_written:  # of a resumed run not before: its settings are then those of the checkpoint
+            self._write_config()
 
     def try_save(self) -> None:
         """Save during training: a full disk must not end the run, since space may become free later."""
@@ -482,7 +490,7 @@ class _Signals:
     def __enter__(self) -> None:
         self.torchrun = torch.distributed.is_torchelastic_launched()
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup sets SIGHUP
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores it
                 self.before[signum] = signal.signal(signum, self._ask)
 
     def _ask(self, signum: int, frame: object) -> None:

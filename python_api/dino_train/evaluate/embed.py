@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from dino_train.common.device import pick_device
 from dino_train.common.files import atomic, locked
 from dino_train.config.options import require_least
 from dino_train.data.folder import ImageFolder
-from dino_train.evaluate.features import Cache, Features
+from dino_train.evaluate.features import Cache, Features, NoneReadable
 from dino_train.evaluate.knn import nearest
 from dino_train.evaluate.protocol import Frozen
 from dino_train.models.weights import Trained
@@ -53,18 +54,17 @@ class Embed(Frozen):
         self.check()
         trained = self.load()
         images = ImageFolder(self.images(trained))
-        if self.neighbors >= len(images):
-            raise ValueError(f"neighbors must be less than the number of images, {len(images)}, got {self.neighbors}")
         self.out.parent.mkdir(parents=True, exist_ok=True)
         partial = self.out.with_name(self.out.name + ".partial")
         with locked(self.out.with_name(self.out.name + ".lock"), self.out):
             features = self._features(trained, images, partial)
+            count, width = features.values.shape
+            if self.neighbors >= count:
+                raise ValueError(f"neighbors must be less than the number of images, {count}, got {self.neighbors}")
+            written = [str(path) for path in self._write_neighbors(features, images)] if self.neighbors else []
             _WRITERS[self.out.suffix](features, self.out)
+            written.insert(0, str(self.out))
             shutil.rmtree(partial, ignore_errors=True)
-        written = [str(self.out)]
-        if self.neighbors:
-            written += map(str, self._write_neighbors(features, images))
-        count, width = features.values.shape
         self.report(
             {"images": count, "unreadable": len(images) - count, "features": width, "written": written},
             f"{count} of {len(images)} images, {width} features each: {', '.join(written)}",
@@ -78,7 +78,12 @@ class Embed(Frozen):
         for start in range(0, len(images), CHUNK):
             chunk = images.subset(range(start, min(start + CHUNK, len(images))))
             what = f"images {start + 1} to {start + len(chunk)}"
-            parts.append(self.extract(cache, chunk, trained.backbone, "output", size, what))
+            try:
+                parts.append(self.extract(cache, chunk, trained.backbone, "output", size, what))
+            except NoneReadable as error:
+                logging.warning("%s", error)
+        if not parts:
+            raise NoneReadable(f"none of {len(images)} images in {images.path} could be read")
         return Features(
             torch.cat([part.values for part in parts]),
             torch.cat([part.labels for part in parts]),

@@ -153,6 +153,10 @@ def weights_digest(backbone: nn.Module) -> str:
     return digest.hexdigest()
 
 
+class NoneReadable(ValueError):
+    """None of the images can be read."""
+
+
 class Cache:
     """Cache of features of one backbone: a folder of files whose names are hashes of all the features depend on.
 
@@ -183,7 +187,7 @@ class Cache:
         `bad`.
 
         Raises:
-            ValueError: none of the images can be read.
+            NoneReadable: none of the images can be read.
         """
         path = self.path(images, kind=kind, title=title).with_suffix(".safetensors")
         if path.exists():
@@ -198,7 +202,7 @@ class Cache:
                 return features
         values, labels, indices = extract(self.backbone, forward, loader, len(images), bad, title)
         if not len(values):
-            raise ValueError(f"none of {len(images)} images in {images.path} could be read")
+            raise NoneReadable(f"none of {len(images)} images in {images.path} could be read")
         features = Features(values, labels, [images.names[i] for i in indices.tolist()], images.classes)
         try:
             features.save(path)

@@ -88,8 +88,7 @@ def load_trained(
     """
     state, args = read(path)
     weights, found, left = backbone_weights(state, net=net)
-    of_mocov3 = any(prefix in left for prefix in ("base_encoder.", "momentum_encoder."))
-    arch = arch or _arch_of(weights, "vit_small_12heads" if of_mocov3 else args.get("arch"))
+    arch = arch or arch_of(weights, left, args.get("arch"))
     patch_size, image_size = _sizes(weights, patch_size, args.get("global_crops_size", 224))
     backbone = build_backbone(arch, patch_size=patch_size, img_size=image_size)
     name = arch if arch == "resnet50" else f"{arch}/{patch_size}"
@@ -235,8 +234,15 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     return state, settings
 
 
-def _arch_of(weights: Mapping[str, Any], said: str | None) -> str:
-    """The architecture that weights are of; `said` decides between those of the same shapes."""
+def arch_of(weights: Mapping[str, Any], left: str, said: str | None) -> str:
+    """The architecture of weights that `backbone_weights` returned with `left`. `said` decides between those of the
+    same shapes, unless prefixes tell that they are MoCo v3's.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    if any(prefix in left for prefix in ("base_encoder.", "momentum_encoder.")):
+        said = "vit_small_12heads"
     blocks = {key.split(".")[1] for key in weights if key.startswith("blocks.")}
     if "layer4.2.conv3.weight" in weights:
         return "resnet50"
