@@ -126,7 +126,7 @@ class Run:
         if self.config.resume:
             logger.warning("no checkpoint in %s yet: starting from the beginning", folder)
         if self.config.init_from is not None:
-            self.begun_from = init_from(self.learner, self.config.init_from)
+            self.begun_from = f"\nstarts from {init_from(self.learner, self.config.init_from)}"
         if parallel.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             self._take(folder)
@@ -449,9 +449,8 @@ class Run:
             f"{str(self.learner.dtype).removeprefix('torch.')} on {self.gpu.describe() if self.gpu else 'the CPU'}\n"
             f"{config.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size} images, "
             f"2 + {config.local_crops_number} crops, from step {self.step}; output in {config.output_dir}"
+            f"{self.begun_from}"
         )
-        if self.begun_from:
-            self.progress.say(f"starts from {self.begun_from}")
 
     def _summarize(self) -> None:
         say, folder = self.progress.say, self.config.output_dir
