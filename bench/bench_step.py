@@ -91,10 +91,14 @@ def build(
 ) -> Any:
     """The provider `name`, with a method step(step, crops); `public` and `reference_repo` hold others' code."""
     if name.startswith("method "):
+        from dino_train.common.process import tune, use_huge_pages
         from dino_train.engine.learner import Learner
 
+        tune()
         config = config_of(name.removeprefix("method "), setting, precision)
-        return Learner(config, STEPS_PER_EPOCH, torch.device(setting.device))
+        made = Learner(config, STEPS_PER_EPOCH, torch.device(setting.device))
+        use_huge_pages()
+        return made
     if public and name.startswith("public "):
         from method_peers import PublicMethod
 

@@ -8,6 +8,8 @@ import time
 import pytest
 from dino_train.cli import main
 from dino_train.common import checkpoint
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.engine import compare
 from dino_train.engine.compare import NOTE, VARIANTS
 from tiny_run import colored_classes
 
@@ -46,6 +48,14 @@ def test_all_methods_are_trained_and_compared_and_nothing_is_done_twice(tmp_path
     assert main([*words(tmp_path, "--methods", *names), "--data", str(tmp_path / "other")]) == 1
     error = capsys.readouterr().err
     assert f"holds a comparison of vit_nano on {tmp_path / 'images'}, not of vit_nano on {tmp_path / 'other'}" in error
+
+
+def test_the_process_of_a_run_has_the_settings_of_pretrain(monkeypatch, tmp_path):
+    order = []
+    for name in ("tune", "pretrain", "_stop_with_parent"):
+        monkeypatch.setattr(compare, name, lambda *_, name=name: order.append(name))
+    compare._train(PretrainConfig(output_dir=tmp_path))
+    assert order[0] == "tune" and "pretrain" in order
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from dino_train.common.files import atomic
 from dino_train.common.metrics import read_metrics
+from dino_train.common.process import tune
 from dino_train.config.options import require_least
 from dino_train.config.presets import recipe
 from dino_train.config.pretrain import EMBEDDED_DATA, PretrainConfig, default_workers
@@ -217,6 +218,7 @@ def _over_seeds(results: list[Result]) -> Result:
 
 def _train(config: PretrainConfig) -> None:
     """In a process of its own, whose peak memory is the run's. If its parent dies it stops, with a checkpoint."""
+    tune()  # a new process has the environment of its parent, but not its allocator's settings
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         pretrain(config)
