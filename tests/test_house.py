@@ -35,7 +35,7 @@ ROOMS = {
 ALLOWED = {
     "dino_kernels": {"torch", "triton", "numpy", "dino_kernels"},
     "python_api": {"torch", "numpy", "PIL", "simplejpeg", "webdataset", "tyro", "tqdm", "matplotlib", "safetensors"}
-    | {"dino_kernels", "dino_train"},
+    | {"pyarrow", "dino_kernels", "dino_train"},
 }
 
 

@@ -132,7 +132,7 @@ def test_with_limited_addresses_the_heap_is_not_changed():
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_signals_write_a_checkpoint_and_stop(config, signum, monkeypatch):
+def test_signals_write_a_checkpoint_and_stop(config, signum, monkeypatch, request):
     whole = replace(config, output_dir=config.output_dir / "whole")
     pretrain(whole)
     update = Learner.step
@@ -143,7 +143,9 @@ def test_signals_write_a_checkpoint_and_stop(config, signum, monkeypatch):
         return update(self, step, crops)
 
     monkeypatch.setattr(Learner, "step", interrupted)
-    handler = signal.getsignal(signum)
+    handler = signal.SIG_DFL if signal.getsignal(signum) == signal.SIG_IGN else signal.getsignal(signum)
+    before = signal.signal(signum, handler)  # nohup, which may run the tests, ignores SIGHUP
+    request.addfinalizer(lambda: signal.signal(signum, before))
     with pytest.raises(train.Interrupted, match="stopped at step 8 of 15; --resume continues") as stop:
         pretrain(config)
     assert stop.value.signum == signum and signal.getsignal(signum) is handler
