@@ -46,7 +46,6 @@ MOST_OTHERS = 0.1
 def learner(setting: Setting, precision: str, **changes: Any):
     """A Learner with the default configuration except for `setting` and `changes`."""
     from dino_train.config.pretrain import PretrainConfig
-    from dino_train.engine.learner import Learner
 
     config = PretrainConfig(
         arch=setting.arch,
@@ -62,16 +61,23 @@ def learner(setting: Setting, precision: str, **changes: Any):
         local_crops_size=setting.local_size,
         **changes,
     )
-    return Learner(config, STEPS_PER_EPOCH, torch.device(setting.device))
+    return started(config, setting)
+
+
+def started(config: Any, setting: Setting):
+    """The Learner of a configuration, in a process with the settings of dino-train pretrain."""
+    from dino_train.common.process import tune, use_huge_pages
+    from dino_train.engine.learner import Learner
+
+    tune()
+    made = Learner(config, STEPS_PER_EPOCH, torch.device(setting.device))
+    use_huge_pages()
+    return made
 
 
 def ours(setting: Setting, weights: dict[str, torch.Tensor], precision: str, **changes: Any):
-    from dino_train.common.process import tune, use_huge_pages
-
-    tune()
     made = learner(setting, precision, **changes)
     made.load_state_dict({**made.state_dict(), "student": weights, "teacher": weights})
-    use_huge_pages()
     return made
 
 
@@ -91,14 +97,7 @@ def build(
 ) -> Any:
     """The provider `name`, with a method step(step, crops); `public` and `reference_repo` hold others' code."""
     if name.startswith("method "):
-        from dino_train.common.process import tune, use_huge_pages
-        from dino_train.engine.learner import Learner
-
-        tune()
-        config = config_of(name.removeprefix("method "), setting, precision)
-        made = Learner(config, STEPS_PER_EPOCH, torch.device(setting.device))
-        use_huge_pages()
-        return made
+        return started(config_of(name.removeprefix("method "), setting, precision), setting)
     if public and name.startswith("public "):
         from method_peers import PublicMethod
 

@@ -297,17 +297,21 @@ def test_moco_trains_a_resnet_with_split_batch_norms():
 # --- SwAV and Sinkhorn-Knopp -------------------------------------------------------------------------
 
 
-def test_prototypes_have_norm_1_and_stay_bitwise_while_they_are_frozen():
-    # Not bfloat16: oneDNN's gradient of a stride-2 convolution of so few pixels holds NaN now and then on AVX512-BF16.
-    config = make("swav", arch="resnet50", optimizer="sgd", use_bn_in_head=True, lr=0.5)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_prototypes_have_norm_1_and_stay_bitwise_while_they_are_frozen(precision):
+    config = make("swav", arch="resnet50", optimizer="sgd", use_bn_in_head=True, precision=precision, lr=0.5)
     learner = started(config)
     layer = learner.student.head.last_layer
-    before = layer.weight.detach().clone()
     for step in range(4):  # of 2 epochs
+        before = layer.weight.detach().clone()
         learner.step(step, crops(config, step))
+        # On AVX512-BF16, oneDNN's gradient of a stride-2 convolution of so few pixels holds NaN now and then.
+        refused = bool(learner.optimizer.nonfinite) and precision == "bfloat16"
         assert (layer.weight.norm(dim=1) - 1).abs().max() < 1e-6
-        assert torch.equal(layer.weight, before) == (step < 2)
-    assert (layer.weight - before).norm() > 1e-3
+        assert torch.equal(layer.weight, before) == (step < 2 or refused)
+        assert step < 2 or refused or (layer.weight - before).norm() > 1e-3
+        if precision == "bfloat16":
+            assert torch.equal(layer.copies[0], layer.weight.to(torch.bfloat16))
 
 
 def test_the_queue_of_swav_is_filled_from_its_epoch_and_used_once_it_is_full():
