@@ -92,15 +92,13 @@ def load(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (CheckpointError, MemoryError):  # the last may be temporary: the file is not damaged
         raise
-    except OSError as error:
-        if error.errno in _TEMPORARY:
-            raise
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({_first_line(error)})") from error
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))  # torch's message also advises how to load it anyway
         why = f" and is not loaded for safety (it asks for {asked[1]})" if asked else ", or is not a checkpoint"
         raise CheckpointError(f"{path} is damaged, or holds more than tensors and plain values{why}") from error
-    except Exception as error:  # damaged files raise almost any exception: EOFError, struct.error, KeyError, ...
+    except Exception as error:  # damaged files raise almost any exception: OSError, struct.error, KeyError, ...
+        if isinstance(error, OSError) and error.errno in _TEMPORARY:
+            raise
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({_first_line(error)})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a dictionary of weights")
