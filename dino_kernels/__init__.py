@@ -21,7 +21,7 @@ from dino_kernels.ops.fused_block import FusedBlock
 from dino_kernels.ops.info_nce import info_nce, info_nce_reference
 from dino_kernels.ops.linear import linear, linear_reference
 from dino_kernels.ops.mlp import mlp, mlp_reference
-from dino_kernels.ops.multicrop import CROP, CropKind, draw_crops, multicrop, multicrop_packed
+from dino_kernels.ops.multicrop import CROP, CropKind, PixelScale, draw_crops, multicrop, multicrop_packed
 from dino_kernels.ops.sgd_ema import sgd_ema_step_, sgd_ema_step_reference_
 from dino_kernels.ops.weight_norm import (
     weight_norm_,
@@ -39,6 +39,7 @@ __all__ = [
     "CROP",
     "CropKind",
     "FusedBlock",
+    "PixelScale",
     "adamw_ema_step_",
     "adamw_ema_step_reference_",
     "add_layer_norm",

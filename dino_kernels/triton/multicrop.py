@@ -35,10 +35,6 @@ _BLOCK = 512  # pixels at a time, 2 a thread
 ) = map(tl.constexpr, range(24))  # fmt: skip
 _COLUMNS = tl.constexpr(_ORDER.value + 4)
 
-_MEAN, _STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)  # of ImageNet
-_SCALE = tl.constexpr(tuple((1 / (255 * _STD)).tolist()))
-_SHIFT = tl.constexpr(tuple((_MEAN / _STD).tolist()))
-
 
 # --- resize ------------------------------------------------------------------------------------------
 
@@ -269,8 +265,8 @@ def _blur(source, to, step, crop, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _write(levels, out, crop, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Solarized and, unless out takes levels, normalized."""
+def _write(levels, out, crop, FACTORS: tl.constexpr, SHIFTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Solarized and, unless out takes levels, normalized: level * factor - shift of the channel."""
     pixels: tl.constexpr = SIZE * SIZE
     threshold = _field(crop, _THRESHOLD)
     levels, out = levels + tl.load(crop + _LEVELS), tl.load(crop + _OUT).to(out.dtype)
@@ -280,12 +276,15 @@ def _write(levels, out, crop, SIZE: tl.constexpr, BLOCK: tl.constexpr):
             level = tl.load(levels + c * pixels + i, i < pixels, other=0).to(tl.int32)
             level = tl.where(level < threshold, level, 255 - level)
             if out.dtype.element_ty != tl.uint8:
-                level = level.to(tl.float32) * _SCALE[c] - _SHIFT[c]
+                level = level.to(tl.float32) * FACTORS[c] - SHIFTS[c]
             tl.store(out + c * pixels + i, level.to(out.dtype.element_ty), i < pixels)
 
 
 @triton.jit
-def _crop_kernel(pixels, plan, weights, levels, out, SIZE: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
+def _crop_kernel(
+    pixels, plan, weights, levels, out,
+    FACTORS: tl.constexpr, SHIFTS: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A crop a program; of `out` only the dtype counts."""
     crop = plan + tl.program_id(0) * _COLUMNS
     flip = tl.load(crop + _FLIP) != 0
@@ -304,7 +303,7 @@ def _crop_kernel(pixels, plan, weights, levels, out, SIZE: tl.constexpr, LANES: 
         _blur(source, to, tl.where(2 * k < passes, 1, SIZE), crop, SIZE, BLOCK)
         tl.debug_barrier()
         source, to = to, source
-    _write(levels, out, crop, SIZE, BLOCK)
+    _write(levels, out, crop, FACTORS, SHIFTS, SIZE, BLOCK)
 
 
 # --- the launches ------------------------------------------------------------------------------------
@@ -360,7 +359,14 @@ def _plan(places: np.ndarray, crops: np.ndarray, out: Sequence[Tensor]) -> tuple
     return np.stack(columns, axis=1).astype(np.int64), weights_size, levels_size
 
 
-def packed_triton(pixels: Tensor, places: np.ndarray, crops: np.ndarray, out: Sequence[Tensor]) -> None:
+def packed_triton(
+    pixels: Tensor,
+    places: np.ndarray,
+    crops: np.ndarray,
+    out: Sequence[Tensor],
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+) -> None:
     """A launch for each size of crop, one after the other in the same scratch; the plan of all is one upload."""
     sizes = [view.shape[-1] for view in out]
     groups = [[v for v, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)]
@@ -370,8 +376,10 @@ def packed_triton(pixels: Tensor, places: np.ndarray, crops: np.ndarray, out: Se
         plan = plan.pin_memory()  # whose memory torch keeps until it is uploaded
     plan = plan.to(pixels.device, non_blocking=True)
     scratch = pixels.new_empty(max(weights), dtype=torch.int32), pixels.new_empty(max(levels))
+    mean_, std_ = np.array(mean, np.float32), np.array(std, np.float32)
+    colors = {"FACTORS": tuple((1 / (255 * std_)).tolist()), "SHIFTS": tuple((mean_ / std_).tolist())}
     for vs, rows in zip(groups, plan.split([len(rows) for rows in plans]), strict=True):
         tile = {"SIZE": sizes[vs[0]], "LANES": triton.next_power_of_2(sizes[vs[0]]), "BLOCK": _BLOCK}
         _crop_kernel[(len(rows),)](
-            pixels, rows, *scratch, out[0], **tile, num_warps=8, num_stages=1, enable_fp_fusion=False
+            pixels, rows, *scratch, out[0], **colors, **tile, num_warps=8, num_stages=1, enable_fp_fusion=False
         )

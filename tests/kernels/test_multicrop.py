@@ -202,7 +202,7 @@ IMAGE, ROW, OUT = picture(10, 12), crop_row((0, 0, 12, 10), 8), torch.zeros(1, 3
     [
         ({"images": [IMAGE[0]]}, r"images\[0\] must have shape \[H, W, 3\] .*got \[12, 3\], uint8"),
         ({"images": [IMAGE[:0]]}, r"H, W >= 1 .*got \[0, 12, 3\]"),
-        ({"images": [IMAGE.astype(np.float32)]}, r"dtype uint8, got \[10, 12, 3\], float32"),
+        ({"images": [IMAGE.astype(np.float64)]}, r"uint16 or float32, got \[10, 12, 3\], float64"),
         ({"images": [IMAGE[:, ::2]]}, r"pixels of a row of images\[0\] must be adjacent.*got \[36, 6, 1\]"),
         ({"images": [torch.zeros(4, 4, 3, device="meta")]}, r"images\[0\] must be on the CPU, got meta"),
         ({"images": [IMAGE, IMAGE]}, r"crops must be an array of dtype CROP and shape \[2, 1\].*\[1, 1\]"),

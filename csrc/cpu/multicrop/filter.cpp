@@ -6,11 +6,6 @@
 namespace dino {
 namespace {
 
-DINO_INLINE inline double bicubic(double x) {  // a = -0.5
-    double near = (1.5 * x - 2.5) * x * x + 1.0, far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5;
-    return x < 1.0 ? near : x < 2.0 ? far : 0.0;
-}
-
 DINO_INLINE inline int32_t fixed(double weight) {
     weight *= 1 << kWeightBits;
     return int32_t(weight + (weight < 0.0 ? -0.5 : 0.5));

@@ -5,6 +5,11 @@
 
 namespace dino {
 
+DINO_INLINE inline double bicubic(double x) {  // a = -0.5
+    double near = (1.5 * x - 2.5) * x * x + 1.0, far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5;
+    return x < 1.0 ? near : x < 2.0 ? far : 0.0;
+}
+
 // Output x is the sum of inputs first[x] <= i < end[x], each times weights[(i - first[x]) * size + x] in 2^-22. Taps
 // beyond weigh 0.
 struct Filter {

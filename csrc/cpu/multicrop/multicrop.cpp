@@ -9,6 +9,7 @@
 
 #include "common/nontemporal.h"
 #include "common/parallel.h"
+#include "cpu/multicrop/blur.h"
 #include "cpu/multicrop/parts.h"
 
 namespace dino {
@@ -16,7 +17,6 @@ namespace {
 
 constexpr float kMostFactor = 100.0f;
 constexpr float kMostBlur = 2.4f;  // of wider ones the boxes would reach further than kReach
-constexpr float kMean[3] = {0.485f, 0.456f, 0.406f}, kStd[3] = {0.229f, 0.224f, 0.225f};  // of ImageNet
 
 // --- what a caller can get wrong --------------------------------------------------------------------
 
@@ -39,40 +39,6 @@ void check(const Crop& c, int64_t height, int64_t width, int64_t size, int64_t i
 
 // --- blur --------------------------------------------------------------------------------------------
 
-constexpr int kPasses = 3;
-constexpr int64_t kReach = 2;  // pixels that a box reaches to each side at most
-
-Box box_of(float sigma) {                      // three passes of it are about a Gaussian
-    float variance = sigma * sigma / kPasses;  // float and double where Pillow has them
-    float length = float(std::sqrt(12.0 * variance + 1.0)), l = float(std::floor((length - 1.0) / 2.0));
-    float a = (2 * l + 1) * (l * (l + 1) - 3 * variance);
-    a /= 6 * (variance - (l + 1) * (l + 1));
-    float width = l + a;
-    int64_t radius = int64_t(width);
-    uint32_t whole = uint32_t(float(1 << 24) / (width * 2 + 1));
-    return {radius, whole, ((1u << 24) - uint32_t(2 * radius + 1) * whole) / 2};
-}
-
-// The plane as 16-bit numbers with kReach more on every side, so that a pass is one long loop; what it leaves in these
-// is replaced.
-struct Bordered {
-    int64_t size, row = size + 2 * kReach;
-
-    void repeat_sides(int16_t* x) const {
-        for (int64_t y = 0; y < size; ++y) {
-            int16_t* line = x + (y + kReach) * row;
-            line[0] = line[1] = line[kReach];
-            line[row - 2] = line[row - 1] = line[row - 1 - kReach];
-        }
-    }
-    void repeat_ends(int16_t* x) const {
-        for (int64_t i = 0; i < kReach; ++i) {
-            std::copy_n(x + kReach * row, row, x + i * row);
-            std::copy_n(x + (row - 1 - kReach) * row, row, x + (row - 1 - i) * row);
-        }
-    }
-};
-
 template <class From, class To>
 DINO_INLINE inline void convert(const From* from, int64_t from_row, int64_t size, To* to, int64_t to_row) {
     for (int64_t y = 0; y < size; ++y)
@@ -88,25 +54,19 @@ void narrow(const int16_t* from, int64_t row, int64_t size, uint8_t* plane) { co
 
 // Pillow's Gaussian blur
 void blur_plane(float radius, int64_t size, uint8_t* plane) {
-    static thread_local BufferOf<int16_t> buffers[2];
-    auto blur = widest_loops().blur;
-    Box box = box_of(radius);
-    Bordered shape{size};
-    int64_t row = shape.row, inner = kReach * row, n = size * row;  // from the first to the last row of the plane
-    int16_t *x = buffers[0].fit(row * row + kSlack), *y = buffers[1].fit(row * row + kSlack);
-    widen(plane, size, x + inner + kReach, row);
-    for (int pass = 0; pass < kPasses; ++pass, std::swap(x, y)) {
-        shape.repeat_sides(x);
-        blur(box, x + inner, 1, n, y + inner);
-    }
-    for (int pass = 0; pass < kPasses; ++pass, std::swap(x, y)) {
-        shape.repeat_ends(x);
-        blur(box, x + inner, row, n, y + inner);
-    }
-    narrow(x + inner + kReach, row, size, plane);
+    static thread_local Bordered<int16_t> bordered;
+    bordered.fit(size);
+    widen(plane, size, bordered.inside(), bordered.row);
+    bordered.blur(box_of(radius), widest_loops().blur);
+    narrow(bordered.inside(), bordered.row, size, plane);
 }
 
 // --- output ------------------------------------------------------------------------------------------
+
+DINO_MULTIVERSION
+void normalize(const uint8_t* plane, int64_t n, float mean, float std, DType dtype, void* out, int64_t offset) {
+    write_normalized(plane, n, mean, std, dtype, out, offset);
+}
 
 DINO_MULTIVERSION
 void solarize(int64_t n, uint8_t* levels) {
@@ -114,28 +74,12 @@ void solarize(int64_t n, uint8_t* levels) {
     for (int64_t i = 0; i < n; ++i) levels[i] = levels[i] < 128 ? levels[i] : uint8_t(255 - levels[i]);
 }
 
-// Streaming stores: a batch does not fit the caches and is read later.
-DINO_MULTIVERSION
-void normalize(const uint8_t* plane, int64_t n, float mean, float std, DType dtype, void* out, int64_t offset) {
-    constexpr int64_t kPart = 1024;
-    alignas(64) float part[kPart];
-    float scale = 1.0f / (255.0f * std), shift = mean / std;
-    for (int64_t start = 0; start < n; start += kPart) {
-        int64_t m = std::min(kPart, n - start);
-        with_dtype(dtype, [=, &part](auto d) DINO_INLINE {
-#pragma omp simd
-            for (int64_t i = 0; i < m; ++i) put<decltype(d)::value>(part, i, float(plane[start + i]) * scale - shift);
-        });
-        stream_store(static_cast<char*>(out) + (offset + start) * width_of(dtype), part, m * width_of(dtype));
-    }
-}
-
 void write(const MultiCropArgs& a, const uint8_t* planes, int64_t n, void* out, int64_t offset) {
     if (a.levels) {
         std::memcpy(static_cast<uint8_t*>(out) + offset, planes, size_t(3 * n));
         return;
     }
-    for (int64_t c = 0; c < 3; ++c) normalize(planes + c * n, n, kMean[c], kStd[c], a.dtype, out, offset + c * n);
+    for (int64_t c = 0; c < 3; ++c) normalize(planes + c * n, n, a.mean[c], a.std[c], a.dtype, out, offset + c * n);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/memory.h"
+#include "common/nontemporal.h"
 #include "cpu/multicrop/multicrop.h"
 
 // Floats must round as Pillow's do, product and sum each: a fused multiply-add differs where a level is cut off.
@@ -41,6 +42,23 @@ void resample_quads(const uint8_t* image, int64_t row_stride, const Crop& crop, 
 
 // Brightness, contrast, saturation and hue in the crop's order, if it has jitter; then grayscale, if it has that.
 void change_colors(const Crop& crop, uint8_t* planes);
+
+// A plane as (level / 255 - mean) / std, with non-temporal stores: a batch does not fit the caches and is read later.
+template <class T>
+DINO_INLINE inline void write_normalized(const T* plane, int64_t n, float mean, float std, DType dtype, void* out,
+                                         int64_t offset) {
+    constexpr int64_t kPart = 1024;
+    alignas(64) float part[kPart];
+    float scale = 1.0f / (255.0f * std), shift = mean / std;
+    for (int64_t start = 0; start < n; start += kPart) {
+        int64_t m = n - start < kPart ? n - start : kPart;
+        with_dtype(dtype, [=, &part](auto d) DINO_INLINE {
+#pragma omp simd
+            for (int64_t i = 0; i < m; ++i) put<decltype(d)::value>(part, i, float(plane[start + i]) * scale - shift);
+        });
+        stream_store(static_cast<char*>(out) + (offset + start) * width_of(dtype), part, m * width_of(dtype));
+    }
+}
 
 // --- loops for the instruction set at hand: vectors.h ----------------------------------------
 
