@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -139,6 +140,8 @@ def test_onnx(net, tmp_path):
 def test_a_failed_export_leaves_no_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="huggingface takes a ViT, got resnet50; for it .* timm and onnx"):
         export(trained("resnet50"), tmp_path / "hf", "huggingface")
+    with pytest.raises(ValueError, match="timm has no resnet_nano; for it there are safetensors and onnx"):
+        export(replace(trained("resnet50"), arch="resnet_nano"), tmp_path / "timm", "timm")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match="the ONNX format needs .*onnxscript.*: pip install .*onnxscript"):
         export(trained(), tmp_path / "backbone.onnx", "onnx")

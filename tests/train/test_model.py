@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dino_train.models.resnet import resnet50
+from dino_train.models.resnet import resnet50, resnet_nano
 from dino_train.models.vit import DINOHead, DINOModel, VisionTransformer, build_model, vit
 from torch import nn
 
@@ -160,6 +160,15 @@ def test_resnet50_names_and_shapes():
     assert shapes(model) == expected
     assert len(expected) == 53 + 53 * 5 == 318
     assert sum(p.numel() for p in model.parameters()) == 23_508_032
+
+
+def test_resnet_nano_keeps_small_images():
+    model = resnet_nano()
+    maps = []
+    for layer in (model.layer1, model.layer4):
+        layer.register_forward_hook(lambda _layer, _inputs, out: maps.append(tuple(out.shape[1:])))
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 512) and maps == [(64, 32, 32), (512, 4, 4)]
+    assert sum(p.numel() for p in model.parameters()) == 504_464
 
 
 def test_vit_parameter_counts():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from dino_train.cli import main
 from dino_train.models.export import export
-from dino_train.models.resnet import resnet50
+from dino_train.models.resnet import resnet50, resnet_nano
 from dino_train.models.vit import vit
 from dino_train.models.weights import fit, load_linear, load_trained
 from test_model import vit_by_hand
@@ -144,6 +144,14 @@ def test_arch_and_sizes_are_inferred_from_the_weights(tmp_path, arch, patch, siz
     torch.save({key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}, tmp_path / "x.pth")
     trained = load_trained(tmp_path / "x.pth")
     assert (trained.arch, trained.patch_size, trained.image_size) == (arch, patch, size)
+
+
+def test_a_resnet_nano_is_known_by_its_weights(tmp_path):
+    net = resnet_nano()
+    torch.save(net.state_dict(), tmp_path / "nano.pth")
+    trained = load_trained(tmp_path / "nano.pth")
+    assert trained.arch == "resnet_nano"
+    assert_is(trained.backbone, net.state_dict())
 
 
 def test_published_resnet50s_load(tmp_path, caplog):
@@ -307,7 +315,7 @@ def test_partial_weights_load_only_on_request(tmp_path, capsys, caplog):
     [
         ({"student": {}, "epoch": 1}, [], "the checkpoint has no 'teacher', only student, epoch"),
         ({"teacher": {}}, [], "expected a backbone's weights, or a teacher and a student, got nothing"),
-        ({"a": torch.zeros(1)}, [], "of no known architecture .vit_nano, .*, resnet50.: a;"),
+        ({"a": torch.zeros(1)}, [], "of no known architecture .vit_nano, .*, resnet50, resnet_nano.: a;"),
         (TEACHER, ["--arch", "vit_tiny"], r"missing blocks.3.norm1.weight; .*; and 145 more$"),
         (TEACHER, ["--patch-size", "16"], r"pos_embed has shape \[1, 17, 96\], expected \[1, 5, 96\]"),
         ({"teacher": TEACHER, "evil": os.system}, [], r"not loaded for safety \(it asks for posix.system\)$"),

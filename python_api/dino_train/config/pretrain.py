@@ -10,6 +10,7 @@ import torch
 from dino_kernels import CropKind
 from dino_train.common.device import gpu_of
 from dino_train.config.presets import METHODS, PRESET_NAMES, READ_BY
+from dino_train.models.resnet import RESNETS
 from dino_train.models.vit import ARCHS
 
 _JITTER = (0.4, 0.4, 0.2, 0.1)
@@ -203,7 +204,7 @@ class PretrainConfig:
             f"a divisor of batch_size_per_gpu {self.batch_size_per_gpu}",
         )
         self._check_method()
-        if self.arch == "resnet50":
+        if self.arch in RESNETS:
             _require(not self.checkpoint_activations, "checkpoint_activations", True, "false: it is for ViTs")
         else:
             _require(
@@ -239,7 +240,7 @@ class PretrainConfig:
                 f"a divisor of the {batch} images of a micro-batch, with at least 2 parts",
             )
         _require(
-            not (self.freeze_patch_embed and self.arch == "resnet50"), "freeze_patch_embed", True, "false for a convnet"
+            not (self.freeze_patch_embed and self.arch in RESNETS), "freeze_patch_embed", True, "false for a convnet"
         )
 
     def dtype(self, device: torch.device) -> torch.dtype:

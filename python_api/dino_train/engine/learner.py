@@ -23,6 +23,7 @@ from dino_train.engine.optim import (
     teacher_temp_schedule,
 )
 from dino_train.methods import build_method
+from dino_train.models.resnet import RESNETS
 from dino_train.models.vit import VisionTransformer
 
 
@@ -102,7 +103,7 @@ class Learner:
 
     def _place(self, net: nn.Module) -> None:
         """Move a net to the device; its batch norms are over all ranks, unless they are of parts of a batch."""
-        if self.gpu is not None and self.config.arch == "resnet50":
+        if self.gpu is not None and self.config.arch in RESNETS:
             self.gpu.tune_convolutions()
         net.to(self.device)
         normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())

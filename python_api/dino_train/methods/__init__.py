@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dino_train.common import parallel
 from dino_train.config.pretrain import PretrainConfig
-from dino_train.models.resnet import ResNet
+from dino_train.models.resnet import RESNETS, ResNet
 from dino_train.models.vit import Net, VisionTransformer, build_backbone
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Method:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """For networks without layers of `dino_kernels.nn`, whose weights have no copies in bfloat16."""
-        if self.dtype == torch.bfloat16 and self.config.arch == "resnet50":
+        if self.dtype == torch.bfloat16 and self.config.arch in RESNETS:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 

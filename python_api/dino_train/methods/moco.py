@@ -18,7 +18,7 @@ from dino_train.methods import Method, Part
 from dino_train.methods.heads import Projected, mlp, projector_of, spread
 from dino_train.methods.queue import Queue
 from dino_train.models.head import normalize
-from dino_train.models.resnet import split_batch_norm
+from dino_train.models.resnet import RESNETS, split_batch_norm
 
 
 class Moco(Method):
@@ -45,10 +45,10 @@ class Moco(Method):
         backbone = self.build_backbone(drop_path_rate)
         if not c.predictor:
             # Batch norm in the head of a ViT alone: paper of DINO, appendix E.
-            return Projected(backbone, projector_of(backbone, c, bn=c.arch != "resnet50"))
+            return Projected(backbone, projector_of(backbone, c, bn=c.arch not in RESNETS))
         projector = projector_of(backbone, c, bias=False, last_bias=False, last_bn=True)
         predictor = mlp(
-            c.out_dim, c.head_hidden_dim, c.out_dim, bias=False, last_bias=False, last_bn=c.arch != "resnet50"
+            c.out_dim, c.head_hidden_dim, c.out_dim, bias=False, last_bias=False, last_bn=c.arch not in RESNETS
         )
         return Projected(backbone, projector, predictor)
 

@@ -34,7 +34,8 @@ def export(trained: Trained, path: Path, form: Format = "safetensors") -> None:
     * onnx: a file with input "images" [batch, 3, image_size, image_size] and output "features" [batch, C].
 
     Raises:
-        ValueError: ResNet-50 for huggingface, ONNX without its packages, or a folder that is in use at `path`.
+        ValueError: a ResNet for huggingface, resnet_nano for timm, ONNX without its packages, or a folder that is in
+            use at `path`.
     """
     is_folder = form in FOLDERS
     if path.is_dir() and not (is_folder and not any(path.iterdir())):
@@ -66,6 +67,8 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
 
 
 def _timm(trained: Trained, folder: Path) -> None:
+    if trained.arch == "resnet_nano":
+        raise ValueError("timm has no resnet_nano; for it there are safetensors and onnx")
     arch, arguments, classifier, first = "resnet50", {}, "fc", "conv1"
     if isinstance(trained.backbone, VisionTransformer):
         # timm has no vit_nano, but every size of ViT is made by the arguments.

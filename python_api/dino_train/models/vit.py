@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from dino_kernels.nn import Block, Packing, PatchEmbed, drop_path, split_sequences
 from dino_train.models.head import DINOHead
 from dino_train.models.init import init_linear
-from dino_train.models.resnet import ResNet, resnet50
+from dino_train.models.resnet import RESNETS, ResNet
 
 
 class Size(NamedTuple):
@@ -36,7 +36,7 @@ VIT_SIZES = {
     "vit_small_12heads": Size(384, 12, 12),
     "vit_base": Size(768, 12, 12),
 }
-ARCHS = (*VIT_SIZES, "resnet50")
+ARCHS = (*VIT_SIZES, *RESNETS)
 
 
 class VisionTransformer(nn.Module):
@@ -288,15 +288,15 @@ def vit(arch: str, *, patch_size: int = 16, img_size: int = 224, drop_path_rate:
 def build_backbone(
     arch: str, *, patch_size: int, img_size: int, drop_path_rate: float = 0.0
 ) -> VisionTransformer | ResNet:
-    """The backbone of a name in ARCHS, with initial weights. resnet50 ignores the other arguments.
+    """The backbone of a name in ARCHS, with initial weights. A ResNet ignores the other arguments.
 
     Raises:
         ValueError: the arch is not known, or as in `VisionTransformer`.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}, choose one of {', '.join(ARCHS)}")
-    if arch == "resnet50":
-        return resnet50()
+    if arch in RESNETS:
+        return RESNETS[arch]()
     return vit(arch, patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
 
 
@@ -315,7 +315,7 @@ def build_model(
     """A student or a teacher with initial weights (`main_dino.py:162`).
 
     Args:
-        arch: a name in ARCHS. resnet50 ignores patch_size, img_size and drop_path_rate.
+        arch: a name in ARCHS. A ResNet ignores patch_size, img_size and drop_path_rate.
         patch_size, img_size, drop_path_rate: as in `VisionTransformer`.
         out_dim, use_bn_in_head, norm_last_layer, head_hidden_dim, head_bottleneck_dim: as in `DINOHead`.
 

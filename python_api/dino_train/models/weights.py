@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dino_train.common import checkpoint
 from dino_train.common.checkpoint import CheckpointError
 from dino_train.models.names import fold_layer_scale, from_huggingface
-from dino_train.models.resnet import ResNet
-from dino_train.models.vit import VIT_SIZES, VisionTransformer, build_backbone
+from dino_train.models.resnet import RESNETS, ResNet
+from dino_train.models.vit import ARCHS, VIT_SIZES, VisionTransformer, build_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def load_trained(
     arch = arch or arch_of(weights, left, args.get("arch"))
     patch_size, image_size = _sizes(weights, patch_size, args.get("global_crops_size", 224))
     backbone = build_backbone(arch, patch_size=patch_size, img_size=image_size)
-    name = arch if arch == "resnet50" else f"{arch}/{patch_size}"
+    name = arch if arch in RESNETS else f"{arch}/{patch_size}"
     logger.info("%s: %s, a %s", path, f"{found} ({left})" if left else found, name)
     fit(backbone, weights, allow_partial=allow_partial)
     data = Path(args["data"]) if "data" in args else None
@@ -244,14 +244,15 @@ def arch_of(weights: Mapping[str, Any], left: str, said: str | None) -> str:
     if any(prefix in left for prefix in ("base_encoder.", "momentum_encoder.")):
         said = "vit_small_12heads"
     blocks = {key.split(".")[1] for key in weights if key.startswith("blocks.")}
-    if "layer4.2.conv3.weight" in weights:
-        return "resnet50"
+    for arch, last in (("resnet50", "layer4.2.conv3.weight"), ("resnet_nano", "layer4.0.conv3.weight")):
+        if last in weights:
+            return arch
     width = getattr(weights.get("cls_token"), "shape", (0,))[-1]
     for arch, size in sorted(VIT_SIZES.items(), key=lambda item: item[0] != said):
         if (size.depth, size.embed_dim) == (len(blocks), width):
             return arch
     raise ValueError(
-        f"the weights are of no known architecture ({', '.join(VIT_SIZES)}, resnet50): {_listed(list(weights))}; "
+        f"the weights are of no known architecture ({', '.join(ARCHS)}): {_listed(list(weights))}; "
         "--arch says what to take them for"
     )
 
