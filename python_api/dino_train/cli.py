@@ -112,6 +112,7 @@ class Pack:
 
     def run(self) -> None:
         images = ImageFolder(self.data)
+        images.log_notes()
         try:
             count = pack(images, self.out, size=self.size, quality=self.quality, num_workers=self.num_workers)
         except OSError as error:

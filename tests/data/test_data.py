@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 from dino_train.data.decode import UnreadableImage, decode, jpeg_size
-from dino_train.data.folder import DataError, ImageFolder, split
+from dino_train.data.folder import SUFFIXES, DataError, ImageFolder, pretraining_split, split
 from pictures import fill, save, zip_of
 from PIL import Image
 
@@ -289,7 +289,7 @@ def test_missing_and_unsuitable_paths(tmp_path, monkeypatch):
     kinds = "expected a folder of images, or a .zip or .tar of one"
     assert message(text) == f"{text} is neither a folder nor a zip nor a tar: {kinds}"
     assert message(cut) == f"{cut} is a damaged zip (File is not a zip file): copy or download it again"
-    looked = "looked for .jpg .jpeg .png .webp .bmp .tif .tiff in it and its subfolders, found"
+    looked = f"looked for {' '.join(SUFFIXES)} in it and its subfolders, found"
     assert message(bare) == f"no images in {bare}: {looked} no files"
     (bare / "sub").mkdir()
     for name in ("a.txt", "sub/b.TXT", "c.csv", "LICENSE", ".hidden.png"):
@@ -301,7 +301,87 @@ def test_missing_and_unsuitable_paths(tmp_path, monkeypatch):
     assert message(bare) == f"cannot list {bare}: Denied"
 
 
+# What Pillow writes under each of these suffixes.
+MODES = {".pbm": "1", ".pgm": "L", ".pfm": "F", ".gif": "P"}
+READ_ONLY = {".psd"}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_suffix_is_read(tmp_path, suffix):
+    Image.init()
+    assert suffix in Image.registered_extensions()
+    if suffix not in READ_ONLY:
+        save(tmp_path / f"a{suffix.upper()}", Image.new(MODES.get(suffix, "RGB"), (16, 16)))
+        assert ImageFolder(tmp_path).pixels(0).shape == (16, 16, 3)
+
+
+def test_files_that_are_passed_over_are_counted(tmp_path):
+    root = fill(tmp_path / "set", "a.png", ".hidden.png", "__MACOSX/x.png")
+    for name in ("a.txt", "b.txt", "c.JSON", "LICENSE", "Thumbs.db"):
+        (root / name).write_bytes(b"")
+    fill(root, "@eaDir/a/s.jpg", "@eaDir/t.png", "sub/Thumbnails/a.png", "$RECYCLE.BIN/x.png", "#recycle/x.png")
+    (root / "@eaDir/info.txt").write_bytes(b"")
+    for path in (root, zip_of(root)):
+        images = ImageFolder(path)
+        assert images.names == ["a.png"] and len(images.notes) == 2
+        assert images.notes[0].endswith("are not read: .txt 2, .json 1, no suffix 1")
+        counts = ("@eaDir 2", "Thumbnails 1", "$RECYCLE.BIN 1", "#recycle 1")
+        assert all(count in images.notes[1] for count in counts)
+    assert not ImageFolder(fill(tmp_path / "clean", "a.png")).notes
+
+
+def test_a_subfolder_that_cannot_be_listed_is_skipped_and_named(tmp_path, monkeypatch):
+    root, scandir = fill(tmp_path, "a/x.png", "b/lost+found/y.png", "b/z.png"), os.scandir
+
+    def denied(folder):
+        if "lost+found" in str(folder):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    images = ImageFolder(root)
+    assert images.names == ["a/x.png", "b/z.png"]
+    assert images.notes == ["folders that cannot be listed are skipped: 1, b/lost+found/ (Permission denied)"]
+    (root / "a/x.png").unlink()
+    (root / "b/z.png").unlink()
+    with pytest.raises(
+        DataError, match=r"^no images in .* found no files; .*: 1, b/lost\+found/ \(Permission denied\)$"
+    ):
+        ImageFolder(root)
+
+
 # ---- the split
+
+
+SPLITS = {
+    # names: pretraining, train, held out, note
+    "train/c/0 train/d/1 val/c/2 unlabelled/3": ("train/c/0 train/d/1 unlabelled/3", "c/0 d/1", "c/2", ""),
+    "train/0 valid/1 test/2 test/3": ("0", "0", "1", "neither trained on nor held out: test/ 2"),
+    "Train/0 VAL/1": ("0", "0", "1", ""),
+    "train/0 test/1": ("0", "0", "1", ""),
+    "train2017/0 val2017/1 unlabeled2017/2": ("train2017/0 unlabeled2017/2", "0", "1", ""),
+    "training_set/0 test_set/1": ("0", "0", "1", ""),
+    "unsup/0 validation/1": ("0", "0", "1", ""),
+    "train/0 train/1 x": ("0 1", "0 1", "", "neither trained on nor held out: beside the folders 1"),
+    # A class may have a split's name.
+    "test/0 cat/1 dog/2": ("cat/1 dog/2 test/0",) * 2 + ("", ""),
+    "train/0 bus/1": ("bus/1 train/0",) * 2 + ("", ""),
+    "train/0 val/1 masks/2": ("masks/2 train/0 val/1",) * 2 + ("", "taken as classes, since masks/"),
+    "train1/0 train2/1": ("train1/0 train2/1",) * 2 + ("", ""),
+    "val/0 test/1": ("test/1 val/0",) * 2 + ("", ""),
+}
+
+
+@pytest.mark.parametrize("names", SPLITS)
+def test_what_is_a_split(tmp_path, names):
+    fill(tmp_path, *(f"{name}.png" for name in names.split()))
+    parts, (*expected, note) = pretraining_split(tmp_path), SPLITS[names]
+    assert [" ".join(part.names).replace(".png", "") for part in parts] == expected
+    assert parts[1].classes == parts[2].classes
+    assert note in " ".join(parts[0].notes) and bool(note) == bool(parts[0].notes)
+    for part in parts:
+        for i in range(len(part)):
+            part.load(i)
 
 
 @pytest.mark.parametrize("wrapper", ["", "cifar/"])
@@ -327,12 +407,13 @@ def test_split_without_labels(tmp_path):
     assert train.labels is held_out.labels is None and train.classes == held_out.classes == []
 
 
-@pytest.mark.parametrize("prefix", ["", "train/"])
+@pytest.mark.parametrize("prefix", ["", "train/", "pool"])
 def test_split_by_hash(tmp_path, prefix):
+    pool, prefix = prefix == "pool", "train/" if prefix == "pool" else prefix
     names = [f"{'ab'[i % 2]}/{i:02}.png" for i in range(60)]
     root = fill(tmp_path / "set", *(prefix + name for name in names))
     if prefix:
-        fill(root, "test/a/00.png", "top.png")  # train without val: only the images in train are used
+        fill(root, "unlabelled/a/00.png" if pool else "top.png")  # train without val: it is of the images in train
     splits = split(root), split(zip_of(root))
     for train, held_out in splits:
         assert sorted(train.names + held_out.names) == sorted(names) and train.names == sorted(train.names)

@@ -23,7 +23,7 @@ from dino_train.common.files import locked
 from dino_train.common.metrics import Metrics, read_metrics
 from dino_train.common.process import _ADDRESSES
 from dino_train.config.pretrain import PretrainConfig
-from dino_train.data.folder import DataError
+from dino_train.data.folder import DataError, split
 from dino_train.engine import train
 from dino_train.engine.learner import Learner
 from dino_train.engine.train import NonFiniteLoss, pretrain
@@ -398,7 +398,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, monk
 
 def test_unreadable_images_are_reported_once_skipped_and_counted(config, caplog, capsys):
     make_images(config.data, n=60)  # so that three are held out
-    train_images, held_out = train.split(config.data)
+    train_images, held_out = split(config.data)
     broken = [train_images.names[3], train_images.names[8], held_out.names[0]]
     for name in broken:
         (config.data / name).write_bytes(b"")

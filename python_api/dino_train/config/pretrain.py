@@ -40,10 +40,10 @@ class PretrainConfig:
     preset: Literal[PRESET_NAMES] = "none"  # type: ignore[valid-type]
     """Published recipe whose values become the defaults; flags given beside it win."""
     data: str = str(EMBEDDED_DATA)
-    """Folder of images (any nesting; JPEG, PNG, WebP, BMP, TIFF), or a .zip or .tar of one (see dino-train pack). With
-    folders train/ and val/ these are used; else a few images are held out. Or WebDataset shards to stream, of which
-    none is held out: 'train-{000000..000146}.tar', 'pipe:aws s3 cp s3://bucket/{000..146}.tar -'. Default: 5,000
-    embedded CIFAR-10 images."""
+    """Folder of images (any nesting and format that Pillow reads), or a .zip or .tar of one (see dino-train pack). With
+    folders train/ and val/ (or test/; and unlabelled/) these are used; else a few images are held out. Or WebDataset
+    shards to stream, of which none is held out: 'train-{000000..000146}.tar',
+    'pipe:aws s3 cp s3://bucket/{000..146}.tar -'. Default: 5,000 embedded CIFAR-10 images."""
     output_dir: Path = Path("runs/dino")
     """Folder for checkpoints, metrics and plots."""
     resume: bool = False

@@ -6,7 +6,9 @@ pixels = train.pixels(0)        # uint8 [H, W, 3]
 
 import copy
 import hashlib
+import logging
 import os
+import re
 import tarfile
 import zipfile
 from collections import Counter
@@ -21,7 +23,28 @@ from PIL import Image
 from dino_train.data.decode import decoded
 from dino_train.data.tar_index import Store
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# Pictures that Pillow reads; no documents (PDF, EPS), films, icons and formats of scientific data.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    *(".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".tga", ".pcx", ".qoi", ".sgi", ".psd"),
+)
+# Of systems and other programs, in lower case. Images in folders of _JUNK are counted, since they look like data.
+_HIDDEN = {"__macosx", "thumbs.db", "desktop.ini"}
+_JUNK = {
+    *("@eadir", "thumbnails", "thumbs", "_thumbs", "#recycle", "@recycle", "$recycle.bin", "recycler", "#snapshot"),
+    *("system volume information", "lost+found"),
+}
+# Names of the parts of a split, the usual one first. `pool`: images to train on that have no labels.
+_PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "eval", "dev"),
+    "test": ("test", "testing"),
+    "pool": ("unlabeled", "unlabelled", "unsup", "unsupervised", "extra"),
+}
+_PART_OF = {word: part for part, words in _PARTS.items() for word in words}
+
+logger = logging.getLogger(__name__)
 
 Candidate = tuple[str, Callable[[], bytes]]  # the name of an image, and a function that reads its file
 
@@ -48,27 +71,37 @@ def generator(seed: int, *key: int) -> np.random.Generator:
 class ImageFolder:
     """The images of a folder, or of a .zip or .tar of a folder, which is read in place without extraction.
 
-    Includes .jpg .jpeg .png .webp .bmp .tif .tiff (any case) at any depth, follows links, and ignores hidden files and
-    `__MACOSX`. If a folder contains only one folder, the root moves down into it.
+    Includes files with one of `SUFFIXES` (any case) at any depth, follows links, and ignores hidden files, thumbnails,
+    recycle bins and the like. If a folder contains only one folder, the root moves down into it.
 
     names: sorted POSIX paths below the (innermost) root. prefix: that root below `path`, empty or ending in a slash.
     classes: sorted names of the first folder level if every image is in a folder and there are at least two
     folders, else []. labels: index into `classes` of each image, or None without classes.
+    notes: what of the data is not used, and how much, a line each.
     Reading is thread-safe.
     Raises DataError if `path` is missing, none of the three kinds, damaged, or contains no image.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path, self.notes = Path(path), list[str]()
         listed, self._read = self._open()
         files = [file for file in listed if not any(map(_is_hidden, file.split("/")))]
-        names = sorted({file for file in files if _suffix(file) in SUFFIXES})
+        places = [next((part for part in file.split("/") if part.lower() in _JUNK), None) for file in files]
+        junk = Counter(place for file, place in zip(files, places, strict=True) if place and _is_image(file))
+        files = [file for file, place in zip(files, places, strict=True) if not place]
+        names = sorted(filter(_is_image, files))
+        others = Counter(_suffix(file) or "no suffix" for file in files if not _is_image(file))
         if not names:
-            found = Counter(_suffix(file) or "no suffix" for file in files).most_common(5)
             raise DataError(
                 f"no images in {self.path}: looked for {' '.join(SUFFIXES)} in it and its subfolders, found "
-                + (f"{len(files)} files: {', '.join(f'{s} {n}' for s, n in found)}" if files else "no files")
+                + (f"{others.total()} files: {_listed(others)}" if others else "no files")
+                + (" (shards in a folder are for pretrain: to read one in place, pass it)" if ".tar" in others else "")
+                + "".join(f"; {note}" for note in self.notes)
             )
+        if others:
+            self.notes.append(f"files whose suffix is not that of an image are not read: {_listed(others)}")
+        if junk:
+            self.notes.append(f"images in folders of other programs are not used: {_listed(junk)}")
         prefix = ""
         while (wrapper := names[0].partition("/")[0] + "/") and all(n.startswith(wrapper) for n in names):
             prefix += wrapper
@@ -77,6 +110,11 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def log_notes(self) -> None:
+        """Log what of the data is not used."""
+        for note in self.notes:
+            logger.warning("%s: %s", self.path, note)
 
     def pixels(self, i: int) -> np.ndarray:
         """Image i: uint8 [H, W, 3], RGB; see `decode`. Raises UnreadableImage, whose name is the path below `path`."""
@@ -142,10 +180,14 @@ class ImageFolder:
         if not path.exists():
             raise DataError(f"no such folder, zip or tar file: {path}")
         if path.is_dir():
+            skipped = dict[str, str]()
             try:
-                return list(_walk(str(path))), lambda name: (path / name).read_bytes()
+                listed = list(_walk(str(path), skipped))
             except OSError as error:
                 raise DataError(f"cannot list {error.filename or path}: {error.strerror}") from error
+            if skipped:
+                self.notes.append(f"folders that cannot be listed are skipped: {_named(skipped)}")
+            return listed, lambda name: (path / name).read_bytes()
         kind = path.suffix.lower()
         if kind != ".tar" and zipfile.is_zipfile(path):
             kind = ".zip"
@@ -165,24 +207,58 @@ class ImageFolder:
         )
 
 
-def _walk(folder: str, prefix: str = "", parents: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Files below a folder, without hidden folders; a link to a parent folder is not followed."""
+def _walk(
+    folder: str, skipped: dict[str, str], prefix: str = "", parents: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """Files below a folder, without hidden folders; a link to a parent folder is not followed. Subfolders that cannot
+    be listed are added to `skipped`, with the reason."""
     real = os.path.realpath(folder)
     if real in parents:
         return
-    for entry in os.scandir(folder):
-        if not entry.is_dir():
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        if not prefix:
+            raise
+        skipped[prefix] = error.strerror or str(error)
+        return
+    for entry in entries:
+        if not _is_folder(entry):
             yield prefix + entry.name
         elif not _is_hidden(entry.name):
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", parents | {real})
+            yield from _walk(entry.path, skipped, f"{prefix}{entry.name}/", parents | {real})
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that may not be followed; if it has the name of an image, reading it reports it
+        return False
 
 
 def _is_hidden(part: str) -> bool:
-    return (part.startswith(".") and part != ".") or part == "__MACOSX"
+    return part.startswith(".") or part.lower() in _HIDDEN
+
+
+def _is_image(name: str) -> bool:
+    return _suffix(name) in SUFFIXES
 
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
+
+
+def _listed(counts: Counter[str]) -> str:
+    """The most common of them: .txt 7, .csv 2, others 3"""
+    common = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
+    rest = counts.total() - sum(n for _, n in common)
+    return ", ".join(f"{what} {n}" for what, n in (*common, *([("others", rest)] if rest else [])))
+
+
+def _named(reasons: dict[str, str]) -> str:
+    """How many, and the first of them with its reasons."""
+    first = ", ".join(f"{name} ({why})" for name, why in list(reasons.items())[:3])
+    return f"{len(reasons)}, {first}" + (", ..." if len(reasons) > 3 else "")
 
 
 def _classes(names: list[str]) -> list[str]:
@@ -190,21 +266,75 @@ def _classes(names: list[str]) -> list[str]:
     return classes if len(classes) > 1 and all("/" in name for name in names) else []
 
 
-def split(path: str | Path) -> tuple[ImageFolder, ImageFolder]:
-    """Open `path` as (train, held_out), two ImageFolders with the same `classes`.
+def part_of(folder: str) -> str | None:
+    """The part of a split that a folder has the name of: train, val, test or pool (without labels), in any case and
+    with an ending as in train2017 or test_images; or None."""
+    return _PART_OF.get(_stem(folder))
 
-    If its root has the folders `train` and `val`, these are used. Otherwise the min(512, n // 20) images with the
-    smallest SHA-256 of their name are held out: the same on every machine, and for a folder and a zip of it. If there
-    is `train` without `val`, only the images of `train` are used. Raises DataError as ImageFolder does.
+
+def _stem(folder: str) -> str:
+    return re.sub(r"([-_ ]?(set|images|data))?[-_ ]?\d*$", "", folder.lower())
+
+
+def parts(images: ImageFolder) -> dict[str, list[str]]:
+    """The folders of each part of a split. Empty unless every folder of the first level is one, since a class may have
+    such a name too, and there are two parts or just one folder, of training images."""
+    found: dict[str | None, list[str]] = {}
+    tops = {name.partition("/")[0] for name in images.names if "/" in name}
+    for top in sorted(tops, key=_preference):
+        found.setdefault(part_of(top), []).append(top)
+    others = found.pop(None, [])
+    if others and {"train", "val"} <= found.keys():
+        images.notes.append(
+            f"{found['train'][0]}/ and {found['val'][0]}/ are taken as classes, since {others[0]}/ beside them is no "
+            "part of a split"
+        )
+    complete = len(found) > 1 or (len(tops) == 1 and "train" in found)
+    return {str(part): folders for part, folders in found.items()} if complete and not others else {}
+
+
+def _preference(folder: str) -> tuple[int, str]:
+    return (list(_PART_OF).index(_stem(folder)) if part_of(folder) else 0), folder
+
+
+def split(path: str | Path) -> tuple[ImageFolder, ImageFolder]:
+    """Open `path` as (train, held_out), two ImageFolders with the same `classes`; see `pretraining_split`."""
+    return pretraining_split(path)[1:]
+
+
+def pretraining_split(path: str | Path) -> tuple[ImageFolder, ImageFolder, ImageFolder]:
+    """Open `path` as (images to pretrain on, train, held_out), the last two with the same `classes`.
+
+    If the folders of its root are those of a split (see `parts`), the images of the folder `val`, or else `test`, are
+    held out, and a `test` beside `val` is left alone. Those to pretrain on are `train` with further training folders
+    and those without labels. Otherwise the min(512, n // 20) images with the smallest SHA-256 of their name are held
+    out: the same on every machine, and for a folder and a zip of it. Raises DataError as ImageFolder does.
     """
     images = ImageFolder(path)
-    tops = {name.partition("/")[0] for name in images.names if "/" in name}
-    if "train" in tops and "val" in tops:
-        train, held_out = images.below("train"), images.below("val")
+    found = parts(images)
+    trained = [*found.get("train", ()), *found.get("pool", ())]
+    if not trained:
+        train, held_out = _by_hash(images)
+        return train, train, held_out
+    held = [*found.get("val", ()), *found.get("test", ())][:1]
+    tops = [name.partition("/")[0] + "/" if "/" in name else "beside the folders" for name in images.names]
+    if unused := Counter(top for top in tops if top[:-1] not in trained + held):
+        images.notes.append(f"images that are neither trained on nor held out: {_listed(unused)}")
+    train = images.below(trained[0])
+    if held:
+        held_out = images.below(held[0])
         classes = _classes(train.names + held_out.names)
-        return train._view("", train.names, classes), held_out._view("", held_out.names, classes)
-    if "train" in tops:
-        images = images.below("train")
+        train, held_out = train._view("", train.names, classes), held_out._view("", held_out.names, classes)
+    else:
+        train, held_out = _by_hash(train)
+    if len(trained) == 1:
+        return train, train, held_out
+    own = [f"{trained[0]}/{name}" for name in train.names]
+    more = [name for name in images.names if name.partition("/")[0] in trained[1:]]
+    return images._view("", sorted(own + more), []), train, held_out
+
+
+def _by_hash(images: ImageFolder) -> tuple[ImageFolder, ImageFolder]:
     # Not CRC-32: it is linear, so it would favor some classes among numbered names.
     digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in images.names]
     order = sorted(range(len(images)), key=digests.__getitem__)

@@ -21,7 +21,7 @@ from dino_train.common.process import tune
 from dino_train.config.options import require_least
 from dino_train.config.presets import recipe
 from dino_train.config.pretrain import EMBEDDED_DATA, PretrainConfig, default_workers
-from dino_train.data.folder import split
+from dino_train.data.folder import pretraining_split
 from dino_train.engine.train import Interrupted, NonFiniteLoss, pretrain
 from dino_train.evaluate import knn_accuracy
 from dino_train.evaluate.baselines import Baselines, K
@@ -81,10 +81,11 @@ class Compare:
         require_least(self, budget_images=1, seeds=1, num_workers=1)
         if unknown := [name for name in self.methods if name not in VARIANTS] or not self.methods:
             raise ValueError(f"methods must be among {', '.join(VARIANTS)}, got {unknown or 'none'}")
-        self.train, self.val = split(self.data)
+        images, self.train, self.val = pretraining_split(self.data)
+        self.count = len(images)
         require_labels({"training": self.train, "held-out": self.val})
         self._require_same()
-        epochs = math.ceil(self.budget_images / len(self.train))
+        epochs = math.ceil(self.budget_images / self.count)
         results: dict[str, list[Result]] = {}
         rows: dict[str, Result] = {}
         for name in self.methods:
@@ -166,7 +167,7 @@ class Compare:
         logged = [row for row in read_metrics(folder) if "images_per_second" in row]
         rate = statistics.median(row["images_per_second"] for row in logged)
         flops = flops_per_image(config)
-        result |= {"images_per_second": rate, "seconds": epochs * len(self.train) / rate}
+        result |= {"images_per_second": rate, "seconds": epochs * self.count / rate}
         result |= {"gflop_per_image": flops / 1e9, "tflops": flops * rate / 1e12}
         return result | json.loads((folder / "peak.json").read_text())
 

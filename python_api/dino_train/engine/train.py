@@ -21,7 +21,7 @@ from dino_train.common.files import atomic, locked
 from dino_train.common.metrics import Metrics, read_metrics
 from dino_train.common.process import use_huge_pages
 from dino_train.config.pretrain import PretrainConfig, absolute
-from dino_train.data.folder import ImageFolder, split
+from dino_train.data.folder import ImageFolder, pretraining_split
 from dino_train.data.loader import Bad, BadImages, CropLoader, require_batch
 from dino_train.data.stream import ShardStream, count_samples, is_shards, shard_urls
 from dino_train.engine.init_from import init_from
@@ -80,12 +80,14 @@ class Run:
         self.gpu = gpu_of(self.device)
         torch.manual_seed(config.seed)
         self.train_images: ImageFolder | ShardStream
+        self.labelled: ImageFolder | ShardStream  # those of them that k-NN compares with
         self.held_out: ImageFolder | None
         if is_shards(config.data):
             urls = shard_urls(config.data)
-            self.train_images, self.held_out = ShardStream(urls, count_samples(urls, config.output_dir)), None
+            self.train_images = self.labelled = ShardStream(urls, count_samples(urls, config.output_dir))
+            self.held_out = None
         else:
-            self.train_images, self.held_out = split(config.data)
+            self.train_images, self.labelled, self.held_out = pretraining_split(config.data)
         self.batch_size = config.batch_size_per_gpu * parallel.size()
         require_batch(len(self.train_images), self.batch_size)
         self.steps_per_epoch = len(self.train_images) // self.batch_size
@@ -420,10 +422,10 @@ class Run:
                 backbone, held_out, self.bad_held_out, kinds, seed=config.seed, num_workers=workers
             )
         due = config.knn_freq and (epoch % config.knn_freq == 0 or epoch == config.epochs)
-        if due and _labelled(self.train_images) and _labelled(held_out):
+        if due and _labelled(self.labelled) and _labelled(held_out):
             values |= knn_accuracy(
                 backbone,
-                self.train_images,
+                self.labelled,
                 held_out,
                 config.global_crops_size,
                 bad=(self.bad, self.bad_held_out),
@@ -441,10 +443,12 @@ class Run:
     def _describe(self) -> None:
         config = self.config
         parameters = sum(p.numel() for p in self.learner.student.parameters()) / 1e6
-        images, held_out = self.train_images, len(self.held_out or ())
-        classes = f", {len(images.classes)} class folders" if _labelled(images) else ""
+        held_out = len(self.held_out or ())
+        classes = f", {len(self.labelled.classes)} class folders" if _labelled(self.labelled) else ""
+        if isinstance(self.train_images, ImageFolder) and parallel.rank() == 0:
+            self.train_images.log_notes()
         self.progress.say(
-            f"{len(images)} images to train on, {held_out} held out{classes} ({config.data})\n"
+            f"{len(self.train_images)} images to train on, {held_out} held out{classes} ({config.data})\n"
             f"{config.method}: {config.arch}, {parameters:.1f} M parameters with head, {config.out_dim} outputs, "
             f"{str(self.learner.dtype).removeprefix('torch.')} on {self.gpu.describe() if self.gpu else 'the CPU'}\n"
             f"{config.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size} images, "

@@ -54,6 +54,7 @@ class Embed(Frozen):
         self.check()
         trained = self.load()
         images = ImageFolder(self.images(trained))
+        images.log_notes()
         self.out.parent.mkdir(parents=True, exist_ok=True)
         partial = self.out.with_name(self.out.name + ".partial")
         with locked(self.out.with_name(self.out.name + ".lock"), self.out):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_train.common import checkpoint
-from dino_train.data.folder import ImageFolder
+from dino_train.data.folder import ImageFolder, parts
 from dino_train.data.loader import BadImages, require_batch
 from dino_train.evaluate.features import Features
 from dino_train.evaluate.images import training_loader
@@ -260,8 +260,10 @@ class Linear(Frozen):
         """Evaluate a published classifier on the held-out images."""
         linear = load_linear(path)
         images = ImageFolder(self.images(trained))
-        if any(name.startswith("val/") for name in images.names):
-            images = images.below("val")
+        images.log_notes()
+        found = parts(images)
+        if held := [*found.get("val", ()), *found.get("test", ())]:
+            images = images.below(held[0])
         require_labels({"held-out": images})
         if (linear.in_features, linear.out_features) != (dim, len(images.classes)):
             raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from dino_kernels.nn import hold_copies
 from dino_train.config.options import WeightsOptions, require_least
 from dino_train.config.pretrain import EMBEDDED_DATA, default_workers
-from dino_train.data.folder import ImageFolder, split
+from dino_train.data.folder import ImageFolder, part_of, split
 from dino_train.data.loader import BadImages, eval_loader
 from dino_train.evaluate.features import Cache, Features
 from dino_train.models.vit import VisionTransformer
@@ -93,19 +93,20 @@ class Classification(Extraction):
         """
         path = self.images(trained)
         train, val = split(path)
-        parts = {Path(part.prefix).name for part in (train, val)} | set(train.classes)
-        if len(found := parts & {"train", "val"}) == 1:
-            missing = {"train", "val"} - found
-            raise ValueError(
-                f"{path} has {found.pop()}/ but no {missing.pop()}/: expected both, or class folders alone"
-            )
+        train.log_notes()
+        if train.prefix == val.prefix:  # not a split
+            alone = Path(train.prefix).name
+            found = [alone] if part_of(alone) else train.classes
+            if found and all(map(part_of, found)):
+                missing = "val" if part_of(found[0]) in ("train", "pool") else "train"
+                raise ValueError(f"{path} has {found[0]}/ but no {missing}/: expected both, or class folders alone")
         require_labels({"training": train, "held-out": val})
         assert train.labels is not None and val.labels is not None
         unknown = [train.classes[i] for i in sorted(set(val.labels) - set(train.labels))]
-        if unknown and Path(val.prefix).name == "val":
+        if unknown and train.prefix != val.prefix:
             raise ValueError(
-                f"{path} has val/{unknown[0]}/ but no image in train/{unknown[0]}/ ({len(unknown)} such classes): "
-                "expected the classes of val/ in train/ too"
+                f"{path} has {val.prefix}{unknown[0]}/ but no image in {train.prefix}{unknown[0]}/ ({len(unknown)} "
+                "such classes): expected the classes of val/ in train/ too"
             )
         return train, val
 
