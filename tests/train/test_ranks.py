@@ -91,6 +91,7 @@ def test_a_signal_to_one_rank_stops_both_and_the_resumed_run_is_bitwise_the_same
     state = checkpoint.load(tmp_path / "run/last.pt")
     first, second = state["rng"]["torch"]
     assert state["step"] == 7 and not first.equal(second)
+    assert "  rank 1, stopped at step 7 of 15" in (tmp_path / "run/log.txt").read_text()
     codes, said = run_both(job(images, tmp_path / "run"))
     assert codes == [0, 0] and "bitwise" not in said, said
     assert_same(weights(tmp_path / "run"), weights(whole))

@@ -26,6 +26,7 @@ from dino_train.config.pretrain import PretrainConfig
 from dino_train.data.folder import DataError, split
 from dino_train.engine import train
 from dino_train.engine.learner import Learner
+from dino_train.engine.log import RunLog
 from dino_train.engine.train import NonFiniteLoss, pretrain
 from dino_train.engine.watch import CollapseWatch
 from tiny_run import assert_same, final_weights, make_images
@@ -297,6 +298,15 @@ def test_the_log_has_what_was_said_and_how_it_ended(config, capsys, monkeypatch)
     assert logging.getLogger().handlers == before
 
 
+def test_other_ranks_append_their_warnings_to_the_log(tmp_path):
+    with RunLog(tmp_path):
+        pass
+    with RunLog(tmp_path, rank=1):
+        logging.getLogger("x").warning("seen")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert len(lines) == 3 and lines[-1].endswith("  rank 1, warning: seen")
+
+
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -485,6 +495,16 @@ def test_what_differs_from_the_interrupted_run_is_named_or_refused(config, caplo
     caplog.clear()
     pretrain(replace(changed, epochs=4, lr=0.001, data=moved))
     assert not caplog.records
+
+
+def test_resuming_with_another_number_of_threads_warns_of_rounding(config, caplog):
+    pretrain(replace(config, epochs=1))
+    state = checkpoint.load(config.output_dir / "last.pt")
+    assert state["threads"] == torch.get_num_threads()
+    checkpoint.save({**state, "threads": 97}, config.output_dir / "last.pt")
+    pretrain(replace(config, epochs=1, resume=True))
+    (warned,) = [record.getMessage() for record in caplog.records]
+    assert warned.startswith(f"the interrupted run had 97 threads and this one has {torch.get_num_threads()}: results ")
 
 
 def test_resuming_with_other_images_starts_the_epoch_again(config, caplog):

@@ -1,4 +1,4 @@
-"""log.txt of a run: versions and machine, what was printed, every warning, and how it ended."""
+"""log.txt of a run: versions and machine, what was printed, every warning of every rank, and how it ended."""
 
 import logging
 import os
@@ -17,16 +17,20 @@ NAME = "log.txt"
 
 
 class RunLog(logging.Handler):
-    """Inside this context it takes the warnings of all loggers. A line that cannot be written is left out."""
+    """Inside this context it takes the warnings of all loggers. A line that cannot be written is left out. Ranks other
+    than the first append to the same file under their number."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rank: int = 0) -> None:
         super().__init__(logging.WARNING)
         self.path, self.began = folder / NAME, time.monotonic()
+        self.rank, self.prefix = rank, f"rank {rank}, " if rank else ""
 
     def __enter__(self) -> "RunLog":
         if not logging.getLogger().handlers:  # else this one would be the only one
             logging.basicConfig(format="dino-train: %(message)s")
         logging.getLogger().addHandler(self)
+        if self.rank:
+            return self
         self.line(
             f"dino-kernels {__version__}{_commit()}, torch {torch.__version__}, Python {platform.python_version()}, "
             f"{platform.platform()}, {_processor()}, {len(os.sched_getaffinity(0))} processors, "
@@ -36,13 +40,16 @@ class RunLog(logging.Handler):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         logging.getLogger().removeHandler(self)
+        if self.rank and kind is None:
+            return
         how = "ended" if kind is None else str(error) or kind.__name__
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self.line(f"{how}; {duration(time.monotonic() - self.began)}, at most {peak:.0f} MiB of memory")
 
     def line(self, text: str) -> None:
         with suppress(OSError), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n" for line in text.splitlines())
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write("".join(f"{now}  {self.prefix}{line}\n" for line in text.splitlines()))
 
     def emit(self, record: logging.LogRecord) -> None:
         self.line(f"{record.levelname.lower()}: {record.getMessage()}")

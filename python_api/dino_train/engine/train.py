@@ -96,7 +96,7 @@ class Run:
         self.bad = BadImages(len(self.train_images), self.batch_size)
         self.bad_held_out = BadImages(len(self.held_out or ()), 0)
         self.stop_signal = 0
-        self.held = ExitStack()  # the folder's lock and the log, of the first rank
+        self.held = ExitStack()  # the log and, of the first rank, the folder's lock
         self.log: RunLog | None = None
         self.begun_from = ""
         self.config_is_written = False
@@ -119,8 +119,9 @@ class Run:
             raise
 
     def _take(self, folder: Path) -> None:
-        self.held.enter_context(locked(folder / "lock", folder))
-        self.log = self.held.enter_context(RunLog(folder))
+        if parallel.rank() == 0:
+            self.held.enter_context(locked(folder / "lock", folder))
+        self.log = self.held.enter_context(RunLog(folder, parallel.rank()))
 
     def _start_new(self) -> int:
         folder = self.config.output_dir
@@ -131,7 +132,8 @@ class Run:
             self.begun_from = f"\nstarts from {init_from(self.learner, self.config.init_from)}"
         if parallel.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            self._take(folder)
+        self._take(folder)
+        if parallel.rank() == 0:
             checkpoint.require_none(folder)  # again: a run may have ended since
             self._write_config()
         else:
@@ -149,8 +151,7 @@ class Run:
 
     def _resume(self) -> int:
         folder = self.config.output_dir
-        if parallel.rank() == 0:
-            self._take(folder)
+        self._take(folder)
         state, path = checkpoint.load_newest(folder)
         saved = state.get("args")
         if not isinstance(saved, dict) or not {"step", "sampler", "rng"} <= state.keys():
@@ -184,6 +185,15 @@ class Run:
                 last.replace(last.with_name("last.damaged.pt"))
             path.replace(last)
         self._set_random_state(state["rng"], step)
+        threads, before = torch.get_num_threads(), state.get("threads")  # which older versions did not save
+        if self.gpu is None and before not in (None, threads) and parallel.rank() == 0:
+            logger.warning(
+                "the interrupted run had %d threads and this one has %d: results differ in rounding (OMP_NUM_THREADS=%d "
+                "keeps them)",
+                before,
+                threads,
+                before,
+            )
         return step
 
     def _report_changes(self, saved: dict[str, Any], step: int) -> None:
@@ -265,6 +275,7 @@ class Run:
             "epoch": self.step // self.steps_per_epoch,
             "args": self.config.plain(),
             "step": self.step,
+            "threads": torch.get_num_threads(),
             "sampler": self._sampler_state,
             "rng": random_states,
         }
@@ -294,7 +305,7 @@ class Run:
         self.progress = Progress(
             self.step, self.total_steps, config.epochs, self.batch_size, config.log_interval, quiet=not first
         )
-        if self.log is not None:
+        if self.log is not None and first:
             self.progress.record = self.log.line
         self.metrics = Metrics(config.output_dir if first else None, self.step)
         self.watch = CollapseWatch(
