@@ -174,6 +174,17 @@ def test_checkpoint_has_the_reference_keys_and_metrics_are_written(config):
     assert (config.output_dir / "curves.png").stat().st_size > 10_000
 
 
+def test_only_the_newest_numbered_checkpoints_are_kept(config):
+    config.output_dir.mkdir()
+    own = config.output_dir / "checkpoint_best.pt"
+    own.touch()
+    pretrain(replace(config, epochs=4, saveckp_freq=1, keep_last=2))
+    names = {"checkpoint0003.pt", "checkpoint0004.pt", "last.pt", "previous.pt", own.name}
+    assert {path.name for path in config.output_dir.glob("*.pt")} == names
+    (config.output_dir / "checkpoint10000.pt").touch()
+    assert checkpoint.numbered(config.output_dir)[-1].name == "checkpoint10000.pt"
+
+
 def test_weights_depend_on_the_seed_and_bfloat16_trains(config, monkeypatch):
     losses = {}
     monkeypatch.setattr(train, "plot_curves", lambda folder: folder)

@@ -73,6 +73,12 @@ def save(state: dict[str, Any], path: Path, *, previous: Path | None = None) -> 
         raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints that are kept under their epoch, checkpoint0020.pt, in the order of the epochs."""
+    found = [path for path in folder.glob("checkpoint*.pt") if path.stem[10:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem[10:]))
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint with `weights_only=True`, tensors on the CPU.
 

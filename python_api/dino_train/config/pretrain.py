@@ -156,6 +156,8 @@ class PretrainConfig:
 
     saveckp_freq: int = 20
     """Keep a numbered checkpoint every so many epochs; last.pt is written after each. 0: last.pt only."""
+    keep_last: int = 0
+    """Keep only so many numbered checkpoints, the newest; 0 keeps all."""
     save_minutes: float = 15.0
     """Write last.pt at least this often within an epoch, in minutes."""
     log_interval: int = 10
@@ -185,7 +187,7 @@ class PretrainConfig:
         least |= {"head_bottleneck_dim": 1, "sinkhorn_iterations": 1}
         for name in ("queue_size", "queue_start_epoch", "bn_split", "local_crops_number"):
             least[name] = 0
-        for name in ("saveckp_freq", "save_minutes", "knn_freq", "seed", "lr", "clip_grad"):
+        for name in ("saveckp_freq", "keep_last", "save_minutes", "knn_freq", "seed", "lr", "clip_grad"):
             least[name] = 0
         for name, bound in least.items():
             _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")

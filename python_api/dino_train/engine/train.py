@@ -283,6 +283,9 @@ class Run:
         epoch, within = divmod(self.step, self.steps_per_epoch)
         if self.config.saveckp_freq and not within and epoch and epoch % self.config.saveckp_freq == 0:
             checkpoint.save(state, folder / f"checkpoint{epoch:04d}.pt")  # first: a resumed run does not repeat it
+            if self.config.keep_last:
+                for path in checkpoint.numbered(folder)[: -self.config.keep_last]:
+                    path.unlink(missing_ok=True)
         checkpoint.save(state, folder / checkpoint.LAST, previous=folder / checkpoint.PREVIOUS)
         if not self.config_is_written:  # of a resumed run not before: its settings are then those of the checkpoint
             self._write_config()
