@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.common.scale import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.config.pretrain import EMBEDDED_DATA, PretrainConfig
 from dino_train.data.folder import ImageFolder
 from dino_train.data.loader import CropLoader

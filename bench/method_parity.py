@@ -20,8 +20,7 @@ import torch.distributed as dist
 from dino_train.config.presets import recipe
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine.learner import Learner
-from dino_train.models import vit
-from dino_train.models.resnet import ResNet
+from dino_train.models.resnet import RESNETS, ResNet
 from method_peers import PUBLIC, Classifier, available, on_cpus
 from torch import Tensor
 
@@ -121,7 +120,7 @@ def main() -> None:
     if not names:
         parser.error(f"{folder} has none of {', '.join(clone for clone, _ in PUBLIC.values())}")
     on_cpus()
-    vit.resnet50 = lambda: ResNet(BLOCKS)
+    RESNETS["resnet50"] = lambda channels: ResNet(BLOCKS)
     print(f"| method | losses of {STEPS} steps | loss, first step | weights | loss, last step | weights |")
     print("|---|---|--:|--:|--:|--:|")
     for name in names:

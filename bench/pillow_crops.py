@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.common.scale import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.data.folder import ImageFolder
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor

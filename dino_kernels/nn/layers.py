@@ -112,14 +112,14 @@ class Mlp(nn.Module):
 class PatchEmbed(nn.Module):
     """out = proj(image), a convolution of stride p without overlap, as one product over the patches of all images.
 
-    Parameters: those of proj, a Conv2d of 3 channels, weight [C, 3, p, p] and bias [C].
+    Parameters: those of proj, a Conv2d, weight [C, channels, p, p] and bias [C].
     """
 
     copies: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, patch_size: int, embed_dim: int):
+    def __init__(self, patch_size: int, embed_dim: int, channels: int = 3):
         super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(channels, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def use_copies(self, copy_of: _CopyOf) -> None:
         assert self.proj.bias is not None
@@ -129,7 +129,8 @@ class PatchEmbed(nn.Module):
         """Tokens of all patches, row by row, image by image.
 
         Args:
-            images: at least one tensor [B, 3, h, w], of any mix of sizes; pixels past the last whole patch are ignored.
+            images: at least one tensor [B, channels, h, w], of any mix of sizes; pixels past the last whole patch are
+                ignored.
 
         Returns:
             [patches of all images, C]; of the dtype of images, with copies of theirs.
@@ -137,19 +138,21 @@ class PatchEmbed(nn.Module):
         Raises:
             ValueError: a tensor has another shape, or an image is smaller than a patch.
         """
-        p = self.proj.kernel_size[0]
+        p, channels = self.proj.kernel_size[0], self.proj.in_channels
         if not images:
             raise ValueError("images must be at least one tensor, got none")
         for group in images:
-            if group.ndim != 4 or group.shape[1] != 3 or min(group.shape[2:]) < p:
-                raise ValueError(f"images must have shape [B, 3, h, w] with h, w >= {p}, got {list(group.shape)}")
+            if group.ndim != 4 or group.shape[1] != channels or min(group.shape[2:]) < p:
+                raise ValueError(
+                    f"images must have shape [B, {channels}, h, w] with h, w >= {p}, got {list(group.shape)}"
+                )
         grids = [(len(group), group.shape[2] // p, group.shape[3] // p) for group in images]
         counts = [math.prod(grid) for grid in grids]
         dtype = images[0].dtype if self.copies is None else self.copies[0].dtype
-        patches = images[0].new_empty(sum(counts), 3 * p * p, dtype=dtype)
+        patches = images[0].new_empty(sum(counts), channels * p * p, dtype=dtype)
         for group, (n, rows, columns), to in zip(images, grids, patches.split(counts), strict=True):
             cut = group[..., : rows * p, : columns * p].unflatten(3, (columns, p)).unflatten(2, (rows, p))
-            to.view(n, rows, columns, 3, p, p).copy_(cut.permute(0, 2, 4, 1, 3, 5))
+            to.view(n, rows, columns, channels, p, p).copy_(cut.permute(0, 2, 4, 1, 3, 5))
         return _linear(patches, self.proj.weight, self.proj.bias, self.copies)
 
 

@@ -80,7 +80,7 @@ class CropKind:
     scale: tuple[float, float]
     blur: float
     solarize: float
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter: tuple[float, ...] = (0.4, 0.4, 0.2, 0.1)
     jitter_probability: float = 0.8
     grayscale: float = 0.2
     flip: float = 0.5

@@ -1,4 +1,4 @@
-"""The command line: dino-train pretrain | pack | embed | evaluate <protocol> | compare | export | --version."""
+"""The command line: dino-train pretrain | stats | pack | embed | evaluate <protocol> | compare | export | --version."""
 
 import importlib
 import json
@@ -13,11 +13,13 @@ import tyro
 
 from dino_train import __version__
 from dino_train.common import checkpoint
+from dino_train.common.files import atomic
 from dino_train.config.options import WeightsOptions
 from dino_train.config.presets import METHOD_DEFAULTS, PRESETS, recipe
 from dino_train.config.pretrain import PretrainConfig, default_workers
 from dino_train.data.folder import ImageFolder
 from dino_train.data.pack import pack
+from dino_train.data.stats import channels_of, measure
 from dino_train.engine.compare import Compare
 from dino_train.engine.train import Interrupted, NonFiniteLoss, pretrain
 from dino_train.evaluate.attention import Attention
@@ -122,12 +124,38 @@ class Pack:
         print(f"{count} of {len(images)} images in {self.out}, {self.out.stat().st_size / 1e6:.1f} MB")
 
 
+@dataclass
+class Stats:
+    """What a set of images holds: channels, depth, range, mean and deviation, sizes, unreadable files and near
+    duplicates. The file is what `pretrain --stats` takes."""
+
+    data: Path
+    """Folder, .zip or .tar of images."""
+    channels: int | None = None
+    """Channels that an image is read as. Default: as many as the first image has, of gray and RGB 3."""
+    out: Path = Path("stats.json")
+    """File to write."""
+    num_workers: int = field(default_factory=default_workers)
+    """Threads."""
+
+    def run(self) -> None:
+        images = ImageFolder(self.data)
+        images.log_notes()
+        stats = measure(images, self.channels or channels_of(images), self.num_workers)
+        with atomic(self.out) as temporary:
+            temporary.write_text(json.dumps(stats.plain(), indent=2) + "\n")
+        print("\n".join(stats.lines()))
+        print(f"wrote {self.out}, for dino-train pretrain --stats {self.out} --data {self.data}")
+
+
 @dataclass(frozen=True)
 class Pretrain(PretrainConfig):
     """Complete DINO pretraining. Defaults are the reference's; --preset demo learns something in minutes."""
 
     config: Path | None = None
     """File of settings under their names here, JSON (config.json of a run is one) or YAML; flags beside it win."""
+    stats: Path | None = None
+    """File of `dino-train stats`: channels, value_range, mean and std of the images; flags beside it win."""
 
     def run(self) -> None:
         pretrain(self)
@@ -179,15 +207,16 @@ def _defaults(argv: Sequence[str]) -> PretrainConfig:
     return _Pretrain(**recipe(method or None, preset)) if known else _Pretrain()
 
 
+_MEASURED = ("channels", "value_range", "mean", "std")
 # Of the machine or of the call, not of the run.
-_NOT_RESUMED = (*_SINGLE, "config", "output_dir", "num_workers")
+_NOT_RESUMED = (*_SINGLE, "config", "stats", "output_dir", "num_workers")
 
 
 def _expanded(argv: list[str]) -> list[str]:
     """With the settings of the run that --resume continues, then those of --config, before the flags that are given."""
     if argv[:1] != ["pretrain"]:
         return argv
-    given = _values(argv, output_dir="", config="", preset="")
+    given = _values(argv, output_dir="", config="", preset="", stats="")
     stated = _settings(Path(given["config"])) if given["config"] else {}
     folder = Path(given["output_dir"] or stated.get("output_dir", PretrainConfig.output_dir))
     saved = {}
@@ -200,7 +229,12 @@ def _expanded(argv: list[str]) -> list[str]:
     words = _flags({name: value for name, value in saved.items() if name in known})
     if saved and given["preset"] in PRESETS and given["preset"] != saved.get("preset"):
         words += _flags(recipe(None, given["preset"]))
-    words += _flags({name: value for name, value in stated.items() if name not in (*_SINGLE, "config")})
+    words += _flags({name: value for name, value in stated.items() if name not in (*_SINGLE, "config", "stats")})
+    if given["stats"]:
+        measured = _settings(Path(given["stats"]))
+        if missing := [name for name in _MEASURED if name not in measured]:
+            raise ValueError(f"{given['stats']} has no {missing[0]}: expected a file of dino-train stats")
+        words += _flags({name: measured[name] for name in _MEASURED})
     return ["pretrain", *words, *argv[1:]]
 
 
@@ -280,6 +314,7 @@ def _run(argv: Sequence[str]) -> int:
     command = (
         Annotated[_Pretrain, tyro.conf.subcommand("pretrain", default=_defaults(argv))]
         | Annotated[_marked(Pack, data=_alias("--data-path")), tyro.conf.subcommand("pack")]
+        | Annotated[_marked(Stats, data=_alias("--data-path")), tyro.conf.subcommand("stats")]
         | Annotated[_marked(Embed, data=_alias("--data-path"), json=_single), tyro.conf.subcommand("embed")]
         | _Evaluate
         | Annotated[

@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 from dino_train.data.decode import UnreadableImage, decode, jpeg_size
-from dino_train.data.folder import SUFFIXES, DataError, ImageFolder, pretraining_split, split
+from dino_train.data.folder import DEEP_SUFFIXES, SUFFIXES, DataError, ImageFolder, pretraining_split, split
 from pictures import fill, save, zip_of
 from PIL import Image
 
@@ -73,10 +73,11 @@ def test_modes_and_formats(tmp_path, name):
 
 
 @pytest.mark.parametrize(("suffix", "dtype"), [("png", "<u2"), ("tiff", "<u2"), ("tiff", ">u2"), ("tiff", "i4")])
-def test_16_bit_gray_keeps_its_high_byte(tmp_path, suffix, dtype):
-    gray = np.array([[0, 255, 256, 300], [511, 32768, 65279, 65535]])
-    save(tmp_path / f"a.{suffix}", Image.fromarray(gray.astype(dtype)))
-    assert np.array_equal(loaded(tmp_path)[..., 0], gray // 256)
+def test_gray_of_12_or_16_bits_by_itself_uses_its_own_range(tmp_path, suffix, dtype):
+    for low, high in ((0, 65535), (0, 4095), (1000, 1255)):
+        gray = np.linspace(low, high, 8).round().reshape(2, 4)
+        save(tmp_path / f"a.{suffix}", Image.fromarray(gray.astype(dtype)))
+        assert np.array_equal(loaded(tmp_path)[..., 0], np.round((gray - low) * (255 / (high - low))))
 
 
 def test_float_and_32_bit_gray_are_scaled_to_8_bits(tmp_path):
@@ -289,7 +290,7 @@ def test_missing_and_unsuitable_paths(tmp_path, monkeypatch):
     kinds = "expected a folder of images, or a .zip or .tar of one"
     assert message(text) == f"{text} is neither a folder nor a zip nor a tar: {kinds}"
     assert message(cut) == f"{cut} is a damaged zip (File is not a zip file): copy or download it again"
-    looked = f"looked for {' '.join(SUFFIXES)} in it and its subfolders, found"
+    looked = f"looked for {' '.join(SUFFIXES + DEEP_SUFFIXES)} in it and its subfolders, found"
     assert message(bare) == f"no images in {bare}: {looked} no files"
     (bare / "sub").mkdir()
     for name in ("a.txt", "sub/b.TXT", "c.csv", "LICENSE", ".hidden.png"):

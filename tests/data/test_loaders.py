@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.common.scale import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.common.views import eval_transform, to_tensor
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.data import loader as loader_module
 from dino_train.data.folder import DataError, ImageFolder
@@ -22,9 +23,7 @@ from dino_train.data.loader import (
     BadImages,
     CropLoader,
     eval_loader,
-    eval_transform,
     require_batch,
-    to_tensor,
 )
 from pictures import fill, save, zip_of
 from PIL import Image

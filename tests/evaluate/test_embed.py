@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dino_train.cli import main
-from dino_train.data.loader import eval_transform
+from dino_train.common.views import eval_transform
 from dino_train.evaluate import embed, features
 from dino_train.evaluate.embed import without_self
 from dino_train.evaluate.features import Features

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from dino_train.data.loader import to_tensor
+from dino_train.common.views import to_tensor
 from dino_train.evaluate.copy_detection import Whitening, block_precisions, class_and_gem
 from dino_train.evaluate.features import Features
 from dino_train.models.vit import vit

@@ -5,14 +5,16 @@ import pytest
 import torch
 from dino_train.cli import main
 from dino_train.common import checkpoint
+from dino_train.common.views import eval_transform
 from dino_train.data.folder import ImageFolder
-from dino_train.data.loader import eval_transform
 from dino_train.evaluate.images import RandomCrop, training_loader
 from dino_train.evaluate.linear import Probes, block_features, cosine, n_features
 from dino_train.models.vit import vit
 from PIL import Image
 from tiny_run import colored_classes, error_of, evaluate, tiny_checkpoint
 from torch import nn
+
+from dino_kernels import PixelScale
 
 
 @pytest.fixture
@@ -188,7 +190,7 @@ def test_random_crops_depend_only_on_the_key(tmp_path):
 
 def test_distribution_of_random_crops():
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (200, 1))).convert("RGB")
-    crop = RandomCrop(32, seed=0)
+    crop = RandomCrop(32, 0, PixelScale())
     rows = np.stack([(crop(ramp, (0, i))[0, 16] * 0.229 + 0.485).numpy() * 255 for i in range(400)])
     slopes = rows[:, -1] - rows[:, 0]
     assert 0.4 < (slopes < 0).mean() < 0.6  # horizontal flips

@@ -4,7 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from dino_train.data.loader import to_tensor
+from dino_train.common.views import to_tensor
 from dino_train.evaluate.metrics import average_precision, mean_average_precision
 from dino_train.evaluate.retrieval import load_ground_truth, multi_scale, shrink
 from dino_train.models.weights import load_trained

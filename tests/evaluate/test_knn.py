@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from dino_train.cli import main
+from dino_train.common.views import eval_transform
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.data.folder import ImageFolder
-from dino_train.data.loader import BadImages, eval_transform
+from dino_train.data.loader import BadImages
 from dino_train.evaluate import features, knn
 from dino_train.evaluate.features import Features, extract
 from dino_train.evaluate.knn import extract_features, knn_accuracy, knn_top, nearest, recall_at_1, view_retrieval, vote

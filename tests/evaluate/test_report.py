@@ -130,10 +130,10 @@ def test_attention_is_of_the_image_not_of_its_thumbnail(run, monkeypatch):
     seen = []
     original = report.attention_of
     monkeypatch.setattr(
-        report, "attention_of", lambda b, image, size: seen.append((image, size)) or original(b, image, size)
+        report, "attention_of", lambda b, view, size, scale: seen.append((view, size)) or original(b, view, size, scale)
     )
     images = ImageFolder(EMBEDDED_DATA).subset([0])
-    images.load = lambda i: Image.new("RGB", (500, 450))
+    images.view = lambda i: Image.new("RGB", (500, 450))
     (cells,) = report.attention_rows(trained, images)
     assert seen[0][0].size == (400, 400) and seen[0][1] == 400 and len(cells) == 2 + 3
 

@@ -103,9 +103,9 @@ class Double(TorchDispatchMode):
 
         crop = loader.multicrop_packed
 
-        def multicrop_packed(pixels: Tensor, places: Any, crops: Any, out: list[Tensor]) -> None:
+        def multicrop_packed(pixels: Tensor, places: Any, crops: Any, out: list[Tensor], *, scale: Any) -> None:
             with torch._C.DisableTorchFunction():
-                crop(pixels, places, crops, out)  # not seen by the dispatcher
+                crop(pixels, places, crops, out, scale=scale)  # not seen by the dispatcher
             self._use("multicrop_packed", [pixels], out)
 
         with ExitStack() as stack:

@@ -27,7 +27,7 @@ from dino_train.engine.train import NonFiniteLoss, pretrain
 from dino_train.evaluate.features import extract
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.knn import view_retrieval
-from dino_train.models.resnet import ResNet
+from dino_train.models.resnet import RESNETS, ResNet
 from double import Double, Misuse
 from tiny_run import assert_same, final_weights, make_images
 
@@ -233,7 +233,7 @@ def test_a_resnet_runs_channels_last_with_tuned_convolutions_in_a_graph(config, 
     config = replace(config, arch="resnet50", optimizer="lars")
     crops, layouts, tuned, results, graphs = [torch.randn(8, 3, size, size) for size in (64, 64, 32)], [], [], [], []
     monkeypatch.setattr(Double, "tune_convolutions", lambda self: tuned.append(self))
-    monkeypatch.setattr("dino_train.models.vit.resnet50", lambda: ResNet((1, 1, 1, 1)))
+    monkeypatch.setitem(RESNETS, "resnet50", lambda channels: ResNet((1, 1, 1, 1)))
     for gpu in (True, False):
         torch.manual_seed(0)
         with Double().installed() if gpu else nullcontext():

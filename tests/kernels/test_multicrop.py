@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from bench_multicrop import STEPS, only
+from dino_train.common.views import to_tensor
 from dino_train.config.pretrain import PretrainConfig
-from dino_train.data.loader import to_tensor
 from PIL import Image
 from pillow_crops import pillow_levels
 from test_multicrop_triton import crop_row, picture

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from dino_train.data.loader import eval_transform
+from dino_train.common.views import eval_transform
 from dino_train.models.export import export
 from dino_train.models.resnet import resnet50
 from dino_train.models.vit import vit

@@ -391,7 +391,7 @@ def test_model_is_head_of_backbone():
 
 def test_convnet_has_one_forward_per_run_of_equal_sizes():
     class Backbone(nn.Module):
-        seen = []
+        seen, channels = [], 3
 
         def forward(self, x):
             self.seen.append(tuple(x.shape))
@@ -427,7 +427,7 @@ def test_bad_input_messages():
         convnet = small_model("resnet50", use_bn_in_head=True, patch_size=7)  # ignored by a ResNet
     assert convnet.head.mlp[0].in_features == 2048 and isinstance(convnet.head.mlp[1], nn.BatchNorm1d)
     for call in (nano(), nano().features, nano().attention, lambda x: small_model()([x]), lambda x: convnet([x])):
-        with pytest.raises(ValueError, match=r"\[B, 3, height, width\], got \[2, 1, 32, 32\].*RGB"):
+        with pytest.raises(ValueError, match=r"\[B, 3, height, width\], got \[2, 1, 32, 32\].*these channels"):
             call(gray)
     with pytest.raises(ValueError, match=r"got \[3, 32, 32\]"):
         nano()([torch.zeros(3, 32, 32)])

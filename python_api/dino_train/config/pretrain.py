@@ -1,14 +1,17 @@
 """Every setting of pretraining, typed, documented and checked."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from dino_kernels import CropKind
+from dino_kernels import CropKind, PixelScale
 from dino_train.common.device import gpu_of
+from dino_train.common.scale import pixel_scale
 from dino_train.config.presets import METHODS, PRESET_NAMES, READ_BY
 from dino_train.models.resnet import RESNETS
 from dino_train.models.vit import ARCHS
@@ -137,6 +140,17 @@ class PretrainConfig:
     freeze_patch_embed: bool = False
     """Do not train a ViT's patch embedding: steadier for contrastive methods (MoCo v3, arXiv 2104.02057, section 4)."""
 
+    channels: int = 3
+    """Channels of an image, 1 to 16. 3: RGB, to which gray is repeated."""
+    value_range: tuple[float, ...] = ()
+    """Values of a pixel that are black and white: two numbers, or two for each channel. Default: 0 and 255; of images
+    of more bits, their own range, which is measured before the first step."""
+    mean: tuple[float, ...] = ()
+    """Mean of a pixel as a fraction of value_range, of all channels or of each. Default: ImageNet's for 8-bit RGB, else
+    as measured."""
+    std: tuple[float, ...] = ()
+    """Its standard deviation, likewise."""
+
     global_crops_scale: tuple[float, float] = (0.4, 1.0)
     """Range of a global crop's area, as a fraction of the image."""
     global_crops_size: int = 224
@@ -152,7 +166,24 @@ class PretrainConfig:
     """dino: blur as in the paper, with probability 1, 0.1 and 0.5 for the first global, the second and a local crop.
     dinov2: as DINOv2 and DINOv3 were released, which take 1 - p for it: 0, 0.9 and 0.5. small: no blur, which leaves
     little of images of few pixels. mocov2, swav: blur with probability 0.5 in all crops, no solarize, stronger jitter
-    of saturation (mocov2) or of all colors (swav)."""
+    of saturation (mocov2) or of all colors (swav). What follows changes it."""
+    jitter: tuple[float, ...] = ()
+    """By how much brightness, contrast, saturation and hue vary; 0 0 0 0 turns it off. Images of other channels than
+    RGB vary in the first two."""
+    jitter_probability: float = 0.8
+    """Probability of jitter."""
+    grayscale: float | None = None
+    """Probability of grayscale. Default: 0.2 of RGB."""
+    blur: tuple[float, ...] = ()
+    """Probabilities of blur of the first global crop, the second and a local one."""
+    solarize: tuple[float, ...] = ()
+    """Probabilities of solarize, likewise; of RGB."""
+    flip: float = 0.5
+    """Probability that left and right change places."""
+    vertical_flip: float = 0.0
+    """Probability that top and bottom change places, for images without an up."""
+    turn: bool = False
+    """Turn crops by 0, 90, 180 or 270 degrees, each as often."""
 
     saveckp_freq: int = 20
     """Keep a numbered checkpoint every so many epochs; last.pt is written after each. 0: last.pt only."""
@@ -206,6 +237,7 @@ class PretrainConfig:
             f"a divisor of batch_size_per_gpu {self.batch_size_per_gpu}",
         )
         self._check_method()
+        self._check_pixels()
         if self.arch in RESNETS:
             _require(not self.checkpoint_activations, "checkpoint_activations", True, "false: it is for ViTs")
         else:
@@ -245,6 +277,20 @@ class PretrainConfig:
             not (self.freeze_patch_embed and self.arch in RESNETS), "freeze_patch_embed", True, "false for a convnet"
         )
 
+    def _check_pixels(self) -> None:
+        _ = self.scale  # raises
+        for name, count in (("jitter", 4), ("blur", 3), ("solarize", 3)):
+            values = getattr(self, name)
+            _require(len(values) in (0, count) and all(0 <= x <= 1 for x in values), name, values, f"{count} in [0, 1]")
+        _require(len(self.jitter) < 4 or self.jitter[3] <= 0.5, "jitter", self.jitter, "of a hue of at most 0.5")
+        for name in ("jitter_probability", "grayscale", "flip", "vertical_flip"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value <= 1, name, value, "from 0 to 1")
+        if self.channels != 3:
+            of_rgb = {"jitter of saturation and hue": self.jitter[2:], "grayscale": self.grayscale or ()}
+            for name, values in {**of_rgb, "solarize": self.solarize}.items():
+                _require(not np.any(values), name, values, f"0: it is for RGB, and channels is {self.channels}")
+
     def dtype(self, device: torch.device) -> torch.dtype:
         """What `precision` is on a device."""
         low = gpu_of(device) is not None if self.precision == "auto" else self.precision == "bfloat16"
@@ -253,14 +299,32 @@ class PretrainConfig:
     @property
     def crop_kinds(self) -> tuple[CropKind, ...]:
         """Of the crops of an image, in their order: the two global ones, then the local ones (main_dino.py:419-456)."""
-        jitter, *probabilities = _AUGMENTATIONS[self.augmentation]
-        first, second, local = (
-            {"blur": blur, "solarize": solarize, "jitter": jitter}
-            for blur, solarize in zip(*probabilities, strict=True)
+        jitter: tuple[float, ...]
+        jitter, blurs, solarizes = _AUGMENTATIONS[self.augmentation]
+        jitter, grayscale = tuple(self.jitter or jitter), 0.2 if self.grayscale is None else self.grayscale
+        if self.channels != 3:
+            jitter, grayscale, solarizes = (*jitter[:2], 0.0, 0.0), 0.0, (0.0,) * 3
+        same: dict[str, Any] = {
+            "jitter": jitter,
+            "jitter_probability": self.jitter_probability,
+            "grayscale": grayscale,
+            "flip": self.flip,
+            "vertical_flip": self.vertical_flip,
+            "turn": self.turn,
+        }
+        kinds: Iterator[dict[str, Any]] = (
+            {"blur": blur, "solarize": solarize, **same}
+            for blur, solarize in zip(self.blur or blurs, self.solarize or solarizes, strict=True)
         )
+        first, second, local = kinds
         both = self.global_crops_size, self.global_crops_scale
         small = CropKind(self.local_crops_size, self.local_crops_scale, **local)
         return (CropKind(*both, **first), CropKind(*both, **second), *[small] * self.local_crops_number)
+
+    @property
+    def scale(self) -> PixelScale:
+        """What the values of the images mean, and how they are normalized."""
+        return pixel_scale(self.channels, self.value_range, self.mean, self.std)
 
     def plain(self) -> dict[str, Any]:
         """As plain values, which a checkpoint holds and `torch.load(weights_only=True)` reads; paths are absolute."""

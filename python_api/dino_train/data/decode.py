@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,6 +17,9 @@ except ImportError:  # Pillow decodes the same pixels, more slowly
 
 # Pillow warns about large images and damaged EXIF; relevant problems are reported as unreadable images.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+T = TypeVar("T")
 
 
 class UnreadableImage(ValueError):
@@ -32,9 +36,9 @@ class UnreadableImage(ValueError):
 def decode(data: bytes) -> np.ndarray:
     """Pixels of an image file: uint8 [H, W, 3], RGB.
 
-    The EXIF orientation is applied (the reference ignores it). Alpha is dropped, as in Pillow's convert("RGB"). 16-bit
-    gray keeps its high byte; float gray, and integer gray of more than 16 bits, is scaled from its finite
-    minimum..maximum to 0..255. Almost any exception may be raised: see `reason`.
+    The EXIF orientation is applied (the reference ignores it). Alpha is dropped, as in Pillow's convert("RGB"). Gray of
+    more than 8 bits is scaled from its own finite minimum..maximum to 0..255 (a set of such images is read by
+    `decode_deep`). Almost any exception may be raised: see `reason`.
     """
     if jpeg_size(data):
         with suppress(ValueError):  # Pillow reports damage, or accepts the file
@@ -83,21 +87,20 @@ def _has_exif(data: bytes) -> bool:
 
 def load_file(path: Path) -> Image.Image:
     """One image file, decoded; raises UnreadableImage."""
-    return Image.fromarray(decoded(str(path), path.read_bytes))
+    return Image.fromarray(decoded(str(path), path.read_bytes, decode))
 
 
-def decoded(name: str, read: Callable[[], bytes]) -> np.ndarray:
-    """`decode` of the bytes that `read` returns; any exception is raised as an UnreadableImage of that name."""
+def decoded(name: str, read: Callable[[], bytes], decoder: Callable[[bytes], T]) -> T:
+    """What the decoder makes of the bytes that `read` returns; any exception is raised as an UnreadableImage of that
+    name."""
     try:
-        return decode(read())
+        return decoder(read())
     except Exception as error:  # damaged files raise almost any exception: struct.error, zlib.error, ...
         raise UnreadableImage(name, reason(error)) from error
 
 
 def _to_8_bit(gray: np.ndarray) -> np.ndarray:
     """Gray of more than 8 bits [H, W] to uint8."""
-    if gray.dtype.kind != "f" and gray.min() >= 0 and gray.max() <= 65535:
-        return (gray >> 8).astype(np.uint8)
     gray = gray.astype(np.float64)
     finite = gray[np.isfinite(gray)]
     if not finite.size:

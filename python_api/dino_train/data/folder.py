@@ -20,7 +20,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dino_train.data.decode import decoded
+from dino_kernels import PixelScale
+from dino_train.common.views import View, as_picture
+from dino_train.data.decode import decode, decoded
+from dino_train.data.deep import load_view
 from dino_train.data.tar_index import Store
 
 # Pictures that Pillow reads; no documents (PDF, EPS), films, icons and formats of scientific data.
@@ -29,6 +32,8 @@ SUFFIXES = (
     *(".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
     *(".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".tga", ".pcx", ".qoi", ".sgi", ".psd"),
 )
+# Taken where there are none of these.
+DEEP_SUFFIXES = (".npy", ".dcm", ".dicom")
 # Of systems and other programs, in lower case. Images in folders of _JUNK are counted, since they look like data.
 _HIDDEN = {"__macosx", "thumbs.db", "desktop.ini"}
 _JUNK = {
@@ -77,23 +82,26 @@ class ImageFolder:
     names: sorted POSIX paths below the (innermost) root. prefix: that root below `path`, empty or ending in a slash.
     classes: sorted names of the first folder level if every image is in a folder and there are at least two
     folders, else []. labels: index into `classes` of each image, or None without classes.
+    scale: what the values of the images mean; 8-bit RGB unless `scaled` says otherwise.
     notes: what of the data is not used, and how much, a line each.
     Reading is thread-safe.
     Raises DataError if `path` is missing, none of the three kinds, damaged, or contains no image.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self.notes = Path(path), list[str]()
+        self.path, self.notes, self.scale = Path(path), list[str](), PixelScale()
         listed, self._read = self._open()
         files = [file for file in listed if not any(map(_is_hidden, file.split("/")))]
         places = [next((part for part in file.split("/") if part.lower() in _JUNK), None) for file in files]
         junk = Counter(place for file, place in zip(files, places, strict=True) if place and _is_image(file))
         files = [file for file, place in zip(files, places, strict=True) if not place]
-        names = sorted(filter(_is_image, files))
-        others = Counter(_suffix(file) or "no suffix" for file in files if not _is_image(file))
+        names = sorted(filter(_is_image, files)) or sorted(file for file in files if _suffix(file) in DEEP_SUFFIXES)
+        taken = set(names)
+        others = Counter(_suffix(file) or "no suffix" for file in files if file not in taken)
         if not names:
             raise DataError(
-                f"no images in {self.path}: looked for {' '.join(SUFFIXES)} in it and its subfolders, found "
+                f"no images in {self.path}: looked for {' '.join(SUFFIXES + DEEP_SUFFIXES)} in it and its subfolders, "
+                "found "
                 + (f"{others.total()} files: {_listed(others)}" if others else "no files")
                 + (" (shards in a folder are for pretrain: to read one in place, pass it)" if ".tar" in others else "")
                 + "".join(f"; {note}" for note in self.notes)
@@ -118,11 +126,21 @@ class ImageFolder:
 
     def pixels(self, i: int) -> np.ndarray:
         """Image i: uint8 [H, W, 3], RGB; see `decode`. Raises UnreadableImage, whose name is the path below `path`."""
-        return decoded(*self._candidate(i))
+        return decoded(*self._candidate(i), decode)
+
+    def view(self, i: int) -> View:
+        """Image i as evaluations see it; raises UnreadableImage."""
+        return decoded(*self._candidate(i), partial(load_view, scale=self.scale))
 
     def load(self, i: int) -> Image.Image:
-        """Image i as a `PIL.Image`."""
-        return Image.fromarray(self.pixels(i))
+        """Image i as a `PIL.Image`, RGB, to be looked at."""
+        return as_picture(self.view(i))
+
+    def scaled(self, scale: PixelScale) -> "ImageFolder":
+        """The same images of another scale."""
+        view = copy.copy(self)
+        view.scale = scale
+        return view
 
     def read(self, i: int) -> bytes:
         """The bytes of the file of image i; almost any exception may be raised."""

@@ -23,21 +23,23 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dino_kernels import CropKind, draw_crops, multicrop, multicrop_packed
+from dino_kernels import CropKind, PixelScale, draw_crops, multicrop, multicrop_packed
 from dino_train.common.device import Event, Gpu, gpu_of
-from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.common.views import View, eval_transform
 from dino_train.data.decode import UnreadableImage, decode, decode_smaller, jpeg_size, reason
+from dino_train.data.deep import decode_deep
 from dino_train.data.folder import DataError, ImageFolder, Sample
 from dino_train.data.threads import Threads, in_order
 
 STALL_SECONDS = 60.0  # a file that takes longer to read is skipped
 
-# [3, 256]; numpy, because torch would start its own thread pool in each of our threads
-_MEAN, _STD = (np.array([values], np.float32).T for values in (IMAGENET_MEAN, IMAGENET_STD))
-_NORMALIZED = (np.arange(256, dtype=np.float32) / 255 - _MEAN) / _STD
+_DTYPES = {
+    np.dtype(np.uint8): torch.uint8,
+    np.dtype(np.uint16): torch.uint16,
+    np.dtype(np.float32): torch.float32,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ class _Row:
     """One image of a batch."""
 
     sample: Sample
-    views: list[Tensor]  # [1, 3, size, size] each; empty if a GPU computes the crops
+    views: list[Tensor]  # [1, C, size, size] each; empty if a GPU computes the crops
     attempt: _Attempt = field(default_factory=_Attempt)
     slow: set[str] = field(default_factory=set)  # images that were not read in time
     bad: Bad = field(default_factory=list)  # images that could not be read
@@ -112,7 +114,7 @@ class _DeviceBatch:
 
     def __init__(self, gpu: Gpu, crops: list[Tensor]) -> None:
         self.gpu, self.crops = gpu, crops
-        self.pixels = gpu.pinned(0)
+        self.pixels = gpu.pinned(0)  # bytes
         self.copied: Event | None = None  # after it, the host may overwrite the pixels
         self.made: Event | None = None  # after it, the crops are complete
         self.used = gpu.record()  # after it, the crops may be overwritten
@@ -122,17 +124,19 @@ class _DeviceBatch:
         if self.copied:
             self.copied.synchronize()
         sizes = [row.image.size for row in rows]
-        if sum(sizes) > len(self.pixels):
-            self.pixels = self.gpu.pinned(sum(sizes) * 5 // 4)
+        dtype = np.result_type(*(row.image for row in rows))
+        if (need := sum(sizes) * dtype.itemsize) > len(self.pixels):
+            self.pixels = self.gpu.pinned(need * 5 // 4)
+        pixels = self.pixels[:need].view(_DTYPES[dtype])
         starts = np.cumsum([0, *sizes])
         for row, start, size in zip(rows, starts, sizes, strict=False):
-            self.pixels[start : start + size] = torch.from_numpy(row.image.reshape(-1))
+            pixels[start : start + size] = torch.from_numpy(row.image.reshape(-1).astype(dtype, copy=False))
         places = [(start, *row.image.shape[:2]) for row, start in zip(rows, starts, strict=False)]
-        return self.pixels[: sum(sizes)], np.array(places, np.int64)
+        return pixels, np.array(places, np.int64)
 
 
 class CropLoader:
-    """Iterating yields ([B, 3, size, size] of each kind, newly found unreadable images) for each step.
+    """Iterating yields ([B, C, size, size] of each kind, newly found unreadable images) for each step.
 
     A batch is valid until the next one is requested. An unreadable image is replaced by the next candidate of the
     sample; it is decoded and reported only once. An image that takes longer than STALL_SECONDS to read is replaced in
@@ -146,8 +150,9 @@ class CropLoader:
         start_step, total_steps: the steps start_step .. total_steps - 1 are yielded.
         num_workers: number of threads.
         rank, ranks: this process gets 1 / ranks of every batch.
-        dtype: of the crops: float32, float16 or bfloat16, normalized with ImageNet's mean and standard deviation.
+        dtype: of the crops: float32, float16 or bfloat16.
         device: device of the crops. A GPU computes them from the uploaded decoded images.
+        scale: what the values of the images mean, and how they are normalized.
         scaled_decode: decode a JPEG at reduced size if all of its crops are still downscaled from that size.
 
     On a GPU, crops are computed in a separate stream, one batch ahead of the step if its images are decoded in time.
@@ -171,9 +176,11 @@ class CropLoader:
         ranks: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        scale: PixelScale | None = None,
         scaled_decode: bool = False,
     ) -> None:
         require_batch(len(images), batch_size)
+        self.scale = scale or PixelScale()
         self.kinds, self.seed, self.num_workers, self.scaled_decode = kinds, seed, num_workers, scaled_decode
         self.device, self.dtype, self.rows = torch.device(device), dtype, batch_size // ranks
         self._gpu = gpu_of(self.device)
@@ -239,7 +246,7 @@ class CropLoader:
             begun.append(slot)
 
     def _empty_crops(self) -> list[Tensor]:
-        shapes = [(self.rows, 3, kind.size, kind.size) for kind in self.kinds]
+        shapes = [(self.rows, self.scale.channels, kind.size, kind.size) for kind in self.kinds]
         return [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
 
     def _finish(self, slot: _Slot, batch: _DeviceBatch | None = None, stream: object = None) -> Bad:
@@ -252,7 +259,7 @@ class CropLoader:
                 on_device = batch.gpu.upload(pixels)
                 batch.copied = batch.gpu.record()
                 batch.gpu.wait(batch.used)
-                multicrop_packed(on_device, places, table, batch.crops)
+                multicrop_packed(on_device, places, table, batch.crops, scale=self.scale)
                 batch.made = batch.gpu.record()
         slot.rows = []
         return bad
@@ -301,11 +308,12 @@ class CropLoader:
         if self._gpu is not None:
             row.image, row.table = image, crops
         else:
-            multicrop([image], crops[None], row.views, threads=1)
+            multicrop([image], crops[None], row.views, scale=self.scale, threads=1)
 
     def _decode(self, data: bytes, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """Pixels of an image and the table of its crops."""
-        if self.scaled_decode and (size := jpeg_size(data)):
+        rgb = self.scale.is_8_bit_rgb
+        if rgb and self.scaled_decode and (size := jpeg_size(data)):
             crops = self._draw(sample, size)
             sides = crops["box"][:, 2:] - crops["box"][:, :2]
             shrink = (sides.min(1) / crops["size"]).min()
@@ -313,7 +321,7 @@ class CropLoader:
                 with suppress(ValueError):  # decode() below reports the error
                     image = decode_smaller(data, shrink)
                     return image, _shrunk(crops, size, image)
-        image = decode(data)
+        image = decode(data) if rgb else decode_deep(data, self.scale.channels)
         return image, self._draw(sample, image.shape[:2])
 
     def _draw(self, sample: Sample, image_size: tuple[int, ...]) -> np.ndarray:
@@ -352,39 +360,14 @@ def require_batch(n_images: int, batch_size: int) -> None:
 # --- evaluation --------------------------------------------------------------------------------------
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """8-bit RGB image to float32 [3, H, W]: (pixel / 255 - mean) / std with ImageNet's mean and std."""
-    pixels = np.asarray(image)
-    return torch.from_numpy(np.stack([levels[pixels[..., c]] for c, levels in enumerate(_NORMALIZED)]))
-
-
-def eval_transform(image: Image.Image, size: int) -> Tensor:
-    """Evaluation view of an RGB image: short side to round(size * 256 / 224) bicubic, central size x size
-    crop, normalized: float32 [3, size, size] (`eval_knn.py:33-38`).
-
-    An image with an aspect ratio above 4:1 is first center-cropped to 4:1, so that the resize of a thin strip does not
-    need gigabytes.
-    """
-    short = min(image.size)
-    image = _center_crop(image, min(image.width, 4 * short), min(image.height, 4 * short))
-    width, height = (round(size * 256 / 224) * side // short for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return to_tensor(_center_crop(image, size, size))
-
-
-def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
-
-
 def image_loader(
     images: ImageFolder,
-    transform: Callable[[Image.Image, tuple[int, int]], Tensor],
+    transform: Callable[[View, tuple[int, int]], Tensor],
     batch_size: int,
     num_workers: int,
     keys: Iterable[tuple[int, int]] | None = None,
 ) -> Iterator[Batch]:
-    """`transform(image, key)` of each key (epoch, index), in order, by threads. Without keys: every image once.
+    """`transform(view, key)` of each key (epoch, index), in order, by threads. Without keys: every image once.
 
     Yields (pixels [B, ...], labels int64 [B], -1 without labels, indices int64 [B], bad). Unreadable images are not in
     the tensors (B may be below batch_size, even 0) but listed in bad.
@@ -393,7 +376,7 @@ def image_loader(
 
     def view(key: tuple[int, int]) -> tuple[int, Tensor | tuple[str, str]]:
         try:
-            return key[1], transform(images.load(key[1]), key)
+            return key[1], transform(images.view(key[1]), key)
         except UnreadableImage as error:
             return key[1], (error.name, error.reason)
 
@@ -409,7 +392,7 @@ def image_loader(
 
 def eval_loader(images: ImageFolder, size: int, batch_size: int, num_workers: int) -> Iterator[Batch]:
     """`eval_transform` of every image once, as `image_loader` yields it."""
-    return image_loader(images, lambda image, _: eval_transform(image, size), batch_size, num_workers)
+    return image_loader(images, lambda view, _: eval_transform(view, size, images.scale), batch_size, num_workers)
 
 
 class BadImages:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -23,6 +24,7 @@ from dino_train.common.process import use_huge_pages
 from dino_train.config.pretrain import PretrainConfig, absolute
 from dino_train.data.folder import ImageFolder, pretraining_split
 from dino_train.data.loader import Bad, BadImages, CropLoader, require_batch
+from dino_train.data.stats import is_deep, sampled
 from dino_train.data.stream import ShardStream, count_samples, is_shards, shard_urls
 from dino_train.engine.init_from import init_from
 from dino_train.engine.learner import Learner, StepResult
@@ -33,11 +35,11 @@ from dino_train.evaluate import knn_accuracy, view_retrieval
 logger = logging.getLogger(__name__)
 # Settings that shapes of the checkpoint depend on.
 FIXED = (
-    *("method", "arch", "patch_size", "global_crops_size", "out_dim", "head_hidden_dim", "head_bottleneck_dim"),
-    *("use_bn_in_head", "norm_last_layer", "predictor", "queue_size", "optimizer"),
+    *("method", "arch", "patch_size", "channels", "global_crops_size", "out_dim", "head_hidden_dim"),
+    *("head_bottleneck_dim", "use_bn_in_head", "norm_last_layer", "predictor", "queue_size", "optimizer"),
 )
 # Settings of the call and of the machine.
-UNREPORTED = ("resume", "allow_changes", "config", "output_dir", "num_workers", "init_from", "preset")
+UNREPORTED = ("resume", "allow_changes", "config", "stats", "output_dir", "num_workers", "init_from", "preset")
 
 
 class Interrupted(Exception):
@@ -71,6 +73,15 @@ def pretrain(config: PretrainConfig) -> Path:
     return config.output_dir / checkpoint.LAST
 
 
+def _with_scale(config: PretrainConfig, images: ImageFolder) -> PretrainConfig:
+    """With the range, mean and deviation of images that are not 8-bit RGB, measured unless they are given."""
+    if config.value_range or (config.channels == 3 and not is_deep(images)):
+        return config
+    stats = sampled(images, config.channels, config.num_workers)
+    mean, std = config.mean or stats.mean, config.std or stats.std
+    return replace(config, value_range=stats.value_range, mean=mean, std=std)
+
+
 class Run:
     """The pretraining run of one process."""
 
@@ -87,7 +98,9 @@ class Run:
             self.train_images = self.labelled = ShardStream(urls, count_samples(urls, config.output_dir))
             self.held_out = None
         else:
-            self.train_images, self.labelled, self.held_out = pretraining_split(config.data)
+            parts = pretraining_split(config.data)
+            self.config = config = _with_scale(config, parts[0])
+            self.train_images, self.labelled, self.held_out = (part.scaled(config.scale) for part in parts)
         self.batch_size = config.batch_size_per_gpu * parallel.size()
         require_batch(len(self.train_images), self.batch_size)
         self.steps_per_epoch = len(self.train_images) // self.batch_size
@@ -188,8 +201,8 @@ class Run:
         threads, before = torch.get_num_threads(), state.get("threads")  # which older versions did not save
         if self.gpu is None and before not in (None, threads) and parallel.rank() == 0:
             logger.warning(
-                "the interrupted run had %d threads and this one has %d: results differ in rounding (OMP_NUM_THREADS=%d "
-                "keeps them)",
+                "the interrupted run had %d threads and this one has %d: results differ in rounding "
+                "(OMP_NUM_THREADS=%d keeps them)",
                 before,
                 threads,
                 before,
@@ -338,6 +351,7 @@ class Run:
             ranks=parallel.size(),
             dtype=self.learner.dtype,
             device=self.device,
+            scale=config.scale,
             scaled_decode=config.scaled_decode,
         )
         with closing(iter(loader)) as batches:  # stops its threads, also after an exception

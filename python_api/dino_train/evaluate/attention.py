@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dino_kernels import PixelScale
+from dino_train.common.views import View, as_picture, resize, size_of, to_tensor
 from dino_train.config.options import require_least
 from dino_train.config.pretrain import EMBEDDED_DATA
-from dino_train.data.decode import UnreadableImage, load_file
+from dino_train.data.decode import UnreadableImage, decoded
+from dino_train.data.deep import load_view
 from dino_train.data.folder import ImageFolder, split
-from dino_train.data.loader import to_tensor
+from dino_train.data.stats import suited
 from dino_train.evaluate import ffmpeg
 from dino_train.evaluate.metrics import jaccard
 from dino_train.evaluate.protocol import Protocol
@@ -28,20 +31,20 @@ from dino_train.models.weights import Trained
 CELL = 128  # side of a cell in the sheet, in pixels
 SHEET_ROWS = 16
 
-Loader = Callable[[], Image.Image]
+Loader = Callable[[], View]
 Item = TypeVar("Item")
 
 
 @torch.no_grad()
-def attention_of(backbone: VisionTransformer, image: Image.Image, working_size: int) -> Tensor:
+def attention_of(backbone: VisionTransformer, view: View, working_size: int, scale: PixelScale) -> Tensor:
     """Attention of the class token to each patch, per head: float32 [heads, rows, columns], on the CPU.
 
     The image is resized so that its short side is about `working_size` and both sides are multiples of the patch size.
     """
     p = backbone.patch_size
-    scale = working_size / min(image.size)
-    columns, rows = (max(1, round(side * scale / p)) for side in image.size)
-    pixels = to_tensor(image.resize((columns * p, rows * p), Image.Resampling.BICUBIC))
+    size = size_of(view)
+    columns, rows = (max(1, round(side * working_size / min(size) / p)) for side in size)
+    pixels = to_tensor(resize(view, (columns * p, rows * p)), scale)
     device = backbone.pos_embed.device
     maps = backbone.attention(pixels[None].to(device))[0, :, 1:].float().cpu()
     return maps.unflatten(1, (rows, columns))
@@ -181,7 +184,7 @@ class Attention(Protocol):
         self.check()
         trained, backbone = self.load_vit()
         size = self.image_size or max(trained.image_size, min(480, 2 * trained.image_size))
-        look = partial(attention_of, backbone, working_size=size)
+        look = partial(attention_of, backbone, working_size=size, scale=trained.scale)
         videos = [path for path in self.data if ffmpeg.is_video(path)]
         if self.masks:
             self._compare(trained, look)
@@ -194,8 +197,8 @@ class Attention(Protocol):
     def _output(self) -> Path:
         return self.output_dir or self.folder / "attention"
 
-    def _images(self, trained: Trained) -> Iterator[tuple[str, Image.Image]]:
-        """(path, image) of each chosen image that is readable; the others are logged."""
+    def _images(self, trained: Trained) -> Iterator[tuple[str, View]]:
+        """(path, view) of each chosen image that is readable; the others are logged."""
         for name, load in _progress(list(self._choose(trained)), "image"):
             try:
                 yield name, load()
@@ -207,23 +210,26 @@ class Attention(Protocol):
         for path in self.data:
             if path.is_dir() or path.suffix.lower() in (".zip", ".tar"):
                 images = ImageFolder(path)
-                yield from ((name, partial(images.load, i)) for i, name in enumerate(images.names))
+                images = images.scaled(suited(images, trained.scale, 1))
+                yield from ((name, partial(images.view, i)) for i, name in enumerate(images.names))
             else:
-                yield path.name, partial(load_file, path)
+                load = partial(load_view, scale=trained.scale)
+                yield path.name, partial(decoded, str(path), path.read_bytes, load)
         if not self.data:
-            images = split(trained.data or EMBEDDED_DATA)[1]
+            images = split(trained.data or EMBEDDED_DATA)[1].scaled(trained.scale)
             for i in range(0, len(images), max(1, len(images) // 8))[:8]:
-                yield images.names[i], partial(images.load, i)
+                yield images.names[i], partial(images.view, i)
 
-    def _draw(self, trained: Trained, look: Callable[[Image.Image], Tensor]) -> None:
+    def _draw(self, trained: Trained, look: Callable[[View], Tensor]) -> None:
         stems: set[str] = set()
         rows: list[np.ndarray] = []
         written: list[Path] = []
-        for name, image in self._images(trained):
+        for name, view in self._images(trained):
+            image = as_picture(view)
             stem = str(Path(name).with_suffix("")).replace("/", "_")
             stem = stem if stem not in stems else f"{stem}_{len(stems)}"
             stems.add(stem)
-            maps = look(image)
+            maps = look(view)
             written += write_maps(maps, image, self._output / stem, self.threshold)
             if len(rows) < SHEET_ROWS:
                 rows.append(sheet_row(maps, image))
@@ -235,7 +241,7 @@ class Attention(Protocol):
             f"{len(written)} maps and sheet.png in {self._output}",
         )
 
-    def _film(self, trained: Trained, look: Callable[[Image.Image], Tensor], videos: list[Path]) -> None:
+    def _film(self, trained: Trained, look: Callable[[View], Tensor], videos: list[Path]) -> None:
         if videos and len(self.data) > 1:
             raise ValueError(f"pass one video at a time, got {len(self.data)} paths")
         fps = self.fps or 25.0
@@ -248,7 +254,7 @@ class Attention(Protocol):
         with closing(images):
             for image in _progress(images, "frame") if videos else images:
                 paths.append(folder / f"{len(paths):06d}.png")
-                frame(look(image), image, self.threshold).save(paths[-1])
+                frame(look(image), as_picture(image), self.threshold).save(paths[-1])
         if not paths:
             raise ValueError("none of the frames could be read; name a folder or a video with --data")
         video = ffmpeg.write(paths, self._output / "attention.mp4", fps)
@@ -257,18 +263,19 @@ class Attention(Protocol):
             f"{len(paths)} frames in {folder}" + (f", video {video}" if video else "; no MP4: ffmpeg is not installed"),
         )
 
-    def _compare(self, trained: Trained, look: Callable[[Image.Image], Tensor]) -> None:
+    def _compare(self, trained: Trained, look: Callable[[View], Tensor]) -> None:
         assert self.masks is not None
         if not self.masks.is_dir():
             raise ValueError(f"no folder {self.masks}: expected PNG masks with the names of the images")
         overlaps: list[list[float]] = []  # per image: of each head, then of their mean
-        for name, image in self._images(trained):
+        for name, view in self._images(trained):
+            image = as_picture(view)
             path = self.masks / Path(name).with_suffix(".png")
             path = path if path.exists() else self.masks / path.name
             if not path.exists():
                 continue
             foreground, counts = load_mask(path, image.size)
-            maps = look(image)
+            maps = look(view)
             kept = keep_mass(torch.cat((maps, maps.mean(0, keepdim=True))), self.threshold)
             overlaps.append([jaccard(enlarge(k, image.size)[counts], foreground[counts]) for k in kept])
         if not overlaps:

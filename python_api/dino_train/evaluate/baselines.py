@@ -60,7 +60,12 @@ class Baselines(Frozen):
     def untrained(self, trained: Trained) -> VisionTransformer | ResNet:
         """A backbone of the same architecture with random weights."""
         torch.manual_seed(self.seed)
-        backbone = build_backbone(trained.arch, patch_size=trained.patch_size, img_size=trained.image_size)
+        backbone = build_backbone(
+            trained.arch,
+            patch_size=trained.patch_size,
+            img_size=trained.image_size,
+            channels=trained.backbone.channels,
+        )
         return backbone.to(next(trained.backbone.parameters()).device).eval()
 
     def of_pixels(self, trained: Trained, train: ImageFolder, val: ImageFolder) -> dict[str, float]:

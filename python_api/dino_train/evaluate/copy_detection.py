@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dino_train.common.views import to_tensor
 from dino_train.config.options import require_least
 from dino_train.data.folder import ImageFolder
-from dino_train.data.loader import BadImages, image_loader, to_tensor
+from dino_train.data.loader import BadImages, image_loader
 from dino_train.evaluate.features import Cache, Features
 from dino_train.evaluate.metrics import average_precision
 from dino_train.evaluate.protocol import Extraction, log_skipped
@@ -121,7 +122,8 @@ class CopyDetection(Extraction):
                 raise ValueError(
                     f"{names[i]} has no original: expected {ORIGINAL}/{_prefix(names[i])}*.jpg in {self.data}"
                 )
-        _, backbone = self.load_vit()
+        trained, backbone = self.load_vit()
+        self.require_rgb(trained)
         cache = Cache(backbone, self.folder / "features")
         extract = partial(self._extract, cache, backbone)
         database, queries = extract(images.subset(originals), "original"), extract(images.subset(others), "query")

@@ -18,6 +18,7 @@ from dino_train.common.device import pick_device
 from dino_train.common.files import atomic, locked
 from dino_train.config.options import require_least
 from dino_train.data.folder import ImageFolder
+from dino_train.data.stats import suited
 from dino_train.evaluate.features import Cache, Features, NoneReadable
 from dino_train.evaluate.knn import nearest
 from dino_train.evaluate.protocol import Frozen
@@ -54,6 +55,7 @@ class Embed(Frozen):
         self.check()
         trained = self.load()
         images = ImageFolder(self.images(trained))
+        images = images.scaled(suited(images, trained.scale, self.num_workers))
         images.log_notes()
         self.out.parent.mkdir(parents=True, exist_ok=True)
         partial = self.out.with_name(self.out.name + ".partial")

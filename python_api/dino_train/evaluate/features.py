@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dino_kernels import PixelScale
 from dino_train.common.files import atomic
 from dino_train.data.folder import ImageFolder
 from dino_train.data.loader import BadImages, Batch
@@ -170,7 +171,10 @@ class Cache:
 
     def path(self, images: ImageFolder, *, kind: str, title: str) -> Path:
         """Path, without suffix, for results that depend on the weights, the images and `kind`."""
-        key = hashlib.sha256(json.dumps([FORMAT, self._weights, kind, images.classes, _identity(images)]).encode())
+        facts = [FORMAT, self._weights, kind, images.classes, _identity(images)]
+        if images.scale != PixelScale():
+            facts.append(repr(images.scale))
+        key = hashlib.sha256(json.dumps(facts).encode())
         return self.folder / f"{title}-{key.hexdigest()[:24]}"
 
     def features(

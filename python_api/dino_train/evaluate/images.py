@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dino_kernels import CropKind, draw_crops, multicrop
+from dino_kernels import CropKind, PixelScale, draw_crops, multicrop
+from dino_train.common.scale import pixel_scale
+from dino_train.common.views import View, size_of
 from dino_train.data.folder import ImageFolder
 from dino_train.data.loader import Batch, exactly, image_loader, require_batch
 
@@ -18,14 +19,15 @@ class RandomCrop:
     As eval_linear.py:93-98, but with bicubic instead of bilinear interpolation.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, scale: PixelScale) -> None:
         self.kind, self.seed = CropKind(size, (0.08, 1.0), blur=0.0, solarize=0.0), seed
+        self.scale = pixel_scale(scale.channels, (0, 255), scale.mean, scale.std)  # a view's values are levels
 
-    def __call__(self, image: Image.Image, key: tuple[int, int]) -> Tensor:
-        crops = draw_crops(self.seed, *key, [self.kind], image.size[::-1])
+    def __call__(self, view: View, key: tuple[int, int]) -> Tensor:
+        crops = draw_crops(self.seed, *key, [self.kind], size_of(view)[::-1])
         crops["jitter"] = crops["grayscale"] = False
-        out = torch.empty(1, 3, self.kind.size, self.kind.size)
-        multicrop([np.asarray(image)], crops[None], [out], threads=1)
+        out = torch.empty(1, self.scale.channels, self.kind.size, self.kind.size)
+        multicrop([np.asarray(view)], crops[None], [out], scale=self.scale, threads=1)
         return out[0]
 
 
@@ -42,5 +44,5 @@ def training_loader(
     require_batch(len(images), batch_size)
     steps = images.steps(batch_size, seed, start_step, total_steps)
     keys = ((sample.epoch, sample.index) for step in steps for sample in step)
-    batches = image_loader(images, RandomCrop(size, seed), batch_size, num_workers, keys)
+    batches = image_loader(images, RandomCrop(size, seed, images.scale), batch_size, num_workers, keys)
     return exactly(batches, max(0, total_steps - start_step), "batches")

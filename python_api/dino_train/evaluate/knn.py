@@ -244,6 +244,7 @@ def view_retrieval(
         total_steps=steps,
         num_workers=num_workers,
         device=device,
+        scale=images.scale,
     )
     was_training = backbone.training
     backbone.eval()

@@ -15,6 +15,7 @@ from dino_train.config.options import WeightsOptions, require_least
 from dino_train.config.pretrain import EMBEDDED_DATA, default_workers
 from dino_train.data.folder import ImageFolder, part_of, split
 from dino_train.data.loader import BadImages, eval_loader
+from dino_train.data.stats import suited
 from dino_train.evaluate.features import Cache, Features
 from dino_train.models.vit import VisionTransformer
 from dino_train.models.weights import Trained
@@ -41,6 +42,11 @@ class Protocol(WeightsOptions):
         if not isinstance(trained.backbone, VisionTransformer):
             raise ValueError(f"{trained.arch} has no tokens and no self-attention; choose a run of a ViT")
         return trained, trained.backbone
+
+    def require_rgb(self, trained: Trained) -> None:
+        """ValueError if the backbone takes other images than 8-bit RGB, which the protocol has none of."""
+        if not trained.scale.is_8_bit_rgb:
+            raise ValueError(f"this protocol is of 8-bit RGB images, and {self.checkpoint} was trained on others")
 
     def report(self, values: Mapping[str, Any], text: str) -> None:
         """Print the result: `values` as JSON with --json, else `text`."""
@@ -93,6 +99,8 @@ class Classification(Extraction):
         """
         path = self.images(trained)
         train, val = split(path)
+        scale = suited(train, trained.scale, self.num_workers)
+        train, val = train.scaled(scale), val.scaled(scale)
         train.log_notes()
         if train.prefix == val.prefix:  # not a split
             alone = Path(train.prefix).name

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from dino_train.common.files import atomic
 from dino_train.common.metrics import METRICS, collapse_signs, read_metrics
+from dino_train.common.views import View, as_picture, center_crop, resize, size_of
 from dino_train.config.pretrain import PretrainConfig, default_workers
 from dino_train.data.decode import UnreadableImage
 from dino_train.data.folder import ImageFolder, split
@@ -152,6 +153,13 @@ def squared(image: Image.Image, side: int) -> Image.Image:
     return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
 
 
+def squared_view(view: View, side: int) -> View:
+    if isinstance(view, Image.Image):
+        return squared(view, side)
+    short = min(size_of(view))
+    return resize(center_crop(view, short, short), (side, side))
+
+
 def grid(rows: Iterator[list[str]]) -> str:
     return "".join(f'<div class="row">{"".join(cells)}</div>' for cells in rows)
 
@@ -172,12 +180,12 @@ def attention_rows(trained: Trained, images: ImageFolder) -> Iterator[list[str]]
     size = max(trained.image_size, min(480, 2 * trained.image_size))
     for i in range(len(images)):
         try:
-            image = squared(images.load(i), size)
+            view = squared_view(images.view(i), size)
         except UnreadableImage as error:
             logging.warning("skipped %s", error)
             continue
-        maps = attention_of(trained.backbone, image, size)
-        small = squared(image, CELL)
+        maps = attention_of(trained.backbone, view, size, images.scale)
+        small = squared(as_picture(view), CELL)
         mean = cell(overlay(small, to_range(maps.mean(0))), "mean")
         heads = [cell(heat(m, small.size), f"head {h + 1}") for h, m in enumerate(to_range(maps))]
         yield [cell(small, class_of(images, i) or "image"), mean, *heads]
@@ -208,7 +216,7 @@ def pictures(report: "Report", config: Row) -> tuple[str, str, str]:
     """The two image sheets and the caption of the second; if weights or images are not available, the reason."""
     try:
         trained = report.load()
-        train, held_out = split(Path(config["data"]))
+        train, held_out = (part.scaled(trained.scale) for part in split(Path(config["data"])))
         if not len(held_out):
             raise ValueError(f"no image of {config['data']} is held out")
         queries, gallery = spread(held_out, PICTURES), spread(train, GALLERY)

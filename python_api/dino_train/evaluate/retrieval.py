@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dino_train.common.device import pick_device
+from dino_train.common.views import to_tensor
 from dino_train.config.options import require_least
 from dino_train.data.folder import ImageFolder
-from dino_train.data.loader import BadImages, image_loader, to_tensor
+from dino_train.data.loader import BadImages, image_loader
 from dino_train.evaluate.features import Cache
 from dino_train.evaluate.metrics import mean_average_precision
 from dino_train.evaluate.protocol import Extraction
@@ -149,6 +150,7 @@ class Retrieval(Extraction):
         truth = load_ground_truth(root / f"gnd_{self.dataset}.pkl")
         images = ImageFolder(root / "jpg")
         trained = self.load()
+        self.require_rgb(trained)
         cache = Cache(trained.backbone, self.folder / "features")
         forward: Callable[[Tensor], Tensor] = trained.backbone
         if self.multiscale:

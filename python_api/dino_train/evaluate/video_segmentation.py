@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_train.common.files import atomic
-from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.common.scale import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.config.options import require_least
 from dino_train.data.decode import load_file
 from dino_train.evaluate.davis import Video, read_mask, score, validation_videos
@@ -263,7 +263,9 @@ class VideoSegmentation(Protocol):
     def run(self) -> None:
         options = Propagation(self.year, self.n_last_frames, self.topk, self.radius, self.image_size)
         folder = self.output_dir or self.folder / f"davis{self.year}"
-        values = evaluate_videos(self.load_vit()[1], self.data, folder, options)
+        trained, backbone = self.load_vit()
+        self.require_rgb(trained)
+        values = evaluate_videos(backbone, self.data, folder, options)
         lines = [f"{name}: J {_mean(v['J']):.1f} %  F {_mean(v['F']):.1f} %" for name, v in values["videos"].items()]
         total = f"DAVIS {self.year}: J&F {values['J&F']:.2f} %  J {values['J']:.2f} %  F {values['F']:.2f} %"
         self.report(

@@ -55,7 +55,11 @@ class Method:
         """The backbone that the configuration asks for."""
         c = self.config
         return build_backbone(
-            c.arch, patch_size=c.patch_size, img_size=c.global_crops_size, drop_path_rate=drop_path_rate
+            c.arch,
+            patch_size=c.patch_size,
+            img_size=c.global_crops_size,
+            drop_path_rate=drop_path_rate,
+            channels=c.channels,
         )
 
     def warn_of_few_rows(self, rows: int) -> None:
@@ -93,7 +97,7 @@ class Method:
         """The loss of a micro-batch of B images. No value is read on the host: on a GPU it is captured in a CUDA graph.
 
         Args:
-            crops: V tensors [B, 3, h, w] float32, the two global crops first.
+            crops: V tensors [B, channels, h, w] float32, the two global crops first.
             teacher_temp: 0-d, on the device, by the schedule.
         """
         raise NotImplementedError

@@ -56,6 +56,7 @@ class Dino(Method):
             norm_last_layer=norm_last_layer,
             head_hidden_dim=c.head_hidden_dim,
             head_bottleneck_dim=c.head_bottleneck_dim,
+            channels=c.channels,
         )
 
     def frozen(self, epoch: int) -> list[nn.Module]:

@@ -35,7 +35,7 @@ def flops_per_image(config: PretrainConfig) -> float:
         if isinstance(net.backbone, VisionTransformer):
             net.backbone.register_forward_hook(add_attention)
     method.teacher.requires_grad_(False)
-    crops = [torch.empty(batch, 3, kind.size, kind.size, device=meta) for kind in config.crop_kinds]
+    crops = [torch.empty(batch, config.channels, kind.size, kind.size, device=meta) for kind in config.crop_kinds]
     with FlopCounterMode(display=False) as counter:
         method.forward(crops, torch.empty((), device=meta)).loss.backward()
     return (counter.get_total_flops() + attention) / batch

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_train.common.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from dino_kernels import PixelScale
 from dino_train.models.names import to_huggingface
 from dino_train.models.vit import VIT_SIZES, VisionTransformer
 from dino_train.models.weights import Trained
@@ -31,7 +31,7 @@ def export(trained: Trained, path: Path, form: Format = "safetensors") -> None:
       model.safetensors is also what `create_model("vit_small_patch16_224.dino", checkpoint_path=...)` takes.
     * huggingface: a folder for `transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False)`, whose
       `last_hidden_state[:, 0]` are the features, and for `AutoImageProcessor.from_pretrained`.
-    * onnx: a file with input "images" [batch, 3, image_size, image_size] and output "features" [batch, C].
+    * onnx: a file with input "images" [batch, channels, image_size, image_size] and output "features" [batch, C].
 
     Raises:
         ValueError: a ResNet for huggingface, resnet_nano for timm, ONNX without its packages, or a folder that is in
@@ -56,6 +56,10 @@ def _safetensors(trained: Trained, path: Path) -> None:
     metadata = {"arch": trained.arch, "image_size": str(trained.image_size)}
     if isinstance(trained.backbone, VisionTransformer):
         metadata["patch_size"] = str(trained.patch_size)
+    if trained.scale != PixelScale():
+        bounds = [bound for both in zip(trained.scale.low, trained.scale.high, strict=True) for bound in both]
+        values = {"value_range": bounds, "mean": trained.scale.mean, "std": trained.scale.std}
+        metadata |= {name: json.dumps(value) for name, value in values.items()}
     _save(trained.backbone.state_dict(), path, metadata)
 
 
@@ -77,20 +81,22 @@ def _timm(trained: Trained, folder: Path) -> None:
         arch, classifier, first = f"{base}_patch{patch}_224", "head", "patch_embed.proj"
         arguments = {"img_size": trained.image_size, "patch_size": trained.patch_size}
         arguments |= VIT_SIZES[trained.arch]._asdict()
+    if trained.backbone.channels != 3:
+        arguments, first = {**arguments, "in_chans": trained.backbone.channels}, ""  # timm adapts no first layer then
     preprocessing = {
-        "input_size": [3, trained.image_size, trained.image_size],
-        "fixed_input_size": bool(arguments),
+        "input_size": [trained.backbone.channels, trained.image_size, trained.image_size],
+        "fixed_input_size": "img_size" in arguments,
         "interpolation": "bicubic",
         "crop_pct": 224 / 256,
         "crop_mode": "center",
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
+        "mean": trained.scale.mean,
+        "std": trained.scale.std,
     }
     config: dict[str, Any] = {
         "architecture": arch,
         "num_classes": 0,
         "num_features": trained.backbone.embed_dim,
-        "pretrained_cfg": {"tag": "dino", **preprocessing, "num_classes": 0, "first_conv": first}
+        "pretrained_cfg": {"tag": "dino", **preprocessing, "num_classes": 0, "first_conv": first or None}
         | {"classifier": classifier, "pool_size": None},
         "model_args": arguments,
     }
@@ -117,25 +123,27 @@ def _huggingface(trained: Trained, folder: Path) -> None:
         "qkv_bias": True,
         "image_size": trained.image_size,
         "patch_size": trained.patch_size,
-        "num_channels": 3,
+        "num_channels": backbone.channels,
         "torch_dtype": "float32",
     }
     _write_json(config, folder / "config.json")
+    scale, rgb = trained.scale, trained.scale.is_8_bit_rgb
+    channels = list(zip(scale.low, scale.high, scale.mean, scale.std, strict=True))
     # ViT's own processor crops nothing; this one, of DINOv2 too, does what our evaluation does.
     crop = trained.image_size
     processor = {
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": rgb,
         "do_resize": True,
         "size": {"shortest_edge": round(crop * 256 / 224)},
         "resample": 3,  # bicubic
         "do_center_crop": True,
         "crop_size": {"height": crop, "width": crop},
-        "do_rescale": True,
+        "do_rescale": rgb,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": IMAGENET_MEAN,
-        "image_std": IMAGENET_STD,
+        "image_mean": scale.mean if rgb else [low + mean * (high - low) for low, high, mean, _ in channels],
+        "image_std": scale.std if rgb else [std * (high - low) for low, high, _, std in channels],
     }
     _write_json(processor, folder / "preprocessor_config.json")
     _save(to_huggingface(backbone.state_dict()), folder / "model.safetensors", {})
@@ -172,7 +180,8 @@ def _onnx(trained: Trained, path: Path) -> None:
         raise ValueError(f"the ONNX format needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     backbone: nn.Module = trained.backbone
     plain = _PlainViT(backbone) if isinstance(backbone, VisionTransformer) else backbone
-    images = torch.zeros(2, 3, trained.image_size, trained.image_size, device=next(backbone.parameters()).device)
+    device, size = next(backbone.parameters()).device, trained.image_size
+    images = torch.zeros(2, trained.backbone.channels, size, size, device=device)
     # Of torch's own parts, and of a torchvision that nothing here needs.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -39,12 +39,13 @@ class ResNet(nn.Module):
         blocks: number of bottlenecks in each of the four stages.
         width: channels of the first convolution; there are 32 times as many features.
         tiny: for images of some 32 pixels: a 3x3 convolution in place of a 7x7 and a pooling of stride 2 each.
+        channels: of an image.
     """
 
-    def __init__(self, blocks: tuple[int, int, int, int], width: int = 64, tiny: bool = False):
+    def __init__(self, blocks: tuple[int, int, int, int], width: int = 64, tiny: bool = False, channels: int = 3):
         super().__init__()
-        self.tiny, self.embed_dim = tiny, 32 * width
-        self.conv1 = nn.Conv2d(3, width, *((3, 1, 1) if tiny else (7, 2, 3)), bias=False)
+        self.tiny, self.embed_dim, self.channels = tiny, 32 * width, channels
+        self.conv1 = nn.Conv2d(channels, width, *((3, 1, 1) if tiny else (7, 2, 3)), bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = _stage(width, width, blocks[0], stride=1)
         self.layer2 = _stage(4 * width, 2 * width, blocks[1], stride=2)
@@ -55,7 +56,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, h, w] -> globally average-pooled features [B, embed_dim]."""
+        """images [B, channels, h, w] -> globally average-pooled features [B, embed_dim]."""
         # Of which convolutions are faster: of small maps on a CPU by half, in 16 bit on a GPU.
         images = images.contiguous(memory_format=torch.channels_last)
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
@@ -112,14 +113,14 @@ def _stage(in_channels: int, width: int, depth: int, stride: int) -> nn.Sequenti
     return nn.Sequential(Bottleneck(in_channels, width, stride), *rest)
 
 
-def resnet50() -> ResNet:
+def resnet50(channels: int = 3) -> ResNet:
     """ResNet-50 without `fc` (the identity in the reference, `utils.py:604`); 23.5 M parameters."""
-    return ResNet((3, 4, 6, 3))
+    return ResNet((3, 4, 6, 3), channels=channels)
 
 
-def resnet_nano() -> ResNet:
+def resnet_nano(channels: int = 3) -> ResNet:
     """4 blocks, a quarter of the channels, for images of some 32 pixels; 0.5 M parameters. To try convnets on a CPU."""
-    return ResNet((1, 1, 1, 1), 16, tiny=True)
+    return ResNet((1, 1, 1, 1), 16, tiny=True, channels=channels)
 
 
 RESNETS = {"resnet50": resnet50, "resnet_nano": resnet_nano}

@@ -54,6 +54,7 @@ class VisionTransformer(nn.Module):
         mlp_ratio: hidden width of the MLP over embed_dim.
         drop_path_rate: probability in [0, 1) that a sample skips a branch of the last block; it rises
             linearly from 0 in the first. Identity in eval mode.
+        channels: of an image.
 
     Raises:
         ValueError: patch_size is below 1 or does not divide img_size; drop_path_rate is out of range.
@@ -68,9 +69,11 @@ class VisionTransformer(nn.Module):
         num_heads: int = 6,
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
+        channels: int = 3,
     ):
         super().__init__()
         self.checkpoint_activations = False
+        self.channels = channels
         if patch_size < 1 or img_size < patch_size or img_size % patch_size:
             raise ValueError(
                 f"patch_size must be at least 1 and divide img_size, got patch_size={patch_size} and "
@@ -82,7 +85,7 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.drop_path_rate = drop_path_rate
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim, channels)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, embed_dim))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
@@ -95,14 +98,14 @@ class VisionTransformer(nn.Module):
         """Normalized class tokens.
 
         Args:
-            crops: images [B, 3, h, w], float, or a list of them of any mix of h, w and B. Pixels beyond
+            crops: images [B, channels, h, w], float, or a list of them of any mix of h, w and B. Pixels beyond
                 the last whole patch are ignored.
 
         Returns:
             [S, C], rows in the order of the list: all images of crop 0, all of crop 1, ...
 
         Raises:
-            ValueError: an image has not 3 channels or is smaller than a patch.
+            ValueError: an image has other channels or is smaller than a patch.
         """
         x, packing = self._embed([crops] if isinstance(crops, Tensor) else crops)
         dropping = self.training and self.drop_path_rate > 0
@@ -131,7 +134,7 @@ class VisionTransformer(nn.Module):
         """Normalized tokens of the last n blocks, without drop path (`vision_transformer.py:225`).
 
         Args:
-            images: [B, 3, h, w], float.
+            images: [B, channels, h, w], float.
             n_blocks: how many blocks n, 1 to depth.
 
         Returns:
@@ -154,7 +157,7 @@ class VisionTransformer(nn.Module):
         """The class token's attention in the last block, without drop path (`vision_transformer.py:216`).
 
         Args:
-            images: [B, 3, h, w], float.
+            images: [B, channels, h, w], float.
 
         Returns:
             [B, H, 1 + patches], float32 or float64, class token first; each row sums to one.
@@ -174,7 +177,7 @@ class VisionTransformer(nn.Module):
     def _embed(self, crops: Sequence[Tensor]) -> tuple[Tensor, Packing]:
         """Tokens of all crops [T, C] in list order and how they are packed."""
         for crop in crops:
-            _check_images(crop, self.patch_size)
+            _check_images(crop, self.channels, self.patch_size)
         runs = [(shape, sum(map(len, run))) for shape, run in groupby(crops, key=lambda crop: crop.shape[2:])]
         tables = {shape: self._table(*shape) for shape in dict(runs)}
         groups = [(count, len(tables[shape])) for shape, count in runs]
@@ -241,18 +244,18 @@ class Net(nn.Module):
         """Features of all crops: a ViT takes them in one pass, a convnet each run of one size (`utils.py:612`).
 
         Args:
-            crops: V tensors [B, 3, h, w], float.
+            crops: V tensors [B, channels, h, w], float.
 
         Returns:
             [V*B, C], rows in the order of the list.
 
         Raises:
-            ValueError: an image has not 3 channels or is smaller than a patch.
+            ValueError: an image has other channels or is smaller than a patch.
         """
         if isinstance(self.backbone, VisionTransformer):
             return self.backbone(crops)
         for crop in crops:
-            _check_images(crop, 1)
+            _check_images(crop, self.backbone.channels, 1)
         runs = [torch.cat(list(run)) for _, run in groupby(crops, key=lambda crop: crop.shape[2:])]
         return torch.cat([self.backbone(run) for run in runs])
 
@@ -273,7 +276,9 @@ class DINOModel(Net):
         return self.head.bottleneck(self.features(crops))
 
 
-def vit(arch: str, *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0) -> VisionTransformer:
+def vit(
+    arch: str, *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0, channels: int = 3
+) -> VisionTransformer:
     """The ViT of a name in VIT_SIZES; arguments and errors as in `VisionTransformer`.
 
     Raises:
@@ -282,13 +287,13 @@ def vit(arch: str, *, patch_size: int = 16, img_size: int = 224, drop_path_rate:
     if arch not in VIT_SIZES:
         raise ValueError(f"unknown arch {arch!r}, choose one of {', '.join(VIT_SIZES)}")
     size = VIT_SIZES[arch]._asdict()
-    return VisionTransformer(img_size, patch_size, drop_path_rate=drop_path_rate, **size)
+    return VisionTransformer(img_size, patch_size, drop_path_rate=drop_path_rate, channels=channels, **size)
 
 
 def build_backbone(
-    arch: str, *, patch_size: int, img_size: int, drop_path_rate: float = 0.0
+    arch: str, *, patch_size: int, img_size: int, drop_path_rate: float = 0.0, channels: int = 3
 ) -> VisionTransformer | ResNet:
-    """The backbone of a name in ARCHS, with initial weights. A ResNet ignores the other arguments.
+    """The backbone of a name in ARCHS, with initial weights. A ResNet ignores all other arguments but channels.
 
     Raises:
         ValueError: the arch is not known, or as in `VisionTransformer`.
@@ -296,8 +301,8 @@ def build_backbone(
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}, choose one of {', '.join(ARCHS)}")
     if arch in RESNETS:
-        return RESNETS[arch]()
-    return vit(arch, patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
+        return RESNETS[arch](channels)
+    return vit(arch, patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate, channels=channels)
 
 
 def build_model(
@@ -311,18 +316,21 @@ def build_model(
     norm_last_layer: bool,
     head_hidden_dim: int = 2048,
     head_bottleneck_dim: int = 256,
+    channels: int = 3,
 ) -> DINOModel:
     """A student or a teacher with initial weights (`main_dino.py:162`).
 
     Args:
         arch: a name in ARCHS. A ResNet ignores patch_size, img_size and drop_path_rate.
-        patch_size, img_size, drop_path_rate: as in `VisionTransformer`.
+        patch_size, img_size, drop_path_rate, channels: as in `VisionTransformer`.
         out_dim, use_bn_in_head, norm_last_layer, head_hidden_dim, head_bottleneck_dim: as in `DINOHead`.
 
     Raises:
         ValueError: the arch is not known, or as in `VisionTransformer`.
     """
-    backbone = build_backbone(arch, patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate)
+    backbone = build_backbone(
+        arch, patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate, channels=channels
+    )
     head = DINOHead(
         backbone.embed_dim,
         out_dim,
@@ -334,11 +342,11 @@ def build_model(
     return DINOModel(backbone, head)
 
 
-def _check_images(images: Tensor, min_size: int) -> None:
-    if images.dim() != 4 or images.shape[1] != 3:
+def _check_images(images: Tensor, channels: int, min_size: int) -> None:
+    if images.dim() != 4 or images.shape[1] != channels:
         raise ValueError(
-            f"images must have shape [B, 3, height, width], got {list(images.shape)}; "
-            "the data pipeline converts every image to RGB, convert yours too"
+            f"images must have shape [B, {channels}, height, width], got {list(images.shape)}; "
+            "the data pipeline converts every image to these channels, convert yours too"
         )
     if min(images.shape[2:]) < min_size:
         h, w = images.shape[2:]

@@ -1,17 +1,22 @@
 """Trained backbones out of a run, one of its files or a published one."""
 
+import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dino_kernels import PixelScale
 from dino_train.common import checkpoint
 from dino_train.common.checkpoint import CheckpointError
+from dino_train.common.scale import pixel_scale
+from dino_train.models.adapt import FIRST
 from dino_train.models.names import fold_layer_scale, from_huggingface
 from dino_train.models.resnet import RESNETS, ResNet
 from dino_train.models.vit import ARCHS, VIT_SIZES, VisionTransformer, build_backbone
@@ -49,12 +54,23 @@ class Trained:
     patch_size: int
     image_size: int
     data: Path | None
+    scale: PixelScale = field(default_factory=PixelScale)  # what the values of its images mean
+
+    def transform(self, image: Any) -> Tensor:
+        """The evaluation view of an image [channels, image_size, image_size]: a PIL image, or values [H, W, C]."""
+        from dino_train.common.views import eval_transform, levels_of  # needs Pillow, which loading does not
+
+        if isinstance(image, np.ndarray):
+            image = levels_of(image, self.scale)
+        return eval_transform(image, self.image_size, self.scale)
 
 
 def load_backbone(path: str | Path, *, net: Choice = "auto", allow_partial: bool = False) -> VisionTransformer | ResNet:
     """A trained backbone in eval mode on the CPU; arch, patch and image size are read off the weights.
 
-    Images are [B, 3, h, w], float, normalized by ImageNet's mean and std. Of a ViT, `backbone(images)` are the normed
+    Images are [B, channels, h, w], float, normalized as in training: `backbone.transform(image)` is the evaluation view
+    of a PIL image or of values [H, W, C] (8-bit RGB with ImageNet's mean and std, unless it was trained on others). Of
+    a ViT, `backbone(images)` are the normed
     class tokens [B, C], `backbone.features(images, n_blocks)` all tokens of the last blocks, each [B, 1 + patches, C],
     and `backbone.attention(images)` the class token's attention [B, heads, 1 + patches]. Of a ResNet-50,
     `backbone(images)` are the pooled features [B, 2048].
@@ -68,7 +84,9 @@ def load_backbone(path: str | Path, *, net: Choice = "auto", allow_partial: bool
     Raises:
         CheckpointError: unreadable; ValueError: no such net, an unknown architecture, weights that do not match.
     """
-    return load_trained(Path(path), net=net, allow_partial=allow_partial).backbone
+    trained = load_trained(Path(path), net=net, allow_partial=allow_partial)
+    trained.backbone.transform = trained.transform  # type: ignore[assignment]
+    return trained.backbone
 
 
 def load_trained(
@@ -90,12 +108,15 @@ def load_trained(
     weights, found, left = backbone_weights(state, net=net)
     arch = arch or arch_of(weights, left, args.get("arch"))
     patch_size, image_size = _sizes(weights, patch_size, args.get("global_crops_size", 224))
-    backbone = build_backbone(arch, patch_size=patch_size, img_size=image_size)
+    first = next((weights[name] for name in FIRST if name in weights), torch.empty(1, 3))
+    backbone = build_backbone(arch, patch_size=patch_size, img_size=image_size, channels=first.shape[1])
     name = arch if arch in RESNETS else f"{arch}/{patch_size}"
     logger.info("%s: %s, a %s", path, f"{found} ({left})" if left else found, name)
     fit(backbone, weights, allow_partial=allow_partial)
     data = Path(args["data"]) if "data" in args else None
-    return Trained(backbone.eval().to(device), found, arch, patch_size, image_size, data)
+    known = {name: args.get(name) or () for name in ("value_range", "mean", "std")}
+    scale = pixel_scale(backbone.channels, **known)
+    return Trained(backbone.eval().to(device), found, arch, patch_size, image_size, data, scale)
 
 
 def load_linear(path: Path) -> nn.Linear:
@@ -231,6 +252,7 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from error
     settings = {"arch": metadata.get("arch"), "global_crops_size": int(metadata.get("image_size", 224))}
+    settings |= {name: json.loads(metadata[name]) for name in ("value_range", "mean", "std") if name in metadata}
     return state, settings
 
 

@@ -1,0 +1,230 @@
+"""What a set of images holds: depth, range, mean and deviation of its channels, sizes, damage and duplicates."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from dino_kernels import PixelScale
+from dino_train.common.scale import pixel_scale
+from dino_train.common.views import as_picture, levels_of
+from dino_train.data.decode import UnreadableImage, decoded
+from dino_train.data.deep import decode_deep, read_values
+from dino_train.data.folder import DataError, ImageFolder
+from dino_train.data.threads import in_order
+
+PIXELS = 4096  # of an image, evenly spaced: enough for a percentile of a thousand images
+SAMPLE = 256  # images that a run measures by itself
+# Ends of the range: outliers, such as metal in X-rays, are beyond.
+PERCENTILES = (0.1, 99.9)
+FEW_LEVELS = 32
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Of a set of images.
+
+    value_range: low and high of each channel, one after the other; robust to outliers and without a value that stands
+    for missing data. mean, std: of each channel within that range, as fractions of it. levels: fewest different values
+    of a channel. nodata: of each channel, the value left out, or None. duplicates: groups of names that look the same.
+    """
+
+    channels: int
+    value_range: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    minimum: tuple[float, ...]
+    maximum: tuple[float, ...]
+    nodata: tuple[float | None, ...]
+    levels: int
+    dtypes: dict[str, int]
+    images: int
+    smallest: tuple[int, int]
+    largest: tuple[int, int]
+    unreadable: dict[str, str]
+    duplicates: list[list[str]]
+
+    @property
+    def scale(self) -> PixelScale:
+        return PixelScale(self.value_range[::2], self.value_range[1::2], self.mean, self.std)
+
+    def lines(self) -> list[str]:
+        """To be read."""
+        height, width = self.smallest
+        sizes = f"{width} x {height}"
+        if self.smallest != self.largest:
+            sizes += f" to {self.largest[1]} x {self.largest[0]}"
+        lines = [f"{self.images} images of {sizes} pixels, {self.channels} channels, {', '.join(self.dtypes)}"]
+        scale = self.scale
+        for c in range(self.channels):
+            missing = "" if self.nodata[c] is None else f", missing data {self.nodata[c]:g}"
+            lines.append(
+                f"channel {c}: {self.minimum[c]:g} to {self.maximum[c]:g}, scaled from {scale.low[c]:g} to "
+                f"{scale.high[c]:g}, mean {self.mean[c]:.3f}, deviation {self.std[c]:.3f}{missing}"
+            )
+        if self.levels < FEW_LEVELS:
+            lines.append(f"only {self.levels} different values in a channel: were they made of fewer bits?")
+        named = [f"{name} ({why})" for name, why in self.unreadable.items()]
+        lines.append(_counted(named, "unreadable"))
+        lines.append(_counted([" = ".join(group) for group in self.duplicates], "groups that look the same"))
+        return lines
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _counted(found: list[str], what: str) -> str:
+    return f"{len(found)} {what}" + (": " + ", ".join(found[:3]) + (", ..." if len(found) > 3 else "") if found else "")
+
+
+@dataclass
+class _Seen:
+    """Of one image: some of its values [n, C], dtype, (height, width) and a hash of what it looks like."""
+
+    values: np.ndarray
+    dtype: str
+    size: tuple[int, int]
+    look: bytes
+
+
+def is_deep(images: ImageFolder) -> bool:
+    """Whether some of the images, 16 evenly spaced, have other values than 8 bits."""
+    for i in np.linspace(0, len(images) - 1, min(16, len(images))).round().astype(int):
+        if images.names[i].lower().endswith((".jpg", ".jpeg", ".webp", ".bmp", ".gif")):
+            continue
+        try:
+            if read_values(images.read(int(i))).dtype not in (np.uint8, bool):
+                return True
+        except Exception:  # reported when it is to be trained on
+            continue
+    return False
+
+
+def channels_of(images: ImageFolder) -> int:
+    """Of the first image that can be read; 3 of gray, RGB and RGBA of 8 bits."""
+    for i in range(len(images)):
+        try:
+            values = read_values(images.read(i))
+        except Exception:  # reported by `measure`
+            continue
+        found = values.shape[2]
+        return 3 if found <= 4 and values.dtype in (np.uint8, bool) else found
+    return 3
+
+
+def measure(images: ImageFolder, channels: int, num_workers: int, indices: Sequence[int] | None = None) -> Stats:
+    """Read the images at `indices`, or all.
+
+    Raises:
+        DataError: none can be read.
+    """
+
+    def see(i: int) -> _Seen | UnreadableImage:
+        try:
+            values = decoded(
+                images.prefix + images.names[i], lambda: images.read(i), lambda data: decode_deep(data, channels)
+            )
+        except UnreadableImage as error:
+            return error
+        flat = values.reshape(-1, channels)
+        some = flat[:: max(1, len(flat) // PIXELS)]
+        return _Seen(some.astype(np.float32), str(values.dtype), values.shape[:2], _look(values, some))
+
+    order = range(len(images)) if indices is None else indices
+    found = list(zip(order, in_order(see, order, threads=num_workers, ahead=4 * num_workers), strict=True))
+    seen = [(images.names[i], one) for i, one in found if isinstance(one, _Seen)]
+    bad = [one for _, one in found if isinstance(one, UnreadableImage)]
+    if not seen:
+        raise DataError(f"none of {len(found)} images in {images.path} could be read, the first: {bad[0]}")
+    values = np.concatenate([one.values for _, one in seen])
+    dtypes = Counter(one.dtype for _, one in seen)
+    bits = set(dtypes) <= {"uint8"}
+    ranges = [_range(values[:, c], bits) for c in range(channels)]
+    sizes = [one.size for _, one in seen]
+    alike = [[name for name, _ in group] for _, group in groupby(sorted(seen, key=_by_look), key=_by_look)]
+    stats = Stats(
+        channels=channels,
+        value_range=tuple(bound for low, high, _ in ranges for bound in (low, high)),
+        mean=(0.5,) * channels,
+        std=(1.0,) * channels,
+        minimum=tuple(np.nanmin(values, axis=0).tolist()),
+        maximum=tuple(np.nanmax(values, axis=0).tolist()),
+        nodata=tuple(nodata for _, _, nodata in ranges),
+        levels=min(len(np.unique(values[:, c])) for c in range(channels)),
+        dtypes=dict(dtypes),
+        images=len(seen),
+        smallest=min(sizes, key=np.prod),
+        largest=max(sizes, key=np.prod),
+        unreadable={error.name: error.reason for error in bad},
+        duplicates=[sorted(group) for group in alike if len(group) > 1],
+    )
+    fractions = levels_of(values, stats.scale).astype(np.float64) / 255
+    mean, std = fractions.mean(0), np.maximum(fractions.std(0), 1e-3)
+    return replace(stats, mean=tuple(mean.round(6).tolist()), std=tuple(std.round(6).tolist()))
+
+
+def _range(values: np.ndarray, bits: bool) -> tuple[float, float, float | None]:
+    """Low and high of a channel, and a value that stands for missing data: one at an end, of more than a thousandth of
+    the pixels, that is further from the others than these are from each other."""
+    if bits:
+        return 0.0, 255.0, None
+    values = np.sort(values[np.isfinite(values)])
+    if not len(values):
+        return 0.0, 1.0, None
+    nodata = None
+    for end in (values[0], values[-1]):
+        others = values[values != end]
+        if 1000 * (len(values) - len(others)) < len(values) or len(others) < 2:
+            continue
+        low, high = np.percentile(others, PERCENTILES)
+        if min(abs(end - low), abs(end - high)) > high - low:
+            nodata, values = float(end), others
+    low, high = (float(bound) for bound in np.percentile(values, PERCENTILES))
+    return low, high if high > low else low + 1.0, nodata
+
+
+def _look(values: np.ndarray, some: np.ndarray) -> bytes:
+    """A hash of brightness differences on a grid of 16 x 16, equal for copies in another size or compression."""
+    low, high = float(np.nanmin(some)), float(np.nanmax(some))
+    scale = pixel_scale(values.shape[2], (low, max(high, low + 1)))
+    gray = np.asarray(as_picture(levels_of(values, scale)).convert("L").resize((17, 16)))
+    return np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes()
+
+
+def _by_look(item: tuple[str, _Seen]) -> bytes:
+    return item[1].look
+
+
+def suited(images: ImageFolder, scale: PixelScale, num_workers: int) -> PixelScale:
+    """The scale of a backbone, or for 8-bit RGB and images of more bits one with their own range, which is said."""
+    if not scale.is_8_bit_rgb or not is_deep(images):
+        return scale
+    stats = sampled(images, scale.channels, num_workers)
+    return PixelScale(stats.scale.low, stats.scale.high, scale.mean, scale.std)
+
+
+def sampled(images: ImageFolder, channels: int, num_workers: int) -> Stats:
+    """`measure` of some images, evenly spaced, and a log of the range found."""
+    some = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).round().astype(int).tolist()
+    stats = measure(images, channels, num_workers, some)
+    bounds = ", ".join(f"{low:g} to {high:g}" for low, high in zip(stats.scale.low, stats.scale.high, strict=True))
+    missing = {value for value in stats.nodata if value is not None}
+    logger.warning(
+        "%s: values of %s, by %d of the images scaled from %s%s (dino-train stats measures all)",
+        images.path,
+        " and ".join(stats.dtypes),
+        len(some),
+        bounds,
+        f", without {', '.join(f'{value:g}' for value in sorted(missing))} as missing data" if missing else "",
+    )
+    if stats.levels < FEW_LEVELS:
+        logger.warning(
+            "%s: only %d different values: were the images converted to fewer bits?", images.path, stats.levels
+        )
+    return stats
