@@ -5,6 +5,8 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -45,8 +47,9 @@ void work_together(void* data) noexcept { work(data); }
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body) {
     static const auto gomp = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     static const auto number = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
     if (tasks < threads) threads = int(tasks);
-    std::vector<Range> ranges(threads > 0 ? threads : 0);
+    std::vector<Range> ranges(threads);
     for (int i = 0; i < threads; ++i) {
         ranges[i].next = i * tasks / threads;
         ranges[i].end = (i + 1) * tasks / threads;

@@ -219,18 +219,15 @@ def multicrop(
         ValueError: a shape, dtype, device or stride that does not fit the above; a box that is empty or reaches out of
             its image; brightness, contrast or saturation outside [0, 100], hue outside [-0.5, 0.5], blur outside
             [0, 2.4], an order that is no permutation; saturation, hue, grayscale or solarize of other than three
-            channels. Nothing is written then.
+            channels; threads below 1. Nothing is written then.
     """
     scale = scale or RGB
     arrays = [_check_image(i, image, scale.channels) for i, image in enumerate(images)]
     if len(types := {array.dtype for array in arrays}) > 1:
         raise ValueError(f"images must all have one dtype, got {', '.join(sorted(map(str, types)))}")
     _check_batch(crops, out, len(arrays), torch.device("cpu"), scale, not types or types == {np.dtype(np.uint8)})
-    threads = torch.get_num_threads() if threads is None else threads
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
     if crops.size:
-        _crop(arrays, crops, out, scale, threads)
+        _crop(arrays, crops, out, scale, torch.get_num_threads() if threads is None else threads)
         _turn(crops, out)
 
 

@@ -334,6 +334,11 @@ def test_eval_transform_of_a_long_strip():
     assert (levels(eval_transform(strip, 224)) == (10, 20, 30)).all()
 
 
+def test_no_workers(root):
+    with pytest.raises(ValueError, match="num_workers must be at least 1, got 0"):
+        list(eval_loader(ImageFolder(root), size=16, batch_size=2, num_workers=0))
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_eval_loader(root, num_workers):
     images = ImageFolder(root)

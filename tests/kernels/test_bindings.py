@@ -40,6 +40,12 @@ def test_other_arguments_raise(change):
         _C.bias_gelu(*positional, **given)
 
 
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_threads_raise(threads):
+    with pytest.raises(ValueError, match=f"threads must be at least 1, got {threads}"):
+        _C.bias_gelu(**arguments() | {"threads": threads})
+
+
 def functions(scope, body):
     """(name, function, node of the stub) of all in the stub that this build has."""
     for node in body:

@@ -227,6 +227,8 @@ IMAGE, ROW, OUT = picture(10, 12), crop_row((0, 0, 12, 10), 8), torch.zeros(1, 3
         ({"crops": crop_row((0, 0, 12, 10), 8, blur=2.5)}, r"blur must be in \[0, 2.4\]"),
         ({"crops": crop_row((0, 0, 12, 10), 8, order=(0, 1, 1, 3))}, "order must be a permutation of 0, 1, 2, 3"),
         ({"crops": crop_row((0, 0, 12, 10), 8, order=(0, 1, 2, 4))}, "order must be a permutation"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"threads": -1}, "threads must be at least 1, got -1"),
     ],
 )
 def test_bad_input(change, message):

@@ -21,10 +21,11 @@ class Threads:
     _all: "WeakSet[Threads]" = WeakSet()
 
     def __init__(self, number: int) -> None:
+        if number < 1:
+            raise ValueError(f"num_workers must be at least 1, got {number}")
         Threads._all.add(self)
         self._work: SimpleQueue[tuple[Future, Callable[..., Any], tuple] | None] = SimpleQueue()
         self._threads: list[Thread] = []
-        assert number >= 1
         for _ in range(number):
             self.add()
 
