@@ -9,7 +9,7 @@ from torch.autograd.graph import increment_version
 
 from dino_kernels._core.backends import GpuKernel
 
-__all__ = ["custom_op", "on_plain_cpu", "without_autograd"]
+__all__ = ["custom_op", "on_plain_cpu", "once_differentiable", "without_autograd"]
 
 _OPS: dict[str, "_Op"] = {}
 _LIBRARY = torch.library.Library("dino_kernels", "FRAGMENT")
@@ -55,8 +55,47 @@ class _Op:
         torch.library.register_fake(f"dino_kernels::{self.name}", function, lib=_LIBRARY)
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        name = f"dino_kernels::{self.name}"
-        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
+        once = once_differentiable(self.name, f"dino_kernels.{self.name}_reference")(backward)
+        torch.library.register_autograd(f"dino_kernels::{self.name}", once, setup_context=setup_context, lib=_LIBRARY)
+
+
+class _Gradients(torch.autograd.Function):
+    """Gradients as they are, and an error where they are differentiated."""
+
+    @staticmethod
+    def forward(ctx, message, *grads):  # type: ignore[override]
+        ctx.message = message
+        return grads
+
+    @staticmethod
+    def backward(ctx, *_):  # type: ignore[override]
+        raise RuntimeError(ctx.message)
+
+
+def once_differentiable(name: str, instead: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Has the gradients that a backward function returns raise where they are differentiated; it is not called where
+    no result got a gradient.
+
+    torch's decorator of that name does so only if the gradient from above needs a gradient; that of a sum does not, and
+    then the second derivative would silently be zero.
+
+    name, instead: what has no second derivative, and what has.
+    """
+    message = f"{name} has no second derivative (create_graph=True); for one take {instead}"
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(ctx: Any, *grads: Any) -> Any:
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return results
+            return _Gradients.apply(message, *(x if x is None else x.detach().requires_grad_() for x in results))
+
+        return run
+
+    return decorate
 
 
 def on_plain_cpu(x: Any) -> bool:

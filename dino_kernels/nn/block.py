@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dino_kernels._core.device import on_gpu
 from dino_kernels._core.native import DTYPES
-from dino_kernels._core.registry import without_autograd
+from dino_kernels._core.registry import once_differentiable, without_autograd
 from dino_kernels.nn.layers import Linear, Mlp
 from dino_kernels.nn.packing import Branch, Packing, split_sequences
 from dino_kernels.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
@@ -183,7 +182,7 @@ class _Fused(torch.autograd.Function):
         return out, out_normed
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("Block", "torch's own modules")
     def backward(ctx, grad, grad_normed):  # type: ignore[override]
         normed, out, kept = ctx.saved_tensors
         grad, grad_normed = _dense(grad, grad_normed, ctx.normed_like)
@@ -307,7 +306,7 @@ class _Unfused(torch.autograd.Function):
         return out, out_normed
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("Block", "torch's own modules")
     def backward(ctx, grad, grad_normed):  # type: ignore[override]
         block, next_norm = ctx.modules
         attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2

@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from dino_kernels._core.registry import without_autograd
+from dino_kernels._core.registry import once_differentiable, without_autograd
 from dino_kernels.ops.bias_gelu import bias_gelu, bias_gelu_reference
 from dino_kernels.ops.linear import linear
 from dino_kernels.ops.weight_norm import weight_norm_, weight_norm_product_backward_
@@ -46,7 +45,7 @@ class _Product(torch.autograd.Function):
         return _linear_op(x, weight_copy, bias_copy, False)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("Linear", "torch's own modules")
     def backward(ctx, grad):  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
@@ -166,7 +165,7 @@ class _WeightNormProduct(torch.autograd.Function):
         return linear(x, layer.rows)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("WeightNormLinear", "torch's own modules")
     def backward(ctx, grad):  # type: ignore[override]
         (x,) = ctx.saved_tensors
         grad = grad.contiguous()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dino_kernels._core.backends import GpuKernel
 from dino_kernels._core.native import _C, DTYPES, reused_empty, setting
-from dino_kernels._core.registry import custom_op
+from dino_kernels._core.registry import custom_op, once_differentiable
 
 __all__ = ["dino_loss", "dino_loss_reference"]
 
@@ -233,7 +233,7 @@ class _InPlace(torch.autograd.Function):
         _setup(ctx, None, (loss, batch_center, student.detach()))
         return loss, batch_center
 
-    backward = staticmethod(_backward)
+    backward = staticmethod(once_differentiable("dino_loss", "dino_kernels.dino_loss_reference")(_backward))
 
 
 # --- CPU ---------------------------------------------------------------------------------------------
