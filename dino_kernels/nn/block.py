@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dino_kernels._core.device import on_gpu
 from dino_kernels._core.native import DTYPES
 from dino_kernels._core.registry import once_differentiable, without_autograd
-from dino_kernels.nn.layers import Linear, Mlp
+from dino_kernels.nn.layers import Linear, Mlp, watched
 from dino_kernels.nn.packing import Branch, Packing, split_sequences
 from dino_kernels.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from dino_kernels.ops.attention import attention
@@ -38,10 +38,17 @@ class Attention(nn.Module):
         return self.qkv(x).unflatten(1, (3, self.num_heads, -1))
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        return self.proj(attention(self.project(x), packing.cu_seqlens, groups=packing.groups).flatten(1))
+        qkv = self.project(x)
+        if qkv.dtype == torch.float64:  # the op takes at most float32
+            groups = (group.permute(2, 0, 3, 1, 4) for group in split_sequences(qkv, packing.groups))
+            heads = [F.scaled_dot_product_attention(*group).transpose(1, 2).flatten(0, 1) for group in groups]
+            return self.proj(torch.cat(heads).flatten(1))
+        return self.proj(attention(qkv, packing.cu_seqlens, groups=packing.groups).flatten(1))
 
     def class_tokens(self, x: Tensor, packing: Packing) -> Tensor:
         """`forward` of the first token of each sequence [S, C]."""
+        if type(self.qkv) is not Linear:  # whose weight may not be all that it multiplies by
+            return self(x, packing).index_select(0, packing.cu_seqlens[:-1])
         return self.proj(_class_heads(x, self, packing)[0])
 
 
@@ -102,7 +109,9 @@ class Block(nn.Module):
         if class_only:
             x = x.index_select(0, packing.cu_seqlens[:-1])
             branches = branches[0].class_tokens(), branches[1].class_tokens(), branches[2].class_tokens()
-        if (copies := self.linears[0].copies) is not None:
+        attn, mlp = self.attn, self.mlp
+        replaced = self.linears != (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)  # as LoRA does: each is called by itself
+        if (copies := self.linears[0].copies) is not None and not replaced:
             x, normed = x.contiguous(), normed.to(copies[0].dtype).contiguous()
             named = *self.named, next_norm.weight, next_norm.bias  # so that autograd sees them
             if not class_only and (fused := self._fused(next_norm, branches)).fits(x, normed):
@@ -119,6 +128,11 @@ class Block(nn.Module):
         branch = attend(normed, attention_branch.packing)
         x, normed = _add_norm(x, branch, self.norm2, attention_branch, mlp_branch)
         return _add_norm(x, self.mlp(normed), next_norm, mlp_branch, next_branch)
+
+    def watched(self, next_norm: nn.LayerNorm) -> bool:
+        """Whether hooks look at the block, at a part of it or at the norm behind it: then `class_only` would hide from
+        them the other tokens."""
+        return watched(next_norm, *self.modules())
 
     def _check(self, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm, packing: Packing, attended: Packing) -> None:
         """With copies the kernels are called without their own checks."""
@@ -353,6 +367,10 @@ def _linear_gradients(grad: Tensor, x: Tensor, layer: Any, grad_bias: Tensor | N
 
 
 def _add_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm, added: Branch, read: Branch) -> tuple[Tensor, Tensor]:
-    op = add_layer_norm_reference if x.dtype == torch.float64 else add_layer_norm
+    takes = x.dtype != torch.float64 and norm.weight.dtype == torch.float32
+    op = add_layer_norm if takes else add_layer_norm_reference
     options = {"scale": added.scale, "rows": added.rows, "normed_rows": read.rows}
-    return op(x, branch, norm.weight, norm.bias, **options, eps=norm.eps)
+    x, normed = op(x, branch, norm.weight, norm.bias, **options, eps=norm.eps)
+    if watched(norm):  # its hooks run only where it is called
+        normed = norm(x if read.rows is None else x.index_select(0, read.rows)).to(branch.dtype)
+    return x, normed

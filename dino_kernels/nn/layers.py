@@ -35,6 +35,14 @@ def _check_input(x: Tensor, channels: int, weight: Tensor) -> None:
         )
 
 
+def watched(*modules: nn.Module) -> bool:
+    """Whether hooks look at one of the modules, which then must be called, as a whole and on all tokens."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )
+
+
 class _Product(torch.autograd.Function):
     """`linear` with copies; gradients of weight and bias are added to their .grad, in place."""
 
@@ -103,6 +111,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, dim] -> [T, dim]; dtypes and errors as of `Linear`."""
+        if type(self.fc1) is not Linear or watched(self.fc1):
+            return self.fc2(F.gelu(self.fc1(x)))
         x = self.fc1(x, add_bias=False)
         # The op takes at most float32; a float64 net is there to check others.
         return self.fc2((bias_gelu_reference if x.dtype == torch.float64 else bias_gelu)(x, self.fc1.bias))
@@ -148,10 +158,16 @@ class PatchEmbed(nn.Module):
         grids = [(len(group), group.shape[2] // p, group.shape[3] // p) for group in images]
         counts = [math.prod(grid) for grid in grids]
         dtype = images[0].dtype if self.copies is None else self.copies[0].dtype
-        patches = images[0].new_empty(sum(counts), channels * p * p, dtype=dtype)
-        for group, (n, rows, columns), to in zip(images, grids, patches.split(counts), strict=True):
+        cuts = []
+        for group, (_, rows, columns) in zip(images, grids, strict=True):
             cut = group[..., : rows * p, : columns * p].unflatten(3, (columns, p)).unflatten(2, (rows, p))
-            to.view(n, rows, columns, channels, p, p).copy_(cut.permute(0, 2, 4, 1, 3, 5))
+            cuts.append(cut.permute(0, 2, 4, 1, 3, 5))
+        if torch.is_grad_enabled() and any(group.requires_grad for group in images):
+            patches = torch.cat([cut.reshape(-1, channels * p * p) for cut in cuts]).to(dtype)
+        else:  # a pass over memory less
+            patches = images[0].new_empty(sum(counts), channels * p * p, dtype=dtype)
+            for cut, to in zip(cuts, patches.split(counts), strict=True):
+                to.view(cut.shape).copy_(cut)
         return _linear(patches, self.proj.weight, self.proj.bias, self.copies)
 
 

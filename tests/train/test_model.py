@@ -1,18 +1,19 @@
 """The networks of dino_train against plain per-image forms; the reference's names and counts."""
 
+import copy
 import math
+import warnings
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dino_train.models.resnet import resnet50, resnet_nano
+from dino_train.models.resnet import ResNet, resnet50, resnet_nano
 from dino_train.models.vit import DINOHead, DINOModel, VisionTransformer, build_model, vit
 from torch import nn
 
-from dino_kernels import attention, attention_reference
-from dino_kernels.nn import Branch, Packing
+from dino_kernels.nn import Branch, Packing, hold_copies
 
 PATCH, DIM, DEPTH, HEADS = 4, 32, 3, 2
 # Square, interpolated position embedding, first size with another batch, not square, not a multiple of the patch.
@@ -26,15 +27,6 @@ def small_vit(dtype=torch.float64, **kwargs):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.to(dtype)
-
-
-@pytest.fixture(autouse=True)
-def attention_in_float64(monkeypatch):
-    """Plain attention, since the op does not support float64."""
-    ops = {torch.float64: attention_reference}
-    monkeypatch.setattr(
-        "dino_kernels.nn.block.attention", lambda qkv, *x, **y: ops.get(qkv.dtype, attention)(qkv, *x, **y)
-    )
 
 
 def images(sizes=SIZES, dtype=torch.float64):
@@ -442,3 +434,166 @@ def test_a_block_uses_the_parameters_assigned_to_it():
     for block in net.blocks:
         own = {id(p) for p in block.parameters()} - {id(p) for p in block.norm1.parameters()}
         assert {id(p) for p in block.named} == own
+
+
+# --- a backbone is an ordinary module -----------------------------------------------------------------
+
+
+@pytest.fixture(params=["vit", "resnet"])
+def backbone(request):
+    if request.param == "vit":
+        return small_vit(torch.float32).eval()
+    torch.manual_seed(0)
+    return ResNet((1, 1, 1, 1)).eval()
+
+
+def some(count=2, size=16, seed=0):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+class LowRank(nn.Module):
+    """A linear layer and a product of two small ones beside it, as LoRA has."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_gradients_reach_the_images(backbone):
+    x = some().requires_grad_()
+    out = backbone(x)
+    upstream = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad((out * upstream).sum(), x)
+    net, direction, step = copy.deepcopy(backbone).double(), torch.randn_like(x).double(), 1e-5
+    with torch.no_grad():
+        ahead, behind = (net(x.double() + sign * step * direction) for sign in (1, -1))
+    expected = ((ahead - behind) * upstream).sum() / (2 * step)
+    torch.testing.assert_close((gradient * direction).sum(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_reach_images_of_several_sizes():
+    model, crops = small_vit(), [x.requires_grad_() for x in images()]
+    together = torch.autograd.grad(model(crops).square().sum(), crops)
+    alone = [torch.autograd.grad(model(crop).square().sum(), crop)[0] for crop in crops]
+    for gradient, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.1), (torch.float64, 1e-5)], ids=str
+)
+def test_other_dtypes(backbone, dtype, tolerance):
+    expected = backbone(some())
+    net = copy.deepcopy(backbone).to(dtype)
+    out = net(some().to(dtype))
+    assert out.dtype == dtype
+    assert (out - expected).norm() < tolerance * expected.norm()
+    out.sum().backward()
+    assert all(p.grad.dtype == dtype for p in net.parameters())
+    if isinstance(net, VisionTransformer):
+        assert all(p.grad.isfinite().all() for p in net.parameters())
+        assert net.features(some().to(dtype))[0].dtype == dtype
+
+
+def test_no_images(backbone):
+    x = some(0).requires_grad_()
+    out = backbone(x)
+    assert out.shape == (0, backbone.embed_dim)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert copy.deepcopy(backbone).double()(x.detach().double()).shape == out.shape
+    if isinstance(backbone, VisionTransformer):
+        assert backbone.features(x)[0].shape == (0, 17, DIM)
+        assert backbone.attention(x).shape == (0, HEADS, 17)
+
+
+def test_hooks_see_what_flows(backbone):
+    expected = backbone(some())
+    is_vit = isinstance(backbone, VisionTransformer)
+    names = ["blocks.2", "blocks.2.attn", "blocks.2.attn.qkv", "blocks.2.norm2", "blocks.2.mlp.fc1", "norm"]
+    for name in names if is_vit else ["layer4", "layer4.0.conv1"]:
+        seen = []
+        handle = backbone.get_submodule(name).register_forward_hook(lambda _, __, out: seen.append(out))  # noqa: B023
+        torch.testing.assert_close(backbone(some()), expected, rtol=1e-4, atol=1e-4)
+        handle.remove()
+        assert len(seen) == 1, name
+        if is_vit:  # all tokens
+            assert all(len(x) == 2 * 17 for x in (seen[0] if isinstance(seen[0], tuple) else seen)), name
+    if is_vit:
+        tokens = backbone.features(some())[0]
+        torch.testing.assert_close(seen[0].view_as(tokens), tokens, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [16, 24])
+def test_traces_take_other_numbers_of_images(backbone, size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(backbone, some(2, size))
+    torch.testing.assert_close(traced(some(3, size, 1)), backbone(some(3, size, 1)), rtol=1e-4, atol=1e-4)
+
+
+def test_exports_take_other_numbers_of_images(backbone):
+    exported = torch.export.export(backbone, (some(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(exported.module()(some(3)), backbone(some(3)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_onnx_export_of_the_module(backbone, tmp_path, dynamo):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "net.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(backbone, (some(),), path, input_names=["images"], dynamo=dynamo, verbose=False)
+    out = runtime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": some().numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(out), backbone(some()), rtol=1e-3, atol=1e-3)
+
+
+def test_a_trace_has_no_drop_path():
+    with pytest.raises(ValueError, match="call .eval"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(small_vit(torch.float32, drop_path_rate=0.1), some())
+
+
+@pytest.mark.parametrize("name", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+@pytest.mark.parametrize("i", [0, DEPTH - 1])
+def test_replaced_linear_layers_are_used(name, i):
+    """By their own forward, whatever weight they show: merged into one weight the layer gives the same."""
+    model, merged = small_vit().eval(), small_vit().eval()
+    parent, _, child = f"blocks.{i}.{name}".rpartition(".")
+    layer = LowRank(model.get_submodule(f"{parent}.{child}")).double()
+    setattr(model.get_submodule(parent), child, layer)
+    with torch.no_grad():
+        merged.get_submodule(f"{parent}.{child}").weight.add_(layer.up.weight @ layer.down.weight)
+    x = some().double()
+    assert not torch.allclose(model(x), small_vit().eval()(x))
+    torch.testing.assert_close(model(x), merged(x))
+    torch.testing.assert_close(model.features(x)[0], merged.features(x)[0])
+    model(x).square().sum().backward()
+    assert layer.up.weight.grad.abs().max() > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), merged(x))
+
+
+def test_replaced_linear_layers_beside_copies_of_weights():
+    model = small_vit(torch.float32).eval()
+    layer = model.blocks[0].attn.qkv = LowRank(model.blocks[0].attn.qkv)
+    expected = model(some())
+    hold_copies(model, torch.float32)
+    torch.testing.assert_close(model(some()), expected, rtol=1e-4, atol=1e-4)
+    layer.up.weight.data.add_(1)
+    assert not torch.allclose(model(some()), expected)
+
+
+def test_second_derivatives_of_a_vit_are_an_error():
+    x = some().requires_grad_()
+    (gradient,) = torch.autograd.grad(small_vit(torch.float32)(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        gradient.square().sum().backward()

@@ -10,8 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_kernels import PixelScale
 from dino_train.models.names import to_huggingface
@@ -153,41 +152,19 @@ def _write_json(values: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-class _PlainViT(nn.Module):
-    """`VisionTransformer.forward` in torch's own operations, for images of the training size."""
-
-    def __init__(self, vit: VisionTransformer):
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = self.vit.patch_embed.proj(images).flatten(2).transpose(1, 2)
-        # Not len(): a graph would keep the number.
-        x = torch.cat((self.vit.cls_token.expand(images.shape[0], -1, -1), patches), dim=1) + self.vit.pos_embed
-        block: Any
-        for block in self.vit.blocks:
-            qkv = nn.Linear.forward(block.attn.qkv, block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
-            out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
-            x = x + nn.Linear.forward(block.attn.proj, out.transpose(1, 2).flatten(2))
-            hidden = F.gelu(nn.Linear.forward(block.mlp.fc1, block.norm2(x)))
-            x = x + nn.Linear.forward(block.mlp.fc2, hidden)
-        return self.vit.norm(x[:, 0])
-
-
 def _onnx(trained: Trained, path: Path) -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"the ONNX format needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    backbone: nn.Module = trained.backbone
-    plain = _PlainViT(backbone) if isinstance(backbone, VisionTransformer) else backbone
+    backbone = trained.backbone
     device, size = next(backbone.parameters()).device, trained.image_size
-    images = torch.zeros(2, trained.backbone.channels, size, size, device=device)
+    images = torch.zeros(2, backbone.channels, size, size, device=device)
     # Of torch's own parts, and of a torchvision that nothing here needs.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.onnx.export(
-            plain.eval(),
+            backbone.eval(),
             (images,),
             path,
             input_names=["images"],

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dino_kernels.nn import Block, Packing, PatchEmbed, drop_path, split_sequences
+from dino_kernels.nn import Block, Linear, Packing, PatchEmbed, drop_path, split_sequences
 from dino_train.models.head import DINOHead
 from dino_train.models.init import init_linear
 from dino_train.models.resnet import RESNETS, ResNet
@@ -107,18 +106,38 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: an image has other channels or is smaller than a patch.
         """
-        x, packing = self._embed([crops] if isinstance(crops, Tensor) else crops)
+        crops = [crops] if isinstance(crops, Tensor) else crops
         dropping = self.training and self.drop_path_rate > 0
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            if dropping:
+                raise ValueError("a trace or an export has no drop path: call .eval() before")
+            return torch.cat([self._unpacked(crop) for crop in crops])
+        x, packing = self._embed(crops)
         left = drop_path(packing, len(self.blocks), self.drop_path_rate) if dropping else [None] * len(self.blocks)
         normed = self._first_norm(x)
         for i, (block, norm) in enumerate(self._with_next_norm()):
-            class_only = i == len(self.blocks) - 1
+            class_only = i == len(self.blocks) - 1 and not block.watched(norm)
             arguments = (x, normed, norm, packing, left[i], class_only)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, normed = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, normed = block(*arguments)
-        return normed
+        return normed if class_only else normed.index_select(0, packing.cu_seqlens[:-1])
+
+    def _unpacked(self, images: Tensor) -> Tensor:
+        """`forward` in torch's own operations, for a trace or an export: of as many images as there will be."""
+        _check_images(images, self.patch_size)
+        patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        # Not len(): a graph would keep the number.
+        x = torch.cat((self.cls_token.expand(images.shape[0], -1, -1), patches), dim=1)
+        x = x + self._positions(*map(int, images.shape[2:]))
+        block: Any
+        for block in self.blocks:
+            qkv = _apply(block.attn.qkv, block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
+            out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+            x = x + _apply(block.attn.proj, out.transpose(1, 2).flatten(2))
+            x = x + _apply(block.mlp.fc2, F.gelu(_apply(block.mlp.fc1, block.norm2(x))))
+        return self.norm(x[:, 0])
 
     def _with_next_norm(self) -> Iterator[tuple[Block, nn.LayerNorm]]:
         """Each block, and the norm that reads its result."""
@@ -150,7 +169,7 @@ class VisionTransformer(nn.Module):
         for i, (block, norm) in enumerate(self._with_next_norm()):
             x, normed = block(x, normed, norm, packing)
             if len(self.blocks) - i <= n_blocks:
-                maps.append(self.norm(x).view(len(images), -1, self.embed_dim))
+                maps.append(self.norm(x).view(*packing.groups[0], self.embed_dim))
         return maps
 
     def attention(self, images: Tensor) -> Tensor:
@@ -170,7 +189,7 @@ class VisionTransformer(nn.Module):
         *body, (last, _) = self._with_next_norm()
         for block, norm in body:
             x, normed = block(x, normed, norm, packing)
-        q, k, _ = last.attn.project(normed).unflatten(0, (len(images), -1)).unbind(2)
+        q, k, _ = last.attn.project(normed).unflatten(0, packing.groups[0]).unbind(2)
         logits = torch.einsum("bhd,bnhd->bhn", q[:, 0], k) * q.shape[-1] ** -0.5
         return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
@@ -210,6 +229,13 @@ class VisionTransformer(nn.Module):
         return torch.cat((of_class, grid.flatten(2).transpose(1, 2)), dim=1)
 
 
+def _apply(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer, or what took its place, of tokens [B, N, C]."""
+    if type(layer) is Linear:
+        return nn.Linear.forward(layer, x)
+    return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
 class _Sequences(torch.autograd.Function):
     """Tokens of patches [P, C], a class token put before those of each image, plus a table a group of images."""
 
@@ -224,9 +250,11 @@ class _Sequences(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         grads, groups = split_sequences(grad, ctx.groups), [(count, length - 1) for count, length in ctx.groups]
+        if torch.is_grad_enabled():  # create_graph=True
+            patches = torch.cat([part[:, 1:].flatten(0, 1) for part in grads]).to(ctx.dtype)
+            return patches, None, *(part.sum(0) for part in grads)
         patches = grad.new_empty(sum(count * length for count, length in groups), grad.shape[1], dtype=ctx.dtype)
         for to, part in zip(split_sequences(patches, groups), grads, strict=True):
             to.copy_(part[:, 1:])
