@@ -5,7 +5,19 @@ import ctypes
 import gc
 import os
 import resource
+import sys
 from pathlib import Path
+
+
+def processors() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> float:
+    """MiB that this process took at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)  # which counts bytes, others KiB
 
 
 def tune() -> None:

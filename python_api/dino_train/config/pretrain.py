@@ -11,6 +11,7 @@ import torch
 
 from dino_kernels import CropKind, PixelScale
 from dino_train.common.device import gpu_of
+from dino_train.common.process import processors
 from dino_train.common.scale import pixel_scale
 from dino_train.config.presets import METHODS, PRESET_NAMES, READ_BY
 from dino_train.models.resnet import RESNETS
@@ -30,7 +31,7 @@ EMBEDDED_DATA = Path(__file__).parents[1] / "data/cifar10-5k.zip"
 
 
 def default_workers() -> int:
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @dataclass(frozen=True)

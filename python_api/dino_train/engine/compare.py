@@ -5,7 +5,6 @@ import logging
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import statistics
 import sys
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 from dino_train.common.files import atomic
 from dino_train.common.metrics import read_metrics
-from dino_train.common.process import tune
+from dino_train.common.process import peak_memory, tune
 from dino_train.config.options import require_least
 from dino_train.config.presets import recipe
 from dino_train.config.pretrain import EMBEDDED_DATA, PretrainConfig, default_workers
@@ -225,9 +224,8 @@ def _train(config: PretrainConfig) -> None:
         pretrain(config)
     except (ValueError, OSError, NonFiniteLoss, Interrupted) as error:
         sys.exit(f"dino-train: error: {error}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     crops = f"2 + {config.local_crops_number}"
-    values = {"peak_mib": peak, "crops": crops, "epochs": config.epochs}
+    values = {"peak_mib": peak_memory(), "crops": crops, "epochs": config.epochs}
     (config.output_dir / "peak.json").write_text(json.dumps(values))
 
 

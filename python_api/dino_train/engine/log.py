@@ -3,7 +3,6 @@
 import logging
 import os
 import platform
-import resource
 import subprocess
 import time
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dino_kernels import __version__
+from dino_train.common.process import peak_memory, processors
 
 NAME = "log.txt"
 
@@ -33,7 +33,7 @@ class RunLog(logging.Handler):
             return self
         self.line(
             f"dino-kernels {__version__}{_commit()}, torch {torch.__version__}, Python {platform.python_version()}, "
-            f"{platform.platform()}, {_processor()}, {len(os.sched_getaffinity(0))} processors, "
+            f"{platform.platform()}, {_processor()}, {processors()} processors, "
             f"{torch.get_num_threads()} threads, process {os.getpid()}"
         )
         return self
@@ -43,8 +43,7 @@ class RunLog(logging.Handler):
         if self.rank and kind is None:
             return
         how = "ended" if kind is None else str(error) or kind.__name__
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        self.line(f"{how}; {duration(time.monotonic() - self.began)}, at most {peak:.0f} MiB of memory")
+        self.line(f"{how}; {duration(time.monotonic() - self.began)}, at most {peak_memory():.0f} MiB of memory")
 
     def line(self, text: str) -> None:
         with suppress(OSError), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
