@@ -5,6 +5,7 @@ No torch header is used, so one build serves every torch version and nvcc needs 
 
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -20,6 +21,9 @@ from setuptools.command.build_ext import build_ext
 # -fopenmp-simd: vectorize annotated loops; no OpenMP library is linked (csrc/common/parallel.cpp says why).
 CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp-simd -fno-trapping-math -fno-math-errno -Wall"
 X86_FLAGS = " -mprefer-vector-width=512"  # in the AVX-512 versions; says nothing about the others
+# clang gives the choice of a version of a function external linkage, also where the function has none: names that are
+# unique to a file keep them apart. It warns of each loop that it does not vectorize.
+CLANG_FLAGS = " -funique-internal-linkage-names -Wno-pass-failed"
 NVCC_FLAGS = "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden --threads 0"
 NVCC_ARCHS = ("80", "90a", "100")
 
@@ -33,6 +37,26 @@ def pybind11_include() -> str:
             if (include / "pybind11" / "pybind11.h").is_file():
                 return str(include)
     sys.exit("dino-kernels: no pybind11 headers found. Run: pip install pybind11")
+
+
+def is_clang(cxx: str) -> bool:
+    try:
+        done = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True)
+    except FileNotFoundError:
+        sys.exit(f"dino-kernels: no C++ compiler: {cxx} not found. Install g++ or clang++, or set CXX")
+    return "clang" in done.stdout
+
+
+def lacks() -> list[str]:
+    """What the kernels are without on this platform."""
+    if os.name != "posix":
+        sys.exit(f"dino-kernels: {platform.system()} is not supported; build it on Linux, on Windows in WSL")
+    missing = []
+    if platform.machine() != "x86_64":
+        missing.append(f"{platform.machine()}: no AVX2, AVX-512 and AMX kernels, but those for any processor")
+    if platform.system() != "Linux":
+        missing.append(f"{platform.system()}: no AMX kernels, no huge pages, and no Triton for GPUs")
+    return missing
 
 
 def find_nvcc() -> str | None:
@@ -73,7 +97,8 @@ def run_without_ninja(text: str, folder: Path) -> None:
         subprocess.run(command, shell=True, cwd=folder, check=True)
 
     *objects, link = builds
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(processors) as threads:
         list(threads.map(run, objects))
     run(link)
 
@@ -109,26 +134,31 @@ def ninja_file(sources: list[str], output: Path) -> str:
     nvcc = find_nvcc()
     if not nvcc:
         print("dino-kernels: nvcc not found, building the CPU kernels only", flush=True)
-    x86 = os.uname().machine == "x86_64"
+    for line in lacks():
+        print(f"dino-kernels: {line}", flush=True)
+    cxx = os.environ.get("CXX", "g++")
+    flags = CXX_FLAGS + X86_FLAGS * (platform.machine() == "x86_64") + CLANG_FLAGS * is_clang(cxx)
     csrc = f'-I"{here / "csrc"}"'
     includes = f'{csrc} -I"{pybind11_include()}" -I"{sysconfig.get_paths()["include"]}"'
     archs = known_archs(nvcc)
     codes = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
-    link = "$cxx"
+    link, libraries = "$cxx", "-ldl -lpthread"
+    if platform.system() == "Darwin":  # symbols of Python are found when it loads the module
+        libraries = "-undefined dynamic_lookup"
     if nvcc:
         includes += f" -DDINO_CUDA_ARCHS='\"{' '.join(archs)}\"'"
         link = "$nvcc -cudart static -ccbin $cxx"  # it knows where its runtime is
     lines = [
-        f"cxx = {os.environ.get('CXX', 'g++')}",
+        f"cxx = {cxx}",
         f"nvcc = {nvcc}",
         "rule cpp",
-        f"  command = $cxx -MMD -MF $out.d {CXX_FLAGS + X86_FLAGS * x86} {includes} -c $in -o $out",
+        f"  command = $cxx -MMD -MF $out.d {flags} {includes} -c $in -o $out",
         "  depfile = $out.d",
         "rule cuda",
         f"  command = $nvcc -MD -MF $out.d {NVCC_FLAGS} {csrc} {codes} -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        f"  command = {link} -shared $in -o $out -ldl -lpthread",
+        f"  command = {link} -shared $in -o $out {libraries}",
     ]
     objects = []
     for source in sources:

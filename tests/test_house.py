@@ -3,12 +3,15 @@
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+from bare import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a room may import of its own package besides itself; "." is what lies beside the rooms.
@@ -167,6 +170,106 @@ def test_an_extension_that_does_not_load_says_how_to_build_it(tmp_path):
     assert "python setup.py build_ext --inplace" in done.stderr
 
 
+# Where neither Linux nor x86-64 is; set after torch is loaded, which is not what is tested.
+ELSEWHERE = """\
+import ctypes, mmap, os, sys, tempfile
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+sys.platform = "darwin"
+del os.sched_getaffinity, mmap.MADV_HUGEPAGE
+real = Path.read_text, Path.read_bytes
+def missing(self, *a, of, **k):
+    if str(self).startswith("/proc"):
+        raise FileNotFoundError(self)
+    return of(self, *a, **k)
+Path.read_text = lambda self, *a, **k: missing(self, *a, of=real[0], **k)
+Path.read_bytes = lambda self, *a, **k: missing(self, *a, of=real[1], **k)
+ctypes.CDLL = lambda name: SimpleNamespace()
+
+import dino_train.cli
+from dino_kernels.nn import FlatParameters
+from dino_train.common import process
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.engine.log import RunLog
+
+process.tune()
+process.use_huge_pages()
+assert PretrainConfig().num_workers == os.cpu_count()
+FlatParameters(torch.nn.Linear(2, 2))
+with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder)):
+    pass
+assert 50 < process.peak_memory() * 1024 < 50_000  # of KiB taken for bytes
+"""
+
+
+def test_nothing_of_linux_is_needed():
+    env = {k: v for k, v in os.environ.items() if k != "LOCAL_WORLD_SIZE"}
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_without_the_trainers_libraries_it_says_what_to_install(tmp_path):
+    env = environment(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "dino_train", "pretrain"], capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and not done.stdout
+    assert re.fullmatch(r'dino-train: error: needs \w+, .*pip install "dino-kernels\[train\]".*\n', done.stderr)
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """What setup.py defines."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+PLATFORMS = {
+    ("Linux", "x86_64"): [],
+    ("Linux", "aarch64"): ["aarch64: no AVX2, AVX-512 and AMX"],
+    ("Darwin", "arm64"): ["arm64: no AVX2, AVX-512 and AMX", "Darwin: no AMX kernels, no huge pages"],
+    ("Darwin", "x86_64"): ["Darwin: no AMX kernels, no huge pages"],
+}
+
+
+@pytest.mark.parametrize("system, machine", PLATFORMS)
+def test_a_build_says_what_a_platform_lacks(setup, monkeypatch, capsys, system, machine):
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    text = setup["ninja_file"](["csrc/a.cpp"], Path("out.so"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "nvcc" not in line]
+    for line, expected in zip(lines, PLATFORMS[system, machine], strict=True):
+        assert line.startswith(f"dino-kernels: {expected}")
+    assert ("-mprefer-vector-width" in text) == (machine == "x86_64")
+    assert ("-undefined dynamic_lookup" in text) == (system == "Darwin")
+
+
+def test_a_build_without_a_compiler_or_on_windows_is_one_line(setup, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(SystemExit, match="no C\\+\\+ compiler: /nowhere/g\\+\\+ not found"):
+        setup["ninja_file"](["csrc/a.cpp"], Path("out.so"))
+    monkeypatch.setattr("os.name", "nt")
+    with pytest.raises(SystemExit, match="not supported"):
+        setup["lacks"]()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs the repository")
+def test_a_source_distribution_is_complete(tmp_path):
+    listed = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    files = [name for name in listed if (ROOT / name).is_file()]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    done = subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as tar:
+        assert {name.partition("/")[2] for name in tar.getnames()} >= set(files)
+
+
+OTHER_COMPILERS = [name for name in ("clang++", "clang++-14", "g++-11") if shutil.which(name)]
+
+
 @pytest.mark.slow
 class TestBuild:
     """setup.py in a copy of the tree; nothing is downloaded."""
@@ -209,6 +312,13 @@ class TestBuild:
         assert output.count("nvcc not found, building the CPU kernels only") == 1
         assert "torch/include" in output
         assert "dino_loss" in self.call(tree, "dir(c)") and self.call(tree, "hasattr(c, 'cuda')") == "False"
+
+    @pytest.mark.parametrize("compiler", OTHER_COMPILERS)
+    def test_another_compiler(self, tree, compiler):
+        source = (tree / "setup.py").read_text()
+        (tree / "setup.py").write_text(source.replace('"/usr/local/cuda"', '"/nowhere"').replace('"-O3 ', '"-O1 '))
+        self.build(tree, CXX=compiler, CUDA_HOME="")
+        assert "dino_loss" in self.call(tree, "dir(c)")
 
     @pytest.mark.skipif(
         not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()), reason="nvcc is not installed"

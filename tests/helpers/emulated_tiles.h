@@ -2,6 +2,7 @@
 // these instructions run on any processor with AVX-512.
 #pragma once
 
+#include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -76,9 +77,7 @@ __attribute__((target("avx512f"))) inline __m512 add_pairs(__m512 sums, Pairs x,
     return sums;
 }
 
-inline bool supports(const char* feature) {
-    return !std::strcmp(feature, "avx512bf16") || !std::strcmp(feature, "amx-bf16");
-}
+inline bool supports(const char* feature) { return !std::strcmp(feature, "avx512bf16"); }
 
 }  // namespace emulated
 
@@ -98,4 +97,6 @@ inline bool supports(const char* feature) {
 #define _mm512_cvtne2ps_pbh (__m512bh) emulated::rounded
 #define _mm512_dpbf16_ps emulated::add_pairs
 #define __builtin_cpu_supports(feature) (emulated::supports(feature) || __builtin_cpu_supports(feature))
-#define syscall(...) 0  // instead of the request to Linux for AMX tiles
+// AMX-BF16 is there, and Linux grants the request for its tiles.
+#define __get_cpuid_count(leaf, part, a, b, c, d) (*(d) = 1u << 22, 1)
+#define syscall(...) 0

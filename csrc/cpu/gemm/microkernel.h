@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #endif
 #if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #define DINO_HAS_AMX
@@ -237,10 +238,16 @@ void amx_product(int64_t rows, int64_t columns, const Product& p, const float* a
         }
 }
 
+// Not __builtin_cpu_supports: clang 14 does not know that name of a feature.
+bool has_amx_bf16() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+}
+
 // Linux lets a process use the tile registers once it has asked.
 bool amx_allowed() {
     constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    static const bool allowed = __builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, kRequest, kTileData);
+    static const bool allowed = has_amx_bf16() && !syscall(SYS_arch_prctl, kRequest, kTileData);
     return allowed;
 }
 
