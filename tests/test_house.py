@@ -267,7 +267,7 @@ def test_a_source_distribution_is_complete(tmp_path):
         assert {name.partition("/")[2] for name in tar.getnames()} >= set(files)
 
 
-OTHER_COMPILERS = [name for name in ("clang++", "clang++-14", "g++-11") if shutil.which(name)]
+OTHER_COMPILERS = [name for name in ("clang++", "clang++-14", "clang++-19", "g++-11") if shutil.which(name)]
 
 
 @pytest.mark.slow

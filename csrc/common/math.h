@@ -5,18 +5,31 @@
 
 namespace dino {
 
-// Flushes denormals to zero while it lives: each costs about a hundred cycles, and a sharp softmax is full of them.
-class FlushDenormals {
+// Flushes denormals to zero: each costs about a hundred cycles, and a sharp softmax is full of them. Returns the mode
+// to restore.
+DINO_INLINE inline unsigned flush_denormals() {
 #if defined(__x86_64__)
-    unsigned saved = __builtin_ia32_stmxcsr();
+    unsigned mode = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(mode | 0x8040u);
+    return mode;
+#else
+    return 0;
+#endif
+}
+
+DINO_INLINE inline void restore_denormals([[maybe_unused]] unsigned mode) {
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(mode);
+#endif
+}
+
+// Flushes them while it lives.
+class FlushDenormals {
+    unsigned mode = flush_denormals();
 
    public:
-    FlushDenormals() { __builtin_ia32_ldmxcsr(saved | 0x8040u); }
-    ~FlushDenormals() { __builtin_ia32_ldmxcsr(saved); }
-#else
-   public:
     FlushDenormals() {}
-#endif
+    ~FlushDenormals() { restore_denormals(mode); }
 };
 
 // exp(x) for x <= 0 within 2 ulp: 2^n * p(r), x = n ln 2 + r. Below -87 it is the smallest normal float.

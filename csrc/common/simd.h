@@ -13,5 +13,6 @@
 #define DINO_MULTIVERSION __attribute__((target_clones("default", "avx2", "avx512f")))
 #endif
 
-// What a DINO_MULTIVERSION function calls must be inlined, or it is compiled for the baseline only.
+// What a DINO_MULTIVERSION function calls must be inlined, or it is compiled for the baseline only. It must call no
+// constructor, and nothing it calls may: clang 19 forgets to emit those that nobody else calls.
 #define DINO_INLINE __attribute__((always_inline))

@@ -23,7 +23,7 @@ DINO_INLINE inline void advance(const AdamwEmaArgs& a, int64_t i, int64_t n, con
 DINO_MULTIVERSION
 Sums measure(const AdamwEmaArgs& a, int64_t, int64_t begin, int64_t count) {
     float scratch[kBlock];
-    Sums sum;
+    Sums sum{};
     for (int64_t i = 0; i < count; i += kBlock) {
         int64_t n = std::min(kBlock, count - i);
         const float* g = load(a.grad, a.grad_dtype, begin + i, n, scratch);

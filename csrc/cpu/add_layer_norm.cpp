@@ -15,20 +15,20 @@ namespace {
 constexpr int64_t kChunk = 1 << 14;  // elements a task of the forward pass
 
 // Walks rows in order: at(row) is the index of the row in a tensor that may hold only some rows, or -1.
-class Walk {
-    RowsOf rows_;
-    int64_t next_;
+struct Walk {
+    RowsOf rows;
+    int64_t next;
 
-   public:
-    Walk(const RowsOf& rows, int64_t begin) : rows_(rows), next_(begin) {
-        const int32_t* indices = rows.indices;
-        if (rows.count >= 0) next_ = std::lower_bound(indices, indices + rows.count, begin) - indices;
-    }
     int64_t at(int64_t row) {
-        if (rows_.count >= 0 && (next_ == rows_.count || rows_.indices[next_] != row)) return -1;
-        return next_++;
+        if (rows.count >= 0 && (next == rows.count || rows.indices[next] != row)) return -1;
+        return next++;
     }
 };
+
+DINO_INLINE inline Walk walk_from(int64_t begin, const RowsOf& rows) {
+    const int32_t* indices = rows.indices;
+    return {rows, rows.count < 0 ? begin : std::lower_bound(indices, indices + rows.count, begin) - indices};
+}
 
 // A row of x, to which row `added` of the branch is added and which is normalized to row `made`; -1: is not.
 template <DType X, DType B>
@@ -69,7 +69,7 @@ DINO_INLINE inline void forward_row(const AddLayerNormArgs& a, int64_t row, int6
 
 DINO_MULTIVERSION
 void forward_rows(const AddLayerNormArgs& a, int64_t begin, int64_t end) {
-    Walk added(a.branch_rows, begin), made(a.normed_rows, begin);
+    Walk added = walk_from(begin, a.branch_rows), made = walk_from(begin, a.normed_rows);
     with_dtype(a.x_dtype, [&](auto x) DINO_INLINE {
         with_dtype(a.branch_dtype, [&](auto branch) DINO_INLINE {
             for (int64_t row = begin; row < end; ++row)
@@ -135,7 +135,7 @@ void backward_rows(const AddLayerNormBackwardArgs& a, int64_t begin, int64_t end
                    float* grad_bias) {
     std::fill(grad_weight, grad_weight + a.channels, 0.0f);
     std::fill(grad_bias, grad_bias + a.channels, 0.0f);
-    Walk added(a.branch_rows, begin), made(a.normed_rows, begin);
+    Walk added = walk_from(begin, a.branch_rows), made = walk_from(begin, a.normed_rows);
     with_dtype(a.x_dtype, [&](auto x) DINO_INLINE {
         with_dtype(a.branch_dtype, [&](auto branch) DINO_INLINE {
             for (int64_t row = begin; row < end; ++row)

@@ -54,13 +54,14 @@ void add_softmax(const ColumnMassArgs& a, int64_t row, float* exps, float* block
         }
         total += sum;
     }
-    FlushDenormals flush;  // not before: it would take float16's subnormal logits for zeros
+    unsigned mode = flush_denormals();  // not before: it would take float16's subnormal logits for zeros
     for (int64_t k = 0; k < a.outputs; k += kBlock) {
         int64_t n = std::min(kBlock, a.outputs - k);
         float factor = float(std::exp2(double(block_max[k / kBlock]) - double(max)) / total);
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) sums[k + j] += factor * exps[k + j];
     }
+    restore_denormals(mode);
 }
 
 // mass[1] = sums over the groups, in their order; partial: [groups, K]

@@ -41,7 +41,7 @@ constexpr int64_t kBlock = 1024;     // elements at a time in the first-level ca
 
 // Of a segment or a part of it: squared norms of the gradient and the weights, and their dot product.
 struct Sums {
-    double grad = 0, weights = 0, product = 0;
+    double grad, weights, product;
 
     void add(const Sums& x) { grad += x.grad, weights += x.weights, product += x.product; }
 };
@@ -133,7 +133,7 @@ bool flat_step(const Args& a, Sums (*measure)(const Args&, int64_t, int64_t, int
     });
     std::vector<Factors> factors(a.segments);
     for (int64_t i = 0; i < a.segments; ++i) {
-        Sums total;
+        Sums total{};
         for (int64_t chunk = first_chunk[i]; chunk < first_chunk[i + 1]; ++chunk) total.add(sums[chunk]);
         if (!std::isfinite(total.grad)) return true;
         factors[i] = make_factors(a, i, total);

@@ -13,22 +13,19 @@ namespace {
 constexpr int64_t kChunk = 1 << 15;  // elements a task
 
 DINO_MULTIVERSION
-void forward_rows(const WeightNormArgs& a, int64_t begin, int64_t end) {
+void forward_rows(const WeightNormArgs& a, int64_t begin, int64_t end, float* scratch) {
     int64_t n = a.channels;
-    std::vector<float> scratch(n);
-    float* out = scratch.data();
     for (int64_t row = begin; row < end; ++row) {
-        normalize_row(a.v + row * n, a.g[row], n, out);
-        store(a.w, a.dtype, row * n, n, out);
+        normalize_row(a.v + row * n, a.g[row], n, scratch);
+        store(a.w, a.dtype, row * n, n, scratch);
     }
 }
 
 DINO_MULTIVERSION
-void backward_rows(const WeightNormBackwardArgs& a, int64_t begin, int64_t end) {
+void backward_rows(const WeightNormBackwardArgs& a, int64_t begin, int64_t end, float* scratch) {
     int64_t n = a.channels;
-    std::vector<float> scratch(n);
     for (int64_t row = begin; row < end; ++row) {
-        const float *v = a.v + row * n, *grad_w = load(a.grad_w, a.dtype, row * n, n, scratch.data());
+        const float *v = a.v + row * n, *grad_w = load(a.grad_w, a.dtype, row * n, n, scratch);
         float* grad_v = a.grad_v + row * n;
         RowGradient of = row_gradient(grad_w, v, a.g[row], n);
 #pragma omp simd
@@ -38,10 +35,12 @@ void backward_rows(const WeightNormBackwardArgs& a, int64_t begin, int64_t end) 
 }
 
 template <class Args>
-void by_chunks(const Args& a, void (*rows_of)(const Args&, int64_t, int64_t)) {
+void by_chunks(const Args& a, void (*rows_of)(const Args&, int64_t, int64_t, float*)) {
     int64_t rows = std::max<int64_t>(1, kChunk / a.channels);  // a task
-    parallel_for((a.rows + rows - 1) / rows, a.threads,
-                 [&](int64_t task) { rows_of(a, task * rows, std::min(a.rows, (task + 1) * rows)); });
+    parallel_for((a.rows + rows - 1) / rows, a.threads, [&](int64_t task) {
+        std::vector<float> scratch(a.channels);
+        rows_of(a, task * rows, std::min(a.rows, (task + 1) * rows), scratch.data());
+    });
 }
 
 }  // namespace

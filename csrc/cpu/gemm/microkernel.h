@@ -264,7 +264,7 @@ DINO_AMX void configure_tiles() { _tile_loadconfig(&kTileConfig); }
 DINO_AMX void release_tiles() { _tile_release(); }
 #else
 void amx_product(int64_t, int64_t, const Product&, const float*, const float*, float*) {}
-bool amx_allowed() { return false; }
+[[maybe_unused]] bool amx_allowed() { return false; }
 void configure_tiles() {}
 void release_tiles() {}
 #endif
