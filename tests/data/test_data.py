@@ -12,7 +12,8 @@ import zipfile
 import numpy as np
 import pytest
 from dino_train.data.decode import UnreadableImage, decode, jpeg_size
-from dino_train.data.folder import DEEP_SUFFIXES, SUFFIXES, DataError, ImageFolder, pretraining_split, split
+from dino_train.data.folder import DataError, ImageFolder, pretraining_split, split
+from dino_train.data.names import DEEP_SUFFIXES, SUFFIXES
 from pictures import fill, save, zip_of
 from PIL import Image
 
@@ -342,11 +343,11 @@ def test_a_subfolder_that_cannot_be_listed_is_skipped_and_named(tmp_path, monkey
     monkeypatch.setattr(os, "scandir", denied)
     images = ImageFolder(root)
     assert images.names == ["a/x.png", "b/z.png"]
-    assert images.notes == ["folders that cannot be listed are skipped: 1, b/lost+found/ (Permission denied)"]
+    assert images.notes == ["folders that cannot be listed are skipped: 1: b/lost+found/ (Permission denied)"]
     (root / "a/x.png").unlink()
     (root / "b/z.png").unlink()
     with pytest.raises(
-        DataError, match=r"^no images in .* found no files; .*: 1, b/lost\+found/ \(Permission denied\)$"
+        DataError, match=r"^no images in .* found no files; .*: 1: b/lost\+found/ \(Permission denied\)$"
     ):
         ImageFolder(root)
 

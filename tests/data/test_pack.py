@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from dino_train.data import pack as pack_module
 from dino_train.data.decode import UnreadableImage
 from dino_train.data.folder import DataError, ImageFolder, split
 from dino_train.data.pack import pack
-from dino_train.data.tar_index import Store
+from dino_train.data.tar_index import Head, Store
 from pictures import fill, save, zip_of
 from PIL import Image
 
@@ -172,6 +173,28 @@ def test_a_truncated_store(root, keep):
         return
     with pytest.raises(DataError, match=r"set.tar is a damaged tar \(.*\): copy or download it again$"):
         ImageFolder(out)
+
+
+def test_a_damaged_index_is_found_when_it_is_opened(root):
+    out = packed(root)
+    intact = out.read_bytes()
+    start, size, _ = Head.read(intact[:1024]).index
+    for at in (*range(start, start + size, 7), *range(512, 700, 3)):
+        data = bytearray(intact)
+        data[at] ^= 1
+        out.write_bytes(data)
+        try:
+            assert ImageFolder(out).read(0) and not start <= at < start + size  # a bit of the head that says nothing
+        except DataError as error:
+            assert "is a damaged tar (its " in str(error)
+
+
+def test_a_pack_of_an_earlier_version_has_an_index_without_checksum(root):
+    out = packed(root)
+    data = out.read_bytes()
+    head = Head.read(data[:1024])
+    out.write_bytes(replace(head, index=head.index[:2]).to_bytes() + data[1024:])
+    assert len(ImageFolder(out)) == 6
 
 
 @pytest.mark.parametrize("name", ["a" * 150 + ".jpg", "ü/日本.jpg", "d/" * 60 + "x.jpg"])

@@ -234,6 +234,55 @@ def test_packed_files_are_shards(tmp_path):
     )
 
 
+SAMPLES = {
+    # members: images, and those that are left out
+    "001.jpg 001.cls 001.seg.png 002.mask.png 002.png": ("001.jpg 002.png", "001.seg.png 002.mask.png"),
+    "a/2023.01.02.jpg a/2023.01.03.jpg a/2023.01.04.JPG": ("a/2023.01.02.jpg a/2023.01.03.jpg a/2023.01.04.JPG", ""),
+    "v1.2.png v1.2.json v1.3.png": ("v1.2.png v1.3.png", ""),
+    "x.jpg x.png y.txt y.jpeg": ("x.jpg y.jpeg", "x.png"),
+    "x.jpg x.jpg y.jpg x.jpg": ("x.jpg y.jpg", "x.jpg x.jpg"),
+    "x.jpg y.jpg x.seg.png y.seg.png": ("x.jpg y.jpg x.seg.png y.seg.png", ""),  # not in a row: samples of their own
+    "./x.jpg ../y.jpg .z.jpg __MACOSX/x.jpg @eaDir/x.jpg": ("x.jpg", ""),
+}
+
+
+@pytest.mark.parametrize("names", SAMPLES)
+def test_a_shard_has_the_same_images_streamed_and_in_place(tmp_path, names, caplog):
+    path, (used, left_out) = tmp_path / "s.tar", SAMPLES[names]
+    with tarfile.open(path, "w") as tar:
+        for number, name in enumerate(names.split()):
+            add(tar, name, picture(number))
+    streamed = {name.removeprefix(f"{path}: "): data for name, data in shard_files(str(path))}
+    assert list(streamed) == used.split()
+    images = ImageFolder(path)
+    assert {images.prefix + name: images.read(i) for i, name in enumerate(images.names)} == streamed
+    assert count_samples([str(path)], tmp_path) == [len(streamed)]
+    assert count_samples([f"pipe:cat {path}"], tmp_path) == [len(streamed)]
+    for name in left_out.split():
+        assert caplog.text.count("images that are not used") == 2 and name in caplog.text
+        assert any("not used" in note and name in note for note in images.notes)
+    assert bool(left_out) == bool(caplog.messages)
+
+
+def test_a_folder_of_shards(pattern, tmp_path):
+    assert is_shards(tmp_path) and shard_urls(str(tmp_path)) == shard_urls(pattern)
+    (tmp_path / "s0.json").touch()
+    assert is_shards(tmp_path)
+    with pytest.raises(DataError, match=r"found 8 files: .tar 7, .json 1 \(.*shards"):
+        ImageFolder(tmp_path)
+    (tmp_path / "a.jpg").touch()
+    assert not is_shards(tmp_path)
+
+
+def test_a_damaged_shard_is_not_counted(pattern, tmp_path):
+    shard = tmp_path / "s2.tar"
+    with tarfile.open(shard) as tar:
+        cut = tar.getmembers()[9].offset
+    shard.write_bytes(shard.read_bytes()[:cut])
+    with pytest.raises(DataError, match="^cannot read shard .*/s2.tar: it is cut off"):
+        count_samples([str(shard)], tmp_path)
+
+
 def test_names_of_shards(tmp_path):
     folder = tmp_path / "odd{1..2}"
     folder.mkdir()
@@ -255,5 +304,5 @@ def test_shards_without_images(tmp_path):
         add(tar, "a.txt", b"1")
     os.symlink(tmp_path / "s0.tar", tmp_path / "s1.tar")
     config = PretrainConfig(**RANKS | {"data": f"{tmp_path}/s{{0..1}}.tar"}, output_dir=Path(tmp_path / "run"))
-    with pytest.raises(DataError, match="^0 images are fewer than one batch of 2"):
+    with pytest.raises(DataError, match="^there is no image to train on$"):
         pretrain(config)

@@ -22,24 +22,12 @@ from PIL import Image
 
 from dino_kernels import PixelScale
 from dino_train.common.views import View, as_picture
+from dino_train.data.archive import Zip
 from dino_train.data.decode import decode, decoded
 from dino_train.data.deep import load_view
+from dino_train.data.names import DEEP_SUFFIXES, SUFFIXES, is_hidden, is_image, junk_of, listed, suffix
 from dino_train.data.tar_index import Store
 
-# Pictures that Pillow reads; no documents (PDF, EPS), films, icons and formats of scientific data.
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib"),
-    *(".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
-    *(".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".tga", ".pcx", ".qoi", ".sgi", ".psd"),
-)
-# Taken where there are none of these.
-DEEP_SUFFIXES = (".npy", ".dcm", ".dicom")
-# Of systems and other programs, in lower case. Images in folders of _JUNK are counted, since they look like data.
-_HIDDEN = {"__macosx", "thumbs.db", "desktop.ini"}
-_JUNK = {
-    *("@eadir", "thumbnails", "thumbs", "_thumbs", "#recycle", "@recycle", "$recycle.bin", "recycler", "#snapshot"),
-    *("system volume information", "lost+found"),
-}
 # Names of the parts of a split, the usual one first. `pool`: images to train on that have no labels.
 _PARTS = {
     "train": ("train", "training"),
@@ -90,26 +78,26 @@ class ImageFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.notes, self.scale = Path(path), list[str](), PixelScale()
-        listed, self._read = self._open()
-        files = [file for file in listed if not any(map(_is_hidden, file.split("/")))]
-        places = [next((part for part in file.split("/") if part.lower() in _JUNK), None) for file in files]
-        junk = Counter(place for file, place in zip(files, places, strict=True) if place and _is_image(file))
+        found, self._read = self._open()
+        files = [file for file in found if not any(map(is_hidden, file.split("/")))]
+        places = list(map(junk_of, files))
+        junk = Counter(place for file, place in zip(files, places, strict=True) if place and is_image(file))
         files = [file for file, place in zip(files, places, strict=True) if not place]
-        names = sorted(filter(_is_image, files)) or sorted(file for file in files if _suffix(file) in DEEP_SUFFIXES)
+        names = sorted(filter(is_image, files)) or sorted(file for file in files if suffix(file) in DEEP_SUFFIXES)
         taken = set(names)
-        others = Counter(_suffix(file) or "no suffix" for file in files if file not in taken)
+        others = Counter(suffix(file) or "no suffix" for file in files if file not in taken)
         if not names:
             raise DataError(
                 f"no images in {self.path}: looked for {' '.join(SUFFIXES + DEEP_SUFFIXES)} in it and its subfolders, "
                 "found "
-                + (f"{others.total()} files: {_listed(others)}" if others else "no files")
-                + (" (shards in a folder are for pretrain: to read one in place, pass it)" if ".tar" in others else "")
+                + (f"{others.total()} files: {_counted(others)}" if others else "no files")
+                + (" (a folder of shards is for pretrain only)" if ".tar" in others else "")
                 + "".join(f"; {note}" for note in self.notes)
             )
         if others:
-            self.notes.append(f"files whose suffix is not that of an image are not read: {_listed(others)}")
+            self.notes.append(f"files whose suffix is not that of an image are not read: {_counted(others)}")
         if junk:
-            self.notes.append(f"images in folders of other programs are not used: {_listed(junk)}")
+            self.notes.append(f"images in folders of other programs are not used: {_counted(junk)}")
         prefix = ""
         while (wrapper := names[0].partition("/")[0] + "/") and all(n.startswith(wrapper) for n in names):
             prefix += wrapper
@@ -200,22 +188,21 @@ class ImageFolder:
         if path.is_dir():
             skipped = dict[str, str]()
             try:
-                listed = list(_walk(str(path), skipped))
+                files = list(_walk(str(path), skipped))
             except OSError as error:
                 raise DataError(f"cannot list {error.filename or path}: {error.strerror}") from error
             if skipped:
-                self.notes.append(f"folders that cannot be listed are skipped: {_named(skipped)}")
-            return listed, lambda name: (path / name).read_bytes()
+                self.notes.append(f"folders that cannot be listed are skipped: {listed(skipped)}")
+            return files, lambda name: (path / name).read_bytes()
         kind = path.suffix.lower()
         if kind != ".tar" and zipfile.is_zipfile(path):
             kind = ".zip"
         try:
-            if kind == ".zip":
-                archive = zipfile.ZipFile(path)
-                return [name for name in archive.namelist() if not name.endswith("/")], archive.read
-            if kind == ".tar":
-                store = Store(path)
-                return store.names(), store.read
+            if kind in (".zip", ".tar"):
+                archive = Zip(path) if kind == ".zip" else Store(path)
+                if archive.left_out:
+                    self.notes.append(f"members of the archive that are not used: {listed(archive.left_out)}")
+                return archive.names(), archive.read
         except (zipfile.BadZipFile, tarfile.TarError, ValueError) as error:
             raise DataError(f"{path} is a damaged {kind[1:]} ({error}): copy or download it again") from error
         except OSError as error:
@@ -243,7 +230,7 @@ def _walk(
     for entry in entries:
         if not _is_folder(entry):
             yield prefix + entry.name
-        elif not _is_hidden(entry.name):
+        elif not is_hidden(entry.name):
             yield from _walk(entry.path, skipped, f"{prefix}{entry.name}/", parents | {real})
 
 
@@ -254,29 +241,11 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _is_hidden(part: str) -> bool:
-    return part.startswith(".") or part.lower() in _HIDDEN
-
-
-def _is_image(name: str) -> bool:
-    return _suffix(name) in SUFFIXES
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
-def _listed(counts: Counter[str]) -> str:
+def _counted(counts: Counter[str]) -> str:
     """The most common of them: .txt 7, .csv 2, others 3"""
     common = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
     rest = counts.total() - sum(n for _, n in common)
     return ", ".join(f"{what} {n}" for what, n in (*common, *([("others", rest)] if rest else [])))
-
-
-def _named(reasons: dict[str, str]) -> str:
-    """How many, and the first of them with its reasons."""
-    first = ", ".join(f"{name} ({why})" for name, why in list(reasons.items())[:3])
-    return f"{len(reasons)}, {first}" + (", ..." if len(reasons) > 3 else "")
 
 
 def _classes(names: list[str]) -> list[str]:
@@ -337,7 +306,7 @@ def pretraining_split(path: str | Path) -> tuple[ImageFolder, ImageFolder, Image
     held = [*found.get("val", ()), *found.get("test", ())][:1]
     tops = [name.partition("/")[0] + "/" if "/" in name else "beside the folders" for name in images.names]
     if unused := Counter(top for top in tops if top[:-1] not in trained + held):
-        images.notes.append(f"images that are neither trained on nor held out: {_listed(unused)}")
+        images.notes.append(f"images that are neither trained on nor held out: {_counted(unused)}")
     train = images.below(trained[0])
     if held:
         held_out = images.below(held[0])

@@ -350,6 +350,8 @@ def exactly(items: Iterable[Item], count: int, what: str) -> Generator[Item, Non
 
 def require_batch(n_images: int, batch_size: int) -> None:
     """Raise DataError if the images do not fill one batch."""
+    if not n_images:
+        raise DataError("there is no image to train on")
     if n_images < batch_size:
         raise DataError(
             f"{n_images} images are fewer than one batch of {batch_size}: "

@@ -73,10 +73,10 @@ def pack(images: ImageFolder, out: Path, *, size: int, quality: int, num_workers
         if not index:
             raise ValueError(f"none of the {len(images)} images could be read")
         data = Index([name for name, *_ in index], np.array([row for _, *row in index], np.uint64)).to_bytes()
-        start, length, _ = _append(file, INDEX, data)
+        place = _append(file, INDEX, data)
         file.write(bytes(2 * BLOCK))
         file.seek(0)
-        file.write(replace(head, index=(start, length)).to_bytes())
+        file.write(replace(head, index=place).to_bytes())
         file.flush()
         os.fsync(file.fileno())
     partial.replace(out)

@@ -11,21 +11,25 @@ shards and starts at its window.
 
 import json
 import logging
+import os
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from queue import Full, Queue
 from tarfile import ReadError
 from threading import Event, Thread
+from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
 
 from dino_train.common import parallel
 from dino_train.common.files import atomic
-from dino_train.data.folder import SUFFIXES, Candidate, DataError, Sample, generator
-from dino_train.data.tar_index import Index
+from dino_train.data.archive import plain
+from dino_train.data.folder import Candidate, DataError, Sample, generator
+from dino_train.data.names import is_data, is_image, listed, of_shard
+from dino_train.data.tar_index import members
 
 WINDOW = 1024  # samples shuffled together; up to four windows are in memory, each 100 MB for ImageNet
 
@@ -37,15 +41,22 @@ File = tuple[str, bytes | None]  # name and content; None if it could not be rea
 
 
 def is_shards(data: str | Path) -> bool:
-    """Whether `data` names shards to stream, not a folder or file to read in place."""
+    """Whether `data` names shards to stream, not a folder or file to read in place: a pattern, or a folder of tar files
+    without images and folders."""
     text = str(data)
-    return not Path(text).exists() and ("{" in text or "://" in text or text.startswith("pipe:"))
+    if os.path.isdir(text):
+        entries = [entry for entry in Path(text).iterdir() if not entry.name.startswith(".")]
+        return any(e.suffix == ".tar" for e in entries) and not any(e.is_dir() or is_image(e.name) for e in entries)
+    return not os.path.exists(text) and ("{" in text or "://" in text or text.startswith("pipe:"))
 
 
 def shard_urls(data: str) -> list[str]:
-    """All shards that `data` names: braces as in a shell, several such patterns joined by `::`."""
+    """All shards that `data` names: the tar files of a folder, or a pattern with braces as in a shell, or several such
+    patterns joined by `::`."""
     from webdataset.shardlists import expand_urls
 
+    if os.path.isdir(data):
+        return sorted(str(path) for path in Path(data).glob("*.tar"))
     return list(dict.fromkeys(expand_urls(data)))
 
 
@@ -188,18 +199,28 @@ def _content(data: bytes | None) -> bytes:
 
 
 def shard_files(url: str) -> Iterator[File]:
-    """The images of a shard, in its order, read by WebDataset."""
+    """The images of a shard, in its order, read by WebDataset; the same as of that tar read in place."""
+    return ((f"{url}: {name}", data) for name, data, why in _images(url) if not why)
+
+
+def _images(url: str) -> Iterator[tuple[str, bytes, str]]:
+    """`of_shard` of a shard."""
     import webdataset
 
-    for sample in webdataset.WebDataset([url], shardshuffle=False, nodesplitter=None, empty_check=False, seed=0):
-        images = [key for key in sample if _is_image("." + key)]
-        if images:
-            key = min(images, key=len)  # jpg, not the seg.png of the same sample
-            yield f"{url}: {sample['__key__']}.{key}", sample[key]
+    numbers = count()
 
+    def alone(name: str) -> str:
+        """WebDataset would merge the members of a key: here each has its own, which holds the name."""
+        path = plain(name)
+        if path is None or not is_data(path):
+            return ""
+        return f"{next(numbers)}/{quote(path, safe='', errors='surrogateescape').replace('.', '%2E')}.image"
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+    samples = webdataset.WebDataset(
+        [url], shardshuffle=False, nodesplitter=None, empty_check=False, seed=0, rename_files=alone, select_files=bool
+    )
+    named = ((sample["__key__"].partition("/")[2], sample["image"]) for sample in samples)
+    return of_shard((unquote(name, errors="surrogateescape"), data) for name, data in named)
 
 
 def count_samples(urls: Sequence[str], folder: Path) -> list[int]:
@@ -223,15 +244,20 @@ def count_samples(urls: Sequence[str], folder: Path) -> list[int]:
 
 def _count(url: str) -> int:
     """From the headers of a local tar; a stream or a compressed file must be read completely."""
-    from webdataset.tariterators import base_plus_ext
-
     path = Path(url.removeprefix("file:"))
     try:
-        if path.exists():
-            try:
-                return len({base_plus_ext(name)[0] for name in Index.scan(path).names if _is_image(name)})
-            except ReadError:
-                pass
-        return sum(1 for _ in shard_files(url))
+        reasons = [(name, why) for name, _, why in (_listed_in(path) if path.exists() else None) or _images(url)]
     except Exception as error:
         raise DataError(f"cannot read shard {url}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+    if left_out := {name: why for name, why in reasons if why}:
+        logger.warning("shard %s: images that are not used: %s", url, listed(left_out))
+    return sum(not why for _, why in reasons)
+
+
+def _listed_in(path: Path) -> Iterator[tuple[str, None, str]] | None:
+    """`of_shard` from the headers of a tar; None if it is compressed."""
+    try:
+        names = [plain(member.name) for member in members(path) if member.isreg()]
+    except ReadError:
+        return None
+    return of_shard((name, None) for name in names if name and is_data(name))
