@@ -70,6 +70,19 @@ def test_reads_like_the_folder(root, caplog):
     assert np.array_equal(images.pixels(images.names.index("train/cat/large.JPEG")), expected)
 
 
+def test_a_jpeg_above_the_limit_is_packed_if_it_is_shrunk(tmp_path, monkeypatch, caplog):
+    root = tmp_path / "set"
+    save(root / "large.jpg", Image.new("RGB", (200, 100), (200, 30, 40)))
+    save(root / "large.png", Image.new("RGB", (200, 100)))
+    save(root / "small.jpg", Image.new("RGB", (20, 10)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    images = ImageFolder(packed(root))
+    assert images.names == ["large.jpg", "small.jpg"] and images.pixels(0).shape == (20, 40, 3)
+    assert np.abs(images.pixels(0).astype(int) - (200, 30, 40)).max() < 4
+    (message,) = caplog.messages
+    assert "large.png: 0.02 megapixels, at most 0.004 are decoded" in message
+
+
 def test_other_programs_can_read_it(root):
     out = packed(root)
     with tarfile.open(out) as tar:

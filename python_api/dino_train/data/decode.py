@@ -1,6 +1,7 @@
 """Decoding of image files, and the reason if it fails."""
 
 import io
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -55,33 +56,34 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def decode_smaller(data: bytes, shrink: float) -> np.ndarray:
-    """Decode a file that has a `jpeg_size` at reduced size: each side times k / 8, with the smallest k in 1 .. 4 such
-    that k / 8 >= 1 / shrink. Faster, and slightly different from a resize of the full image."""
-    height, width = jpeg_size(data)  # type: ignore[misc]
+    """Decode a file that has a `jpeg_size`, also above Pillow's limit, at reduced size: each side times k / 8, with the
+    smallest k in 1 .. 4 such that k / 8 >= 1 / shrink. Faster, and slightly different from a resize of the full image.
+    """
+    height, width = jpeg_size(data, any_size=True)  # type: ignore[misc]
     least = {"min_height": int(np.ceil(height / shrink)), "min_width": int(np.ceil(width / shrink)), "min_factor": 2}
     return simplejpeg.decode_jpeg(data, "RGB", **least)
 
 
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
+def jpeg_size(data: bytes, any_size: bool = False) -> tuple[int, int] | None:
     """(height, width) of a JPEG that libjpeg-turbo decodes to the same bytes as Pillow. None for files that Pillow must
-    decode: with an EXIF orientation, in CMYK, or with too many pixels; and for all files without simplejpeg."""
+    decode: with EXIF, in CMYK, or unless `any_size` with more pixels than it warns of; and without simplejpeg."""
     if simplejpeg is None or not data.startswith(b"\xff\xd8") or _has_exif(data):
         return None
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    fits = colors in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or 0)
-    return (height, width) if fits else None
+    fits = any_size or height * width <= (Image.MAX_IMAGE_PIXELS or 0)
+    return (height, width) if fits and colors in ("YCbCr", "Gray") else None
 
 
 def _has_exif(data: bytes) -> bool:
-    """Whether a JPEG has an EXIF segment before its image data."""
+    """Whether a JPEG has an EXIF segment before its image data. As Pillow does, skips fill bytes before a marker."""
     at = 2
-    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
-        if data[at + 1 : at + 2] == b"\xe1" and data[at + 4 : at + 10] == b"Exif\0\0":
+    while (at := data.find(b"\xff", at)) >= 0 and (marker := data[at + 1 : at + 2]) != b"\xda":
+        if marker == b"\xe1" and data[at + 4 : at + 10] == b"Exif\0\0":
             return True
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        at += 1 if marker in (b"\xff", b"\0") else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return False
 
 
@@ -116,7 +118,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow reads"
     if isinstance(error, Image.DecompressionBombError):
-        return "too many pixels (decompression bomb)"
+        pixels, limit = (int(number) / 1e6 for number in re.findall(r"\d+", text)[:2])
+        return f"{pixels:.4g} megapixels, at most {limit:.4g} are decoded: shrink it, or cut it into tiles"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:

@@ -313,7 +313,7 @@ class CropLoader:
     def _decode(self, data: bytes, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """Pixels of an image and the table of its crops."""
         rgb = self.scale.is_8_bit_rgb
-        if rgb and self.scaled_decode and (size := jpeg_size(data)):
+        if rgb and self.scaled_decode and (size := jpeg_size(data, any_size=True)):
             crops = self._draw(sample, size)
             sides = crops["box"][:, 2:] - crops["box"][:, :2]
             shrink = (sides.min(1) / crops["size"]).min()

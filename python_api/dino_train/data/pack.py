@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dino_train.common.files import locked
-from dino_train.data.decode import decode, jpeg_size, reason
+from dino_train.data.decode import decode, decode_smaller, jpeg_size, reason
 from dino_train.data.folder import ImageFolder
 from dino_train.data.tar_index import BLOCK, ENCODING, INDEX, Head, Index, header
 from dino_train.data.threads import in_order
@@ -101,7 +101,11 @@ def _record_names(names: list[str]) -> list[str]:
 
 def _record(data: bytes, size: int, quality: int) -> bytes:
     """The JPEG to be written for an image file."""
-    pixels = decode(data)  # raises if the image is unreadable
+    sides = jpeg_size(data, any_size=True) or (0, 0)
+    if sides[0] * sides[1] > 2 * (Image.MAX_IMAGE_PIXELS or 0) and max(sides) >= 2 * size:  # Pillow refuses it
+        pixels = decode_smaller(data, max(sides) / size)
+    else:
+        pixels = decode(data)  # raises if the image is unreadable
     height, width = pixels.shape[:2]
     longer = max(height, width)
     if longer <= size and jpeg_size(data):
