@@ -1,6 +1,7 @@
 """The command line: dino-train pretrain | stats | pack | embed | evaluate <protocol> | compare | export | --version."""
 
 import importlib
+import io
 import json
 import logging
 import sys
@@ -276,6 +277,9 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. What a user got wrong is one line, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that is not UTF-8 must not end the work when it is printed
+            stream.reconfigure(errors="backslashreplace")
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv == ["--version"]:
         print(f"dino-train {__version__}")

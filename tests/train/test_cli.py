@@ -1,12 +1,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import dino_train
 import pytest
@@ -210,6 +212,19 @@ def test_version_is_that_of_both_packages(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"dino-train {dino_train.__version__}\n"
     assert dino_train.__version__ == dino_kernels.__version__ == version("dino-kernels")
+
+
+def test_names_that_are_not_utf8_are_printed_escaped(run, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    shutil.copytree(run / "images", f"{odd}/images")
+    Path(odd, os.fsdecode(b"images/class0/\xfe.png")).write_bytes(b"")
+    words = ["pack", "--data", f"{odd}/images", "--out", f"{odd}/packed.tar", "--size", "16"]
+    command = [sys.executable, "-m", "dino_train", *words]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as of a terminal in en_US.UTF-8
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert f"40 of 41 images in {tmp_path}/\\udcff/packed.tar" in done.stdout
+    assert "skipped unreadable image class0/\\udcfe.png: empty file" in done.stderr
 
 
 def test_export_is_the_teachers_backbone(run, tmp_path):
