@@ -388,6 +388,18 @@ def test_bad_images_are_logged_once(caplog):
     assert bad_images.count == 2
 
 
+@pytest.mark.parametrize("share, n_images, most", [(0.05, 400, 20), (0.05, 60, 10), (0.0, 400, 0), (1.0, 40, 40)])
+def test_the_share_of_unreadable_images_is_limited(share, n_images, most):
+    bad_images = BadImages(n_images, batch_size=0, share=share)
+    bad_images.add([(f"{i}.png", "truncated") for i in range(most)])
+    bad_images.add([("0.png", "truncated")] if most else [])
+    if share < 1:
+        first = "z" if not most else "0"
+        message = rf"^more than {share:.3g} of the {n_images} images .* --max-unreadable. {most + 1}: {first}.png \("
+        with pytest.raises(DataError, match=message):
+            bad_images.add([("z.png", "empty file")])
+
+
 def test_too_few_readable_images():
     bad_images = BadImages(n_images=40, batch_size=16)
     bad_images.add([(f"{i}.png", "truncated") for i in range(24)])

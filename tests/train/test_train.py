@@ -432,6 +432,15 @@ def test_unreadable_images_are_reported_once_skipped_and_counted(config, caplog,
     assert "1 of 3 held-out images could not be read" in output
 
 
+def test_too_many_unreadable_images_stop_the_run_unless_they_are_allowed(config):
+    make_images(config.data, n=40)
+    for name in split(config.data)[0].names[::3]:
+        (config.data / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"^more than 0.05 of the 38 images cannot be read.*--max-unreadable. 11: "):
+        pretrain(config)
+    pretrain(replace(config, epochs=1, max_unreadable=0.9, output_dir=config.output_dir / "allowed"))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -455,6 +464,7 @@ def test_bad_options_are_reported(config, changes, message):
         ({"out_dim": 1}, "out_dim must be at least 2"),
         ({"teacher_temp": 0.0}, "teacher_temp must be above 0"),
         ({"momentum_teacher": 1.5}, "momentum_teacher must be from 0 to 1, got 1.5"),
+        ({"max_unreadable": 5.0}, "max_unreadable must be from 0 to 1, got 5.0"),
         ({"global_crops_scale": (0.5, 0.2)}, "global_crops_scale must be two increasing fractions"),
         ({"global_crops_size": 20}, "global_crops_size must be a multiple of patch_size 8, got 20"),
         ({"local_crops_size": 4}, "local_crops_size must be at least patch_size 8"),

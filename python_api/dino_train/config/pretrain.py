@@ -204,6 +204,9 @@ class PretrainConfig:
     scaled_decode: bool = False
     """Let the JPEG decoder shrink images whose crops are all made smaller anyway: much faster for photos of many
     megapixels, and a little different from the pixels of a full decode."""
+    max_unreadable: float = 0.05
+    """Share of the training images, from 0 to 1, that may be unreadable (ten may be in any case, unless it is 0): a run
+    that finds more of them stops. Until then others take their places."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
 
@@ -225,7 +228,7 @@ class PretrainConfig:
             _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
         for name in ("warmup_teacher_temp", "teacher_temp", "student_temp"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("momentum_teacher", "momentum_teacher_end"):
+        for name in ("momentum_teacher", "momentum_teacher_end", "max_unreadable"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
         _require(0 <= self.drop_path_rate < 1, "drop_path_rate", self.drop_path_rate, "from 0 to below 1")
         for name in ("global_crops_scale", "local_crops_scale"):

@@ -31,6 +31,7 @@ from dino_train.common.views import View, eval_transform
 from dino_train.data.decode import UnreadableImage, decode, decode_smaller, jpeg_size, reason
 from dino_train.data.deep import decode_deep
 from dino_train.data.folder import DataError, ImageFolder, Sample
+from dino_train.data.names import listed
 from dino_train.data.threads import Threads, in_order
 
 STALL_SECONDS = 60.0  # a file that takes longer to read is skipped
@@ -400,12 +401,15 @@ def eval_loader(images: ImageFolder, size: int, batch_size: int, num_workers: in
 class BadImages:
     """Counts the unreadable images of a run, and logs each of them once.
 
-    n_images: images of the data set; batch_size: the minimum number of readable images (0 for evaluation).
+    n_images: images of the data set; batch_size: the minimum number of readable images (0 for evaluation). share: of
+    them, the most that may be unreadable; FEW of them may be in any case, unless it is 0.
     """
 
-    def __init__(self, n_images: int, batch_size: int) -> None:
-        self.n_images, self.batch_size = n_images, batch_size
-        self._names: set[str] = set()
+    FEW = 10  # a few damaged files are a large share of a small data set
+
+    def __init__(self, n_images: int, batch_size: int, share: float = 1.0) -> None:
+        self.n_images, self.batch_size, self.share = n_images, batch_size, share
+        self._names: dict[str, str] = {}
 
     @property
     def count(self) -> int:
@@ -413,14 +417,19 @@ class BadImages:
         return len(self._names)
 
     def add(self, bad: Bad) -> None:
-        """Log the new ones in `bad`. Raises DataError if the readable images no longer fill one batch."""
+        """Log the new ones in `bad`. Raises DataError if they are too many, or the others no longer fill one batch."""
         for name, why in bad:
             if name in self._names:
                 continue
-            self._names.add(name)
+            self._names[name] = why
             logger.warning("skipped unreadable image %s: %s", name, why)
             if self.n_images - self.count < self.batch_size:
                 raise DataError(
                     f"only {self.n_images - self.count} of {self.n_images} images could be read, "
                     f"fewer than one batch of {self.batch_size}: {name}: {why}"
+                )
+            if self.count > max(self.share * self.n_images, self.FEW if self.share else 0):
+                raise DataError(
+                    f"more than {self.share:.3g} of the {self.n_images} images cannot be read: mend or remove them, or "
+                    f"allow more with --max-unreadable. {listed(self._names)}"
                 )

@@ -106,7 +106,7 @@ class Run:
         self.steps_per_epoch = len(self.train_images) // self.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         self.learner = Learner(config, self.steps_per_epoch, self.device)
-        self.bad = BadImages(len(self.train_images), self.batch_size)
+        self.bad = BadImages(len(self.train_images), self.batch_size, config.max_unreadable)
         self.bad_held_out = BadImages(len(self.held_out or ()), 0)
         self.stop_signal = 0
         self.held = ExitStack()  # the log and, of the first rank, the folder's lock
