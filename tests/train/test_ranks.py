@@ -47,8 +47,8 @@ def job(images: Path, output: Path, act: str = "", **changes: object) -> list[st
     return [str(output.parent / "rank.py"), act, str(output), "--resume", *flags]
 
 
-def run_both(command: list[str]) -> tuple[list[int], str]:
-    """Exit codes and output of two ranks started without torchrun."""
+def run_both(command: list[str], second: list[str] | None = None) -> tuple[list[int], str]:
+    """Exit codes and output of two ranks started without torchrun; `second`: the command of the second one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -56,7 +56,7 @@ def run_both(command: list[str]) -> tuple[list[int], str]:
     environment = {**os.environ, **group, "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, *(second if rank and second else command)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -139,6 +139,21 @@ def test_a_rank_that_dies_ends_the_job_or_torchrun_resumes_it(straight, tmp_path
     else:
         assert process.returncode != 0 and f"rank      : 1 (local_rank: 1)\n  exitcode  : {-signal.SIGKILL}" in said
         assert checkpoint.load(tmp_path / "run/last.pt")["step"] == 5
+
+
+def test_ranks_with_other_images_or_settings_end_with_a_line_that_says_so(straight, tmp_path):
+    images, whole = straight
+    copy = shutil.copytree(images, tmp_path / "copy")
+    (copy / "class0/000.png").rename(copy / "class0/x.png")
+    shutil.copytree(whole, tmp_path / "resumed")
+    (tmp_path / "run").mkdir()
+    for second, what in (
+        (job(copy, tmp_path / "run", num_workers=2), "the names of the 21 images in "),
+        (job(images, tmp_path / "resumed", lr=0.1), "lr, whether output_dir holds a checkpoint: start"),
+    ):
+        codes, said = run_both(job(images, tmp_path / "run"), second)
+        assert codes == [1, 1] and said.count(f"dino-train: error: the processes differ in {what}") == 2, said
+        assert "Traceback" not in said and not (tmp_path / "run/config.json").exists()
 
 
 def test_ranks_agree_when_a_checkpoint_is_due(straight, tmp_path):

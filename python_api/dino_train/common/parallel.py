@@ -1,7 +1,8 @@
 """Data parallel training: one process per device, started by torchrun. In a single process, nothing is communicated."""
 
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -56,6 +57,17 @@ def largest(values: Sequence[int], device: torch.device) -> list[int]:
     shared = torch.tensor(values, dtype=torch.int64, device=device)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return shared.tolist()
+
+
+def differing(values: Mapping[str, object], device: torch.device) -> list[str]:
+    """Names of the values that are not the same on all ranks; every rank must call it with as many."""
+    if size() == 1:
+        return []
+    digests = [hashlib.sha256(repr(value).encode("utf-8", "surrogateescape")).digest() for value in values.values()]
+    numbers = [int.from_bytes(digest[:7], "big") for digest in digests]
+    both = largest([*numbers, *(-number for number in numbers)], device)
+    most, least = both[: len(numbers)], both[len(numbers) :]
+    return [name for name, high, low in zip(values, most, least, strict=True) if high != -low]
 
 
 def gather(rows: Tensor) -> Tensor:

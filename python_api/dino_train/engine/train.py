@@ -38,6 +38,8 @@ FIXED = (
     *("method", "arch", "patch_size", "channels", "global_crops_size", "out_dim", "head_hidden_dim"),
     *("head_bottleneck_dim", "use_bn_in_head", "norm_last_layer", "predictor", "queue_size", "optimizer"),
 )
+# Settings that each process may have of its own.
+OWN = ("allow_changes", "config", "stats", "data", "output_dir", "num_workers", "init_from", "preset")
 # Settings of the call and of the machine.
 UNREPORTED = ("resume", "allow_changes", "config", "stats", "output_dir", "num_workers", "init_from", "preset")
 
@@ -89,6 +91,13 @@ class Run:
         self.config = config
         self.device = parallel.join(pick_device(config.device))
         self.gpu = gpu_of(self.device)
+        self._require_same(
+            {
+                **{name: value for name, value in config.plain().items() if name not in OWN},
+                "data": config.data if is_shards(config.data) else "a folder or archive",  # a copy may be elsewhere
+                "whether output_dir holds a checkpoint": checkpoint.exists(config.output_dir),
+            }
+        )
         torch.manual_seed(config.seed)
         self.train_images: ImageFolder | ShardStream
         self.labelled: ImageFolder | ShardStream  # those of them that k-NN compares with
@@ -101,6 +110,8 @@ class Run:
             parts = pretraining_split(config.data)
             self.config = config = _with_scale(config, parts[0])
             self.train_images, self.labelled, self.held_out = (part.scaled(config.scale) for part in parts)
+        names = (self.train_images.names, self.held_out.names if self.held_out else [])
+        self._require_same({f"the names of the {len(self.train_images)} images in {config.data}": names})
         self.batch_size = config.batch_size_per_gpu * parallel.size()
         require_batch(len(self.train_images), self.batch_size)
         self.steps_per_epoch = len(self.train_images) // self.batch_size
@@ -119,6 +130,14 @@ class Run:
         if self.gpu is None:
             use_huge_pages()
         self.last_saved = time.monotonic()
+
+    def _require_same(self, values: dict[str, Any]) -> None:
+        """Of all ranks: otherwise they would wait for one another, or train on other images than they should."""
+        if names := parallel.differing(values, self.device):
+            parallel.leave()
+            raise ValueError(
+                f"the processes differ in {', '.join(names)}: start them with the same settings and images"
+            )
 
     # --- checkpoints -----------------------------------------------------------------------------
 
