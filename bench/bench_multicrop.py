@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from dino_train.common.scale import IMAGENET_MEAN, IMAGENET_STD
-from dino_train.config.pretrain import EMBEDDED_DATA, PretrainConfig
+from dino_train.config.presets import EMBEDDED_DATA
+from dino_train.config.pretrain import PretrainConfig
 from dino_train.data.folder import ImageFolder
 from dino_train.data.loader import CropLoader
 from dino_train.data.pack import pack

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from dino_train import load_backbone
 from dino_train.common.scale import IMAGENET_MEAN, IMAGENET_STD
-from dino_train.config.pretrain import EMBEDDED_DATA
+from dino_train.config.presets import EMBEDDED_DATA
 from dino_train.data.folder import ImageFolder
 from torch import Tensor
 

@@ -8,7 +8,7 @@ import copy
 
 import numpy as np
 import torch
-from dino_train.config.pretrain import EMBEDDED_DATA
+from dino_train.config.presets import EMBEDDED_DATA
 from dino_train.data.folder import split
 from torch import nn
 

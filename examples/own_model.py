@@ -8,7 +8,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from dino_train.config.pretrain import EMBEDDED_DATA
+from dino_train.config.presets import EMBEDDED_DATA
 from dino_train.data.folder import ImageFolder, split
 from torch import Tensor, nn
 

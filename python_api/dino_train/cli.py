@@ -22,7 +22,7 @@ from dino_train.data.folder import ImageFolder
 from dino_train.data.pack import pack
 from dino_train.data.stats import channels_of, measure
 from dino_train.engine.compare import Compare
-from dino_train.engine.train import Interrupted, NonFiniteLoss, pretrain
+from dino_train.engine.train import Interrupted, NonFiniteLoss, dry_run, pretrain
 from dino_train.evaluate.attention import Attention
 from dino_train.evaluate.baselines import Baselines
 from dino_train.evaluate.copy_detection import CopyDetection
@@ -157,18 +157,23 @@ class Pretrain(PretrainConfig):
     """File of settings under their names here, JSON (config.json of a run is one) or YAML; flags beside it win."""
     stats: Path | None = None
     """File of `dino-train stats`: channels, value_range, mean and std of the images; flags beside it win."""
+    dry_run: bool = False
+    """Print what the run would train on, and about how much memory, disk and time it needs, and stop."""
 
     def run(self) -> None:
-        pretrain(self)
+        if self.dry_run:
+            dry_run(self)
+        else:
+            pretrain(self)
 
 
 def _evaluate(name: str, protocol: type, **marks: Callable[[Any], Any]) -> Any:
     return Annotated[_marked(protocol, json=_single, **marks), tyro.conf.subcommand(name)]
 
 
-_SINGLE = ("resume", "allow_changes")
+_SINGLE = ("resume", "allow_changes", "dry_run")
 _WORDED = [name for name, hint in get_type_hints(PretrainConfig).items() if hint is bool and name not in _SINGLE]
-_Pretrain = _marked(Pretrain, data=_alias("--data-path"), **dict.fromkeys(_WORDED, _word))
+_Pretrain = _marked(Pretrain, data=_alias("--data-path"), dry_run=_single, **dict.fromkeys(_WORDED, _word))
 _Evaluate: Any = Annotated[
     _evaluate("knn", Knn, data=_alias("--data-path"))
     | _evaluate("linear", Linear, data=_alias("--data-path"), reference=_single, avgpool_patchtokens=_word)
@@ -229,7 +234,7 @@ def _expanded(argv: list[str]) -> list[str]:
     known = PretrainConfig.__dataclass_fields__.keys() - set(_NOT_RESUMED)  # another version may have had others
     words = _flags({name: value for name, value in saved.items() if name in known})
     if saved and given["preset"] in PRESETS and given["preset"] != saved.get("preset"):
-        words += _flags(recipe(None, given["preset"]))
+        words += _flags({name: value for name, value in recipe(None, given["preset"]).items() if name != "data"})
     words += _flags({name: value for name, value in stated.items() if name not in (*_SINGLE, "config", "stats")})
     if given["stats"]:
         measured = _settings(Path(given["stats"]))

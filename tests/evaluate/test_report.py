@@ -6,7 +6,7 @@ import shutil
 import pytest
 from browser import CHROMIUM, Browser
 from dino_train.cli import main
-from dino_train.config.pretrain import EMBEDDED_DATA
+from dino_train.config.presets import EMBEDDED_DATA
 from dino_train.data.folder import ImageFolder
 from dino_train.evaluate import report
 from dino_train.evaluate.report import PANELS, POINTS, checks, draw, spread, thin

@@ -121,6 +121,9 @@ class Double(TorchDispatchMode):
     def describe(self) -> str:
         return "a double of a GPU, 0 GiB"
 
+    def memory(self) -> tuple[int, int]:
+        return 64 << 30, 64 << 30
+
     def of_rank(self, number: int) -> torch.device:
         return torch.device("cpu")
 

@@ -57,7 +57,8 @@ def test_on_a_terminal_without_tqdm_progress_is_lines(monkeypatch, capsys, insta
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     if not installed:
         monkeypatch.setitem(sys.modules, "tqdm", None)
-    progress = watch.Progress(0, 10, 1, 4, 1)
+    progress = watch.Progress()
+    progress.begin(0, 10, 1, 4, 1)
     progress.update(1, 0, 2.0, 0.1)
     progress.close()
     assert (progress.bar is not None) is installed

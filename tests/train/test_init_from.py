@@ -60,6 +60,7 @@ def test_a_run_continues_from_a_finished_one_with_a_fresh_optimizer(config, tmp_
     last = pretrain(config)
     saved = checkpoint.load(last)
     again = Run(replace(config, output_dir=tmp_path / "again", init_from=last))
+    again.begin()
     for name in ("student", "teacher"):
         state = getattr(again.learner, name).state_dict()
         assert all(torch.equal(state[key], value) for key, value in saved[name].items()), name
@@ -77,6 +78,7 @@ def test_a_run_continues_from_a_finished_one_with_a_fresh_optimizer(config, tmp_
     }
     # Resumed, the run goes on from its own checkpoint.
     resumed = Run(replace(config, output_dir=tmp_path / "again", init_from=last, resume=True))
+    resumed.begin()
     assert resumed.step == resumed.total_steps
     resumed.held.close()
 

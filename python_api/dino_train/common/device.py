@@ -33,6 +33,9 @@ class Gpu(Protocol):
     def describe(self) -> str:
         """Its name and memory."""
 
+    def memory(self) -> tuple[int, int]:
+        """Bytes in all and free."""
+
     def of_rank(self, number: int) -> torch.device:
         """The device of the process with this local rank; it becomes the current device."""
 
@@ -83,6 +86,10 @@ class Cuda:
     def describe(self) -> str:
         properties = torch.cuda.get_device_properties(self.device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+
+    def memory(self) -> tuple[int, int]:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total, free
 
     def of_rank(self, number: int) -> torch.device:
         device = torch.device("cuda", number)

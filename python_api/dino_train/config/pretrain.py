@@ -27,7 +27,6 @@ _AUGMENTATIONS = {
     "mocov2": ((0.4, 0.4, 0.4, 0.1), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)),
     "swav": ((0.8, 0.8, 0.8, 0.2), (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)),
 }
-EMBEDDED_DATA = Path(__file__).parents[1] / "data/cifar10-5k.zip"
 
 
 def default_workers() -> int:
@@ -43,11 +42,11 @@ class PretrainConfig:
     --queue-size 0, else version 2."""
     preset: Literal[PRESET_NAMES] = "none"  # type: ignore[valid-type]
     """Published recipe whose values become the defaults; flags given beside it win."""
-    data: str = str(EMBEDDED_DATA)
-    """Folder of images (any nesting and format that Pillow reads), or a .zip or .tar of one (see dino-train pack). With
-    folders train/ and val/ (or test/; and unlabelled/) these are used; else a few images are held out. Or WebDataset
-    shards to stream, of which none is held out: 'train-{000000..000146}.tar',
-    'pipe:aws s3 cp s3://bucket/{000..146}.tar -'. Default: 5,000 embedded CIFAR-10 images."""
+    data: str = ""
+    """Folder of images (any nesting and format that Pillow reads, or .npy or DICOM), or a .zip or .tar of one (see
+    dino-train pack). With folders train/ and val/ (or test/; and unlabelled/) these are used; else a few images are
+    held out. Or WebDataset shards to stream, of which none is held out: 'train-{000000..000146}.tar',
+    'pipe:aws s3 cp s3://bucket/{000..146}.tar -'. --preset demo has 5,000 embedded CIFAR-10 images."""
     output_dir: Path = Path("runs/dino")
     """Folder for checkpoints, metrics and plots."""
     resume: bool = False

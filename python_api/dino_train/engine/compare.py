@@ -18,8 +18,8 @@ from dino_train.common.files import atomic
 from dino_train.common.metrics import read_metrics
 from dino_train.common.process import peak_memory, tune
 from dino_train.config.options import require_least
-from dino_train.config.presets import recipe
-from dino_train.config.pretrain import EMBEDDED_DATA, PretrainConfig, default_workers
+from dino_train.config.presets import EMBEDDED_DATA, recipe
+from dino_train.config.pretrain import PretrainConfig, default_workers
 from dino_train.data.folder import pretraining_split
 from dino_train.engine.train import Interrupted, NonFiniteLoss, pretrain
 from dino_train.evaluate import knn_accuracy

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +26,13 @@ from dino_train.data.folder import ImageFolder, pretraining_split
 from dino_train.data.loader import Bad, BadImages, CropLoader, require_batch
 from dino_train.data.stats import is_deep, sampled
 from dino_train.data.stream import ShardStream, count_samples, is_shards, shard_urls
+from dino_train.engine.estimate import estimate, require_memory, step_seconds, warn_of_shortage
 from dino_train.engine.init_from import init_from
 from dino_train.engine.learner import Learner, StepResult
-from dino_train.engine.log import RunLog
+from dino_train.engine.log import RunLog, duration
 from dino_train.engine.watch import CollapseWatch, Progress, plot_curves
 from dino_train.evaluate import knn_accuracy, view_retrieval
+from dino_train.evaluate.knn import RETRIEVAL_IMAGES
 
 logger = logging.getLogger(__name__)
 # Settings that shapes of the checkpoint depend on.
@@ -41,7 +43,9 @@ FIXED = (
 # Settings that each process may have of its own.
 OWN = ("allow_changes", "config", "stats", "data", "output_dir", "num_workers", "init_from", "preset")
 # Settings of the call and of the machine.
-UNREPORTED = ("resume", "allow_changes", "config", "stats", "output_dir", "num_workers", "init_from", "preset")
+UNREPORTED = (
+    *("resume", "allow_changes", "dry_run", "config", "stats", "output_dir", "num_workers", "init_from", "preset"),
+)
 
 
 class Interrupted(Exception):
@@ -65,6 +69,7 @@ def pretrain(config: PretrainConfig) -> Path:
         Interrupted: SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, after a checkpoint was written.
     """
     run = Run(config)
+    run.begin()
     try:
         with run.held, run.catch_signals():
             run.train()
@@ -84,13 +89,33 @@ def _with_scale(config: PretrainConfig, images: ImageFolder) -> PretrainConfig:
     return replace(config, value_range=stats.value_range, mean=mean, std=std)
 
 
+def dry_run(config: PretrainConfig) -> None:
+    """Print what `pretrain` would train on and need, and about how long it would take.
+
+    Raises:
+        DataError, ValueError: as pretrain, also if the memory cannot suffice.
+    """
+    run = Run(config)
+    run.describe()
+    if parallel.rank() == 0:
+        seconds = step_seconds(config, run.device)
+        run.progress.say(
+            f"very roughly {seconds:.2g} s a step and {duration(seconds * run.total_steps)} in all, without reading "
+            "images and evaluations\ndry run: nothing was trained or written"
+        )
+    parallel.leave()
+
+
 class Run:
     """The pretraining run of one process."""
 
     def __init__(self, config: PretrainConfig) -> None:
-        self.config = config
+        if not config.data:
+            raise ValueError("there are no images to train on: give --data FOLDER, or --preset demo for embedded ones")
+        self.config, self.step = config, 0
         self.device = parallel.join(pick_device(config.device))
         self.gpu = gpu_of(self.device)
+        self.progress = Progress(quiet=parallel.rank() > 0)
         self._require_same(
             {
                 **{name: value for name, value in config.plain().items() if name not in OWN},
@@ -102,21 +127,25 @@ class Run:
         self.train_images: ImageFolder | ShardStream
         self.labelled: ImageFolder | ShardStream  # those of them that k-NN compares with
         self.held_out: ImageFolder | None
-        if is_shards(config.data):
-            urls = shard_urls(config.data)
-            self.train_images = self.labelled = ShardStream(urls, count_samples(urls, config.output_dir))
-            self.held_out = None
-        else:
-            parts = pretraining_split(config.data)
-            self.config = config = _with_scale(config, parts[0])
-            self.train_images, self.labelled, self.held_out = (part.scaled(config.scale) for part in parts)
+        with self.progress.doing(f"finding the images of {config.data}"):
+            if is_shards(config.data):
+                urls = shard_urls(config.data)
+                self.train_images = self.labelled = ShardStream(urls, count_samples(urls, config.output_dir))
+                self.held_out = None
+            else:
+                parts = pretraining_split(config.data)
+                self.config = config = _with_scale(config, parts[0])
+                self.train_images, self.labelled, self.held_out = (part.scaled(config.scale) for part in parts)
         names = (self.train_images.names, self.held_out.names if self.held_out else [])
         self._require_same({f"the names of the {len(self.train_images)} images in {config.data}": names})
         self.batch_size = config.batch_size_per_gpu * parallel.size()
         require_batch(len(self.train_images), self.batch_size)
         self.steps_per_epoch = len(self.train_images) // self.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.learner = Learner(config, self.steps_per_epoch, self.device)
+        with self.progress.doing("making the networks"):
+            self.learner = Learner(config, self.steps_per_epoch, self.device)
+        self.needed = estimate(self.learner)
+        require_memory(self.needed, self.learner)
         self.bad = BadImages(len(self.train_images), self.batch_size, config.max_unreadable)
         self.bad_held_out = BadImages(len(self.held_out or ()), 0)
         self.stop_signal = 0
@@ -126,10 +155,6 @@ class Run:
         self.config_is_written = False
         self.waited = 0.0  # seconds spent waiting for crops since the last log line
         self.unread: list[tuple[int, torch.Tensor]] = []  # (step, loss) of steps whose loss is not yet read
-        self.step = self._begin()
-        if self.gpu is None:
-            use_huge_pages()
-        self.last_saved = time.monotonic()
 
     def _require_same(self, values: dict[str, Any]) -> None:
         """Of all ranks: otherwise they would wait for one another, or train on other images than they should."""
@@ -141,14 +166,20 @@ class Run:
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def _begin(self) -> int:
-        """The first step."""
+    def begin(self) -> None:
+        """Take the folder, and the state of the run that it holds."""
         try:
-            resume = self.config.resume and checkpoint.exists(self.config.output_dir)
-            return self._resume() if resume else self._start_new()
+            if self.config.resume and checkpoint.exists(self.config.output_dir):
+                with self.progress.doing("reading the checkpoint"):
+                    self.step = self._resume()
+            else:
+                self.step = self._start_new()
         except BaseException:
             self.held.__exit__(*sys.exc_info())
             raise
+        if self.gpu is None:
+            use_huge_pages()
+        self.last_saved = time.monotonic()
 
     def _take(self, folder: Path) -> None:
         if parallel.rank() == 0:
@@ -220,8 +251,8 @@ class Run:
         threads, before = torch.get_num_threads(), state.get("threads")  # which older versions did not save
         if self.gpu is None and before not in (None, threads) and parallel.rank() == 0:
             logger.warning(
-                "the interrupted run had %d threads and this one has %d: results differ in rounding "
-                "(OMP_NUM_THREADS=%d keeps them)",
+                "the interrupted run had %d threads and this one has %d: results will differ in rounding, unless it is "
+                "started with OMP_NUM_THREADS=%d",
                 before,
                 threads,
                 before,
@@ -337,17 +368,15 @@ class Run:
     def train(self) -> None:
         config = self.config
         first = parallel.rank() == 0
-        self.progress = Progress(
-            self.step, self.total_steps, config.epochs, self.batch_size, config.log_interval, quiet=not first
-        )
         if self.log is not None and first:
             self.progress.record = self.log.line
         self.metrics = Metrics(config.output_dir if first else None, self.step)
         self.watch = CollapseWatch(
             config.out_dim, max(200, min(config.warmup_epochs, config.epochs // 2) * self.steps_per_epoch)
         )
+        self.progress.begin(self.step, self.total_steps, config.epochs, self.batch_size, config.log_interval)
         try:
-            self._describe()
+            self.describe()
             if self.step % self.steps_per_epoch == 0 and not self._evaluated():
                 self.evaluate()
             self._steps()
@@ -377,13 +406,14 @@ class Run:
             self._train_on(batches)
 
     def _train_on(self, batches: Iterator[tuple[list[torch.Tensor], Bad]]) -> None:
-        config = self.config
+        config, first = self.config, self.step
         while self.step < self.total_steps:
-            began = time.monotonic()
-            crops, bad = next(batches)
-            self.waited += time.monotonic() - began
-            self.bad.add(bad)
-            result = self.learner.step(self.step, crops)
+            with self.progress.doing("the first step") if self.step == first else nullcontext():
+                began = time.monotonic()
+                crops, bad = next(batches)
+                self.waited += time.monotonic() - began
+                self.bad.add(bad)
+                result = self.learner.step(self.step, crops)
             self.unread.append((self.step, result.loss_tensor))
             self.step += 1
             self._log(result)
@@ -436,6 +466,7 @@ class Run:
 
     def _log(self, result: StepResult) -> None:
         if not self.progress.due(self.step):
+            self.progress.between(self.step)
             return
         self._check_losses()
         epoch = (self.step - 1) // self.steps_per_epoch
@@ -460,34 +491,45 @@ class Run:
         config, method = self.config, self.learner.method
         backbone = getattr(method, method.evaluated).backbone
         epoch, began = self.step // self.steps_per_epoch, time.monotonic()
-        values: dict[str, float] = {}
-        used: dict[str, int] = {}  # number of evaluated images
+        row: dict[str, float] = {}
+        said = []
         held_out, workers = self.held_out, config.num_workers
         if held_out is not None and len(held_out) > 1:
-            kinds = config.crop_kinds[:2]
-            values["retrieval"], used["retrieval_images"] = view_retrieval(
-                backbone, held_out, self.bad_held_out, kinds, seed=config.seed, num_workers=workers
-            )
+            with self.progress.doing(f"view retrieval of at most {RETRIEVAL_IMAGES} images"):
+                found, count = view_retrieval(
+                    backbone,
+                    held_out,
+                    self.bad_held_out,
+                    config.crop_kinds[:2],
+                    seed=config.seed,
+                    num_workers=workers,
+                )
+            row |= {"retrieval": found, "retrieval_images": count}
+            said.append(f"retrieval {found:.1f} % of {count} images (chance {100 / count:.1f} %)")
         due = config.knn_freq and (epoch % config.knn_freq == 0 or epoch == config.epochs)
         if due and _labelled(self.labelled) and _labelled(held_out):
-            values |= knn_accuracy(
-                backbone,
-                self.labelled,
-                held_out,
-                config.global_crops_size,
-                bad=(self.bad, self.bad_held_out),
-                num_workers=workers,
+            with self.progress.doing(f"k-NN of {len(held_out)} images among {len(self.labelled)}"):
+                values = knn_accuracy(
+                    backbone,
+                    self.labelled,
+                    held_out,
+                    config.global_crops_size,
+                    bad=(self.bad, self.bad_held_out),
+                    num_workers=workers,
+                )
+            count, classes = len(held_out) - self.bad_held_out.count, len(self.labelled.classes)
+            row |= {**values, "knn_images": count}
+            said.append(
+                "  ".join(f"{name} {value:.1f} %" for name, value in values.items())
+                + f" of {count} images (chance {100 / classes:.1f} %)"
             )
-            used["knn_images"] = len(held_out) - self.bad_held_out.count
-        if values:
-            self.metrics.write(self.step, **values, **used)
-            found = [f"{k} {v:.1f} %" for k, v in values.items()] + [
-                f"{k.replace('_', ' ')} {n}" for k, n in used.items()
-            ]
-            self.progress.say(f"after {epoch} epochs: " + "  ".join(found))
+        if row:
+            self.metrics.write(self.step, **row)
+            self.progress.say(f"after {epoch} epochs: " + "  ".join(said))
         self.progress.skip(time.monotonic() - began)
 
-    def _describe(self) -> None:
+    def describe(self) -> None:
+        """Say what is trained on what, and what it needs."""
         config = self.config
         parameters = sum(p.numel() for p in self.learner.student.parameters()) / 1e6
         held_out = len(self.held_out or ())
@@ -500,8 +542,10 @@ class Run:
             f"{str(self.learner.dtype).removeprefix('torch.')} on {self.gpu.describe() if self.gpu else 'the CPU'}\n"
             f"{config.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size} images, "
             f"2 + {config.local_crops_number} crops, from step {self.step}; output in {config.output_dir}"
-            f"{self.begun_from}"
+            f"{self.begun_from}\n{self.needed}"
         )
+        if parallel.rank() == 0:
+            warn_of_shortage(self.needed, self.learner)
 
     def _summarize(self) -> None:
         say, folder = self.progress.say, self.config.output_dir
@@ -515,9 +559,13 @@ class Run:
                 say(f"curves: {plot_curves(folder)}")
             except OSError as error:
                 logger.warning("the curves cannot be drawn (%s)", error)
-        if found := [(row["knn10"], row["step"]) for row in read_metrics(folder) if "knn10" in row]:
-            best, step = max(found)
-            say(f"best k-NN (k = 10): {best:.1f} % after {step // self.steps_per_epoch} epochs")
+        if found := [(row["knn10"], row) for row in read_metrics(folder) if "knn10" in row]:
+            best, row = max(found, key=lambda pair: pair[0])
+            chance = f", chance {100 / len(self.train_images.classes):.1f} %" if _labelled(self.train_images) else ""
+            say(
+                f"best k-NN (k = 10): {best:.1f} % after {row['step'] // self.steps_per_epoch} epochs "
+                f"({row['knn_images']} images{chance})"
+            )
         say(f"done: {folder / checkpoint.LAST}\nnext: dino-train evaluate report --run {folder}")
 
 

@@ -4,30 +4,46 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dino_train.common.metrics import collapse_signs, read_metrics
 from dino_train.engine.log import duration
 
 logger = logging.getLogger(__name__)
+SILENT_SECONDS = 2.0
 
 
 class Progress:
-    """A progress bar on a terminal, otherwise a line every `interval` steps; no output if `quiet`. `record` gets every
-    line in any case."""
+    """A progress bar on a terminal, otherwise a line every `interval` steps, and sooner where steps are long; no output
+    if `quiet`. `record` gets every line in any case."""
 
     record: Callable[[str], None] = staticmethod(lambda text: None)
 
-    def __init__(self, first: int, total: int, epochs: int, batch: int, interval: int, *, quiet: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet, self.bar = quiet, None
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Says what is being done inside this context, if it takes seconds."""
+        timer = threading.Timer(SILENT_SECONDS, self.say, [f"{what} ..."])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def begin(self, first: int, total: int, epochs: int, batch: int, interval: int) -> None:
+        """Of steps first .. total - 1."""
         self.first, self.total, self.epochs, self.batch, self.interval = first, total, epochs, batch, interval
-        self.start, self.bar = time.monotonic(), None
+        self.start = self._shown = time.monotonic()
         self.rate, self.seconds = 0.0, 0.0
         self._last = (first, self.start)
-        if sys.stderr.isatty() and not quiet:
+        if sys.stderr.isatty() and not self.quiet:
             with suppress(ImportError):
                 from tqdm import tqdm
 
@@ -41,19 +57,28 @@ class Progress:
 
     def update(self, done: int, epoch: int, loss: float, lr: float) -> None:
         """Write a line, and set `rate` and `seconds`: images per second and time since the last line."""
-        now = time.monotonic()
+        now = self._shown = time.monotonic()
         step, then = self._last
         self.seconds = max(now - then, 1e-9)
         self.rate = (done - step) * self.batch / self.seconds
         self._last = (done, now)
         text = f"epoch {epoch + 1}/{self.epochs}  loss {loss:.4f}  lr {lr:.2e}  {self.rate:.1f} images/s"
-        remaining = (now - self.start) / (done - self.first) * (self.total - done)
-        line = f"step {done}/{self.total}  {text}  ETA {duration(remaining)}"
+        line = f"step {done}/{self.total}  {text}  ETA {self._remaining(done)}"
         if self.bar:
             self.bar.set_description(text)
             self.record(line)
         else:
             self.say(line)
+
+    def between(self, done: int) -> None:
+        """Call after a step that is not `due`: writes a line after a long first step, and where a minute passed."""
+        now, limit = time.monotonic(), SILENT_SECONDS if done == self.first + 1 else 60
+        if now - self._shown > limit:
+            self._shown, seconds = now, (now - self.start) / (done - self.first)
+            self.say(f"step {done}/{self.total}  {seconds:.1f} s a step  ETA {self._remaining(done)}")
+
+    def _remaining(self, done: int) -> str:
+        return duration((time.monotonic() - self.start) / (done - self.first) * (self.total - done))
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar. Where nobody reads it, or a disk is full, the run goes on silently."""
@@ -72,6 +97,7 @@ class Progress:
     def skip(self, seconds: float) -> None:
         """Exclude the last `seconds` (of an evaluation) from the images per second and the ETA."""
         self.start += seconds
+        self._shown += seconds
         self._last = (self._last[0], self._last[1] + seconds)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dino_kernels import PixelScale
 from dino_train.common.views import View, as_picture, resize, size_of, to_tensor
 from dino_train.config.options import require_least
-from dino_train.config.pretrain import EMBEDDED_DATA
+from dino_train.config.presets import EMBEDDED_DATA
 from dino_train.data.decode import UnreadableImage, decoded
 from dino_train.data.deep import load_view
 from dino_train.data.folder import ImageFolder, split

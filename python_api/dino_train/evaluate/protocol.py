@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dino_kernels.nn import hold_copies
 from dino_train.config.options import WeightsOptions, require_least
-from dino_train.config.pretrain import EMBEDDED_DATA, default_workers
+from dino_train.config.presets import EMBEDDED_DATA
+from dino_train.config.pretrain import default_workers
 from dino_train.data.folder import ImageFolder, part_of, split
 from dino_train.data.loader import BadImages, eval_loader
 from dino_train.data.stats import suited
