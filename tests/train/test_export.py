@@ -143,7 +143,9 @@ def test_a_failed_export_leaves_no_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="timm has no resnet_nano; for it there are safetensors and onnx"):
         export(replace(trained("resnet50"), arch="resnet_nano"), tmp_path / "timm", "timm")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ValueError, match="the ONNX format needs .*onnxscript.*: pip install .*onnxscript"):
+    with pytest.raises(
+        ValueError, match=r"the ONNX format needs .*onnxscript.*: pip install .*onnxscript, or the extra \[onnx\]"
+    ):
         export(trained(), tmp_path / "backbone.onnx", "onnx")
     monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     for form in FORMATS[:3]:

@@ -155,7 +155,8 @@ def _write_json(values: dict[str, Any], path: Path) -> None:
 def _onnx(trained: Trained, path: Path) -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"the ONNX format needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        needed = " and ".join(missing)
+        raise ValueError(f"the ONNX format needs {needed}: pip install {' '.join(missing)}, or the extra [onnx]")
     backbone = trained.backbone
     device, size = next(backbone.parameters()).device, trained.image_size
     images = torch.zeros(2, backbone.channels, size, size, device=device)
