@@ -190,7 +190,9 @@ class Knn(Frozen):
         named = {f"knn{k}": value for k, value in values.items()}
         self.report(
             {"protocol": "knn", "train": len(train.paths), "val": len(val.paths)} | named,
-            "\n".join(f"{k}: top-1 {v['top1']:.2f} %  top-5 {v['top5']:.2f} %" for k, v in named.items()),
+            f"{len(val.paths)} images by {len(train.paths)} of {len(train.classes)} classes, chance "
+            f"{100 / len(train.classes):.2f} %\n"
+            + "\n".join(f"{k}: top-1 {v['top1']:.2f} %  top-5 {v['top5']:.2f} %" for k, v in named.items()),
         )
 
     def _load_features(self, folder: Path) -> tuple[Features, Features]:
