@@ -1,6 +1,7 @@
 """README, docs and examples: their code runs, their commands parse, their links and paths exist."""
 
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -130,6 +131,21 @@ def test_examples_run(folder, words, output):
     command = [sys.executable, str(ROOT / "examples" / words[0]), *words[1:]]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert re.fullmatch(output, done.stdout), (done.stdout, done.stderr)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads((ROOT / "examples/pretrain.ipynb").read_text())["cells"]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec("".join(cell["source"]), names)  # noqa: S102
+    assert names["last"] == Path("runs/notebook/last.pt") and names["features"].shape == (1000, 96)
+    assert {"loss", "knn10"} <= {name for row in names["rows"] for name in row}
+    assert len(names["axis"].get_legend().get_texts()) == 10
 
 
 def test_the_speed_plot_reads_its_numbers():

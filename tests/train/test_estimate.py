@@ -47,7 +47,7 @@ def config(tmp_path) -> PretrainConfig:
 )
 def test_the_memory_of_a_run_is_near_the_estimate(tmp_path, flags):
     words = flags.split()
-    count = int(words[3]) if "--batch-size-per-gpu" in words else 64
+    count = int(words[words.index("--batch-size-per-gpu") + 1]) if "--batch-size-per-gpu" in words else 64
     data = make_images(tmp_path / "images", n=count * 21 // 20 + 2, classes=1)
     words += ["--data", str(data), "--output-dir", str(tmp_path / "run"), "--device", "cpu", "--knn-freq", "0"]
     subprocess.run([sys.executable, "-m", "dino_train", "pretrain", *words], check=True, capture_output=True)

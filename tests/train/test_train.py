@@ -14,7 +14,9 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
+import dino_train
 import numpy as np
 import pytest
 import torch
@@ -246,6 +248,69 @@ def test_metrics_that_cannot_be_written_are_left_out(tmp_path, caplog):
     metrics.close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 4]
     assert "metrics of step 2 cannot be written" in caplog.text and "training continues" in caplog.text
+
+
+def test_each_row_of_metrics_is_handed_to_a_callback_whose_errors_end_the_run(config):
+    rows = []
+    dino_train.pretrain(config, on_metrics=rows.append)
+    assert rows == read_metrics(config.output_dir) and {"loss", "step"} <= rows[1].keys()
+
+    def stop(row):
+        if row["step"] > 5:
+            raise KeyError("enough")
+
+    other = replace(config, output_dir=config.output_dir / "other")
+    with pytest.raises(KeyError, match="enough"):
+        pretrain(other, on_metrics=stop)
+    assert checkpoint.load(other.output_dir / "last.pt")["step"] == 5
+
+
+class Package(ModuleType):
+    """Stands for wandb or mlflow."""
+
+    def __init__(self, name, fails=""):
+        super().__init__(name)
+        self.calls, self.fails = [], fails
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+        def call(*arguments, **options):
+            self.calls.append((name, arguments, options))
+            if name == self.fails:
+                raise ConnectionError("no network\nmore")
+
+        return call
+
+
+@pytest.mark.parametrize(
+    "name, begin, log, end",
+    [("wandb", ["init"], "log", "finish"), ("mlflow", ["start_run", "log_params"], "log_metrics", "end_run")],
+)
+def test_a_tracker_gets_the_settings_and_every_row(config, monkeypatch, caplog, name, begin, log, end):
+    package = Package(name)
+    monkeypatch.setitem(sys.modules, name, package)
+    pretrain(replace(config, tracker=name))
+    logged = [(call[1][0], call[2]["step"]) for call in package.calls if call[0] == log]
+    rows = [(row, row.pop("step")) for row in read_metrics(config.output_dir)]
+    assert logged == rows and package.calls[-1][0] == end and not caplog.records
+    assert [call[0] for call in package.calls[: len(begin)]] == begin
+    settings = package.calls[0][2]["config"] if name == "wandb" else package.calls[1][1][0]
+    assert settings["arch"] == "vit_nano" and "run" in package.calls[0][2].values()
+    for fails in (begin[0], log, end):
+        caplog.clear()
+        monkeypatch.setitem(sys.modules, name, Package(name, fails))
+        pretrain(replace(config, tracker=name, epochs=1, output_dir=config.output_dir / fails))
+        (warned,) = [record.getMessage() for record in caplog.records]
+        assert warned == f"{name} gets no more metrics (no network); training continues"
+
+
+def test_a_tracker_that_is_not_installed_is_named(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="--tracker wandb needs a package: pip install wandb"):
+        pretrain(replace(config, tracker="wandb"))
+    assert not config.output_dir.exists()
 
 
 def test_rows_after_a_damaged_line_are_read(tmp_path):

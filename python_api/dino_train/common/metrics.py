@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ class Metrics:
     Args:
         folder: the run's folder; None writes nothing.
         step: rows of later steps, written after the checkpoint from which a run resumes, are dropped.
+        listeners: called with each row.
     """
 
-    def __init__(self, folder: Path | None, step: int) -> None:
-        self._board = None
+    def __init__(
+        self, folder: Path | None, step: int, listeners: Sequence[Callable[[dict[str, Any]], object]] = ()
+    ) -> None:
+        self._board, self._listeners = None, listeners
         if folder is None:
             self._file = open(os.devnull, "wb", buffering=0)  # noqa: SIM115
             return
@@ -35,7 +38,8 @@ class Metrics:
 
     def write(self, step: int, **values: Any) -> None:
         """One row: the number of steps done, and the measured values. On a full disk it is left out, with a warning."""
-        line = json.dumps({"step": step, **values}).encode() + b"\n"
+        row = {"step": step, **values}
+        line = json.dumps(row).encode() + b"\n"
         try:
             end = os.fstat(self._file.fileno()).st_size
             if self._file.write(line) < len(line):
@@ -46,6 +50,8 @@ class Metrics:
                     self._board.add_scalar(name, value, step)
         except OSError as error:
             logger.warning("the metrics of step %d cannot be written (%s); training continues", step, error)
+        for listener in self._listeners:
+            listener(dict(row))
 
     def close(self) -> None:
         self._file.close()

@@ -193,6 +193,8 @@ class PretrainConfig:
     """Write last.pt at least this often within an epoch, in minutes."""
     log_interval: int = 10
     """Steps between two lines of metrics.jsonl."""
+    tracker: Literal["none", "wandb", "mlflow"] = "none"
+    """Send metrics and settings to Weights & Biases or MLflow too, which must be installed."""
     knn_freq: int = 10
     """Epochs between two k-NN evaluations (and one before and one after training), where the data has class
     folders; 0 turns it off."""

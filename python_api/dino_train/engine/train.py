@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -30,6 +30,7 @@ from dino_train.engine.estimate import estimate, require_memory, step_seconds, w
 from dino_train.engine.init_from import init_from
 from dino_train.engine.learner import Learner, StepResult
 from dino_train.engine.log import RunLog, duration
+from dino_train.engine.tracker import Tracker
 from dino_train.engine.watch import CollapseWatch, Progress, plot_curves
 from dino_train.evaluate import knn_accuracy, view_retrieval
 from dino_train.evaluate.knn import RETRIEVAL_IMAGES
@@ -44,7 +45,8 @@ FIXED = (
 OWN = ("allow_changes", "config", "stats", "data", "output_dir", "num_workers", "init_from", "preset")
 # Settings of the call and of the machine.
 UNREPORTED = (
-    *("resume", "allow_changes", "dry_run", "config", "stats", "output_dir", "num_workers", "init_from", "preset"),
+    *("resume", "allow_changes", "dry_run", "tracker", "config", "stats", "output_dir", "num_workers", "init_from"),
+    "preset",
 )
 
 
@@ -60,15 +62,20 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; that step has not updated anything."""
 
 
-def pretrain(config: PretrainConfig) -> Path:
+def pretrain(config: PretrainConfig, *, on_metrics: Callable[[dict[str, Any]], object] | None = None) -> Path:
     """Run complete DINO pretraining (main_dino.py:131-300); returns the final checkpoint's path.
+
+    Args:
+        config: settings of the run.
+        on_metrics: called in the first process with each row of metrics.jsonl: a dict with the number of steps done,
+            "step", and what was measured. What it raises ends the run; `resume` then goes on from the last checkpoint.
 
     Raises:
         DataError, CheckpointError, ValueError: with a message for the user.
         NonFiniteLoss: the loss became NaN or infinite; the last good checkpoint is kept.
         Interrupted: SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, after a checkpoint was written.
     """
-    run = Run(config)
+    run = Run(config, on_metrics)
     run.begin()
     try:
         with run.held, run.catch_signals():
@@ -109,11 +116,13 @@ def dry_run(config: PretrainConfig) -> None:
 class Run:
     """The pretraining run of one process."""
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: PretrainConfig, on_metrics: Callable[[dict[str, Any]], object] | None = None) -> None:
         if not config.data:
             raise ValueError("there are no images to train on: give --data FOLDER, or --preset demo for embedded ones")
         self.config, self.step = config, 0
         self.device = parallel.join(pick_device(config.device))
+        self.listeners = [on_metrics] if on_metrics else []
+        self.tracker = Tracker(config) if config.tracker != "none" and parallel.rank() == 0 else None
         self.gpu = gpu_of(self.device)
         self.progress = Progress(quiet=parallel.rank() > 0)
         self._require_same(
@@ -370,7 +379,10 @@ class Run:
         first = parallel.rank() == 0
         if self.log is not None and first:
             self.progress.record = self.log.line
-        self.metrics = Metrics(config.output_dir if first else None, self.step)
+        if self.tracker:
+            self.tracker.begin()
+            self.listeners.append(self.tracker.log)
+        self.metrics = Metrics(config.output_dir if first else None, self.step, self.listeners if first else [])
         self.watch = CollapseWatch(
             config.out_dim, max(200, min(config.warmup_epochs, config.epochs // 2) * self.steps_per_epoch)
         )
@@ -384,6 +396,8 @@ class Run:
         finally:
             self.progress.close()
             self.metrics.close()
+            if self.tracker:
+                self.tracker.close()
 
     def _steps(self) -> None:
         config = self.config
