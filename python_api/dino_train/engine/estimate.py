@@ -126,14 +126,15 @@ def _crops(learner: Learner) -> int:
     return batches * config.batch_size_per_gpu * 3 * pixels * learner.dtype.itemsize
 
 
-def _processes(learner: Learner) -> int:
-    """That share the memory."""
-    return 1 if learner.gpu is not None else local_processes()
+def _on_machine(needed: Estimate, learner: Learner) -> tuple[int, int, int]:
+    """Bytes that all processes need which share a memory, and how many it has in all and available."""
+    total, available = memory(learner.gpu)
+    return needed.memory * (1 if learner.gpu is not None else local_processes()), total, available
 
 
 def require_memory(needed: Estimate, learner: Learner) -> None:
     """Raise ValueError if a run needs more memory than there is."""
-    whole, (total, _) = needed.memory * _processes(learner), memory(learner.gpu)
+    whole, total, _ = _on_machine(needed, learner)
     if whole > TOLERANCE * total:
         raise ValueError(
             f"training needs about {size(whole)} of memory and there are {size(total)}: lower it by {LESS}"
@@ -142,7 +143,7 @@ def require_memory(needed: Estimate, learner: Learner) -> None:
 
 def warn_of_shortage(needed: Estimate, learner: Learner) -> None:
     """Warn if memory, or disk for the checkpoints to come beside those that the folder has, may run out."""
-    whole, (_, available) = needed.memory * _processes(learner), memory(learner.gpu)
+    whole, _, available = _on_machine(needed, learner)
     if whole > available:
         logger.warning(
             "training needs about %s of memory and %s are available: if it runs out, lower it by %s",

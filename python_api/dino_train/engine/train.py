@@ -117,8 +117,6 @@ class Run:
     """The pretraining run of one process."""
 
     def __init__(self, config: PretrainConfig, on_metrics: Callable[[dict[str, Any]], object] | None = None) -> None:
-        if not config.data:
-            raise ValueError("there are no images to train on: give --data FOLDER, or --preset demo for embedded ones")
         self.config, self.step = config, 0
         self.device = parallel.join(pick_device(config.device))
         self.listeners = [on_metrics] if on_metrics else []
@@ -133,20 +131,10 @@ class Run:
             }
         )
         torch.manual_seed(config.seed)
-        self.train_images: ImageFolder | ShardStream
-        self.labelled: ImageFolder | ShardStream  # those of them that k-NN compares with
-        self.held_out: ImageFolder | None
-        with self.progress.doing(f"finding the images of {config.data}"):
-            if is_shards(config.data):
-                urls = shard_urls(config.data)
-                self.train_images = self.labelled = ShardStream(urls, count_samples(urls, config.output_dir))
-                self.held_out = None
-            else:
-                parts = pretraining_split(config.data)
-                self.config = config = _with_scale(config, parts[0])
-                self.train_images, self.labelled, self.held_out = (part.scaled(config.scale) for part in parts)
+        self.train_images, self.labelled, self.held_out = self._find_images()
         names = (self.train_images.names, self.held_out.names if self.held_out else [])
         self._require_same({f"the names of the {len(self.train_images)} images in {config.data}": names})
+        config = self.config
         self.batch_size = config.batch_size_per_gpu * parallel.size()
         require_batch(len(self.train_images), self.batch_size)
         self.steps_per_epoch = len(self.train_images) // self.batch_size
@@ -173,6 +161,21 @@ class Run:
                 f"the processes differ in {', '.join(names)}: start them with the same settings and images"
             )
 
+    def _find_images(self) -> tuple[ImageFolder | ShardStream, ImageFolder | ShardStream, ImageFolder | None]:
+        """To train on, those of them that k-NN compares with, and held out; takes their scale into the settings."""
+        data = self.config.data
+        if not data:
+            raise ValueError("there are no images to train on: give --data FOLDER, or --preset demo for embedded ones")
+        with self.progress.doing(f"finding the images of {data}"):
+            if is_shards(data):
+                urls = shard_urls(data)
+                stream = ShardStream(urls, count_samples(urls, self.config.output_dir))
+                return stream, stream, None
+            images, labelled, held_out = pretraining_split(data)
+            self.config = _with_scale(self.config, images)
+            scale = self.config.scale
+            return images.scaled(scale), labelled.scaled(scale), held_out.scaled(scale)
+
     # --- checkpoints -----------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -186,9 +189,12 @@ class Run:
         except BaseException:
             self.held.__exit__(*sys.exc_info())
             raise
+        self._tune_memory()
+        self.last_saved = time.monotonic()
+
+    def _tune_memory(self) -> None:
         if self.gpu is None:
             use_huge_pages()
-        self.last_saved = time.monotonic()
 
     def _take(self, folder: Path) -> None:
         if parallel.rank() == 0:
@@ -257,8 +263,8 @@ class Run:
                 last.replace(last.with_name("last.damaged.pt"))
             path.replace(last)
         self._set_random_state(state["rng"], step)
-        threads, before = torch.get_num_threads(), state.get("threads")  # which older versions did not save
-        if self.gpu is None and before not in (None, threads) and parallel.rank() == 0:
+        threads, before = self._threads(), state.get("threads")  # which older versions did not save
+        if None not in (before, threads) and before != threads and parallel.rank() == 0:
             logger.warning(
                 "the interrupted run had %d threads and this one has %d: results will differ in rounding, unless it is "
                 "started with OMP_NUM_THREADS=%d",
@@ -267,6 +273,10 @@ class Run:
                 before,
             )
         return step
+
+    def _threads(self) -> int | None:
+        """On which the rounding depends; a GPU's does not."""
+        return torch.get_num_threads() if self.gpu is None else None
 
     def _report_changes(self, saved: dict[str, Any], step: int) -> None:
         """Names the settings that are not those of the interrupted run, and refuses some of them.
@@ -347,7 +357,7 @@ class Run:
             "epoch": self.step // self.steps_per_epoch,
             "args": self.config.plain(),
             "step": self.step,
-            "threads": torch.get_num_threads(),
+            "threads": self._threads(),
             "sampler": self._sampler_state,
             "rng": random_states,
         }

@@ -126,7 +126,7 @@ class VisionTransformer(nn.Module):
 
     def _unpacked(self, images: Tensor) -> Tensor:
         """`forward` in torch's own operations, for a trace or an export: of as many images as there will be."""
-        _check_images(images, self.patch_size)
+        _check_images(images, self.channels, self.patch_size)
         patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
         # Not len(): a graph would keep the number.
         x = torch.cat((self.cls_token.expand(images.shape[0], -1, -1), patches), dim=1)
