@@ -243,7 +243,7 @@ def test_a_resnet_runs_channels_last_with_tuned_convolutions_in_a_graph(config, 
             )
             results.append([learner.step(step, crops).loss for step in range(5)])
             graphs.append(isinstance(learner.update, graph.Graphed) and learner.update.replay is not None)
-    assert len(tuned) == 2 and layouts == [True] * 8 + [False] * 10  # crops of two sizes, a step each
+    assert len(tuned) == 2 and layouts == [True] * 18  # crops of two sizes
     assert graphs == [True, False]
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
@@ -323,7 +323,7 @@ def test_every_batch_equals_that_of_a_cpu(config, num_workers, dtype):
 def test_crops_are_queued_a_batch_ahead(config):
     with Double().installed() as gpu:
         crop, queued = loader.multicrop_packed, []
-        loader.multicrop_packed = lambda *arguments: queued.append(gpu.current.number) or crop(*arguments)
+        loader.multicrop_packed = lambda *arguments, **scale: queued.append(gpu.current.number) or crop(*arguments, **scale)
         with closing(iter(batches(config))) as steps:
             for step in range(5):
                 next(steps)
