@@ -128,6 +128,8 @@ class PhaseTimer:
 
 def serve(connection: Connection, name: str, setting: Setting, options: argparse.Namespace) -> None:
     """Runs one step per message: False for a normal step, True for one with timed phases; None ends the process."""
+    from dino_train.common.process import peak_memory
+
     cuda = setting.device == "cuda"
     synchronize = torch.cuda.synchronize if cuda else int
     if options.threads:
@@ -161,7 +163,7 @@ def serve(connection: Connection, name: str, setting: Setting, options: argparse
         idle_cpu = time.process_time() - busy  # CPU time of threads that wait after a step
         answer = take(next(steps), phases)
         # Peak since the second step: a replayed graph allocates nothing, so timed steps would not show its memory.
-        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_resident_mib()
+        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_memory()
         connection.send(answer | {"peak_mib": peak, "idle_cpu_ms": 1e3 * idle_cpu})
         busy = time.process_time()
 
@@ -173,12 +175,6 @@ def busy_cpu_s() -> float:
     # All columns but idle, iowait and guest, which is included in user.
     ticks = sum(int(x) for core, *times in lines if core in cores for x in (*times[:3], *times[5:8]))
     return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def peak_resident_mib() -> float:
-    """Peak of this process; ru_maxrss would start at the value of the parent process."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) / 1024
 
 
 # --- the run -----------------------------------------------------------------------------------------

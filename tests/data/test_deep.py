@@ -180,7 +180,7 @@ def test_16_bit_rgb_is_trained_on_as_8_bit_rgb_of_the_same_content(tmp_path):
     torch.testing.assert_close(*(values for _, values in features), atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("channels, high", [(4, 9000), (1, 4095)])
+@pytest.mark.parametrize("channels, high", [(4, 9000), pytest.param(1, 4095, marks=pytest.mark.slow)])
 def test_everything_after_pretraining_takes_the_same_images(tmp_path, caplog, capsys, channels, high):
     images = [
         (picture(24, 24, seed)[..., :1].repeat(channels, 2) * (high / 255)).astype(np.uint16) for seed in range(40)

@@ -219,7 +219,7 @@ OTHER_METHODS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["mocov2", "swav", *(pytest.param(name, marks=pytest.mark.slow) for name in ("byol", "mocov3", "sinkhorn"))]
+    "name", ["mocov2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("swav", "byol", "mocov3", "sinkhorn"))]
 )
 def test_other_methods_equal_a_cpu_run(config, name, caplog):
     config = replace(config, **OTHER_METHODS[name], freeze_patch_embed=name == "mocov3")
@@ -233,7 +233,7 @@ def test_a_resnet_runs_channels_last_with_tuned_convolutions_in_a_graph(config, 
     config = replace(config, arch="resnet50", optimizer="lars")
     crops, layouts, tuned, results, graphs = [torch.randn(8, 3, size, size) for size in (64, 64, 32)], [], [], [], []
     monkeypatch.setattr(Double, "tune_convolutions", lambda self: tuned.append(self))
-    monkeypatch.setitem(RESNETS, "resnet50", lambda channels: ResNet((1, 1, 1, 1)))
+    monkeypatch.setitem(RESNETS, "resnet50", lambda channels: ResNet((1, 1, 1, 1), 16))
     for gpu in (True, False):
         torch.manual_seed(0)
         with Double().installed() if gpu else nullcontext():
@@ -323,7 +323,9 @@ def test_every_batch_equals_that_of_a_cpu(config, num_workers, dtype):
 def test_crops_are_queued_a_batch_ahead(config):
     with Double().installed() as gpu:
         crop, queued = loader.multicrop_packed, []
-        loader.multicrop_packed = lambda *arguments, **scale: queued.append(gpu.current.number) or crop(*arguments, **scale)
+        loader.multicrop_packed = lambda *arguments, **scale: (
+            queued.append(gpu.current.number) or crop(*arguments, **scale)
+        )
         with closing(iter(batches(config))) as steps:
             for step in range(5):
                 next(steps)

@@ -297,7 +297,7 @@ def test_moco_trains_a_resnet_with_split_batch_norms():
 # --- SwAV and Sinkhorn-Knopp -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_prototypes_have_norm_1_and_stay_bitwise_while_they_are_frozen(precision):
     config = make("swav", arch="resnet50", optimizer="sgd", use_bn_in_head=True, precision=precision, lr=0.5)
     learner = started(config)

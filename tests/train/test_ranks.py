@@ -81,7 +81,7 @@ def straight(tmp_path_factory):
     return images, folder / "run"
 
 
-@pytest.mark.parametrize("signum, rank", [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+@pytest.mark.parametrize("signum, rank", [pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow), (signal.SIGINT, 0)])
 def test_a_signal_to_one_rank_stops_both_and_the_resumed_run_is_bitwise_the_same(straight, tmp_path, signum, rank):
     images, whole = straight
     act = f"if number == 6 and rank == {rank}: os.kill(os.getpid(), {signum:d})"
@@ -105,7 +105,10 @@ def test_a_signal_to_one_rank_stops_both_and_the_resumed_run_is_bitwise_the_same
         "os.kill(os.getpid(), signal.SIGTERM); time.sleep(3)",
         # To one rank only: torchrun ends the other, which has stopped too and is about to end.
         "if number == 6 and rank == 1: os.kill(os.getpid(), signal.SIGTERM)",
-        "if number == 6 and rank == 1: os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)",
+        pytest.param(
+            "if number == 6 and rank == 1: os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["job", "rank", "twice"],
 )
@@ -120,7 +123,7 @@ def test_a_signal_under_torchrun_stops_all_ranks_with_a_checkpoint(straight, tmp
     assert [(tmp_path / f"run/exit{rank}").read_text() for rank in range(2)] == [expected] * 2, said
 
 
-@pytest.mark.parametrize("restarts", [0, 1])
+@pytest.mark.parametrize("restarts", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_dies_ends_the_job_or_torchrun_resumes_it(straight, tmp_path, restarts):
     images, whole = straight
     act = (
