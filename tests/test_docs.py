@@ -64,8 +64,10 @@ def test_shapes_of_the_export_page(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("code", blocks("sh"))
-def test_commands_exist(monkeypatch, code):
+def test_commands_exist(monkeypatch, tmp_path, code):
     """Each dino-train parses without being run, each make target and each program is there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stats.json").write_text('{"channels": 1, "value_range": [0, 1], "mean": [0.5], "std": [1]}')
     real = cli.tyro.cli
     parsed = lambda *args, **options: (real(*args, **options), SimpleNamespace(run=lambda: None))[1]  # noqa: E731
     monkeypatch.setattr(cli.tyro, "cli", parsed)

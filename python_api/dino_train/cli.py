@@ -207,10 +207,10 @@ def _values(argv: Sequence[str], **defaults: str) -> dict[str, str]:
 
 
 def _defaults(argv: Sequence[str]) -> PretrainConfig:
-    """The defaults that --method and --preset ask for; tyro then reads the rest, and these flags too, over them."""
-    method, preset = _values(argv, method="", preset="none").values()
+    """The defaults that --method, --preset and --arch ask for; tyro then reads the rest, and these too, over them."""
+    method, preset, arch = _values(argv, method="", preset="none", arch="").values()
     known = method in ("", *METHOD_DEFAULTS) and preset in ("none", *PRESETS)
-    return _Pretrain(**recipe(method or None, preset)) if known else _Pretrain()
+    return _Pretrain(**recipe(method or None, preset, arch)) if known else _Pretrain()
 
 
 _MEASURED = ("channels", "value_range", "mean", "std")

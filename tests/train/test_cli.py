@@ -70,6 +70,13 @@ def test_presets_are_valid_and_flags_override_them(monkeypatch, preset):
         assert getattr(config, name) == (7 if name == "epochs" else value), name
 
 
+def test_the_demo_of_a_resnet_has_the_optimizer_of_one(monkeypatch):
+    config = parsed(monkeypatch, "--preset", "demo", "--arch", "resnet_nano", "--method", "byol")
+    assert (config.optimizer, config.lr, config.out_dim) == ("sgd", 0.12, 128)
+    config = parsed(monkeypatch, "--arch", "resnet_nano", "--preset", "demo", "--lr", "1")
+    assert (config.optimizer, config.lr, config.weight_decay_end) == ("sgd", 1.0, 1e-4)
+
+
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
 def test_settings_from_a_file_and_flags_beside_it(monkeypatch, tmp_path, suffix):
     values = {"preset": "demo", "epochs": 7, "global_crops_scale": [0.3, 0.9], "norm_last_layer": False, "lr": 1e-3}

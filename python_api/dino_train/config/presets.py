@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from dino_train.models.resnet import RESNETS
+
 EMBEDDED_DATA = Path(__file__).parents[1] / "data/cifar10-5k.zip"
 METHODS = ("dino", "byol", "moco", "swav")
 # Settings that not all methods read, and those that do.
@@ -56,10 +58,22 @@ METHOD_DEMO: dict[str, dict[str, Any]] = {
     "moco": {"augmentation": "small", "global_crops_scale": (0.3, 1.0), "out_dim": 128, "queue_size": 1024},
     "swav": {},
 }
+# What it changes for a ResNet, as the published recipes do; with the rate and the decay of ViTs features become worse
+# than random ones.
+CONVNET_DEMO: dict[str, Any] = {
+    "optimizer": "sgd",
+    "lr": 0.12,
+    "min_lr": 0.0,
+    "weight_decay": 1e-4,
+    "weight_decay_end": 1e-4,
+}
 
 
-def recipe(method: str | None, preset: str) -> dict[str, Any]:
-    """Settings of a method (None: the preset's own) with a preset ("none": without one), for `PretrainConfig`."""
+def recipe(method: str | None, preset: str, arch: str | None = None) -> dict[str, Any]:
+    """Settings of a method (None: the preset's own) with a preset ("none": without one), for `PretrainConfig`.
+
+    arch: None is the preset's own.
+    """
     values = PRESETS.get(preset, {})
     method = method or values.get("method", "dino")
     read = {name: value for name, value in values.items() if method in READ_BY.get(name, METHODS)}
@@ -67,7 +81,7 @@ def recipe(method: str | None, preset: str) -> dict[str, Any]:
         merged = {**METHOD_DEFAULTS[method], **read}
     else:  # a recipe for another method: only what this one leaves open
         merged = {**read, **METHOD_DEFAULTS[method]}
-    demo = METHOD_DEMO[method] if preset == "demo" else {}
+    demo = {**METHOD_DEMO[method], **(CONVNET_DEMO if arch in RESNETS else {})} if preset == "demo" else {}
     return {**merged, **demo, "method": method, "preset": preset}
 
 

@@ -119,7 +119,7 @@ class Compare:
 
     def _config(self, name: str, folder: Path, epochs: int, factor: float, seed: int) -> PretrainConfig:
         variant = VARIANTS[name]
-        settings = {**recipe(variant["method"], "demo"), **variant, "arch": self.arch, "data": self.data}
+        settings = {**recipe(variant["method"], "demo", self.arch), **variant, "arch": self.arch, "data": self.data}
         settings |= {"epochs": epochs, "seed": seed, "output_dir": folder, "device": self.device, "knn_freq": 0}
         config = PretrainConfig(**settings, num_workers=self.num_workers, resume=(folder / "last.pt").exists())
         return replace(config, lr=factor * config.lr)

@@ -24,7 +24,7 @@ from dino_train.models.vit import VisionTransformer
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
 LIBRARIES = 300 << 20  # Python, torch and their threads
-RESNET50 = 420  # numbers saved for backward, per pixel of the crops
+SAVED = {"resnet50": 430, "resnet_nano": 600}  # numbers saved for backward, per pixel of the crops
 TOLERANCE = 1.25
 EFFICIENCY = 0.7  # of a step, relative to a product alone
 LESS = "--batch-size-per-gpu, --accumulate, --precision bfloat16, --checkpoint-activations true or --local-crops-number"
@@ -97,7 +97,7 @@ def _activations(learner: Learner) -> int:
     rows = images * len(sides)
     head = rows * (backbone.embed_dim + 4 * config.head_hidden_dim) + (rows + 2 * images) * config.out_dim
     if not isinstance(backbone, VisionTransformer):
-        saved = images * sum(side**2 for side in sides) * RESNET50
+        saved = images * sum(side**2 for side in sides) * SAVED[config.arch]
         return int(width * (1.4 * saved + head))
     c, depth = backbone.embed_dim, len(backbone.blocks)
     tokens = images * sum(1 + (side // backbone.patch_size) ** 2 for side in sides)
@@ -106,7 +106,7 @@ def _activations(learner: Learner) -> int:
     saved = (depth - 1) * block  # the last block is of class tokens alone
     if config.checkpoint_activations:
         saved = depth * tokens * c * (4 + width) + 2 * block
-    saved += width * (tokens * 3 * backbone.patch_size**2 + head)
+    saved += width * (tokens * config.channels * backbone.patch_size**2 + head)
     return int(1.1 * saved) + 3 * tokens * c * (8 + 11 * width)
 
 
@@ -123,7 +123,7 @@ def _crops(learner: Learner) -> int:
     config = learner.config
     batches = 2 if learner.gpu is not None else 1 + max(1, -(-2 * config.num_workers // config.batch_size_per_gpu))
     pixels = sum(kind.size**2 for kind in config.crop_kinds)
-    return batches * config.batch_size_per_gpu * 3 * pixels * learner.dtype.itemsize
+    return batches * config.batch_size_per_gpu * config.channels * pixels * learner.dtype.itemsize
 
 
 def _on_machine(needed: Estimate, learner: Learner) -> tuple[int, int, int]:
