@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -26,6 +27,12 @@ def folder(tmp_path):
     (tmp_path / "pool/007.png").write_bytes(b"no image")
     make_images(tmp_path / "classes", n=2)
     return tmp_path
+
+
+def umask():
+    now = os.umask(0o077)
+    os.umask(now)
+    return now
 
 
 def run(folder, *words, data="pool"):
@@ -63,6 +70,7 @@ def test_all_formats_hold_the_features_of_all_readable_images(folder, capsys):
             "written": [str(folder / f"out.{suffix}")],
         }
     saved = Features.load(folder / "out.safetensors")
+    assert (folder / "out.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask()
     truth = expected(folder, [f"pool/{path}" for path in paths])
     torch.testing.assert_close(saved.values, truth, rtol=1e-4, atol=1e-5)
     arrays = np.load(folder / "out.npz")

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import coverage
+import numpy as np
 import pytest
 import torch
 from dino_train.common import checkpoint, parallel
@@ -97,6 +98,19 @@ def test_a_whole_run_equals_a_cpu_run(config, precision, caplog):
         assert ours["retrieval_images"] == expected["retrieval_images"] == 9 and ours["knn_images"] == 9
         assert ours["retrieval"] == pytest.approx(expected["retrieval"], abs=12)  # with 9 images, one is 11 %
     assert len(evaluations(config)) == 4
+
+
+def test_a_run_on_16_bit_images_of_mixed_dtypes_equals_a_cpu_run(config):
+    """A batch is packed in the widest dtype of its images."""
+    config = replace(config, data=config.data + "16", channels=2, epochs=1, value_range=(0.0, 4095.0), knn_freq=0)
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = Path(config.data, f"{i}.npy")
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, rng.integers(0, 4096, (20, 24, 2)).astype(np.float32 if i % 3 else np.uint16))
+    with Double().installed():
+        pretrain(config)
+    assert losses(config) == pytest.approx(losses(on_cpu(config)), rel=1e-5)
 
 
 def test_a_graph_changes_nothing_but_the_number_of_launches(config):

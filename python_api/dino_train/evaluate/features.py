@@ -40,7 +40,7 @@ class Features:
         Raises:
             OSError: it could not be written.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save  # not save_file, whose files only their owner may read
 
         tensors = {
             "values": self.values.contiguous(),
@@ -49,7 +49,7 @@ class Features:
             "classes": _pack(self.classes),
         }
         with atomic(path) as temporary:
-            save_file(tensors, temporary)
+            temporary.write_bytes(save(tensors))
 
     @classmethod
     def load(cls, path: Path) -> "Features":
