@@ -30,12 +30,12 @@ demo: build
 	$(V)/dino-train evaluate attention --checkpoint runs/demo
 	$(V)/dino-train evaluate report --checkpoint runs/demo
 
-# One file at a time on each core, quick files first. `make test-all` takes the slow tests too, with all threads.
+# One file at a time on each core, quick files first. `make test-all` then runs the slow tests, each with all threads.
 test: $(V)/.dev
 	OMP_NUM_THREADS=1 $(V)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-test-all: $(V)/.dev
-	$(V)/python -m pytest -m "not prove"
+test-all: test
+	$(V)/python -m pytest -m "slow and not prove"
 
 lint: $(V)/.dev
 	$(V)/python -m ruff check .

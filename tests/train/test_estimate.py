@@ -41,8 +41,8 @@ def config(tmp_path) -> PretrainConfig:
     "flags",
     [
         "--preset demo --epochs 1",
-        pytest.param("--arch vit_small --batch-size-per-gpu 16 --epochs 2", marks=pytest.mark.slow),
-        pytest.param("--arch resnet50 --optimizer sgd --batch-size-per-gpu 8 --epochs 2", marks=pytest.mark.slow),
+        pytest.param("--arch vit_small --batch-size-per-gpu 8 --epochs 1", marks=pytest.mark.slow),
+        pytest.param("--arch resnet50 --optimizer sgd --batch-size-per-gpu 8 --epochs 1", marks=pytest.mark.slow),
     ],
 )
 def test_the_memory_of_a_run_is_near_the_estimate(tmp_path, flags):
