@@ -20,26 +20,25 @@ _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 
 def crop_deep(images: Sequence[Tensor], crops: np.ndarray, out: Sequence[Tensor], scale: "PixelScale") -> None:
     """`multicrop`, but for vertical flips and turns, and on any device."""
+    if not images:
+        return
+    dtype = torch.float64 if images[0].dtype == torch.float64 else torch.float32
+    table = torch.tensor([scale.low, scale.high, scale.mean, scale.std], dtype=dtype)
+    if images[0].is_cuda:
+        table = table.pin_memory()  # whose upload the host does not wait for
+    table = table.to(images[0].device, non_blocking=True)[..., None, None]
     for i, image in enumerate(images):
         for crop, view in zip(crops[i], out, strict=True):
-            view[i] = normalized_crop(image, crop, scale)
+            view[i] = _crop(image, crop, table)
 
 
-def normalized_crop(image: Tensor, crop: np.void, scale: "PixelScale") -> Tensor:
-    """The crop of dtype CROP, normalized; the law of dino_kernels/ops/multicrop.py in float32, or float64 if the image
-    is, but for vertical flips and turns.
+def _crop(image: Tensor, crop: np.void, table: Tensor) -> Tensor:
+    """[C, size, size] of an image [H, W, C]; in float32, or float64 if the image is.
 
-    Args:
-        image: [H, W, C] uint8, uint16 or float.
-
-    Returns:
-        [C, size, size] of the image's float dtype, on its device.
+    table: [4, C, 1, 1], low, high, mean and std.
     """
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    low, high, mean, std = (
-        torch.tensor(values, dtype=dtype, device=image.device).view(-1, 1, 1)
-        for values in (scale.low, scale.high, scale.mean, scale.std)
-    )
+    dtype = table.dtype
+    low, high, mean, std = table
     left, top, right, bottom = crop["box"].tolist()
     x = image[top:bottom, left:right].to(dtype).permute(2, 0, 1)
     x = ((x - low) * (255 / (high - low))).nan_to_num(nan=0).clamp(0, 255)
@@ -95,9 +94,10 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
     radius = int(below + rest)
     whole = 1 / (2 * (below + rest) + 1)
     part = (1 - (2 * radius + 1) * whole) / 2
-    weights = torch.tensor([part, *[whole] * (2 * radius + 1), part], dtype=x.dtype, device=x.device)
+    weights = [part, *[whole] * (2 * radius + 1), part]
     reach = radius + 1
-    for shape, pad in (((1, 1, 1, -1), (reach, reach, 0, 0)), ((1, 1, -1, 1), (0, 0, reach, reach))):
+    for axis, pad in ((2, (reach, reach, 0, 0)), (1, (0, 0, reach, reach))):
         for _ in range(3):
-            x = F.conv2d(F.pad(x[:, None], pad, mode="replicate"), weights.view(shape))[:, 0]
+            padded = F.pad(x[None], pad, mode="replicate")[0]
+            x = sum(weight * padded.narrow(axis, i, x.shape[axis]) for i, weight in enumerate(weights))  # type: ignore[assignment]
     return x

@@ -175,7 +175,8 @@ class PixelScale:
                 f"low, high, mean and std must have a number for each of 1 to {MOST_CHANNELS} channels, got {self}"
             )
         fits = all(map(math.isfinite, (*self.low, *self.high, *self.mean, *self.std)))
-        if not fits or any(a >= b for a, b in zip(self.low, self.high, strict=True)) or min(self.std) <= 0:
+        low, high = np.array(self.low, np.float32), np.array(self.high, np.float32)
+        if not fits or np.any(low >= high) or min(self.std) <= 0:
             raise ValueError(f"low, high, mean and std must be finite, with low < high and 0 < std, got {self}")
 
     @property

@@ -20,7 +20,7 @@ from dino_train.config.presets import METHOD_DEFAULTS, PRESETS, recipe
 from dino_train.config.pretrain import PretrainConfig, default_workers
 from dino_train.data.folder import ImageFolder
 from dino_train.data.pack import pack
-from dino_train.data.stats import channels_of, measure
+from dino_train.data.stats import channels_of, is_deep, measure
 from dino_train.engine.compare import Compare
 from dino_train.engine.train import Interrupted, NonFiniteLoss, dry_run, pretrain
 from dino_train.evaluate.attention import Attention
@@ -116,6 +116,8 @@ class Pack:
     def run(self) -> None:
         images = ImageFolder(self.data)
         images.log_notes()
+        if is_deep(images):
+            raise ValueError(f"pack writes JPEGs of 8 bits, and {self.data} has images of more: train on the folder")
         try:
             count = pack(images, self.out, size=self.size, quality=self.quality, num_workers=self.num_workers)
         except OSError as error:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 
+import imagecodecs
 import numpy as np
 import onnxruntime
 import pytest
@@ -11,15 +12,17 @@ import tifffile
 import torch
 from dino_train import load_backbone
 from dino_train.cli import main
-from dino_train.common.scale import pixel_scale
+from dino_train.common.scale import IMAGENET_MEAN, IMAGENET_STD, pixel_scale
 from dino_train.common.views import eval_transform, levels_of
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.data import deep
+from dino_train.data.decode import decode
 from dino_train.data.deep import decode_deep
-from dino_train.data.folder import ImageFolder
+from dino_train.data.folder import DataError, ImageFolder
 from dino_train.data.stats import is_deep, measure
 from dino_train.engine.train import pretrain
 from dino_train.evaluate.protocol import Protocol
+from dino_train.models.weights import Trained, load_trained
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
@@ -84,6 +87,7 @@ def dicom(values, photometric="MONOCHROME2", intercept=0):
         (npy(BANDS), BANDS),
         (npy(BANDS.transpose(2, 0, 1)), BANDS),
         (npy(GRAY.astype(np.float64)), GRAY.astype(np.float32)[..., None]),
+        (tiff(GRAY, photometric="miniswhite"), 65535 - GRAY[..., None]),
         (npy(GRAY > 9), ((GRAY > 9) * 255).astype(np.uint8)[..., None]),
         (dicom(GRAY, intercept=-1024), (2.0 * GRAY - 1024).astype(np.float32)[..., None]),
         (dicom(GRAY, "MONOCHROME1"), (-2.0 * GRAY).astype(np.float32)[..., None]),
@@ -99,15 +103,34 @@ def test_channels_are_converted_where_that_is_plain():
     assert np.array_equal(decode_deep(npy(GRAY), 3), np.stack([GRAY] * 3, -1))
     assert np.array_equal(decode_deep(npy(BANDS), 3), rgb)
     assert np.array_equal(decode_deep(npy(rgb), 1)[..., 0], np.rint(rgb @ [0.299, 0.587, 0.114]))
-    with pytest.raises(ValueError, match=r"the image has 4 channels, expected 5 \(--channels\)"):
+    with pytest.raises(ValueError, match="the image has 4 channels, expected 5"):
         decode_deep(npy(BANDS), 5)
+    with pytest.raises(ValueError, match=r"it has no pixels, shape \[0, 4\]"):
+        decode_deep(npy(np.zeros((0, 4))), 1)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        decode_deep(npy(np.array([object()])), 1)
     with pytest.raises(ValueError, match="empty file"):
         decode_deep(b"", 1)
     with pytest.raises(ValueError, match=r"expected numbers \[H, W\] or \[H, W, C\], got float64 \[2\]"):
         decode_deep(npy(np.zeros(2)), 1)
 
 
-def test_missing_packages_are_named(monkeypatch):
+def test_a_single_image_of_more_bits_is_stretched_and_never_black():
+    rgb = np.ascontiguousarray(BANDS[..., :3])
+    for data in (npy(rgb), tiff(rgb, photometric="rgb"), imagecodecs.png_encode(rgb)):
+        expected = np.round((rgb - float(rgb.min())) * (255 / float(rgb.max() - rgb.min())))
+        assert np.array_equal(decode(data), expected.astype(np.uint8))
+    assert np.array_equal(decode(npy(rgb.astype(np.uint8))), rgb.astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_a_tiff(orientation):
+    deep = tiff(GRAY, extratags=[(274, 3, 1, orientation, True)])
+    plain = tiff((GRAY >> 4).astype(np.uint8), extratags=[(274, 3, 1, orientation, True)])  # turned by Pillow
+    assert np.array_equal(decode_deep(deep, 1)[..., 0] >> 4, decode(plain)[..., 0])
+
+
+def test_missing_packages_are_named(monkeypatch, tmp_path):
     color = pillow(Image.fromarray(np.zeros((2, 2, 3), np.uint8)), "PNG")
     monkeypatch.setattr(deep, "_optional", lambda name: None)
     with pytest.raises(ValueError, match="a PNG of several channels of 16 bits needs .*: pip install imagecodecs"):
@@ -115,6 +138,9 @@ def test_missing_packages_are_named(monkeypatch):
     with pytest.raises(ValueError, match="DICOM needs .*: pip install pydicom"):
         decode_deep(dicom(GRAY), 1)
     assert np.array_equal(decode_deep(pillow(Image.fromarray(GRAY), "TIFF"), 1)[..., 0], GRAY)  # by Pillow
+    folder_of(tmp_path, [BANDS[..., :3]] * 4)
+    with pytest.raises(DataError, match="a/000.tif: a TIFF of several channels .*: pip install tifffile"):
+        is_deep(ImageFolder(tmp_path))
 
 
 def folder_of(root, images, suffix=".tif"):
@@ -143,6 +169,17 @@ def test_stats(tmp_path):
     assert (stats.smallest, stats.images, stats.dtypes) == ((40, 50), 9, {"uint16": 9})
 
 
+def test_stats_see_the_whole_of_an_image_and_survive_what_is_not_finite(tmp_path):
+    framed = RNG.integers(5000, 60000, (1024, 1024, 1)).astype(np.float32)
+    framed[:, :40] = framed[:, -40:] = 0
+    black = np.full((8, 8, 1), np.nan, np.float32)
+    infinite = np.array([[1, np.inf], [-np.inf, 6000]], np.float32)
+    stats = measure(ImageFolder(folder_of(tmp_path, [framed, black, infinite, framed[:9]], ".npy")), 1, 1)
+    assert stats.value_range[0] == 0 and 59000 < stats.value_range[1] <= stats.maximum[0] < 60000
+    two = [np.array([[0, 1], [1, 0]], np.uint16)] * 4
+    assert measure(ImageFolder(folder_of(tmp_path / "two", two, ".npy")), 1, 1).value_range == (0, 1)
+
+
 def test_the_file_of_stats_is_what_pretrain_takes(tmp_path, capsys):
     data, out = folder_of(tmp_path / "data", [BANDS] * 40, ".npy"), tmp_path / "stats.json"
     assert main(["stats", "--data", str(data), "--out", str(out)]) == 0
@@ -153,6 +190,8 @@ def test_the_file_of_stats_is_what_pretrain_takes(tmp_path, capsys):
     assert main(["pretrain", *words]) == 0
     settings, stats = (json.loads(path.read_text()) for path in (tmp_path / "run/config.json", out))
     assert all(settings[name] == stats[name] for name in ("channels", "value_range", "mean", "std"))
+    assert main(["pack", "--data", str(data), "--out", str(tmp_path / "x.tar")]) == 1
+    assert "pack writes JPEGs of 8 bits, and" in capsys.readouterr().err
     (tmp_path / "other.json").write_text("{}")
     assert main(["pretrain", "--stats", str(tmp_path / "other.json")]) == 1
     assert "other.json has no channels: expected a file of dino-train stats" in capsys.readouterr().err
@@ -169,7 +208,9 @@ def test_16_bit_rgb_is_trained_on_as_8_bit_rgb_of_the_same_content(tmp_path):
     features = []
     for name, images in (("rgb8", eight), ("rgb16", [image.astype(np.uint16) * 257 for image in eight])):
         folder = folder_of(tmp_path / name, images)
-        values = {"value_range": (0.0, 65535.0)} if name == "rgb16" else {}
+        values = {}
+        if name == "rgb16":
+            values = {"value_range": (0.0, 65535.0), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         plain = {"jitter_probability": 0.0, "blur": (0.0,) * 3}
         config = PretrainConfig(**CONFIG, **values, **plain, data=str(folder), output_dir=tmp_path / f"run-{name}")
         pretrain(config)
@@ -200,7 +241,7 @@ def test_everything_after_pretraining_takes_the_same_images(tmp_path, caplog, ca
         ["export", "--checkpoint", str(run), "--format", "onnx", "--output", str(tmp_path / "x.onnx")],
     ):
         assert main(command) == 0, capsys.readouterr().err
-    backbone, found = load_backbone(run), np.load(out)
+    backbone, found, again_scale = load_backbone(run), np.load(out), load_trained(run).scale
     pixels = backbone.transform(images[7])[None]
     of_image = backbone(pixels)[0].detach().numpy()
     np.testing.assert_allclose(found["values"][found["paths"] == "b/007.npy"][0], of_image, atol=1e-5)
@@ -208,6 +249,11 @@ def test_everything_after_pretraining_takes_the_same_images(tmp_path, caplog, ca
     np.testing.assert_allclose(session.run(["features"], {"images": pixels.numpy()})[0][0], of_image, atol=1e-4)
     again = load_backbone(tmp_path / "x.safetensors")  # with the range and normalization
     assert torch.equal(again.transform(images[7])[None], pixels) and torch.equal(again(pixels), backbone(pixels))
+    assert load_trained(run / "finetune").scale == load_trained(run).scale
+    # Other images do not change what a resumed run has measured.
+    folder_of(data, [image * 2 for image in images], ".npy")
+    pretrain(PretrainConfig(**CONFIG | {"epochs": 2}, channels=channels, data=str(data), output_dir=run, resume=True))
+    assert load_trained(run).scale == again_scale
     protocol = Protocol(checkpoint=run)  # of which some have images of their own
     with pytest.raises(ValueError, match="this protocol is of 8-bit RGB images, and .*run was trained on others"):
         protocol.require_rgb(protocol.load())
@@ -225,6 +271,24 @@ def test_a_backbone_of_8_bit_rgb_sees_12_bit_images_in_their_own_range(tmp_path,
     assert "gray12: values of uint16" in caplog.text and "gray8: values" not in caplog.text
     a, b = (np.load(file)["values"] for file in out)
     np.testing.assert_allclose(a, b, atol=0.1)
+
+
+def test_the_transform_of_a_backbone_takes_what_people_have():
+    gray, color = picture(24, 24)[..., 0], picture(24, 24)
+    rgb, one = (Trained(torch.nn.Identity(), "teacher", "x", 4, 16, None, pixel_scale(n)) for n in (3, 1))
+    expected = eval_transform(Image.fromarray(color), 16)
+    for same in (color, np.dstack([color, gray]), Image.fromarray(np.dstack([color, gray])), color.astype(np.float32)):
+        torch.testing.assert_close(rgb.transform(same), expected, atol=0.02, rtol=0)
+    repeated = eval_transform(Image.fromarray(gray).convert("RGB"), 16)
+    for same in (gray, Image.fromarray(gray), Image.fromarray(gray).convert("P"), Image.fromarray(gray).convert("LA")):
+        assert torch.equal(rgb.transform(same), repeated)
+        assert one.transform(same).shape == (1, 16, 16)
+    luma = one.transform(Image.fromarray(color).convert("L"))
+    torch.testing.assert_close(one.transform(Image.fromarray(color)), luma, atol=0.03, rtol=0)
+    with pytest.raises(ValueError, match="the image has 5 channels, expected 3"):
+        rgb.transform(np.zeros((4, 4, 5)))
+    with pytest.raises(ValueError, match=r"an image must be numbers .*, got complex128 \[4, 4, 1\]"):
+        one.transform(np.zeros((4, 4), complex))
 
 
 def test_views_of_levels_are_those_of_8_bit_images():
@@ -247,7 +311,7 @@ def test_only_deep_images_are_measured(tmp_path, caplog):
         ({"channels": 4, "grayscale": 0.2}, "grayscale must be 0: it is for RGB, and channels is 4"),
         ({"channels": 4, "solarize": (0, 0.2, 0)}, "solarize must be 0: it is for RGB"),
         ({"channels": 4, "jitter": (0.4, 0.4, 0.2, 0)}, "jitter of saturation and hue must be 0: it is for RGB"),
-        ({"channels": 17}, "1 to 16 channels"),
+        ({"channels": 17}, "channels must be from 1 to 16, got 17"),
         ({"channels": 2, "mean": (0.5, 0.5, 0.5)}, "mean must have 1 or 2 values for these channels, got 3"),
         ({"value_range": (5.0, 5.0)}, "low < high"),
         ({"blur": (0.5,)}, "blur must be 3 in"),

@@ -285,7 +285,7 @@ def test_a_second_run_completes_the_first(davis, backbone, tmp_path, monkeypatch
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     asked = []
     original = video_segmentation.segment
-    monkeypatch.setattr(video_segmentation, "segment", lambda b, v, o: asked.append(v.name) or original(b, v, o))
+    monkeypatch.setattr(video_segmentation, "segment", lambda b, v, *o: asked.append(v.name) or original(b, v, *o))
     assert evaluate_videos(backbone, davis, out, OPTIONS) == before and not asked
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     (out / "two/00003.png").unlink()

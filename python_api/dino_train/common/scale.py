@@ -1,6 +1,7 @@
 """What the values of images mean, and ImageNet's mean and standard deviation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dino_kernels import PixelScale
 
@@ -19,11 +20,25 @@ def pixel_scale(
     Raises:
         ValueError: a number of values that does not fit the channels, or as `PixelScale`.
     """
+    if not 1 <= channels <= 16:
+        raise ValueError(f"channels must be from 1 to 16, got {channels}")
     bounds = _each(value_range or (0.0, 255.0), 2 * channels, "value_range", 2)
-    if channels == 3 and not mean and not std:
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-    means, deviations = _each(mean or (0.5,), channels, "mean"), _each(std or (0.25,), channels, "std")
-    return PixelScale(bounds[::2], bounds[1::2], means, deviations)
+    mean = mean or (IMAGENET_MEAN if channels == 3 else (0.5,))
+    std = std or (IMAGENET_STD if channels == 3 else (0.25,))
+    return PixelScale(bounds[::2], bounds[1::2], _each(mean, channels, "mean"), _each(std, channels, "std"))
+
+
+def scale_settings(scale: PixelScale) -> dict[str, tuple[float, ...]]:
+    """The settings of which `pixel_scale` makes it; empty for that of 8-bit RGB."""
+    if scale == PixelScale():
+        return {}
+    bounds = tuple(bound for both in zip(scale.low, scale.high, strict=True) for bound in both)
+    return {"value_range": bounds, "mean": scale.mean, "std": scale.std}
+
+
+def scale_of(settings: Mapping[str, Any], channels: int) -> PixelScale:
+    """The scale of a checkpoint's settings."""
+    return pixel_scale(channels, *(settings.get(name) or () for name in ("value_range", "mean", "std")))
 
 
 def _each(values: Sequence[float], count: int, name: str, together: int = 1) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dino_kernels import PixelScale
 
+_LUMA = np.array([0.299, 0.587, 0.114])
 # 8-bit RGB, or levels 0 .. 255 of another image: float32 [H, W, C]
 View = Image.Image | np.ndarray
 
@@ -36,6 +37,46 @@ def levels_of(values: np.ndarray, scale: PixelScale) -> np.ndarray:
     low, high = (np.array(bound, np.float32) for bound in (scale.low, scale.high))
     levels = (values.astype(np.float32) - low) * (np.float32(255) / (high - low))
     return np.nan_to_num(levels, copy=False, nan=0).clip(0, 255)
+
+
+def with_channels(values: np.ndarray, channels: int) -> np.ndarray:
+    """Values [H, W, C] of so many channels: gray is repeated, RGB becomes its luma, alpha is left out.
+
+    Raises:
+        ValueError: other numbers of channels.
+    """
+    found = values.shape[2]
+    if found == channels:
+        return values
+    if found in (1, 2) and channels in (1, 3):  # gray, and gray with alpha
+        return values[..., :1].repeat(channels, 2)
+    if found == 4 and channels == 3:
+        return values[..., :3]
+    if found in (3, 4) and channels == 1:
+        luma = values[..., :3] @ _LUMA
+        return (np.rint(luma) if values.dtype.kind in "ui" else luma).astype(values.dtype)[..., None]
+    raise ValueError(f"the image has {found} channels, expected {channels}")
+
+
+def view_of(image: View, scale: PixelScale) -> View:
+    """What evaluations see of a PIL image or of values [H, W] or [H, W, C] as a file would have them.
+
+    Raises:
+        ValueError: another shape, dtype or number of channels.
+    """
+    if isinstance(image, Image.Image):
+        if scale.is_8_bit_rgb and not image.mode.startswith(("I", "F")):
+            return image.convert("RGB")
+        if image.mode not in ("1", "L", "LA", "F", "RGB", "RGBA") and not image.mode.startswith("I"):
+            image = image.convert("RGB")
+    values = np.asarray(image)
+    values = values[..., None] if values.ndim == 2 else values
+    if values.ndim != 3 or not values.size or values.dtype.kind not in "buif":
+        raise ValueError(f"an image must be numbers [H, W] or [H, W, C], got {values.dtype} {list(values.shape)}")
+    values = with_channels(values * np.uint8(255) if values.dtype == bool else values, scale.channels)
+    if scale.is_8_bit_rgb and values.dtype == np.uint8:
+        return Image.fromarray(values)
+    return levels_of(values, scale)
 
 
 def as_picture(view: View) -> Image.Image:

@@ -11,6 +11,10 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dino_kernels import PixelScale
+from dino_train.common.views import View, levels_of
+from dino_train.data.deep import decode_deep, is_deep_file
+
 try:
     import simplejpeg
 except ImportError:  # Pillow decodes the same pixels, more slowly
@@ -37,8 +41,8 @@ class UnreadableImage(ValueError):
 def decode(data: bytes) -> np.ndarray:
     """Pixels of an image file: uint8 [H, W, 3], RGB.
 
-    The EXIF orientation is applied (the reference ignores it). Alpha is dropped, as in Pillow's convert("RGB"). Gray of
-    more than 8 bits is scaled from its own finite minimum..maximum to 0..255 (a set of such images is read by
+    The EXIF orientation is applied (the reference ignores it). Alpha is dropped, as by Pillow's convert("RGB"). Images
+    of more than 8 bits are scaled from their own finite minimum..maximum to 0..255 (a set of such images is read by
     `decode_deep`). Almost any exception may be raised: see `reason`.
     """
     if jpeg_size(data):
@@ -46,6 +50,9 @@ def decode(data: bytes) -> np.ndarray:
             return simplejpeg.decode_jpeg(data, "RGB")
     if not data:
         raise ValueError("empty file")
+    if is_deep_file(data):
+        values = decode_deep(data, 3)
+        return values if values.dtype == np.uint8 else _to_8_bit(values)
     image: Image.Image = Image.open(io.BytesIO(data))
     image.load()
     with suppress(Exception):  # damaged EXIF does not make the image unreadable
@@ -53,6 +60,13 @@ def decode(data: bytes) -> np.ndarray:
     if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip these at 255
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def load_view(data: bytes, scale: PixelScale) -> View:
+    """What evaluations see of an image file."""
+    if scale.is_8_bit_rgb:
+        return Image.fromarray(decode(data))
+    return levels_of(decode_deep(data, scale.channels), scale)
 
 
 def decode_smaller(data: bytes, shrink: float) -> np.ndarray:
@@ -102,7 +116,7 @@ def decoded(name: str, read: Callable[[], bytes], decoder: Callable[[bytes], T])
 
 
 def _to_8_bit(gray: np.ndarray) -> np.ndarray:
-    """Gray of more than 8 bits [H, W] to uint8."""
+    """Values of more than 8 bits, of any shape, to uint8."""
     gray = gray.astype(np.float64)
     finite = gray[np.isfinite(gray)]
     if not finite.size:

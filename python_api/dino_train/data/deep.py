@@ -3,25 +3,49 @@
 import importlib
 import io
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from types import ModuleType
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from dino_kernels import PixelScale
-from dino_train.common.views import View, levels_of
-from dino_train.data.decode import decode
+from dino_train.common.views import with_channels
 
-_LUMA = np.array([0.299, 0.587, 0.114])
 _KEPT = (np.uint8, np.uint16, np.float32)
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BITS, _ORIENTATION, _SAMPLES = 258, 274, 277  # tags of TIFF
+_MIN_IS_WHITE, _PILLOWS = 0, (3, 5, 6)  # palette, CMYK and YCbCr, which Pillow converts
 
 
-def load_view(data: bytes, scale: PixelScale) -> View:
-    """What evaluations see of an image file."""
-    if scale.is_8_bit_rgb:
-        return Image.fromarray(decode(data))
-    return levels_of(decode_deep(data, scale.channels), scale)
+# What an orientation of TIFF and EXIF asks for.
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda values: np.rot90(values, 2),
+    4: np.flipud,
+    5: lambda values: values.swapaxes(0, 1),
+    6: lambda values: np.rot90(values, -1),
+    7: lambda values: np.rot90(values, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+class NeedsPackage(ValueError):
+    """A library that is not installed reads the file."""
+
+
+def is_deep_file(data: bytes) -> bool:
+    """Whether a file has other values than Pillow's 8-bit gray, palette, RGB or CMYK."""
+    if data.startswith(b"\x93NUMPY") or data[128:132] == b"DICM":
+        return True
+    if data.startswith(b"\x89PNG"):
+        return data[24:25] == b"\x10"
+    if data[:4] in _TIFF:
+        with suppress(Exception):  # reported when it is decoded
+            tags = Image.open(io.BytesIO(data)).tag_v2  # type: ignore[attr-defined]
+            return max(tags.get(_BITS, (1,))) > 8 or tags.get(_SAMPLES, 1) > 4
+        return True  # Pillow does not know it
+    return False
 
 
 def decode_deep(data: bytes, channels: int) -> np.ndarray:
@@ -31,35 +55,54 @@ def decode_deep(data: bytes, channels: int) -> np.ndarray:
     channels are an error. Integers of more than 16 bits, signed ones and float64 become float32. Almost any exception
     may be raised.
     """
-    values = _with_channels(read_values(data), channels)
+    values = with_channels(read_values(data, channels), channels)
     if values.dtype == bool:
         return np.ascontiguousarray(values) * np.uint8(255)
     return np.ascontiguousarray(values, None if values.dtype in _KEPT else np.float32)
 
 
-def read_values(data: bytes) -> np.ndarray:
-    """Values of an image file [H, W, C] of its own dtype, or [C, H, W] of an .npy file that holds that."""
+def read_values(data: bytes, channels: int | None = None) -> np.ndarray:
+    """Values of an image file [H, W, C] of its own dtype. channels: those expected, which tell [C, H, W] of an .npy
+    file from [H, W, C]; without them the shorter axis of at most 16 is C."""
     if not data:
         raise ValueError("empty file")
     if data.startswith(b"\x93NUMPY"):
-        values = np.load(io.BytesIO(data), allow_pickle=False)
-        if values.ndim not in (2, 3) or values.dtype.kind not in "buif":
-            raise ValueError(f"expected numbers [H, W] or [H, W, C], got {values.dtype} {list(values.shape)}")
-        return values if values.ndim == 3 else values[..., None]
-    if data[128:132] == b"DICM":
-        return _dicom(data)
-    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and (tifffile := _optional("tifffile")):
-        return _tiff(data, tifffile)
-    if data.startswith(b"\x89PNG") and data[24] == 16 and data[25] in (2, 4, 6):  # Pillow keeps 8 of the 16 bits
-        return _require("imagecodecs", "a PNG of several channels of 16 bits").png_decode(data)
+        values = _numpy(data, channels)
+    elif data[128:132] == b"DICM":
+        values = _dicom(data)
+    elif data[:4] in _TIFF and is_deep_file(data) and (tifffile := _optional("tifffile")):
+        values = _tiff(data, tifffile)
+    elif data.startswith(b"\x89PNG") and is_deep_file(data) and data[25] in (2, 4, 6):  # Pillow keeps 8 of 16 bits
+        values = _require("imagecodecs", "a PNG of several channels of 16 bits").png_decode(data)
+    else:
+        values = _pillow(data)
+    if not values.size:
+        raise ValueError(f"it has no pixels, shape {list(values.shape)}")
+    return values if values.ndim == 3 else values[..., None]
+
+
+def _numpy(data: bytes, channels: int | None) -> np.ndarray:
+    values = np.load(io.BytesIO(data), allow_pickle=False)
+    if values.ndim not in (2, 3) or values.dtype.kind not in "buif":
+        raise ValueError(f"expected numbers [H, W] or [H, W, C], got {values.dtype} {list(values.shape)}")
+    if values.ndim == 3:
+        first, _, last = values.shape
+        if (last != channels and first == channels) if channels else (first <= 16 < last):
+            return values.transpose(1, 2, 0)
+    return values
+
+
+def _pillow(data: bytes) -> np.ndarray:
     image: Image.Image = Image.open(io.BytesIO(data))
+    tags = getattr(image, "tag_v2", {})
+    if isinstance(bits := tags.get(_BITS, ()), tuple) and len(bits) > 1 and max(bits) > 8:
+        raise NeedsPackage("a TIFF of several channels of more than 8 bits needs a package: pip install tifffile")
     image.load()
     with suppress(Exception):  # damaged EXIF does not make the image unreadable
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode not in ("1", "L", "F", "RGB", "RGBA") and not image.mode.startswith("I"):
+    if image.mode not in ("1", "L", "LA", "F", "RGB", "RGBA") and not image.mode.startswith("I"):
         image = image.convert("RGB")
-    values = np.asarray(image)
-    return values if values.ndim == 3 else values[..., None]
+    return np.asarray(image)
 
 
 def _tiff(data: bytes, tifffile: ModuleType) -> np.ndarray:
@@ -67,40 +110,32 @@ def _tiff(data: bytes, tifffile: ModuleType) -> np.ndarray:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what matters is raised
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
+        photometric, tag = int(series.keyframe.photometric), series.keyframe.tags.get(_ORIENTATION)
+        if photometric in _PILLOWS:
+            return _pillow(data)
         try:
             values = series.asarray()
-        except ImportError as error:  # a compression that needs imagecodecs
-            raise ValueError(f"{error}: pip install imagecodecs") from error
+        except ImportError as error:  # a compression
+            raise NeedsPackage(f"{error}: pip install imagecodecs") from error
+        except ValueError as error:
+            raise NeedsPackage(str(error)) if "imagecodecs" in str(error) else error from error
         sides = [series.axes.index(axis) for axis in "YX"]
     rest = [axis for axis in range(values.ndim) if axis not in sides]
-    return values.transpose(*sides, *rest).reshape(*(values.shape[axis] for axis in sides), -1)
+    values = values.transpose(*sides, *rest).reshape(*(values.shape[axis] for axis in sides), -1)
+    values = _UPRIGHT.get(int(getattr(tag, "value", 1)), np.asarray)(values)
+    if photometric == _MIN_IS_WHITE and values.dtype.kind == "u":
+        values = np.iinfo(values.dtype).max - values
+    return values
 
 
 def _dicom(data: bytes) -> np.ndarray:
     """In the unit that the file says (Hounsfield, for one); of MONOCHROME1 the negative, so that white is high."""
     pydicom = _require("pydicom", "DICOM")
     file = pydicom.dcmread(io.BytesIO(data))
+    if int(file.get("NumberOfFrames") or 1) > 1:
+        raise ValueError(f"it has {file.NumberOfFrames} frames: save each as an image")
     values = importlib.import_module("pydicom.pixels").apply_modality_lut(file.pixel_array, file)
-    values = -values.astype(np.float32) if file.get("PhotometricInterpretation") == "MONOCHROME1" else values
-    return values if values.ndim == 3 else values[..., None]
-
-
-def _with_channels(values: np.ndarray, channels: int) -> np.ndarray:
-    found = values.shape[2]
-    if found == channels:
-        return values
-    if values.shape[0] == channels:  # an .npy file of [C, H, W]
-        return values.transpose(1, 2, 0)
-    if found == 1 and channels == 3:
-        return values.repeat(3, 2)
-    if found == 2 and channels in (1, 3):  # gray and alpha
-        return values[..., :1].repeat(channels, 2)
-    if found == 4 and channels == 3:
-        return values[..., :3]
-    if found in (3, 4) and channels == 1:
-        luma = values[..., :3] @ _LUMA
-        return (np.rint(luma) if values.dtype.kind in "ui" else luma).astype(values.dtype)[..., None]
-    raise ValueError(f"the image has {found} channels, expected {channels} (--channels)")
+    return -values.astype(np.float32) if file.get("PhotometricInterpretation") == "MONOCHROME1" else values
 
 
 def _optional(name: str) -> ModuleType | None:
@@ -113,5 +148,5 @@ def _optional(name: str) -> ModuleType | None:
 def _require(name: str, what: str) -> ModuleType:
     module = _optional(name)
     if module is None:
-        raise ValueError(f"{what} needs a package to be read: pip install {name}")
+        raise NeedsPackage(f"{what} needs a package to be read: pip install {name}")
     return module

@@ -23,8 +23,7 @@ from PIL import Image
 from dino_kernels import PixelScale
 from dino_train.common.views import View, as_picture
 from dino_train.data.archive import Zip
-from dino_train.data.decode import decode, decoded
-from dino_train.data.deep import load_view
+from dino_train.data.decode import decode, decoded, load_view
 from dino_train.data.names import DEEP_SUFFIXES, SUFFIXES, is_hidden, is_image, junk_of, listed, suffix
 from dino_train.data.tar_index import Store
 

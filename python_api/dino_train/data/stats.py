@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -13,11 +14,11 @@ from dino_kernels import PixelScale
 from dino_train.common.scale import pixel_scale
 from dino_train.common.views import as_picture, levels_of
 from dino_train.data.decode import UnreadableImage, decoded
-from dino_train.data.deep import decode_deep, read_values
+from dino_train.data.deep import NeedsPackage, decode_deep, read_values
 from dino_train.data.folder import DataError, ImageFolder
 from dino_train.data.threads import in_order
 
-PIXELS = 4096  # of an image, evenly spaced: enough for a percentile of a thousand images
+GRID, VALUES = 64, 20_000_000  # pixels a side of an image that are taken, and values in all at most
 SAMPLE = 256  # images that a run measures by itself
 # Ends of the range: outliers, such as metal in X-rays, are beyond.
 PERCENTILES = (0.1, 99.9)
@@ -101,42 +102,57 @@ def is_deep(images: ImageFolder) -> bool:
         try:
             if read_values(images.read(int(i))).dtype not in (np.uint8, bool):
                 return True
+        except NeedsPackage as error:
+            raise DataError(f"{images.path}: {images.names[int(i)]}: {error}") from error
         except Exception:  # reported when it is to be trained on
             continue
     return False
 
 
 def channels_of(images: ImageFolder) -> int:
-    """Of the first image that can be read; 3 of gray, RGB and RGBA of 8 bits."""
+    """Of the first image that can be read, without alpha."""
     for i in range(len(images)):
         try:
             values = read_values(images.read(i))
         except Exception:  # reported by `measure`
             continue
         found = values.shape[2]
-        return 3 if found <= 4 and values.dtype in (np.uint8, bool) else found
+        if values.dtype in (np.uint8, bool) and found in (2, 4):
+            return found - 1
+        return int(found)
     return 3
 
 
-def measure(images: ImageFolder, channels: int, num_workers: int, indices: Sequence[int] | None = None) -> Stats:
+def measure(
+    images: ImageFolder,
+    channels: int,
+    num_workers: int,
+    indices: Sequence[int] | None = None,
+    *,
+    value_range: Sequence[float] = (),
+    looks: bool = True,
+) -> Stats:
     """Read the images at `indices`, or all.
+
+    value_range: known in advance. looks: find what looks the same.
 
     Raises:
         DataError: none can be read.
     """
 
+    order = range(len(images)) if indices is None else indices
+    side = max(4, min(GRID, int((VALUES / (len(order) * channels)) ** 0.5)))
+
     def see(i: int) -> _Seen | UnreadableImage:
         try:
-            values = decoded(
-                images.prefix + images.names[i], lambda: images.read(i), lambda data: decode_deep(data, channels)
-            )
+            name = images.prefix + images.names[i]
+            values = decoded(name, lambda: images.read(i), partial(decode_deep, channels=channels))
         except UnreadableImage as error:
             return error
-        flat = values.reshape(-1, channels)
-        some = flat[:: max(1, len(flat) // PIXELS)]
-        return _Seen(some.astype(np.float32), str(values.dtype), values.shape[:2], _look(values, some))
+        rows, columns = (np.linspace(0, n - 1, min(n, side)).astype(int) for n in values.shape[:2])
+        some = values[rows][:, columns].reshape(-1, channels).astype(np.float32)
+        return _Seen(some, str(values.dtype), values.shape[:2], _look(values, some) if looks else b"")
 
-    order = range(len(images)) if indices is None else indices
     found = list(zip(order, in_order(see, order, threads=num_workers, ahead=4 * num_workers), strict=True))
     seen = [(images.names[i], one) for i, one in found if isinstance(one, _Seen)]
     bad = [one for _, one in found if isinstance(one, UnreadableImage)]
@@ -146,15 +162,20 @@ def measure(images: ImageFolder, channels: int, num_workers: int, indices: Seque
     dtypes = Counter(one.dtype for _, one in seen)
     bits = set(dtypes) <= {"uint8"}
     ranges = [_range(values[:, c], bits) for c in range(channels)]
+    if value_range:
+        known = pixel_scale(channels, value_range)
+        ranges = [(low, high, None) for low, high in zip(known.low, known.high, strict=True)]
+    finite = np.where(np.isfinite(values), values, np.nan)
+    finite[:, np.isnan(finite).all(0)] = 0
     sizes = [one.size for _, one in seen]
-    alike = [[name for name, _ in group] for _, group in groupby(sorted(seen, key=_by_look), key=_by_look)]
+    alike = [[name for name, _ in group] for look, group in groupby(sorted(seen, key=_by_look), key=_by_look) if look]
     stats = Stats(
         channels=channels,
         value_range=tuple(bound for low, high, _ in ranges for bound in (low, high)),
         mean=(0.5,) * channels,
         std=(1.0,) * channels,
-        minimum=tuple(np.nanmin(values, axis=0).tolist()),
-        maximum=tuple(np.nanmax(values, axis=0).tolist()),
+        minimum=tuple(np.nanmin(finite, axis=0).tolist()),
+        maximum=tuple(np.nanmax(finite, axis=0).tolist()),
         nodata=tuple(nodata for _, _, nodata in ranges),
         levels=min(len(np.unique(values[:, c])) for c in range(channels)),
         dtypes=dict(dtypes),
@@ -183,16 +204,19 @@ def _range(values: np.ndarray, bits: bool) -> tuple[float, float, float | None]:
         if 1000 * (len(values) - len(others)) < len(values) or len(others) < 2:
             continue
         low, high = np.percentile(others, PERCENTILES)
-        if min(abs(end - low), abs(end - high)) > high - low:
+        if low < high and min(abs(end - low), abs(end - high)) > high - low:
             nodata, values = float(end), others
     low, high = (float(bound) for bound in np.percentile(values, PERCENTILES))
-    return low, high if high > low else low + 1.0, nodata
+    return low, high if np.float32(high) > np.float32(low) else low + max(1.0, 1e-3 * abs(low)), nodata
 
 
 def _look(values: np.ndarray, some: np.ndarray) -> bytes:
-    """A hash of brightness differences on a grid of 16 x 16, equal for copies in another size or compression."""
-    low, high = float(np.nanmin(some)), float(np.nanmax(some))
-    scale = pixel_scale(values.shape[2], (low, max(high, low + 1)))
+    """A hash of brightness differences on a grid of 16 x 16, equal for copies in another size or compression; empty of
+    an image without any."""
+    finite = some[np.isfinite(some)]
+    if not len(finite) or finite.min() == finite.max():
+        return b""
+    scale = pixel_scale(values.shape[2], (float(finite.min()), float(finite.max())))
     gray = np.asarray(as_picture(levels_of(values, scale)).convert("L").resize((17, 16)))
     return np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes()
 
@@ -203,16 +227,21 @@ def _by_look(item: tuple[str, _Seen]) -> bytes:
 
 def suited(images: ImageFolder, scale: PixelScale, num_workers: int) -> PixelScale:
     """The scale of a backbone, or for 8-bit RGB and images of more bits one with their own range, which is said."""
-    if not scale.is_8_bit_rgb or not is_deep(images):
+    deep = is_deep(images)
+    if not scale.is_8_bit_rgb:
+        if not deep and max(scale.high) > 255:
+            logger.warning("%s: images of 8 bits, and the network knows values up to %g", images.path, max(scale.high))
+        return scale
+    if not deep:
         return scale
     stats = sampled(images, scale.channels, num_workers)
     return PixelScale(stats.scale.low, stats.scale.high, scale.mean, scale.std)
 
 
-def sampled(images: ImageFolder, channels: int, num_workers: int) -> Stats:
+def sampled(images: ImageFolder, channels: int, num_workers: int, value_range: Sequence[float] = ()) -> Stats:
     """`measure` of some images, evenly spaced, and a log of the range found."""
     some = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).round().astype(int).tolist()
-    stats = measure(images, channels, num_workers, some)
+    stats = measure(images, channels, num_workers, some, value_range=value_range, looks=False)
     bounds = ", ".join(f"{low:g} to {high:g}" for low, high in zip(stats.scale.low, stats.scale.high, strict=True))
     missing = {value for value in stats.nodata if value is not None}
     logger.warning(
@@ -223,6 +252,8 @@ def sampled(images: ImageFolder, channels: int, num_workers: int) -> Stats:
         bounds,
         f", without {', '.join(f'{value:g}' for value in sorted(missing))} as missing data" if missing else "",
     )
+    if len(stats.dtypes) > 1:
+        logger.warning("%s: the range is one of all types: those of fewer bits may be nearly black", images.path)
     if stats.levels < FEW_LEVELS:
         logger.warning(
             "%s: only %d different values: were the images converted to fewer bits?", images.path, stats.levels

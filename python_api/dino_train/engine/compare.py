@@ -20,13 +20,14 @@ from dino_train.common.process import peak_memory, tune
 from dino_train.config.options import require_least
 from dino_train.config.presets import EMBEDDED_DATA, recipe
 from dino_train.config.pretrain import PretrainConfig, default_workers
-from dino_train.data.folder import pretraining_split
+from dino_train.data.folder import ImageFolder, pretraining_split
 from dino_train.engine.train import Interrupted, NonFiniteLoss, pretrain
 from dino_train.evaluate import knn_accuracy
 from dino_train.evaluate.baselines import Baselines, K
 from dino_train.evaluate.protocol import require_labels
 from dino_train.methods.flops import flops_per_image
 from dino_train.models.vit import ARCHS
+from dino_train.models.weights import Trained
 
 # What `--methods` names: a method, and what is not its default.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -143,7 +144,8 @@ class Compare:
             trained = self._evaluation(folder).load()
             fifth = [i for i in range(len(self.train)) if i % 5 == 0]
             rest = [i for i in range(len(self.train)) if i % 5]
-            parts, size = (self.train.subset(rest), self.train.subset(fifth)), trained.image_size
+            seen, size = self.train.scaled(trained.scale), trained.image_size
+            parts = seen.subset(rest), seen.subset(fifth)
             accuracies = knn_accuracy(trained.backbone, *parts, size, ks=[K], num_workers=self.num_workers)
             return accuracies[f"knn{K}"]
 
@@ -162,7 +164,7 @@ class Compare:
             raise ValueError(f"{name} with seed {seed} has failed, see above; the same command goes on from there")
         evaluation = self._evaluation(folder)
         trained = evaluation.load()
-        result = evaluation.of_backbone(trained, trained.backbone, self.train, self.val)
+        result = evaluation.of_backbone(trained, trained.backbone, *self._parts(trained))
         logged = [row for row in read_metrics(folder) if "images_per_second" in row]
         rate = statistics.median(row["images_per_second"] for row in logged)
         flops = flops_per_image(config)
@@ -182,12 +184,16 @@ class Compare:
         evaluations = [self._evaluation(folder, seed) for seed in range(self.seeds)]
         trained = evaluations[0].load()
         random = [
-            evaluation.of_backbone(trained, evaluation.untrained(trained), self.train, self.val)
+            evaluation.of_backbone(trained, evaluation.untrained(trained), *self._parts(trained))
             for evaluation in evaluations
         ]
-        rows: dict[str, Result] = {"raw pixels": evaluations[0].of_pixels(trained, self.train, self.val)}
+        rows: dict[str, Result] = {"raw pixels": evaluations[0].of_pixels(trained, *self._parts(trained))}
         rows["random weights"] = _over_seeds(random)
         return rows
+
+    def _parts(self, trained: Trained) -> tuple[ImageFolder, ImageFolder]:
+        """The images to train on and those held out, as the backbone has seen them."""
+        return self.train.scaled(trained.scale), self.val.scaled(trained.scale)
 
     def _evaluation(self, folder: Path, seed: int = 0) -> Baselines:
         return Baselines(

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from dino_train.common.device import gpu_of, pick_device
 from dino_train.common.files import atomic, locked
 from dino_train.common.metrics import Metrics, read_metrics
 from dino_train.common.process import use_huge_pages
+from dino_train.common.scale import scale_of, scale_settings
 from dino_train.config.pretrain import PretrainConfig, absolute
 from dino_train.data.folder import ImageFolder, pretraining_split
 from dino_train.data.loader import Bad, BadImages, CropLoader, require_batch
@@ -88,10 +89,16 @@ def pretrain(config: PretrainConfig, *, on_metrics: Callable[[dict[str, Any]], o
 
 
 def _with_scale(config: PretrainConfig, images: ImageFolder) -> PretrainConfig:
-    """With the range, mean and deviation of images that are not 8-bit RGB, measured unless they are given."""
-    if config.value_range or (config.channels == 3 and not is_deep(images)):
+    """With the range, mean and deviation of images that are not 8-bit RGB: those of the run that is resumed, or else
+    measured unless they are given."""
+    if config.resume and (path := config.output_dir / "config.json").exists():
+        with suppress(OSError, ValueError):  # measured again
+            before = scale_settings(scale_of(json.loads(path.read_text()), config.channels))
+            missing: dict[str, Any] = {name: value for name, value in before.items() if not getattr(config, name)}
+            config = replace(config, **missing)
+    if (config.value_range and config.mean and config.std) or (config.channels == 3 and not is_deep(images)):
         return config
-    stats = sampled(images, config.channels, config.num_workers)
+    stats = sampled(images, config.channels, config.num_workers, config.value_range)
     mean, std = config.mean or stats.mean, config.std or stats.std
     return replace(config, value_range=stats.value_range, mean=mean, std=std)
 
@@ -120,7 +127,6 @@ class Run:
         self.config, self.step = config, 0
         self.device = parallel.join(pick_device(config.device))
         self.listeners = [on_metrics] if on_metrics else []
-        self.tracker = Tracker(config) if config.tracker != "none" and parallel.rank() == 0 else None
         self.gpu = gpu_of(self.device)
         self.progress = Progress(quiet=parallel.rank() > 0)
         self._require_same(
@@ -135,6 +141,7 @@ class Run:
         names = (self.train_images.names, self.held_out.names if self.held_out else [])
         self._require_same({f"the names of the {len(self.train_images)} images in {config.data}": names})
         config = self.config
+        self.tracker = Tracker(config) if config.tracker != "none" and parallel.rank() == 0 else None
         self.batch_size = config.batch_size_per_gpu * parallel.size()
         require_batch(len(self.train_images), self.batch_size)
         self.steps_per_epoch = len(self.train_images) // self.batch_size
@@ -169,6 +176,8 @@ class Run:
         with self.progress.doing(f"finding the images of {data}"):
             if is_shards(data):
                 urls = shard_urls(data)
+                if self.config.channels != 3 and not self.config.value_range:
+                    raise ValueError("shards of other images than RGB are not measured: give --stats or --value-range")
                 stream = ShardStream(urls, count_samples(urls, self.config.output_dir))
                 return stream, stream, None
             images, labelled, held_out = pretraining_split(data)
@@ -566,10 +575,18 @@ class Run:
             f"{str(self.learner.dtype).removeprefix('torch.')} on {self.gpu.describe() if self.gpu else 'the CPU'}\n"
             f"{config.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size} images, "
             f"2 + {config.local_crops_number} crops, from step {self.step}; output in {config.output_dir}"
-            f"{self.begun_from}\n{self.needed}"
+            f"{self.begun_from}{self._values()}\n{self.needed}"
         )
         if parallel.rank() == 0:
             warn_of_shortage(self.needed, self.learner)
+
+    def _values(self) -> str:
+        """What values of the images are black and white, where that is not 8-bit RGB."""
+        scale = self.config.scale
+        if scale.is_8_bit_rgb:
+            return ""
+        bounds = ", ".join(f"{low:g} to {high:g}" for low, high in zip(scale.low, scale.high, strict=True))
+        return f"\nvalues of {scale.channels} channels scaled from {bounds}"
 
     def _summarize(self) -> None:
         say, folder = self.progress.say, self.config.output_dir
@@ -585,7 +602,7 @@ class Run:
                 logger.warning("the curves cannot be drawn (%s)", error)
         if found := [(row["knn10"], row) for row in read_metrics(folder) if "knn10" in row]:
             best, row = max(found, key=lambda pair: pair[0])
-            chance = f", chance {100 / len(self.train_images.classes):.1f} %" if _labelled(self.train_images) else ""
+            chance = f", chance {100 / len(self.labelled.classes):.1f} %" if _labelled(self.labelled) else ""
             say(
                 f"best k-NN (k = 10): {best:.1f} % after {row['step'] // self.steps_per_epoch} epochs "
                 f"({row['knn_images']} images{chance})"

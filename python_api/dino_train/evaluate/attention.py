@@ -18,8 +18,7 @@ from dino_kernels import PixelScale
 from dino_train.common.views import View, as_picture, resize, size_of, to_tensor
 from dino_train.config.options import require_least
 from dino_train.config.presets import EMBEDDED_DATA
-from dino_train.data.decode import UnreadableImage, decoded
-from dino_train.data.deep import load_view
+from dino_train.data.decode import UnreadableImage, decoded, load_view
 from dino_train.data.folder import ImageFolder, split
 from dino_train.data.stats import suited
 from dino_train.evaluate import ffmpeg
@@ -242,6 +241,8 @@ class Attention(Protocol):
         )
 
     def _film(self, trained: Trained, look: Callable[[View], Tensor], videos: list[Path]) -> None:
+        if videos:
+            self.require_rgb(trained)
         if videos and len(self.data) > 1:
             raise ValueError(f"pass one video at a time, got {len(self.data)} paths")
         fps = self.fps or 25.0

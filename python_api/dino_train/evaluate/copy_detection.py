@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dino_kernels import PixelScale
 from dino_train.common.views import to_tensor
 from dino_train.config.options import require_least
 from dino_train.data.folder import ImageFolder
@@ -36,9 +37,9 @@ def class_and_gem(backbone: VisionTransformer, pixels: Tensor) -> Tensor:
     return torch.cat((tokens[:, 0], gem), dim=1)
 
 
-def square(size: int, image: Image.Image, key: object = None) -> Tensor:
+def square(size: int, image: Image.Image, key: object = None, scale: PixelScale | None = None) -> Tensor:
     """The image resized to size x size pixels without keeping its aspect ratio, normalized."""
-    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
+    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC), scale)
 
 
 class Whitening:
@@ -125,7 +126,7 @@ class CopyDetection(Extraction):
         trained, backbone = self.load_vit()
         self.require_rgb(trained)
         cache = Cache(backbone, self.folder / "features")
-        extract = partial(self._extract, cache, backbone)
+        extract = partial(self._extract, cache, backbone, trained.scale)
         database, queries = extract(images.subset(originals), "original"), extract(images.subset(others), "query")
         if len(database.paths) < len(originals):
             lost = sorted({names[i] for i in originals} - set(database.paths))
@@ -147,9 +148,13 @@ class CopyDetection(Extraction):
             "\n".join(f"{block}: mAP {value:.3f}" for block, value in blocks.items()),
         )
 
-    def _extract(self, cache: Cache, backbone: VisionTransformer, images: ImageFolder, title: str) -> Features:
+    def _extract(
+        self, cache: Cache, backbone: VisionTransformer, scale: PixelScale, images: ImageFolder, title: str
+    ) -> Features:
+        images = images.scaled(scale)
         bad = BadImages(len(images), 0)
-        loader = image_loader(images, partial(square, self.image_size), self.batch_size, self.num_workers)
+        transform = partial(square, self.image_size, scale=images.scale)
+        loader = image_loader(images, transform, self.batch_size, self.num_workers)
         kind = f"class and GeM {GEM_POWER}, square {self.image_size}"
         features = cache.features(images, loader, partial(class_and_gem, backbone), bad, kind=kind, title=title)
         log_skipped(bad, title)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dino_train.common import checkpoint
 from dino_train.common.metrics import Metrics
+from dino_train.common.scale import scale_settings
 from dino_train.data.folder import ImageFolder
 from dino_train.data.loader import BadImages, eval_loader
 from dino_train.evaluate.features import extract, weights_digest
@@ -237,6 +238,7 @@ class _Tuning:
                 "patch_size": self.trained.patch_size,
                 "global_crops_size": self.trained.image_size,
                 "data": str(self.train_images.path),
+                **scale_settings(self.train_images.scale),
             },
             "classes": self.train_images.classes,
             "optimizer": self.optimizer.state_dict(),

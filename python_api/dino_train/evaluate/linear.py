@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dino_train.common import checkpoint
 from dino_train.data.folder import ImageFolder, parts
 from dino_train.data.loader import BadImages, require_batch
+from dino_train.data.stats import suited
 from dino_train.evaluate.features import Features
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.metrics import accuracy, label_ranks
@@ -260,6 +261,7 @@ class Linear(Frozen):
         """Evaluate a published classifier on the held-out images."""
         linear = load_linear(path)
         images = ImageFolder(self.images(trained))
+        images = images.scaled(suited(images, trained.scale, self.num_workers))
         images.log_notes()
         found = parts(images)
         if held := [*found.get("val", ()), *found.get("test", ())]:

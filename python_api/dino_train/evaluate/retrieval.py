@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from dino_kernels import PixelScale
 from dino_train.common.device import pick_device
 from dino_train.common.views import to_tensor
 from dino_train.config.options import require_least
@@ -95,11 +96,11 @@ def load_ground_truth(path: Path) -> GroundTruth:
     return GroundTruth(images, queries, rows)
 
 
-def shrink(limit: int, image: Image.Image, key: object = None) -> Tensor:
+def shrink(limit: int, image: Image.Image, key: object = None, scale: PixelScale | None = None) -> Tensor:
     """The image, downscaled if needed so that its long side is at most `limit` pixels, normalized: [3, h, w]."""
     small = image.copy()
     small.thumbnail((limit, limit), Image.Resampling.LANCZOS)
-    return to_tensor(small)
+    return to_tensor(small, scale)
 
 
 def multi_scale(backbone: nn.Module, pixels: Tensor) -> Tensor:
@@ -151,6 +152,7 @@ class Retrieval(Extraction):
         images = ImageFolder(root / "jpg")
         trained = self.load()
         self.require_rgb(trained)
+        images = images.scaled(trained.scale)
         cache = Cache(trained.backbone, self.folder / "features")
         forward: Callable[[Tensor], Tensor] = trained.backbone
         if self.multiscale:
@@ -191,7 +193,7 @@ class Retrieval(Extraction):
         chosen = images.subset([number[name] for name in names])
         bad = BadImages(len(chosen), 0)
         # One image at a time: they differ in shape.
-        loader = image_loader(chosen, partial(shrink, self.image_size), 1, self.num_workers)
+        loader = image_loader(chosen, partial(shrink, self.image_size, scale=images.scale), 1, self.num_workers)
         kind = f"retrieval, thumbnail {self.image_size}, multi-scale {self.multiscale}"
         features = cache.features(chosen, loader, forward, bad, kind=kind, title=title)
         if len(features.paths) != len(names):

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dino_kernels import PixelScale
 from dino_train.common.files import atomic
-from dino_train.common.scale import IMAGENET_MEAN, IMAGENET_STD
+from dino_train.common.scale import scale_settings
 from dino_train.config.options import require_least
 from dino_train.data.decode import load_file
 from dino_train.evaluate.davis import Video, read_mask, score, validation_videos
@@ -32,6 +33,7 @@ from dino_train.evaluate.features import weights_digest
 from dino_train.evaluate.protocol import Protocol
 from dino_train.models.vit import VisionTransformer
 
+RGB = PixelScale()
 TEMPERATURE = 0.1  # eval_video_segmentation.py:140
 TILE = 12  # side of the squares of patches that are processed together: limits the size of the similarity matrix
 SETTINGS = "settings.json"
@@ -110,13 +112,15 @@ def working_size(width: int, height: int, short: int, patch: int) -> tuple[int, 
     return (short, long) if height > width else (long, short)
 
 
-def frame_features(backbone: VisionTransformer, frame: Image.Image, size: tuple[int, int]) -> Tensor:
+def frame_features(
+    backbone: VisionTransformer, frame: Image.Image, size: tuple[int, int], scale: PixelScale = RGB
+) -> Tensor:
     """Patch tokens of the last block, of norm 1: [h, w, C] float32. The frame is resized to `size` without antialiasing
     (as in OpenCV; :209-232) and normalized as in training (0.228 instead of 0.229 in the reference is an error)."""
     device = backbone.pos_embed.device
     pixels = torch.from_numpy(np.array(frame)).to(device).permute(2, 0, 1)[None].float()
     pixels = F.interpolate(pixels, size[::-1], mode="bilinear", align_corners=False).round_().div_(255)
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (scale.mean, scale.std))
     tokens = backbone.features((pixels - mean) / std)[-1][0, 1:].float()
     p = backbone.patch_size
     return F.normalize(tokens, dim=-1).unflatten(0, (size[1] // p, size[0] // p))
@@ -136,7 +140,9 @@ def labels_of(soft: Tensor, patch: int, size: tuple[int, int]) -> np.ndarray:
 
 
 @torch.no_grad()
-def segment(backbone: VisionTransformer, video: Video, options: Propagation) -> Iterator[np.ndarray]:
+def segment(
+    backbone: VisionTransformer, video: Video, options: Propagation, scale: PixelScale = RGB
+) -> Iterator[np.ndarray]:
     """Labels uint8 [H, W] of each frame: the first annotation, then the propagated labels.
 
     Raises:
@@ -156,20 +162,22 @@ def segment(backbone: VisionTransformer, video: Video, options: Propagation) -> 
     small = Image.fromarray(first).resize((inner[0] // patch, inner[1] // patch), Image.Resampling.NEAREST)
     device = backbone.pos_embed.device
     soft = F.one_hot(torch.from_numpy(np.array(small)).long(), int(first.max()) + 1).float().to(device)
-    origin = (frame_features(backbone, frame, inner), soft)
+    origin = (frame_features(backbone, frame, inner, scale), soft)
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=options.n_last_frames)
     for path in video.frames[1:]:
         frame = load_file(path)
         if frame.size != size:
             raise ValueError(f"{path} has {frame.width} x {frame.height} pixels, the first frame {size[0]} x {size[1]}")
-        features = frame_features(backbone, frame, inner)
+        features = frame_features(backbone, frame, inner, scale)
         sources, source_labels = zip(origin, *recent, strict=True)
         soft = propagate(features, sources, source_labels, topk=options.topk, radius=options.radius)
         recent.append((features, soft))
         yield labels_of(soft, patch, size)
 
 
-def evaluate_videos(backbone: VisionTransformer, root: Path, folder: Path, options: Propagation) -> dict[str, Any]:
+def evaluate_videos(
+    backbone: VisionTransformer, root: Path, folder: Path, options: Propagation, scale: PixelScale = RGB
+) -> dict[str, Any]:
     """Segment the validation videos of a DAVIS folder and compare with its annotations.
 
     Writes `folder`/VIDEO/NNNNN.png, indexed PNGs that the DAVIS tools can read. The folder of a video appears when it
@@ -186,7 +194,8 @@ def evaluate_videos(backbone: VisionTransformer, root: Path, folder: Path, optio
     from tqdm import tqdm
 
     videos = validation_videos(root, options.year)
-    _claim(folder, {**asdict(options), "data": str(root.resolve()), "weights": weights_digest(backbone)})
+    settings = {**asdict(options), **scale_settings(scale)}
+    _claim(folder, {**settings, "data": str(root.resolve()), "weights": weights_digest(backbone)})
     scores: dict[str, tuple[Tensor, Tensor]] = {}
     with tqdm(total=sum(len(video.frames) for video in videos), unit="frame", disable=None) as bar:
         for video in videos:
@@ -194,7 +203,7 @@ def evaluate_videos(backbone: VisionTransformer, root: Path, folder: Path, optio
             if all((folder / video.name / path.name).exists() for path in video.annotations):
                 bar.update(len(video.frames))
             else:
-                _write(folder / video.name, video, segment(backbone, video, options), bar)
+                _write(folder / video.name, video, segment(backbone, video, options, scale), bar)
             scores[video.name] = score(video, folder / video.name, options.year, backbone.pos_embed.device)
     regions, contours = (100 * torch.cat([pair[i] for pair in scores.values()]).mean().item() for i in (0, 1))
     percent = {name: {"J": (100 * j).tolist(), "F": (100 * f).tolist()} for name, (j, f) in scores.items()}
@@ -265,7 +274,7 @@ class VideoSegmentation(Protocol):
         folder = self.output_dir or self.folder / f"davis{self.year}"
         trained, backbone = self.load_vit()
         self.require_rgb(trained)
-        values = evaluate_videos(backbone, self.data, folder, options)
+        values = evaluate_videos(backbone, self.data, folder, options, trained.scale)
         lines = [f"{name}: J {_mean(v['J']):.1f} %  F {_mean(v['F']):.1f} %" for name, v in values["videos"].items()]
         total = f"DAVIS {self.year}: J&F {values['J&F']:.2f} %  J {values['J']:.2f} %  F {values['F']:.2f} %"
         self.report(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dino_kernels import PixelScale
+from dino_train.common.scale import scale_settings
 from dino_train.models.names import to_huggingface
 from dino_train.models.vit import VIT_SIZES, VisionTransformer
 from dino_train.models.weights import Trained
@@ -55,11 +55,12 @@ def _safetensors(trained: Trained, path: Path) -> None:
     metadata = {"arch": trained.arch, "image_size": str(trained.image_size)}
     if isinstance(trained.backbone, VisionTransformer):
         metadata["patch_size"] = str(trained.patch_size)
-    if trained.scale != PixelScale():
-        bounds = [bound for both in zip(trained.scale.low, trained.scale.high, strict=True) for bound in both]
-        values = {"value_range": bounds, "mean": trained.scale.mean, "std": trained.scale.std}
-        metadata |= {name: json.dumps(value) for name, value in values.items()}
+    metadata |= _scale(trained)
     _save(trained.backbone.state_dict(), path, metadata)
+
+
+def _scale(trained: Trained) -> dict[str, str]:
+    return {name: json.dumps(value) for name, value in scale_settings(trained.scale).items()}
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -145,7 +146,7 @@ def _huggingface(trained: Trained, folder: Path) -> None:
         "image_std": scale.std if rgb else [std * (high - low) for low, high, _, std in channels],
     }
     _write_json(processor, folder / "preprocessor_config.json")
-    _save(to_huggingface(backbone.state_dict()), folder / "model.safetensors", {})
+    _save(to_huggingface(backbone.state_dict()), folder / "model.safetensors", _scale(trained))
 
 
 def _write_json(values: dict[str, Any], path: Path) -> None:

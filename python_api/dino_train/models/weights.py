@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dino_kernels import PixelScale
 from dino_train.common import checkpoint
 from dino_train.common.checkpoint import CheckpointError
-from dino_train.common.scale import pixel_scale
+from dino_train.common.scale import scale_of
 from dino_train.models.adapt import FIRST
 from dino_train.models.names import fold_layer_scale, from_huggingface
 from dino_train.models.resnet import RESNETS, ResNet
@@ -57,12 +56,14 @@ class Trained:
     scale: PixelScale = field(default_factory=PixelScale)  # what the values of its images mean
 
     def transform(self, image: Any) -> Tensor:
-        """The evaluation view of an image [channels, image_size, image_size]: a PIL image, or values [H, W, C]."""
-        from dino_train.common.views import eval_transform, levels_of  # needs Pillow, which loading does not
+        """The evaluation view of an image [channels, image_size, image_size]: a PIL image, or values [H, W, C].
 
-        if isinstance(image, np.ndarray):
-            image = levels_of(image, self.scale)
-        return eval_transform(image, self.image_size, self.scale)
+        Raises:
+            ValueError: the image has other channels.
+        """
+        from dino_train.common.views import eval_transform, view_of  # needs Pillow, which loading does not
+
+        return eval_transform(view_of(image, self.scale), self.image_size, self.scale)
 
 
 def load_backbone(path: str | Path, *, net: Choice = "auto", allow_partial: bool = False) -> VisionTransformer | ResNet:
@@ -114,8 +115,7 @@ def load_trained(
     logger.info("%s: %s, a %s", path, f"{found} ({left})" if left else found, name)
     fit(backbone, weights, allow_partial=allow_partial)
     data = Path(args["data"]) if "data" in args else None
-    known = {name: args.get(name) or () for name in ("value_range", "mean", "std")}
-    scale = pixel_scale(backbone.channels, **known)
+    scale = scale_of(args, backbone.channels)
     return Trained(backbone.eval().to(device), found, arch, patch_size, image_size, data, scale)
 
 
