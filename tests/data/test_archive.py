@@ -93,6 +93,30 @@ def test_backslashes_in_a_zip_are_slashes(tmp_path):
     assert images.read(1) == ImageFolder(zip_of(root)).read(1)
 
 
+def test_a_damaged_byte_in_the_directory_of_a_zip_hides_no_image(tmp_path):
+    path = zip_of(fill(tmp_path / "set", *(f"a/{i}.png" for i in range(3))))
+    intact = path.read_bytes()
+    refused = 0
+    for at in range(intact.index(b"PK\1\2"), len(intact)):
+        for value in (0, *(intact[at] ^ 1 << bit for bit in range(8))):
+            path.write_bytes(intact[:at] + bytes([value]) + intact[at + 1 :])
+            try:
+                images = ImageFolder(path)
+                assert len(images) == 3 or images.notes, (at, value)
+            except DataError as error:
+                assert "set.zip is a damaged zip" in str(error)
+                refused += 1
+    assert refused > 200
+
+
+def test_of_members_with_one_name_in_a_zip_the_last_is_used_and_the_others_are_named(tmp_path):
+    path = zip_of(fill(tmp_path / "set", "a.png", "b.png"))
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("a.png", (tmp_path / "set/b.png").read_bytes())
+    images = ImageFolder(path)
+    assert images.read(0) == images.read(1) and "a.png (an earlier member of that name)" in images.notes[0]
+
+
 @pytest.mark.parametrize(
     "name, path",
     [("./a//b", "a/b"), ("a/./b/", "a/b"), ("a/../b", "b"), ("..", None), ("a/../../b", None), ("/b", "b")],

@@ -3,7 +3,6 @@
 import posixpath
 import stat
 import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,26 +63,44 @@ def _real(path: str, links: Mapping[str, str], depth: int = 0) -> str | None:
     return done
 
 
+def _entries(path: Path) -> int:
+    """The number of members that the end of a zip states, modulo 65536; 65535 if it is elsewhere (zip64)."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 22 - 0xFFFF))  # 22 bytes and a comment
+        end = file.read()
+    at = end.rfind(b"PK\5\6") + 10
+    return int.from_bytes(end[at : at + 2], "little")
+
+
 class Zip:
     """Files of a zip. Raises zipfile.BadZipFile or OSError if it is damaged."""
 
     def __init__(self, path: Path) -> None:
-        self._archive, self.left_out = zipfile.ZipFile(path), dict[str, str]()
+        try:
+            self._archive, self.left_out = zipfile.ZipFile(path), dict[str, str]()
+        except NotImplementedError as error:  # a version that no program writes
+            raise zipfile.BadZipFile(str(error)) from error
+        found, expected = len(self._archive.infolist()), _entries(path)
+        if expected not in (found & 0xFFFF, 0xFFFF):  # a flipped bit in a length can hide files
+            raise zipfile.BadZipFile(f"its directory has {found} entries, and its end says {expected}")
         files: dict[str, zipfile.ZipInfo] = {}
         links: dict[str, str] = {}
         for info in self._archive.infolist():
             written = info.filename.replace("\\", "/")  # of some programs on Windows, against the format
             name = plain(written)
             if written.endswith("/"):
-                continue
-            if name is None:
+                if info.file_size:
+                    self.left_out[written] = "a folder with content"
+            elif name is None:
                 self.left_out[written] = "outside of the archive"
             elif stat.S_ISLNK(info.external_attr >> 16) and info.file_size < 4096:
                 try:
                     links[name] = self._archive.read(info).decode("utf-8", "surrogateescape")
-                except (RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                except Exception as error:  # damaged files raise almost any exception: EOFError, zlib.error, ...
                     self.left_out[name] = f"a damaged link, {error}"
             else:
+                if name in files:
+                    self.left_out[name] = "an earlier member of that name"
                 files[name] = info
         self._files = resolved(files, links, self.left_out)
 
