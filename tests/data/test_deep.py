@@ -143,6 +143,16 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
         is_deep(ImageFolder(tmp_path))
 
 
+def test_a_tiff_whose_pages_form_a_circle_is_an_error():
+    data = bytearray(tiff(GRAY))
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        first, tags = file.pages[0].offset, len(file.pages[0].tags)
+    following = first + 2 + 12 * tags  # the place of the next page
+    data[following : following + 4] = first.to_bytes(4, "little")
+    with pytest.raises(ValueError, match="its pages form a circle"):
+        decode_deep(bytes(data), 1)
+
+
 def folder_of(root, images, suffix=".tif"):
     """Two classes of TIFFs or .npy files."""
     for i, image in enumerate(images):

@@ -109,6 +109,11 @@ def _tiff(data: bytes, tifffile: ModuleType) -> np.ndarray:
     """Bands and pages of one size become channels."""
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what matters is raised
     with tifffile.TiffFile(io.BytesIO(data)) as file:
+        places = set[int]()
+        for page in file.pages:  # each names the next one; tifffile would follow a circle for ever
+            if page.offset in places:
+                raise ValueError("damaged (its pages form a circle)")
+            places.add(page.offset)
         series = file.series[0]
         photometric, tag = int(series.keyframe.photometric), series.keyframe.tags.get(_ORIENTATION)
         if photometric in _PILLOWS:
