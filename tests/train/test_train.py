@@ -433,6 +433,30 @@ def test_errors_of_a_read_that_say_nothing_about_the_file_are_no_damage(tmp_path
             checkpoint.load_newest(tmp_path)
 
 
+@pytest.mark.parametrize("code, falls_back", [(errno.EACCES, True), (errno.EISDIR, True), (errno.ESTALE, False)])
+def test_a_checkpoint_that_cannot_be_opened_falls_back_to_the_previous(tmp_path, monkeypatch, caplog, code, falls_back):
+    checkpoint.save({"step": 1}, tmp_path / "previous.pt")
+    last, opened = tmp_path / "last.pt", Path.open
+    last.mkdir()
+    why = os.strerror(code)
+
+    def fails(path, *arguments):
+        if path == last:
+            raise OSError(code, why)
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(Path, "open", fails)
+    if not falls_back:
+        with pytest.raises(OSError, match=why):
+            checkpoint.load_newest(tmp_path)
+        return
+    assert checkpoint.load_newest(tmp_path) == ({"step": 1}, tmp_path / "previous.pt")
+    assert caplog.messages == [f"cannot read {last}: {why}; using {tmp_path / 'previous.pt'} instead"]
+    (tmp_path / "previous.pt").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=f"^cannot read .*last.pt: {why}; no checkpoint at "):
+        checkpoint.load_newest(tmp_path)
+
+
 def test_any_damage_of_a_checkpoint_is_found(tmp_path, caplog):
     """Single bytes, cuts and holes, such as a bad sector leaves."""
     checkpoint.save({"step": 1}, tmp_path / "previous.pt")

@@ -89,6 +89,10 @@ def load(path: Path) -> dict[str, Any]:
         path.open("rb").close()
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
+    except OSError as error:  # a folder, no permission
+        if error.errno in _TEMPORARY:
+            raise
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     try:
         if zipfile.is_zipfile(path):  # torch.load does not verify the checksums
             with zipfile.ZipFile(path) as archive:
