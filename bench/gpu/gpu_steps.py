@@ -6,6 +6,7 @@ from typing import Any
 
 import bench_step
 import torch
+from dino_train.common.process import peak_memory
 from gpu_report import OURS, PLAIN
 from gpu_run import Send
 from step_peers import FROZEN_EPOCHS, STEPS_PER_EPOCH, Setting
@@ -55,7 +56,7 @@ def measure_step(send: Send, net: str, provider: str, device: str, toy: bool) ->
     row |= {"ms": statistics.median(times), "all_step_ms": times}
     row["images_per_s"] = 1e3 * chosen.batch / row["ms"]
     # Peak since the second step: a replayed graph allocates nothing, so timed steps would not show its memory.
-    row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else bench_step.peak_resident_mib()
+    row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_memory()
     send({"steps": {net: {provider: row}}})
 
 
