@@ -135,7 +135,7 @@ class Stats:
     data: Path
     """Folder, .zip or .tar of images."""
     channels: int | None = None
-    """Channels that an image is read as. Default: as many as the first image has, of gray and RGB 3."""
+    """Channels that an image is read as. Default: as many as the first image has, without alpha."""
     out: Path = Path("stats.json")
     """File to write."""
     num_workers: int = field(default_factory=default_workers)

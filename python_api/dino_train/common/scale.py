@@ -28,6 +28,11 @@ def pixel_scale(
     return PixelScale(bounds[::2], bounds[1::2], _each(mean, channels, "mean"), _each(std, channels, "std"))
 
 
+def ranges_of(scale: PixelScale) -> str:
+    """What is black and white in each channel, in words."""
+    return ", ".join(f"{low:g} to {high:g}" for low, high in zip(scale.low, scale.high, strict=True))
+
+
 def scale_settings(scale: PixelScale) -> dict[str, tuple[float, ...]]:
     """The settings of which `pixel_scale` makes it; empty for that of 8-bit RGB."""
     if scale == PixelScale():

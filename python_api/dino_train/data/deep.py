@@ -123,7 +123,9 @@ def _tiff(data: bytes, tifffile: ModuleType) -> np.ndarray:
         except ImportError as error:  # a compression
             raise NeedsPackage(f"{error}: pip install imagecodecs") from error
         except ValueError as error:
-            raise NeedsPackage(str(error)) if "imagecodecs" in str(error) else error from error
+            if "imagecodecs" in str(error):
+                raise NeedsPackage(str(error)) from error
+            raise
         sides = [series.axes.index(axis) for axis in "YX"]
     rest = [axis for axis in range(values.ndim) if axis not in sides]
     values = values.transpose(*sides, *rest).reshape(*(values.shape[axis] for axis in sides), -1)

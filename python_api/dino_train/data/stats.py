@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dino_kernels import PixelScale
-from dino_train.common.scale import pixel_scale
+from dino_train.common.scale import pixel_scale, ranges_of
 from dino_train.common.views import as_picture, levels_of
 from dino_train.data.decode import UnreadableImage, decoded
 from dino_train.data.deep import NeedsPackage, decode_deep, read_values
@@ -242,14 +242,13 @@ def sampled(images: ImageFolder, channels: int, num_workers: int, value_range: S
     """`measure` of some images, evenly spaced, and a log of the range found."""
     some = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).round().astype(int).tolist()
     stats = measure(images, channels, num_workers, some, value_range=value_range, looks=False)
-    bounds = ", ".join(f"{low:g} to {high:g}" for low, high in zip(stats.scale.low, stats.scale.high, strict=True))
     missing = {value for value in stats.nodata if value is not None}
     logger.warning(
         "%s: values of %s, by %d of the images scaled from %s%s (dino-train stats measures all)",
         images.path,
         " and ".join(stats.dtypes),
         len(some),
-        bounds,
+        ranges_of(stats.scale),
         f", without {', '.join(f'{value:g}' for value in sorted(missing))} as missing data" if missing else "",
     )
     if len(stats.dtypes) > 1:

@@ -21,7 +21,7 @@ from dino_train.common.device import gpu_of, pick_device
 from dino_train.common.files import atomic, locked
 from dino_train.common.metrics import Metrics, read_metrics
 from dino_train.common.process import use_huge_pages
-from dino_train.common.scale import scale_of, scale_settings
+from dino_train.common.scale import ranges_of, scale_of, scale_settings
 from dino_train.config.pretrain import PretrainConfig, absolute
 from dino_train.data.folder import ImageFolder, pretraining_split
 from dino_train.data.loader import Bad, BadImages, CropLoader, require_batch
@@ -585,8 +585,7 @@ class Run:
         scale = self.config.scale
         if scale.is_8_bit_rgb:
             return ""
-        bounds = ", ".join(f"{low:g} to {high:g}" for low, high in zip(scale.low, scale.high, strict=True))
-        return f"\nvalues of {scale.channels} channels scaled from {bounds}"
+        return f"\nvalues of {scale.channels} channels scaled from {ranges_of(scale)}"
 
     def _summarize(self) -> None:
         say, folder = self.progress.say, self.config.output_dir
