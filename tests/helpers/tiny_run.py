@@ -20,6 +20,20 @@ TINY = [
     *("--batch-size-per-gpu", "4", "--num-workers", "1", "--device", "cpu", "--log-interval", "2"),
 ]
 
+# Fields of the config of a run of some steps
+TINY_FIELDS = {
+    "arch": "vit_nano",
+    "patch_size": 8,
+    "out_dim": 64,
+    "head_hidden_dim": 16,
+    "global_crops_size": 16,
+    "local_crops_size": 8,
+    "local_crops_number": 1,
+    "batch_size_per_gpu": 4,
+    "num_workers": 1,
+    "device": "cpu",
+}
+
 # Options of a run of two ranks that is killed and resumed; flags and fields of the config
 RANKS = {
     "arch": "vit_nano",

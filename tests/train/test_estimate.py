@@ -15,7 +15,7 @@ from dino_train.common import checkpoint, machine
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine import estimate, watch
 from dino_train.engine.train import Run, pretrain
-from tiny_run import TINY, make_images
+from tiny_run import TINY, TINY_FIELDS, make_images
 
 
 @pytest.fixture
@@ -23,17 +23,8 @@ def config(tmp_path) -> PretrainConfig:
     return PretrainConfig(
         data=str(make_images(tmp_path / "images")),
         output_dir=tmp_path / "run",
-        arch="vit_nano",
-        patch_size=8,
-        out_dim=64,
-        head_hidden_dim=16,
-        global_crops_size=16,
-        local_crops_size=8,
-        local_crops_number=1,
-        batch_size_per_gpu=4,
+        **TINY_FIELDS,
         epochs=2,
-        num_workers=1,
-        device="cpu",
     )
 
 

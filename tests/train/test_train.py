@@ -31,7 +31,7 @@ from dino_train.engine.learner import Learner
 from dino_train.engine.log import RunLog
 from dino_train.engine.train import NonFiniteLoss, pretrain
 from dino_train.engine.watch import CollapseWatch
-from tiny_run import assert_same, final_weights, make_images
+from tiny_run import TINY_FIELDS, assert_same, final_weights, make_images
 
 import dino_kernels
 
@@ -59,19 +59,10 @@ def config(tmp_path) -> PretrainConfig:
     return PretrainConfig(
         data=make_images(tmp_path / "images"),
         output_dir=tmp_path / "run",
-        arch="vit_nano",
-        patch_size=8,
-        out_dim=64,
-        head_hidden_dim=16,
-        global_crops_size=16,
-        local_crops_size=8,
-        local_crops_number=1,
-        batch_size_per_gpu=4,
+        **TINY_FIELDS,
         epochs=3,
         warmup_epochs=1,
         log_interval=2,
-        num_workers=1,
-        device="cpu",
     )
 
 
