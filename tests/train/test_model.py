@@ -46,22 +46,27 @@ def bicubic(cells, out):
     return weights
 
 
-def vit_by_hand(p, image, patch, heads, scales=None):
+def vit_by_hand(p, image, patch, heads, scales=None, mask=None):
     """One image [3, h, w] through a ViT with parameters p, computed from the definition.
 
-    scales[i] = (attention, MLP) factors of the branches of block i. Returns the normalized tokens after
-    each block and the last block's attention [heads, N, N].
+    scales[i] = (attention, MLP) factors of the branches of block i; mask [patches] is true where the mask token stands.
+    Returns the normalized tokens after each block and the last block's attention [heads, N, N].
     """
     rows, cols = image.shape[1] // patch, image.shape[2] // patch
     patches = image[:, : rows * patch, : cols * patch].reshape(3, rows, patch, cols, patch)
     patches = patches.permute(1, 3, 0, 2, 4).reshape(rows * cols, -1)
-    x = patches @ p["patch_embed.proj.weight"].flatten(1).T + p["patch_embed.proj.bias"]
+    patches = patches @ p["patch_embed.proj.weight"].flatten(1).T + p["patch_embed.proj.bias"]
+    if mask is not None:
+        patches = torch.stack(
+            [p["mask_token"][0] if hidden else row for hidden, row in zip(mask, patches, strict=True)]
+        )
     pos = p["pos_embed"][0]
     side = round((len(pos) - 1) ** 0.5)
     grid = pos[1:].reshape(side, side, -1)
     if (rows, cols) != (side, side):
         grid = torch.einsum("ia,jb,abc->ijc", bicubic(side, rows), bicubic(side, cols), grid)
-    x = torch.cat([p["cls_token"][0] + pos[:1], x + grid.flatten(0, 1)])
+    registers = p["register_tokens"][0] if "register_tokens" in p else pos[:0]
+    x = torch.cat([p["cls_token"][0] + pos[:1], registers, patches + grid.flatten(0, 1)])
 
     def linear(x, name):
         return x @ p[name + ".weight"].T + p[name + ".bias"]
@@ -224,6 +229,37 @@ def test_features_and_attention():
     maps = model.attention(crop)
     torch.testing.assert_close(maps, torch.stack(weights)[:, :, 0], rtol=0, atol=1e-10)
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, HEADS, dtype=maps.dtype))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_registers_and_mask_token(dtype, tolerance):
+    options = {"registers": 3, "mask_token": True}
+    exact, model, crops = (
+        small_vit(**options),
+        small_vit(dtype, **options),
+        images([(2, 16, 16), (2, 16, 16), (1, 8, 8)]),
+    )
+    masks = torch.rand(4, 16, generator=torch.Generator().manual_seed(2)) < 0.4
+    p = dict(exact.named_parameters())
+    by_image = zip([image for crop in crops for image in crop], [*masks, None], strict=True)
+    expected = torch.cat([vit_by_hand(p, image, PATCH, HEADS, mask=mask)[0][-1] for image, mask in by_image])
+    out, packing = model.tokens([crop.to(dtype) for crop in crops], masks)
+    assert packing.groups == [(4, 20), (1, 8)]
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+    upstream = torch.randn_like(expected)
+    (expected * upstream).sum().backward()
+    (out * upstream.to(dtype)).sum().backward()
+    for got, want in zip(model.parameters(), exact.parameters(), strict=True):
+        assert (got.grad - want.grad).abs().max() < tolerance * want.grad.abs().max()
+    # Without masks, class tokens and patches are what is returned.
+    tokens, weights = zip(*(vit_by_hand(p, image, PATCH, HEADS) for image in crops[0]), strict=True)
+    shown = [0, *range(4, 20)]
+    torch.testing.assert_close(exact(crops[0]), torch.stack([t[-1][0] for t in tokens]), rtol=0, atol=1e-10)
+    torch.testing.assert_close(exact._unpacked(crops[0]), exact(crops[0]), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        exact.features(crops[0])[0], torch.stack([t[-1][shown] for t in tokens]), rtol=0, atol=1e-10
+    )
+    torch.testing.assert_close(exact.attention(crops[0]), torch.stack(weights)[:, :, 0, shown], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("h", "w"), [(96, 96), (64, 96), (224, 112), (100, 119), (224, 230)])

@@ -1,7 +1,7 @@
 """The networks of DINO: a backbone (ViT over packed multi-crop sequences, or ResNet-50) and its head.
 
-Dimensions: V crops (views) of B images, S = V*B sequences of 1 + patches tokens, T tokens of all
-sequences together, C = embed_dim, H heads of D = C / H channels, K = out_dim.
+Dimensions: V crops (views) of B images, S = V*B sequences of 1 + R + patches tokens (class token, registers,
+patches), T tokens of all sequences together, C = embed_dim, H heads of D = C / H channels, K = out_dim.
 """
 
 import math
@@ -54,6 +54,9 @@ class VisionTransformer(nn.Module):
         drop_path_rate: probability in [0, 1) that a sample skips a branch of the last block; it rises
             linearly from 0 in the first. Identity in eval mode.
         channels: of an image.
+        registers: learned tokens R between class token and patches (Darcet et al. 2024, arXiv 2309.16588). They have no
+            position and are no part of what any method returns.
+        mask_token: whether it has the token that stands for a masked patch, see `tokens`.
 
     Raises:
         ValueError: patch_size is below 1 or does not divide img_size; drop_path_rate is out of range.
@@ -69,6 +72,8 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
         channels: int = 3,
+        registers: int = 0,
+        mask_token: bool = False,
     ):
         super().__init__()
         self.checkpoint_activations = False
@@ -92,6 +97,12 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_linear)
+        # As in dinov2/models/vision_transformer.py:113 and :171. Drawn last: the other weights stay as without them.
+        if registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, registers, embed_dim).normal_(std=1e-6))
+        if mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        self.lead = 1 + registers  # tokens before the patches
 
     def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
         """Normalized class tokens.
@@ -107,30 +118,56 @@ class VisionTransformer(nn.Module):
             ValueError: an image has other channels or is smaller than a patch.
         """
         crops = [crops] if isinstance(crops, Tensor) else crops
-        dropping = self.training and self.drop_path_rate > 0
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            if dropping:
+            if self.training and self.drop_path_rate > 0:
                 raise ValueError("a trace or an export has no drop path: call .eval() before")
             return torch.cat([self._unpacked(crop) for crop in crops])
         x, packing = self._embed(crops)
-        left = drop_path(packing, len(self.blocks), self.drop_path_rate) if dropping else [None] * len(self.blocks)
+        last, norm = self.blocks[-1], self.norm
+        assert isinstance(last, Block)
+        class_only = not last.watched(norm)
+        normed = self._run(x, packing, class_only)
+        return normed if class_only else normed.index_select(0, packing.cu_seqlens[:-1])
+
+    def tokens(self, crops: Sequence[Tensor], masks: Tensor | None = None) -> tuple[Tensor, Packing]:
+        """Normalized tokens of all crops, with drop path as `forward`.
+
+        Args:
+            crops: as in `forward`.
+            masks: bool [N, patches], true where the mask token takes the place of a patch before its position is added
+                (iBOT, arXiv 2111.07832, section 3.1): of the first N <= S sequences, which have one size. Needs
+                `mask_token`.
+
+        Returns:
+            [T, C], and how the tokens of a sequence lie in it: class token, registers, patches row by row.
+
+        Raises:
+            ValueError: as in `forward`.
+        """
+        x, packing = self._embed(crops, masks)
+        return self._run(x, packing, False), packing
+
+    def _run(self, x: Tensor, packing: Packing, class_only: bool) -> Tensor:
+        """Normalized tokens past the last block [T, C]; with class_only the first of each sequence [S, C]."""
+        dropping, depth = self.training and self.drop_path_rate > 0, len(self.blocks)
+        left = drop_path(packing, depth, self.drop_path_rate) if dropping else [None] * depth
         normed = self._first_norm(x)
         for i, (block, norm) in enumerate(self._with_next_norm()):
-            class_only = i == len(self.blocks) - 1 and not block.watched(norm)
-            arguments = (x, normed, norm, packing, left[i], class_only)
+            arguments = (x, normed, norm, packing, left[i], class_only and i == depth - 1)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, normed = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, normed = block(*arguments)
-        return normed if class_only else normed.index_select(0, packing.cu_seqlens[:-1])
+        return normed
 
     def _unpacked(self, images: Tensor) -> Tensor:
         """`forward` in torch's own operations, for a trace or an export: of as many images as there will be."""
         _check_images(images, self.channels, self.patch_size)
         patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        table = self._table(*map(int, images.shape[2:]))
         # Not len(): a graph would keep the number.
-        x = torch.cat((self.cls_token.expand(images.shape[0], -1, -1), patches), dim=1)
-        x = x + self._positions(*map(int, images.shape[2:]))
+        lead = table[: self.lead].expand(images.shape[0], -1, -1)
+        x = torch.cat((lead, patches + table[self.lead :]), dim=1)
         block: Any
         for block in self.blocks:
             qkv = _apply(block.attn.qkv, block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
@@ -169,8 +206,12 @@ class VisionTransformer(nn.Module):
         for i, (block, norm) in enumerate(self._with_next_norm()):
             x, normed = block(x, normed, norm, packing)
             if len(self.blocks) - i <= n_blocks:
-                maps.append(self.norm(x).view(*packing.groups[0], self.embed_dim))
+                maps.append(self._without_registers(self.norm(x).view(*packing.groups[0], self.embed_dim)))
         return maps
+
+    def _without_registers(self, tokens: Tensor) -> Tensor:
+        """[B, 1 + R + patches, ...] -> [B, 1 + patches, ...]"""
+        return tokens if self.lead == 1 else torch.cat((tokens[:, :1], tokens[:, self.lead :]), dim=1)
 
     def attention(self, images: Tensor) -> Tensor:
         """The class token's attention in the last block, without drop path (`vision_transformer.py:216`).
@@ -179,7 +220,7 @@ class VisionTransformer(nn.Module):
             images: [B, channels, h, w], float.
 
         Returns:
-            [B, H, 1 + patches], float32 or float64, class token first; each row sums to one.
+            [B, H, 1 + patches], float32 or float64, class token first; each row sums to one, less what registers have.
 
         Raises:
             ValueError: as in `forward`.
@@ -191,22 +232,27 @@ class VisionTransformer(nn.Module):
             x, normed = block(x, normed, norm, packing)
         q, k, _ = last.attn.project(normed).unflatten(0, packing.groups[0]).unbind(2)
         logits = torch.einsum("bhd,bnhd->bhn", q[:, 0], k) * q.shape[-1] ** -0.5
-        return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        attention = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return self._without_registers(attention.transpose(1, 2)).transpose(1, 2)
 
-    def _embed(self, crops: Sequence[Tensor]) -> tuple[Tensor, Packing]:
-        """Tokens of all crops [T, C] in list order and how they are packed."""
+    def _embed(self, crops: Sequence[Tensor], masks: Tensor | None = None) -> tuple[Tensor, Packing]:
+        """Tokens of all crops [T, C] in list order and how they are packed; `masks` as in `tokens`."""
         for crop in crops:
             _check_images(crop, self.channels, self.patch_size)
         runs = [(shape, sum(map(len, run))) for shape, run in groupby(crops, key=lambda crop: crop.shape[2:])]
         tables = {shape: self._table(*shape) for shape in dict(runs)}
         groups = [(count, len(tables[shape])) for shape, count in runs]
-        x = _Sequences.apply(self.patch_embed(crops), groups, *(tables[shape] for shape, _ in runs))
+        masked = (None, None) if masks is None else (masks, self.mask_token)
+        of_runs = (tables[shape] for shape, _ in runs)
+        x = _Sequences.apply(self.patch_embed(crops), groups, self.lead, *masked, *of_runs)
         return x, Packing.of(groups, x.device)
 
     def _table(self, h: int, w: int) -> Tensor:
-        """Class token and positions of an image of h x w pixels [1 + patches, C], to which its patches are added."""
+        """Class token, registers and positions of an image of h x w pixels [1 + R + patches, C], to which its patches
+        are added."""
         of_class, positions = self._split(self._positions(h, w))
-        return torch.cat((self.cls_token + of_class, positions), dim=1).squeeze(0)
+        registers = [self.register_tokens] if self.lead > 1 else []
+        return torch.cat((self.cls_token + of_class, *registers, positions), dim=1).squeeze(0)
 
     @staticmethod
     def _split(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,28 +283,49 @@ def _apply(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Sequences(torch.autograd.Function):
-    """Tokens of patches [P, C], a class token put before those of each image, plus a table a group of images."""
+    """Tokens of patches [P, C], `lead` tokens put before those of each image, plus a table a group of images; `masks`
+    [N, patches] of the first images are true where `mask_token` [1, C] takes the place of a patch."""
 
     @staticmethod
-    def forward(ctx, patches, groups, *tables):  # type: ignore[override]
-        ctx.groups, ctx.dtype, channels = groups, patches.dtype, patches.shape[1]
+    def forward(ctx, patches, groups, lead, masks, mask_token, *tables):  # type: ignore[override]
+        ctx.groups, ctx.lead, ctx.masks, ctx.dtype, channels = groups, lead, masks, patches.dtype, patches.shape[1]
         x = tables[0].new_empty(sum(count * length for count, length in groups), channels)
-        of_groups = split_sequences(patches, [(count, length - 1) for count, length in groups])
+        of_groups = split_sequences(patches, [(count, length - lead) for count, length in groups])
         for out, tokens, table in zip(split_sequences(x, groups), of_groups, tables, strict=True):
-            torch.add(tokens, table[1:], out=out[:, 1:])
-            out[:, 0] = table[0]
+            torch.add(tokens, table[lead:], out=out[:, lead:])
+            out[:, :lead] = table[:lead]
+        if masks is not None:
+            out = _masked_part(x, groups, lead, masks)
+            out.copy_(torch.where(masks.unsqueeze(2), mask_token + tables[0][lead:], out))
         return x
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        grads, groups = split_sequences(grad, ctx.groups), [(count, length - 1) for count, length in ctx.groups]
+        groups, lead, masks = ctx.groups, ctx.lead, ctx.masks
+        grads, of_patches = split_sequences(grad, groups), [(count, length - lead) for count, length in groups]
+        grad_token = None
+        if masks is not None:
+            part = _masked_part(grad, groups, lead, masks)
+            grad_token = (part * masks.unsqueeze(2)).sum((0, 1)).view(1, -1)
         if torch.is_grad_enabled():  # create_graph=True
-            patches = torch.cat([part[:, 1:].flatten(0, 1) for part in grads]).to(ctx.dtype)
-            return patches, None, *(part.sum(0) for part in grads)
-        patches = grad.new_empty(sum(count * length for count, length in groups), grad.shape[1], dtype=ctx.dtype)
-        for to, part in zip(split_sequences(patches, groups), grads, strict=True):
-            to.copy_(part[:, 1:])
-        return patches, None, *(part.sum(0) for part in grads)
+            patches = torch.cat([part[:, lead:].flatten(0, 1) for part in grads]).to(ctx.dtype)
+            if masks is not None:
+                hidden = torch.cat([masks.flatten(), masks.new_zeros(len(patches) - masks.numel())])
+                patches = patches.masked_fill(hidden.unsqueeze(1), 0.0)
+        else:
+            patches = grad.new_empty(sum(map(math.prod, of_patches)), grad.shape[1], dtype=ctx.dtype)
+            for to, part in zip(split_sequences(patches, of_patches), grads, strict=True):
+                to.copy_(part[:, lead:])
+            if masks is not None:
+                patches[: masks.numel()].masked_fill_(masks.view(-1, 1), 0.0)
+        return patches, None, None, None, grad_token, *(part.sum(0) for part in grads)
+
+
+def _masked_part(x: Tensor, groups: Sequence[tuple[int, int]], lead: int, masks: Tensor) -> Tensor:
+    """Tokens of the patches of the images that have masks, a view of x [T, C]."""
+    (count, length), (masked, patches) = groups[0], masks.shape
+    assert masked <= count and patches == length - lead, "masks are of the first images, which have one size"
+    return x[: masked * length].unflatten(0, (masked, length))[:, lead:]
 
 
 class Net(nn.Module):
@@ -304,9 +371,7 @@ class DINOModel(Net):
         return self.head.bottleneck(self.features(crops))
 
 
-def vit(
-    arch: str, *, patch_size: int = 16, img_size: int = 224, drop_path_rate: float = 0.0, channels: int = 3
-) -> VisionTransformer:
+def vit(arch: str, *, patch_size: int = 16, img_size: int = 224, **options: Any) -> VisionTransformer:
     """The ViT of a name in VIT_SIZES; arguments and errors as in `VisionTransformer`.
 
     Raises:
@@ -314,14 +379,14 @@ def vit(
     """
     if arch not in VIT_SIZES:
         raise ValueError(f"unknown arch {arch!r}, choose one of {', '.join(VIT_SIZES)}")
-    size = VIT_SIZES[arch]._asdict()
-    return VisionTransformer(img_size, patch_size, drop_path_rate=drop_path_rate, channels=channels, **size)
+    return VisionTransformer(img_size, patch_size, **VIT_SIZES[arch]._asdict(), **options)
 
 
-def build_backbone(
-    arch: str, *, patch_size: int, img_size: int, drop_path_rate: float = 0.0, channels: int = 3
-) -> VisionTransformer | ResNet:
-    """The backbone of a name in ARCHS, with initial weights. A ResNet ignores all other arguments but channels.
+def build_backbone(arch: str, *, channels: int = 3, **options: Any) -> VisionTransformer | ResNet:
+    """The backbone of a name in ARCHS, with initial weights.
+
+    Args:
+        options: patch_size, img_size and further arguments of `VisionTransformer`; a ResNet ignores them.
 
     Raises:
         ValueError: the arch is not known, or as in `VisionTransformer`.
@@ -330,35 +395,29 @@ def build_backbone(
         raise ValueError(f"unknown arch {arch!r}, choose one of {', '.join(ARCHS)}")
     if arch in RESNETS:
         return RESNETS[arch](channels)
-    return vit(arch, patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate, channels=channels)
+    return vit(arch, channels=channels, **options)
 
 
 def build_model(
     arch: str,
     *,
-    patch_size: int,
     out_dim: int,
-    img_size: int,
-    drop_path_rate: float,
     use_bn_in_head: bool,
     norm_last_layer: bool,
     head_hidden_dim: int = 2048,
     head_bottleneck_dim: int = 256,
-    channels: int = 3,
+    **options: Any,
 ) -> DINOModel:
     """A student or a teacher with initial weights (`main_dino.py:162`).
 
     Args:
-        arch: a name in ARCHS. A ResNet ignores patch_size, img_size and drop_path_rate.
-        patch_size, img_size, drop_path_rate, channels: as in `VisionTransformer`.
+        arch, options: as in `build_backbone`.
         out_dim, use_bn_in_head, norm_last_layer, head_hidden_dim, head_bottleneck_dim: as in `DINOHead`.
 
     Raises:
         ValueError: the arch is not known, or as in `VisionTransformer`.
     """
-    backbone = build_backbone(
-        arch, patch_size=patch_size, img_size=img_size, drop_path_rate=drop_path_rate, channels=channels
-    )
+    backbone = build_backbone(arch, **options)
     head = DINOHead(
         backbone.embed_dim,
         out_dim,
