@@ -324,6 +324,25 @@ def multicrop_deep(
     dtype: int,
     threads: int,
 ) -> None: ...
+def patch_loss(
+    *,
+    student: int,
+    teacher: int,
+    center: int,
+    weights: int,
+    grad: int,
+    batch_center: int,
+    rows: int,
+    outputs: int,
+    student_stride: int,
+    teacher_stride: int,
+    grad_stride: int,
+    student_dtype: int,
+    teacher_dtype: int,
+    student_temp: float,
+    teacher_temp: float,
+    threads: int,
+) -> float: ...
 def sgd_ema_step(
     *,
     student: int,

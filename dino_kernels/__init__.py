@@ -22,6 +22,7 @@ from dino_kernels.ops.info_nce import info_nce, info_nce_reference
 from dino_kernels.ops.linear import linear, linear_reference
 from dino_kernels.ops.mlp import mlp, mlp_reference
 from dino_kernels.ops.multicrop import CROP, CropKind, PixelScale, draw_crops, multicrop, multicrop_packed
+from dino_kernels.ops.patch_loss import patch_loss, patch_loss_reference
 from dino_kernels.ops.sgd_ema import sgd_ema_step_, sgd_ema_step_reference_
 from dino_kernels.ops.weight_norm import (
     weight_norm_,
@@ -67,6 +68,8 @@ __all__ = [
     "mlp_reference",
     "multicrop",
     "multicrop_packed",
+    "patch_loss",
+    "patch_loss_reference",
     "set_backend",
     "sgd_ema_step_",
     "sgd_ema_step_reference_",

@@ -140,6 +140,8 @@ def test_every_op_is_registered_with_a_fake_and_a_gpu_kernel():
         "column_mass",
         "dino_head_loss",
         "info_nce",
+        "patch_loss",
+        "patch_loss_",
         "ema_update_",
         "adamw_ema_step_",
         "sgd_ema_step_",

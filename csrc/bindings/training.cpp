@@ -7,6 +7,7 @@
 #include "cpu/dino_loss.h"
 #include "cpu/ema_update.h"
 #include "cpu/info_nce.h"
+#include "cpu/patch_loss.h"
 #include "cpu/sgd_ema.h"
 #include "cpu/weight_norm.h"
 
@@ -42,6 +43,14 @@ void bind_info_nce(py::module_& m) {
     bind(m, "info_nce", info_nce, DINO_FIELD(query), DINO_FIELD(positive), DINO_FIELD(labels), DINO_FIELD(keys),
          DINO_FIELD(grad), DINO_FIELD(rows), DINO_FIELD(outputs), DINO_FIELD(channels), DINO_FIELD(dtype),
          DINO_FIELD(temp), DINO_FIELD(scale), DINO_FIELD(threads));
+}
+
+void bind_patch_loss(py::module_& m) {
+    using Args = PatchLossArgs;
+    bind(m, "patch_loss", patch_loss, DINO_FIELD(student), DINO_FIELD(teacher), DINO_FIELD(center), DINO_FIELD(weights),
+         DINO_FIELD(grad), DINO_FIELD(batch_center), DINO_FIELD(rows), DINO_FIELD(outputs), DINO_FIELD(student_stride),
+         DINO_FIELD(teacher_stride), DINO_FIELD(grad_stride), DINO_FIELD(student_dtype), DINO_FIELD(teacher_dtype),
+         DINO_FIELD(student_temp), DINO_FIELD(teacher_temp), DINO_FIELD(threads));
 }
 
 void update_ema(const std::vector<uintptr_t>& targets, const std::vector<uintptr_t>& sources,
@@ -103,6 +112,7 @@ void bind_training(py::module_& m) {
     bind_dino_loss(m);
     bind_dino_head_loss(m);
     bind_info_nce(m);
+    bind_patch_loss(m);
     m.def("ema_update", &update_ema, py::kw_only(), py::arg("targets"), py::arg("sources"), py::arg("sizes"),
           py::arg("source_dtypes"), py::arg("momentum"), py::arg("threads"));
     bind_adamw_ema_step(m);

@@ -16,6 +16,9 @@ the loss of SwAV (Caron et al. 2020, section 3.2).
 Dimensions: V views an image (2 global first, then local), B images, K outputs; row v * B + b is view v of image b.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,11 +70,10 @@ def dino_loss(
     teacher_temp = temperature("teacher_temp", teacher_temp, student.device)
     centers = center.detach().view(-1, student.shape[1]).contiguous().expand(2, -1)
     inputs = student, teacher.detach(), centers, student_temp, teacher_temp
-    if inplace and student.stride(0) < student.shape[1]:
-        raise ValueError(f"inplace needs rows of student that do not overlap, got strides {list(student.stride())}")
-    if inplace and not torch.compiler.is_compiling():
-        _check_apart(student, teacher)
-        return _InPlace.apply(*inputs)
+    if inplace:
+        check_overwritten(student, teacher)
+        if not torch.compiler.is_compiling():
+            return _InPlace.apply(*inputs)
     return torch.ops.dino_kernels.dino_loss(*inputs)[:2]
 
 
@@ -121,7 +123,12 @@ def _check(student: Tensor, teacher: Tensor, center: Tensor) -> None:
         )
 
 
-def _check_apart(student: Tensor, teacher: Tensor) -> None:
+def check_overwritten(student: Tensor, teacher: Tensor) -> None:
+    """Of `inplace`: rows of the student overlap neither each other nor the teacher (a compiler plans its own)."""
+    if student.stride(0) < student.shape[1]:
+        raise ValueError(f"inplace needs rows of student that do not overlap, got strides {list(student.stride())}")
+    if torch.compiler.is_compiling():
+        return
     if type(student) is not Tensor or type(teacher) is not Tensor:  # such as fake tensors, which have no memory
         return
     ranges = [
@@ -151,6 +158,32 @@ def temperature(name: str, value: float | Tensor, device: torch.device) -> Tenso
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(f"{name} must be a float or a 0-d tensor on {device} without gradient, got {value}")
     return setting(name, value, device, "> 0", lambda temp: temp > 0).float()
+
+
+# --- autograd of an op whose forward pass makes the gradient -------------------------------------------
+
+
+def keep_gradient(ctx, inputs, output) -> None:
+    """The setup of an op with a loss as first result, and as last one its gradient for the first input."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or autograd fills a zero tensor the size of the gradient
+    ctx.grad = output[-1]
+
+
+def backward_of(op: str) -> Callable[..., Any]:
+    """The backward of such an op. It hands over the gradient, so that a second one is refused."""
+
+    def backward(ctx, upstream, *_):
+        if ctx.grad is None:
+            raise RuntimeError(f"{op}: second backward through one forward; its gradient buffer was handed over")
+        grad, ctx.grad = ctx.grad, None
+        if type(upstream) is Tensor:
+            torch.ops.dino_kernels.dino_loss_scale_(grad, upstream)
+        else:  # being traced, where a saved tensor may not be written; the compiler fuses the product
+            grad = (grad * upstream).to(grad.dtype)
+        return grad, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+    return backward
 
 
 # --- registration ------------------------------------------------------------------------------------
@@ -204,24 +237,7 @@ def _scale_(grad: Tensor, upstream: Tensor) -> None:
     _scale_cpu(grad, upstream)
 
 
-def _setup(ctx, inputs, output) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # or autograd fills a zero tensor the size of the gradient
-    ctx.grad = output[2]
-
-
-def _backward(ctx, upstream, *_):
-    if ctx.grad is None:
-        raise RuntimeError("dino_loss: second backward through one forward; its gradient buffer was handed over")
-    grad, ctx.grad = ctx.grad, None
-    if type(upstream) is Tensor:
-        torch.ops.dino_kernels.dino_loss_scale_(grad, upstream)
-    else:  # being traced, where a saved tensor may not be written; the compiler fuses the product
-        grad = (grad * upstream).to(grad.dtype)
-    return grad, None, None, None, None
-
-
-_loss.register_autograd(_backward, setup_context=_setup)
+_loss.register_autograd(backward_of("dino_loss"), setup_context=keep_gradient)
 
 
 class _InPlace(torch.autograd.Function):
@@ -230,10 +246,12 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, *others):
         loss, batch_center = torch.ops.dino_kernels.dino_loss_(student, *others)
-        _setup(ctx, None, (loss, batch_center, student.detach()))
+        keep_gradient(ctx, None, (loss, batch_center, student.detach()))
         return loss, batch_center
 
-    backward = staticmethod(once_differentiable("dino_loss", "dino_kernels.dino_loss_reference")(_backward))
+    backward = staticmethod(
+        once_differentiable("dino_loss", "dino_kernels.dino_loss_reference")(backward_of("dino_loss"))
+    )
 
 
 # --- CPU ---------------------------------------------------------------------------------------------

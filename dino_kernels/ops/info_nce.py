@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dino_kernels._core.native import _C, DTYPES, address
 from dino_kernels._core.registry import custom_op
-from dino_kernels.ops.dino_loss import temperature
+from dino_kernels.ops.dino_loss import backward_of, keep_gradient, temperature
 
 __all__ = ["info_nce", "info_nce_reference"]
 
@@ -129,24 +129,7 @@ def _(query, positive, keys, labels, temp, scale):
     return query.new_empty((), dtype=torch.float32), torch.empty_like(query)
 
 
-def _setup(ctx, inputs, output) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.grad = output[1]
-
-
-def _backward(ctx, upstream, _):
-    if ctx.grad is None:
-        raise RuntimeError("info_nce: second backward through one forward; its gradient was handed over")
-    grad, ctx.grad = ctx.grad, None
-    if type(upstream) is Tensor:
-        torch.ops.dino_kernels.dino_loss_scale_(grad, upstream)
-    else:  # being traced, where a saved tensor may not be written
-        grad = (grad * upstream).to(grad.dtype)
-    return grad, None, None, None, None, None
-
-
-_loss.register_autograd(_backward, setup_context=_setup)
+_loss.register_autograd(backward_of("info_nce"), setup_context=keep_gradient)
 
 
 # --- CPU ---------------------------------------------------------------------------------------------

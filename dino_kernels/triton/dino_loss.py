@@ -89,6 +89,39 @@ def _target_kernel(
 
 
 @triton.jit
+def row_exponentials(row, center, outputs, log2_scale, STEP: tl.constexpr, LANES: tl.constexpr):
+    """(top, sum of 2^(x log2_scale - top)) of x = row - center, or of x = row; top is the greatest exponent."""
+    # Exponents, and the maxima in their unit, come out of one fma: x * scale alone would already have lost digits.
+    tile = tl.arange(0, STEP)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    high = tl.full((LANES,), LOWEST, tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for start in range(0, outputs, STEP * LANES):
+        k = start + tile
+        x = tl.load(row + k, k < outputs, other=float("-inf")).to(tl.float32)
+        if center is not None:
+            x -= tl.load(center + k, k < outputs, other=0.0)
+        higher = tl.maximum(high, tl.max(x, axis=0) * log2_scale)
+        total *= tl.exp2(high - higher)
+        total += tl.sum(tl.exp2(tl.fma(x, log2_scale, -higher[None, :])), axis=0)
+        high = higher
+    top = tl.max(high, axis=0)
+    return top, tl.sum(total * tl.exp2(high - top), axis=0)
+
+
+@triton.jit
+def add_losses(row_loss, losses, loss, arrived, row, rows):
+    """Of a program a row: the one that arrives last adds their losses up, in the order of the rows."""
+    tl.store(losses + row, row_loss)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == rows - 1:
+        sums = tl.zeros((1024,), tl.float32)
+        for start in range(0, rows, 1024):
+            r = start + tl.arange(0, 1024)
+            sums += tl.load(losses + r, r < rows, other=0.0, volatile=True)
+        tl.store(loss, tl.sum(sums, axis=0))
+
+
+@triton.jit
 def _student_kernel(
     student, targets, student_temp, grad, losses, loss, arrived,
     batch, outputs, student_stride, target_stride, grad_stride, norm,
@@ -109,19 +142,7 @@ def _student_kernel(
     student += row.to(tl.int64) * student_stride
     grad += row.to(tl.int64) * grad_stride
     targets += first.to(tl.int64) * target_stride
-    # Exponents, and the maxima in their unit, come out of one fma: x * scale alone would already have lost digits.
-    tile = tl.arange(0, STEP)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    high = tl.full((LANES,), LOWEST, tl.float32)
-    total = tl.zeros((LANES,), tl.float32)
-    for start in range(0, outputs, STEP * LANES):
-        k = start + tile
-        x = tl.load(student + k, k < outputs, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(high, tl.max(x, axis=0) * log2_scale)
-        total *= tl.exp2(high - higher)
-        total += tl.sum(tl.exp2(tl.fma(x, log2_scale, -higher[None, :])), axis=0)
-        high = higher
-    top = tl.max(high, axis=0)
-    total_exp = tl.sum(total * tl.exp2(high - top), axis=0)
+    top, total_exp = row_exponentials(student, None, outputs, log2_scale, STEP, LANES)
     weight = pairs / total_exp * (scale * norm)
     target_weight = scale * norm / _LIFT
     dot = tl.zeros((LANES,), tl.float32)
@@ -135,15 +156,7 @@ def _student_kernel(
         g = tl.fma(tl.exp2(tl.fma(s, log2_scale, -top)), weight, -target_weight * q)
         tl.store(grad + k, g.to(grad.dtype.element_ty), mask)
     row_loss = pairs * ((top + tl.log2(total_exp)) / LOG2_E) - tl.sum(dot, axis=0) * (scale / _LIFT)
-    tl.store(losses + row, row_loss * norm)
-    tl.debug_barrier()
-    # The count tells which program is the last; that one adds the losses up, in the order of the rows.
-    if tl.atomic_add(arrived, 1, sem="acq_rel") == rows - 1:
-        sums = tl.zeros((1024,), tl.float32)
-        for start in range(0, rows, 1024):
-            r = start + tl.arange(0, 1024)
-            sums += tl.load(losses + r, r < rows, other=0.0, volatile=True)
-        tl.store(loss, tl.sum(sums, axis=0))
+    add_losses(row_loss * norm, losses, loss, arrived, row, rows)
 
 
 @triton.jit
@@ -157,6 +170,16 @@ def _scale_kernel(grad, upstream, rows, columns, stride, BLOCK: tl.constexpr):
             at = grad + (block // across).to(tl.int64) * stride + k
             g = tl.load(at, k < columns, other=0.0).to(tl.float32)
             tl.store(at, (g * factor).to(grad.dtype.element_ty), k < columns)
+
+
+def row_launch(outputs):
+    """The blocks of a program that owns a row.
+
+    Each lane is one thread's: threads that share an element would race in place, reading it after another of them wrote
+    its gradient. At K = 65536 a multiprocessor holds one program: all rows in flight stay in the L2 cache.
+    """
+    lanes = max(512, min(8192, triton.next_power_of_2(triton.cdiv(outputs, 4))))
+    return {"STEP": 4, "LANES": lanes, "num_warps": lanes // (8 * warp_size())}
 
 
 def forward_triton(student, teacher, center, student_temp, teacher_temp, grad):
@@ -180,13 +203,10 @@ def forward_triton(student, teacher, center, student_temp, teacher_temp, grad):
         targets.stride(1), blocks,
         BLOCKS=triton.next_power_of_2(blocks), COLUMNS=8192, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    # Each lane is one thread's: threads that share an element would race in place, reading it after another of them
-    # wrote its gradient. At K = 65536 a multiprocessor holds one program: all rows in flight stay in the L2 cache.
-    lanes = max(512, min(8192, triton.next_power_of_2(triton.cdiv(outputs, 4))))
     _student_kernel[(rows,)](
         student, targets, temps[0], grad, losses, loss, arrived,
         batch, outputs, student.stride(0), targets.stride(1), grad.stride(0), 1 / ((2 * rows // batch - 2) * batch),
-        STEP=4, LANES=lanes, num_warps=lanes // (8 * warp_size()),
+        **row_launch(outputs),
     )  # fmt: skip
     return loss, batch_center
 

@@ -37,6 +37,7 @@ OPS = {
     "dino_loss": (lambda x: dk.dino_loss(x, x.detach()[:4], CENTER)[0], [(8, 32)]),
     "dino_loss in place": (lambda x: dk.dino_loss(x * 1, x.detach()[:4].clone(), CENTER, inplace=True)[0], [(8, 32)]),
     "info_nce": (lambda q: dk.info_nce(q, q.detach(), q.detach() + 1), [(8, 32)]),
+    "patch_loss": (lambda x: dk.patch_loss(x, x.detach(), CENTER, weights=CENTER[:8] + 1)[0], [(8, 32)]),
     "linear": (dk.linear, [(8, 32), (64, 32), (64,)]),
     "mlp": (dk.mlp, [(8, 32), (64, 32), (64,), (32, 64), (32,)]),
     "Block": (block, [(8, 32), (8, 32)]),
