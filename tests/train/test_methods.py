@@ -15,6 +15,7 @@ from dino_train.common.metrics import collapse_signs
 from dino_train.config.presets import METHODS, PRESETS, READ_BY, recipe
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine.learner import Learner
+from dino_train.methods.koleo import koleo
 from dino_train.models.resnet import SplitBatchNorm, split_batch_norm
 from tiny_run import make_images, torchrun
 
@@ -241,6 +242,53 @@ def test_the_queue_holds_the_last_keys_in_order():
     assert torch.equal(queue.rows[order], torch.cat(keys)[-20:])
     with pytest.raises(ValueError, match="queue_size must be 0 or at least the 8 images of a step, got 7"):
         started(make("mocov2", queue_size=7))
+
+
+def spread_out(features):
+    """KoLeo row by row, from its formula."""
+    rows = [row / max(row.norm(), 1e-8) for row in features]
+    logs = []
+    for i, row in enumerate(rows):
+        nearest = max((other for j, other in enumerate(rows) if j != i), key=lambda other: (row @ other).item())
+        logs.append((((row - nearest + 1e-8) ** 2).sum().sqrt() + 1e-8).log())
+    return -sum(logs) / len(rows)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (9, 64), (33, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_koleo_is_its_formula(shape, dtype):
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours, exact = features.clone().requires_grad_(), features.double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = koleo(ours)
+    truth = spread_out(exact)
+    (2 * loss).backward()
+    (2 * truth).backward()
+    assert loss.dtype == torch.float32 and ours.grad.dtype == dtype
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=torch.finfo(dtype).eps, atol=2e-6)
+
+
+def test_koleo_of_twins_is_finite_and_repeats_bitwise():
+    features = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    features[1], features[2], features[3] = features[0], -features[0], 0
+    features[10:] = features[9] + 1e-3 * features[10:]  # many have the same neighbor
+    grads = []
+    for _ in range(2):
+        leaf = features.clone().requires_grad_()
+        loss = koleo(leaf)
+        loss.backward()
+        grads.append(leaf.grad)
+    assert loss.isfinite() and grads[0].isfinite().all() and torch.equal(*grads)
+    opposite = torch.tensor([[1.0, 2.0, 3.0], [-1.0, -2.0, -3.0]])  # the nearest other row, not the row itself
+    torch.testing.assert_close(koleo(opposite), -torch.tensor(2.0).log())
+
+
+def test_koleo_of_a_single_row_is_zero():
+    leaf = torch.randn(1, 5).requires_grad_()
+    loss = koleo(leaf)
+    loss.backward()
+    assert loss == 0 and not leaf.grad.any()
 
 
 @pytest.mark.parametrize("shape", [(12,), (12, 5, 4)])
