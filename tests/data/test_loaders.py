@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dino_train.common.masks import MaskKind
 from dino_train.common.scale import IMAGENET_MEAN, IMAGENET_STD
 from dino_train.common.views import eval_transform, to_tensor
 from dino_train.config.pretrain import PretrainConfig
@@ -87,6 +88,19 @@ def test_ranks_share_every_batch(root):
     for step, (crops, _) in enumerate(whole):
         shares = (parts[rank][step][0] for rank in range(2))
         assert all(map(torch.equal, crops, map(torch.cat, zip(*shares, strict=True))))
+
+
+def test_masks_follow_the_crops(root):
+    kind = MaskKind(4, 0.5, (0.2, 0.5), 2)  # of micro-batches of half a batch
+    whole = run(root, masks=kind)
+    samples = list(ImageFolder(root).steps(4, 3, 0, 7))
+    for (crops, _), step, (others, _) in zip(whole, samples, run(root), strict=True):
+        expected = [kind.draw(3, sample.epoch, sample.index, row) for row, sample in enumerate(step)]
+        assert torch.equal(crops[-1], torch.from_numpy(np.stack(expected)))
+        assert all(map(torch.equal, crops[:-1], others))
+    assert_same(whole[3:], run(root, 1, start_step=3, masks=kind))
+    parts = [run(root, rank=rank, ranks=2, masks=kind) for rank in range(2)]
+    assert torch.equal(whole[0][0][-1], torch.cat([part[0][0][-1] for part in parts]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

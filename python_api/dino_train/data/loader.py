@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dino_kernels import CropKind, PixelScale, draw_crops, multicrop, multicrop_packed
 from dino_train.common.device import Event, Gpu, gpu_of
+from dino_train.common.masks import MaskKind
 from dino_train.common.views import View, eval_transform
 from dino_train.data.decode import UnreadableImage, decode, decode_smaller, jpeg_size, reason
 from dino_train.data.deep import decode_deep
@@ -91,6 +92,7 @@ class _Attempt:
 class _Row:
     """One image of a batch."""
 
+    number: int  # in the batch
     sample: Sample
     views: list[Tensor]  # [1, C, size, size] each; empty if a GPU computes the crops
     attempt: _Attempt = field(default_factory=_Attempt)
@@ -99,6 +101,7 @@ class _Row:
     future: Future = field(default_factory=Future)
     image: np.ndarray = field(default_factory=lambda: np.empty(0))  # decoded image and table of its crops, for a GPU
     table: np.ndarray = field(default_factory=lambda: np.empty(0))
+    hidden: np.ndarray = field(default_factory=lambda: np.empty(0))  # masks of its global crops
 
 
 class _Slot:
@@ -111,11 +114,13 @@ class _Slot:
 
 
 class _DeviceBatch:
-    """Memory of a batch for a GPU: pinned host memory for the decoded images, and device memory for the crops."""
+    """Memory of a batch for a GPU: pinned host memory for the decoded images and masks, and device memory for the crops
+    and masks."""
 
-    def __init__(self, gpu: Gpu, crops: list[Tensor]) -> None:
-        self.gpu, self.crops = gpu, crops
+    def __init__(self, gpu: Gpu, crops: list[Tensor], masks: list[Tensor]) -> None:
+        self.gpu, self.crops, self.masks = gpu, crops, masks
         self.pixels = gpu.pinned(0)  # bytes
+        self.hidden = [gpu.pinned(mask.numel()).view(mask.shape) for mask in masks]
         self.copied: Event | None = None  # after it, the host may overwrite the pixels
         self.made: Event | None = None  # after it, the crops are complete
         self.used = gpu.record()  # after it, the crops may be overwritten
@@ -132,12 +137,15 @@ class _DeviceBatch:
         starts = np.cumsum([0, *sizes])
         for row, start, size in zip(rows, starts, sizes, strict=False):
             pixels[start : start + size] = torch.from_numpy(row.image.reshape(-1).astype(dtype, copy=False))
+        for hidden in self.hidden:
+            hidden.copy_(torch.from_numpy(np.stack([row.hidden for row in rows])))
         places = [(start, *row.image.shape[:2]) for row, start in zip(rows, starts, strict=False)]
         return pixels, np.array(places, np.int64)
 
 
 class CropLoader:
-    """Iterating yields ([B, C, size, size] of each kind, newly found unreadable images) for each step.
+    """Iterating yields ([B, C, size, size] of each kind, newly found unreadable images) for each step; with `masks`,
+    bool [B, 2, patches] follows the crops.
 
     A batch is valid until the next one is requested. An unreadable image is replaced by the next candidate of the
     sample; it is decoded and reported only once. An image that takes longer than STALL_SECONDS to read is replaced in
@@ -146,6 +154,7 @@ class CropLoader:
     Args:
         images: the source of images.
         kinds: kinds of crops of an image.
+        masks: masks of the first two crops, or None.
         batch_size: images per step over all ranks.
         seed: of the order and of the crops.
         start_step, total_steps: the steps start_step .. total_steps - 1 are yielded.
@@ -179,10 +188,12 @@ class CropLoader:
         device: torch.device | str = "cpu",
         scale: PixelScale | None = None,
         scaled_decode: bool = False,
+        masks: MaskKind | None = None,
     ) -> None:
         require_batch(len(images), batch_size)
         self.scale = scale or PixelScale()
-        self.kinds, self.seed, self.num_workers, self.scaled_decode = kinds, seed, num_workers, scaled_decode
+        self.kinds, self.masks, self.seed = kinds, masks, seed
+        self.num_workers, self.scaled_decode = num_workers, scaled_decode
         self.device, self.dtype, self.rows = torch.device(device), dtype, batch_size // ranks
         self._gpu = gpu_of(self.device)
         self._images, self._total = len(images), max(0, total_steps - start_step)
@@ -193,7 +204,9 @@ class CropLoader:
     def __iter__(self) -> Generator[tuple[list[Tensor], Bad], None, None]:
         self._threads = Threads(self.num_workers)
         ahead = 1 + max(1, -(-2 * self.num_workers // self.rows))  # so that threads do not wait for the step
-        spare = [_Slot([] if self._gpu else self._empty_crops(), self.rows) for _ in range(ahead)]
+        spare = [
+            _Slot([] if self._gpu else [*self._empty_crops(), *self._empty_masks()], self.rows) for _ in range(ahead)
+        ]
         batches = self._batches(spare) if self._gpu is None else self._batches_on_gpu(self._gpu, spare)
         try:
             yield from exactly(batches, self._total, "steps")
@@ -214,7 +227,9 @@ class CropLoader:
 
     def _batches_on_gpu(self, gpu: Gpu, spare: list[_Slot]) -> Generator[tuple[list[Tensor], Bad], None, None]:
         begun, stream = deque[_Slot](), gpu.stream()
-        free = [_DeviceBatch(gpu, self._empty_crops()) for _ in range(2)]  # one in use, one prefetched
+        free = [
+            _DeviceBatch(gpu, self._empty_crops(), self._empty_masks()) for _ in range(2)
+        ]  # one in use, one prefetched
         made = deque[tuple[_DeviceBatch, Bad]]()
         try:
             while True:
@@ -229,7 +244,7 @@ class CropLoader:
                 batch, bad = made.popleft()
                 assert batch.made
                 gpu.wait(batch.made)
-                yield batch.crops, bad
+                yield [*batch.crops, *batch.masks], bad
                 batch.used = gpu.record()
                 free.append(batch)
         finally:
@@ -241,7 +256,7 @@ class CropLoader:
         """Start the threads on batches in all spare slots."""
         while spare and (samples := next(self._steps, None)):
             slot = spare.pop()
-            slot.rows = [_Row(sample, views) for sample, views in zip(samples, slot.views, strict=True)]
+            slot.rows = [_Row(i, *row) for i, row in enumerate(zip(samples, slot.views, strict=True))]
             for row in slot.rows:
                 row.future = self._threads.submit(self._make, row, row.attempt)
             begun.append(slot)
@@ -250,6 +265,10 @@ class CropLoader:
         shapes = [(self.rows, self.scale.channels, kind.size, kind.size) for kind in self.kinds]
         return [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
 
+    def _empty_masks(self) -> list[Tensor]:
+        shape = None if self.masks is None else (self.rows, 2, self.masks.side**2)
+        return [] if shape is None else [torch.empty(shape, dtype=torch.bool, device=self.device)]
+
     def _finish(self, slot: _Slot, batch: _DeviceBatch | None = None, stream: object = None) -> Bad:
         """Wait for the rows of a batch; for a GPU, queue the upload and the crops."""
         bad = self._join(slot.rows)
@@ -257,10 +276,12 @@ class CropLoader:
             pixels, places = batch.pack(slot.rows)
             table = np.stack([row.table for row in slot.rows])
             with batch.gpu.using(stream):
-                on_device = batch.gpu.upload(pixels)
+                on_device, *hidden = map(batch.gpu.upload, (pixels, *batch.hidden))
                 batch.copied = batch.gpu.record()
                 batch.gpu.wait(batch.used)
                 multicrop_packed(on_device, places, table, batch.crops, scale=self.scale)
+                for mask, uploaded in zip(batch.masks, hidden, strict=True):
+                    mask.copy_(uploaded)
                 batch.made = batch.gpu.record()
         slot.rows = []
         return bad
@@ -306,10 +327,14 @@ class CropLoader:
 
     def _crop(self, row: _Row, image: np.ndarray, crops: np.ndarray) -> None:
         """Compute the crops on a CPU; for a GPU, keep the image and the table for the upload."""
+        if self.masks is not None:
+            row.hidden = self.masks.draw(self.seed, row.sample.epoch, row.sample.index, row.number)
         if self._gpu is not None:
             row.image, row.table = image, crops
-        else:
-            multicrop([image], crops[None], row.views, scale=self.scale, threads=1)
+            return
+        multicrop([image], crops[None], row.views[: len(self.kinds)], scale=self.scale, threads=1)
+        for mask in row.views[len(self.kinds) :]:
+            mask[0] = torch.from_numpy(row.hidden)
 
     def _decode(self, data: bytes, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """Pixels of an image and the table of its crops."""
