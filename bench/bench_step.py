@@ -138,9 +138,13 @@ def serve(connection: Connection, name: str, setting: Setting, options: argparse
     batches = [setting.crops(seed) for seed in range(BATCHES)]
     of_method = name.startswith(("method ", "public "))
     views = 2 + (trained.config.local_crops_number if of_method else setting.local_crops)
+    kind = trained.config.mask_kind if of_method else None
+    masks = (
+        [] if kind is None else [torch.stack([torch.from_numpy(kind.draw(0, 0, i, i)) for i in range(setting.batch)])]
+    )
 
     def take(step: int, phases: bool) -> dict[str, Any]:
-        crops = [crop.to(setting.device) for crop in batches[step % BATCHES][:views]]
+        crops = [crop.to(setting.device) for crop in batches[step % BATCHES][:views] + masks]
         synchronize()
         timer = PhaseTimer(synchronize)
         trained.phase_hook = timer if phases else None

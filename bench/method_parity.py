@@ -1,11 +1,13 @@
-"""Steps of MoCo v2, MoCo v3 and SwAV compared with the public code of each, float32, on a CPU.
+"""Steps of MoCo v2, MoCo v3, SwAV and iBOT compared with the public code of each, float32, on a CPU.
 
     python bench/method_parity.py FOLDER
 
 FOLDER has the clones that method_peers.py names, or some of them. The optimizer is SGD. Same weights, same random
 crops. Printed are the losses, and by how much loss and weights (relative norm) differ in the first and the last step.
-The network is a ResNet of four bottlenecks: the gradient of a new ResNet-50 changes by 2 % where its weights change by
-1e-7.
+The network is a ViT of iBOT, else a ResNet of four bottlenecks: the gradient of a new ResNet-50 changes by 2 % where
+its weights change by 1e-7.
+
+With a clone of facebookresearch/dinov2 at b8931f7 its loss classes are compared too, on random logits.
 """
 
 import argparse
@@ -20,12 +22,16 @@ import torch.distributed as dist
 from dino_train.config.presets import recipe
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine.learner import Learner
+from dino_train.methods.koleo import koleo
 from dino_train.models.resnet import RESNETS, ResNet
-from method_peers import PUBLIC, Classifier, available, on_cpus
+from method_peers import PUBLIC, Classifier, available, module_of, on_cpus
 from torch import Tensor
+
+from dino_kernels import dino_loss, patch_loss, sinkhorn_center
 
 STEPS, BATCH, SIZE, RATE, MOMENTUM = 5, 8, 96, 1e-3, 0.9
 BLOCKS = (1, 1, 1, 1)
+DINOV2_LOSSES = ("ibot_patch_loss", "dino_clstoken_loss", "koleo_loss")
 
 
 # Settings of ours
@@ -49,12 +55,27 @@ METHODS: dict[str, dict[str, Any]] = {
         "local_crops_size": 32,
         "freeze_last_layer": 0,
     },
+    "ibot": {
+        "method": "ibot",
+        "arch": "vit_tiny",
+        "drop_path_rate": 0.0,
+        "out_dim": 512,
+        "head_hidden_dim": 256,
+        "head_bottleneck_dim": 64,
+        "local_crops_number": 2,
+        "local_crops_size": 48,
+        "freeze_last_layer": 0,
+    },
 }
 
 
 def renamed(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Names of the public modules as ours."""
     for name, value in state.items():
+        if name.startswith(("backbone.", "head.")):  # iBOT's, whose two last layers are one
+            if "last_layer2" not in name:
+                yield name.replace("masked_embed", "mask_token"), value
+            continue
         name = name.removeprefix("net.")
         for theirs, ours in {
             "fc.": "projector.",
@@ -72,7 +93,7 @@ def renamed(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 def compare(folder: Path, name: str) -> str:
     torch.manual_seed(0)
     settings = METHODS[name]
-    momentum = MOMENTUM if settings["method"] == "moco" else 0.0
+    momentum = 0.0 if settings["method"] == "swav" else MOMENTUM
     config = PretrainConfig(
         **{
             **recipe(settings["method"], "none"),
@@ -96,6 +117,8 @@ def compare(folder: Path, name: str) -> str:
     for step in range(STEPS):
         sizes = [SIZE] * 2 + [config.local_crops_size] * config.local_crops_number
         crops = [torch.randn(BATCH, 3, size, size) for size in sizes]
+        if (masks := config.mask_kind) is not None:
+            crops.append(torch.stack([torch.from_numpy(masks.draw(0, step, i, i)) for i in range(BATCH)]))
         optimizer.zero_grad()
         expected = loss_of(crops)
         expected.backward()
@@ -112,12 +135,42 @@ def compare(folder: Path, name: str) -> str:
     return f"| {name} | {' '.join(f'{loss:.4f}' for loss in losses)} | {' | '.join(cells)} |"
 
 
+def dinov2_losses(folder: Path) -> Iterator[str]:
+    """By how much losses and gradients (relative norm) differ from those of DINOv2's loss classes."""
+    loss = {name: module_of(folder / f"dinov2/dinov2/loss/{name}.py") for name in DINOV2_LOSSES}
+    rows, outputs, temp, images = 64, 1024, 0.06, 16
+    student, teacher = torch.randn(rows, outputs, requires_grad=True), torch.randn(rows, outputs) / 10
+    weights = torch.rand(rows)
+    public = loss["ibot_patch_loss"].iBOTPatchLoss(outputs)
+    q = public.sinkhorn_knopp_teacher(teacher, temp, torch.tensor(rows))
+    masks = torch.ones(images, 1)  # of which it takes the number
+    expected = public.forward_masked(student, q, masks, masks_weight=weights)
+    ours, _ = patch_loss(
+        student, teacher, sinkhorn_center(teacher, temp=temp), weights=weights / images, teacher_temp=temp
+    )
+    yield _row("patch loss", ours, expected, student)
+    public = loss["dino_clstoken_loss"].DINOLoss(outputs)
+    targets, views = teacher[: 2 * images], student.chunk(rows // images)
+    q = public.sinkhorn_knopp_teacher(targets, temp).chunk(2)
+    pairs = [public([view], [q[u]]) for u in range(2) for v, view in enumerate(views) if u != v]
+    ours, _ = dino_loss(student, targets, sinkhorn_center(targets, temp=temp), teacher_temp=temp)
+    yield _row("class-token loss", ours, torch.stack(pairs).mean(), student)
+    features = torch.randn(images, 384, requires_grad=True)
+    yield _row("KoLeo", koleo(features), loss["koleo_loss"].KoLeoLoss()(features), features)
+
+
+def _row(name: str, ours: Tensor, expected: Tensor, of: Tensor) -> str:
+    gradients = [torch.autograd.grad(value, of)[0] for value in (ours, expected)]
+    error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    return f"| {name} | {expected:.6f} | {abs(ours.item() / expected.item() - 1):.1e} | {error:.1e} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="folder with the clones moco, moco-v3 and swav, or some of them")
+    parser.add_argument("folder", type=Path, help="folder with the clones moco, moco-v3, swav, ibot, dinov2, or some")
     folder = parser.parse_args().folder
-    names = [name for name in METHODS if available(folder, name, "resnet50")]
-    if not names:
+    names = [name for name in METHODS if available(folder, name, METHODS[name].get("arch", "resnet50"))]
+    if not names and not (folder / "dinov2").is_dir():
         parser.error(f"{folder} has none of {', '.join(clone for clone, _ in PUBLIC.values())}")
     on_cpus()
     RESNETS["resnet50"] = lambda channels: ResNet(BLOCKS)
@@ -125,6 +178,9 @@ def main() -> None:
     print("|---|---|--:|--:|--:|--:|")
     for name in names:
         print(compare(folder, name), flush=True)
+    if (folder / "dinov2").is_dir():
+        print("\n| loss of DINOv2 | value | difference | of its gradient |\n|---|--:|--:|--:|")
+        print(*dinov2_losses(folder), sep="\n")
     dist.destroy_process_group()
 
 

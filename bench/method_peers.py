@@ -1,17 +1,20 @@
-"""The public code of MoCo v2, MoCo v3 and SwAV: for parity (method_parity.py), and as peers of bench_step.py.
+"""The public code of MoCo v2, MoCo v3, SwAV and iBOT: for parity (method_parity.py), and as peers of bench_step.py.
 
 Their modules and losses are imported from clones of facebookresearch/moco at 78b69ca, moco-v3 at c349e6e and swav at
-06b1b7c; optimizer and loop are plain. Backbones are a ResNet under torchvision's names, or the plain ViT of
-step_peers.py; SwAV brings its own ResNet.
+06b1b7c, and of bytedance/ibot at da316d8; optimizer and loop are plain. Backbones are a ResNet under torchvision's
+names, or the plain ViT of step_peers.py; SwAV brings its own ResNet and iBOT its own ViT.
 """
 
 import ast
 import importlib.util
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -69,11 +72,9 @@ def swav(folder: Path, network: Network, blocks: Blocks, c: PretrainConfig) -> B
     sizes = {"hidden_mlp": c.head_hidden_dim, "output_dim": c.head_bottleneck_dim, "nmb_prototypes": c.out_dim}
     public = source.ResNet(source.Bottleneck, list(blocks), normalize=True, **sizes)
     # main_swav.py imports apex: its assignment is taken alone.
-    tree = ast.parse((folder / "swav/main_swav.py").read_text())
-    tree.body = [node for node in tree.body if getattr(node, "name", "") == "distributed_sinkhorn"]
-    names = {"torch": torch, "dist": dist}
+    names: dict[str, Any] = {"torch": torch, "dist": dist}
     names["args"] = SimpleNamespace(epsilon=c.teacher_temp, world_size=1, sinkhorn_iterations=c.sinkhorn_iterations)
-    exec(compile(tree, "main_swav.py", "exec"), names)
+    define(folder / "swav/main_swav.py", "distributed_sinkhorn", names)
 
     @torch.no_grad()
     def normalize() -> None:
@@ -94,13 +95,74 @@ def swav(folder: Path, network: Network, blocks: Blocks, c: PretrainConfig) -> B
     return public, public, loss
 
 
+def ibot(folder: Path, network: Network, blocks: Blocks, c: PretrainConfig) -> Built:
+    """With a shared head; without its clipping."""
+    clone = folder / "ibot"
+    sys.path.insert(0, str(clone))  # for its utils
+    registry = ModuleType("timm.models.registry")  # all that its ViT takes of timm
+    registry.register_model = lambda function: function  # type: ignore[attr-defined]
+    sys.modules |= {"timm": ModuleType("timm"), "timm.models": ModuleType("models"), registry.__name__: registry}
+    models, heads = (module_of(clone / f"models/{name}.py") for name in ("vision_transformer", "head"))
+    wrap = sys.modules["utils"].MultiCropWrapper
+    build, width = getattr(models, c.arch), SIZES[c.arch][0]
+    sizes = {"hidden_dim": c.head_hidden_dim, "bottleneck_dim": c.head_bottleneck_dim, "shared_head": True}
+
+    def net(masked: bool, **options: float) -> nn.Module:
+        head = heads.iBOTHead(width, c.out_dim, patch_out_dim=c.out_dim, norm_last_layer=c.norm_last_layer, **sizes)
+        options |= {"masked_im_modeling": masked}
+        return wrap(build(c.patch_size, img_size=[c.global_crops_size], return_all_tokens=True, **options), head)
+
+    student, teacher = net(True, drop_path_rate=c.drop_path_rate), net(False)
+    teacher.load_state_dict(student.state_dict(), strict=False)
+    teacher.requires_grad_(False)
+    names = {"np": np, "torch": torch, "nn": nn, "F": F, "dist": dist}
+    define(clone / "main_ibot.py", "iBOTLoss", names)
+    loss_of = names["iBOTLoss"](
+        *(c.out_dim, c.out_dim, 2, c.local_crops_number),
+        *(c.teacher_temp, c.teacher_temp, c.teacher_temp, c.teacher_temp, 0, 100),
+    )
+    pairs = [
+        (dict(teacher.named_parameters())[name], p) for name, p in student.named_parameters() if "masked" not in name
+    ]
+
+    def loss(crops: list[Tensor]) -> Tensor:
+        *crops, masks = crops
+        with torch.no_grad():  # the moving average of the step before
+            for average, p in pairs:
+                average.mul_(c.momentum_teacher).add_((1 - c.momentum_teacher) * p)
+        side = c.global_crops_size // c.patch_size
+        hidden = list(masks.unflatten(2, (side, side)).unbind(1))
+        with torch.no_grad():
+            targets = teacher(crops[:2])
+        outputs = student(crops[:2], mask=hidden)
+        student.backbone.masked_im_modeling = False
+        of_locals = student(crops[2:])[0] if len(crops) > 2 else None
+        student.backbone.masked_im_modeling = True
+        return loss_of(outputs, targets, of_locals, hidden, 0)["loss"]
+
+    return nn.ModuleDict({"student": student, "teacher": teacher}), student, loss
+
+
 # Names as of dino-train compare.
-PUBLIC = {"mocov2": ("moco", moco), "mocov3": ("moco-v3", moco_v3), "swav": ("swav", swav)}
+PUBLIC = {
+    "mocov2": ("moco", moco),
+    "mocov3": ("moco-v3", moco_v3),
+    "swav": ("swav", swav),
+    "ibot": ("ibot", ibot),
+}
 
 
 def available(folder: Path, name: str, arch: str) -> bool:
     """Whether the folder has the public code of a method, and that runs on the backbone."""
-    return name in PUBLIC and (folder / PUBLIC[name][0]).is_dir() and (name != "swav" or arch == "resnet50")
+    runs = {"swav": arch == "resnet50", "ibot": arch.startswith("vit")}.get(name, True)
+    return name in PUBLIC and (folder / PUBLIC[name][0]).is_dir() and runs
+
+
+def define(path: Path, name: str, names: dict[str, Any]) -> None:
+    """Run the definition of one class or function of a module that imports more than it needs; into `names`."""
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if getattr(node, "name", "") == name]
+    exec(compile(tree, path.name, "exec"), names)
 
 
 def on_cpus() -> None:
