@@ -86,6 +86,7 @@ def sinkhorn_center(
     *,
     temp: float | Tensor,
     iterations: int = 3,
+    counted: Tensor | None = None,
     combine: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The center c with which softmax((logits - c) / temp) is what `iterations` of Sinkhorn-Knopp make of the logits.
@@ -97,6 +98,7 @@ def sinkhorn_center(
         logits: rows of all views that share the center [R, K]; as in `column_mass`.
         temp: temperature > 0, a float or a 0-d tensor (read on its device: no synchronization).
         iterations: at least 1; as many sweeps over the logits.
+        counted: bool [R], the rows that are read; None: all. Some row of some process must be.
         combine: from the [2, K] of this process, as `column_mass` returns it, that of all processes. None: one process.
 
     Returns:
@@ -109,7 +111,7 @@ def sinkhorn_center(
         raise ValueError(f"iterations must be >= 1, got {iterations}")
 
     def change(center: Tensor | None) -> Tensor:
-        sweep = column_mass(logits, center, temp=temp)
+        sweep = column_mass(logits, center, temp=temp, counted=counted)
         top, mass = sweep if combine is None else combine(sweep)
         return mass.clamp_min(_SMALLEST).log_().mul_(temp).add_(top)
 

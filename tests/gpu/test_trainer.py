@@ -229,11 +229,16 @@ OTHER_METHODS = {
     "mocov3": {"method": "moco", "local_crops_number": 0},
     "swav": {"method": "swav", "head_bottleneck_dim": 16, "queue_size": 12, "queue_start_epoch": 1},
     "sinkhorn": {"centering": "sinkhorn"},
+    "ibot": {"method": "ibot", "mask_ratio": (0.3, 0.6), "patch_head": "untied"},
+    "dinov2": {
+        **{"method": "ibot", "mask_ratio": (0.3, 0.6), "centering": "sinkhorn", "koleo": 0.1, "patch_head": "separate"},
+        **{"registers": 2, "accumulate": 2},
+    },
 }
 
 
 @pytest.mark.parametrize(
-    "name", ["mocov2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("swav", "byol", "mocov3", "sinkhorn"))]
+    "name", [n if n in ("mocov2", "dinov2") else pytest.param(n, marks=pytest.mark.slow) for n in OTHER_METHODS]
 )
 def test_other_methods_equal_a_cpu_run(config, name, caplog):
     config = replace(config, **OTHER_METHODS[name], freeze_patch_embed=name == "mocov3")

@@ -1,4 +1,4 @@
-"""Ten float32 steps of BYOL, MoCo and SwAV compared with plain float64 re-implementations from their papers.
+"""Ten float32 steps of BYOL, MoCo, SwAV and iBOT compared with plain float64 re-implementations from their papers.
 
 They share no code with the trainer but layer names: networks are functions of state dicts, losses are written pair
 by pair, MoCo moves its teacher before it computes the keys and has a queue that is shifted.
@@ -39,7 +39,7 @@ SWAV = {"method": "swav", "local_crops_number": 2, "head_bottleneck_dim": 16, "c
 class Plain:
     """Nets as state dicts, SGD with the schedules of the paper, moving average of the parameters."""
 
-    backbone = PlainDINO.backbone  # of a ViT, for images of one size
+    backbone, tokens = PlainDINO.backbone, PlainDINO.tokens  # of a ViT, for images of one size
 
     def __init__(self, learner, config):
         self.c = config
@@ -94,8 +94,9 @@ class Plain:
         self.optimizer.zero_grad()
         loss = self.loss([crop.double() for crop in crops], step)
         loss.backward()
-        if step < self.c.freeze_last_layer * STEPS_PER_EPOCH and "head.last_layer.weight_v" in self.student:
-            self.student["head.last_layer.weight_v"].grad = None
+        if step < self.c.freeze_last_layer * STEPS_PER_EPOCH:
+            for name in (name for name in self.student if name.endswith(("weight_v", "weight_g"))):
+                self.student[name].grad = None
         self.optimizer.step()
         self.after(momentum)
         return loss.item()
@@ -205,7 +206,78 @@ class PlainSwAV(Plain):
         return total
 
 
+class PlainIBOT(Plain):
+    """Losses image by image and view by view."""
+
+    def __init__(self, learner, config):
+        super().__init__(learner, config)
+        self.centers = {
+            "head": torch.zeros(config.out_dim),
+            "patch": torch.zeros(config.patch_out_dim or config.out_dim),
+        }
+
+    def bottleneck(self, w, head, x):
+        for layer in (0, 2):
+            x = F.gelu(F.linear(x, w[f"{head}.mlp.{layer}.weight"], w[f"{head}.mlp.{layer}.bias"]))
+        return F.normalize(F.linear(x, w[f"{head}.mlp.4.weight"], w[f"{head}.mlp.4.bias"]), dim=-1)
+
+    def logits(self, w, kind, x):
+        separate, untied = (f"patch_head.{name}" in w for name in ("mlp.0.weight", "weight_v"))
+        own = kind == "patch" and separate
+        x = self.bottleneck(w, "patch_head" if own else "head", x)
+        last = "patch_head" if kind == "patch" and untied else "patch_head.last_layer" if own else "head.last_layer"
+        return x @ (w[f"{last}.weight_g"] * F.normalize(w[f"{last}.weight_v"], dim=1)).t()
+
+    def targets(self, kind, rows, balanced, temp):
+        """Of rows [n, K]; `balanced` are all those that a center or Sinkhorn-Knopp is of."""
+        if self.c.centering == "sinkhorn":
+            return PlainSwAV.assignments(self, rows)
+        targets = ((rows - self.centers[kind]) / temp).softmax(1)
+        self.centers[kind] = self.centers[kind] * 0.9 + balanced.mean(0) * 0.1
+        return targets
+
+    def loss(self, crops, step):
+        c, (*crops, masks) = self.c, crops
+        masks, first = masks.bool(), 1 + c.registers
+        with torch.no_grad():
+            seen = torch.cat([self.tokens(self.teacher, crop) for crop in crops[:2]])
+            rows = self.logits(self.teacher, "head", seen[:, 0])
+            q = self.targets("head", rows, rows, c.teacher_temp).chunk(2)
+            hidden = torch.cat([masks[:, 0], masks[:, 1]])
+            rows = self.logits(self.teacher, "patch", seen[:, first:])
+            patch_q = self.targets("patch", rows[hidden], rows.flatten(0, 1), c.teacher_temp)
+        tokens = [self.tokens(self.student, crop, masks[:, v] if v < 2 else None) for v, crop in enumerate(crops)]
+        p = [(self.logits(self.student, "head", x[:, 0]) / c.student_temp).log_softmax(1) for x in tokens]
+        pairs = [-(q[u] * p[v]).sum(1).mean() for u in range(2) for v in range(len(p)) if u != v]
+        total, row = sum(pairs) / len(pairs), 0
+        for view, image in ((view, image) for view in range(2) for image in range(BATCH)):
+            x = tokens[view][image, first:][masks[image, view]]
+            if len(x):
+                log_p = (self.logits(self.student, "patch", x) / c.student_temp).log_softmax(1)
+                total = total - (patch_q[row : row + len(x)] * log_p).sum(1).mean() / (2 * BATCH)
+                row += len(x)
+        for x in tokens[:2] if c.koleo else ():
+            x = F.normalize(x[:, 0], dim=1)
+            distances = (x[:, None] - x[None]).square().sum(2) + 9 * torch.eye(BATCH)
+            total = total - c.koleo * (distances.min(1).values.sqrt() + 1e-8).log().mean()
+        return total
+
+
+IBOT = {"method": "ibot", "local_crops_number": 2, "head_bottleneck_dim": 16, "clip_grad": 0.0, "teacher_temp": 0.06}
 CASES = {
+    "ibot": (PlainIBOT, {**IBOT, "norm_last_layer": False}),
+    "ibot with an untied patch head": (PlainIBOT, {**IBOT, "patch_head": "untied", "patch_out_dim": 24}),
+    "dinov2": (
+        PlainIBOT,
+        {
+            **IBOT,
+            "patch_head": "separate",
+            "centering": "sinkhorn",
+            "koleo": 0.1,
+            "registers": 2,
+            "mask_ratio": (0.2, 0.6),
+        },
+    ),
     "byol": (PlainBYOL, {"method": "byol"}),
     "byol with a frozen patch embedding": (PlainBYOL, {"method": "byol", "freeze_patch_embed": True}),
     "mocov2": (PlainMoCo2, {"method": "moco", "queue_size": 20}),  # not a multiple of the batch
@@ -228,6 +300,8 @@ def test_ten_steps(name):
     sizes = [32] * 2 + [16] * config.local_crops_number
     for step, tolerance in enumerate(tolerances):
         crops = [torch.randn(BATCH, 3, size, size) for size in sizes]
+        if config.mask_kind is not None:
+            crops.append(torch.stack([torch.from_numpy(config.mask_kind.draw(0, step, i, i)) for i in range(BATCH)]))
         loss = plain.step(step, crops)
         assert learner.step(step, crops).loss == pytest.approx(loss, rel=tolerance), f"step {step}"
         for net, expected in (("student", plain.student), ("teacher", plain.teacher)):
@@ -241,5 +315,5 @@ def test_ten_steps(name):
         assert max(difference(p, plain.teacher[name]) for name, p in learner.teacher.named_parameters()) < tolerance
         order = (learner.method.queue.position + torch.arange(len(plain.queue))) % len(plain.queue)
         assert relative(learner.method.queue.rows[order], plain.queue) < tolerance
-    name = "head.mlp.0.weight" if kind is PlainSwAV else "projector.0.weight"
+    name = "head.mlp.0.weight" if kind in (PlainSwAV, PlainIBOT) else "projector.0.weight"
     assert relative(dict(learner.teacher.named_parameters())[name], start[name]) > 1e-4

@@ -38,10 +38,17 @@ class PlainDINO:
             self.optimizer, self.groups, self.buffers = None, groups, {}
 
     def backbone(self, w, images):
+        return self.tokens(w, images)[:, 0]
+
+    def tokens(self, w, images, hidden=None):
+        """Class token, registers and patches; hidden [B, patches] is true where the mask token stands."""
         p = {k.removeprefix("backbone."): v for k, v in w.items()}
         x = F.conv2d(images, p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], stride=PATCH)
         side = x.shape[-1]
-        x = torch.cat([p["cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        patches = x.flatten(2).transpose(1, 2)
+        if hidden is not None:
+            patches = torch.where(hidden[:, :, None], p["mask_token"], patches)
+        x = torch.cat([p["cls_token"].expand(len(x), -1, -1), patches], dim=1)
         pos = p["pos_embed"]
         n = math.isqrt(pos.shape[1] - 1)
         if side != n:
@@ -49,6 +56,8 @@ class PlainDINO:
             grid = F.interpolate(grid, scale_factor=((side + 0.1) / n, (side + 0.1) / n), mode="bicubic")
             pos = torch.cat([pos[:, :1], grid.permute(0, 2, 3, 1).reshape(1, side * side, -1)], dim=1)
         x = x + pos
+        if "register_tokens" in p:
+            x = torch.cat([x[:, :1], p["register_tokens"].expand(len(x), -1, -1), x[:, 1:]], dim=1)
         for i in range(sum(k.endswith("attn.qkv.weight") for k in p)):
             b = f"blocks.{i}."
             y = F.layer_norm(x, x.shape[-1:], p[b + "norm1.weight"], p[b + "norm1.bias"], 1e-6)
@@ -60,7 +69,7 @@ class PlainDINO:
             y = F.layer_norm(x, x.shape[-1:], p[b + "norm2.weight"], p[b + "norm2.bias"], 1e-6)
             y = F.gelu(F.linear(y, p[b + "mlp.fc1.weight"], p[b + "mlp.fc1.bias"]))
             x = x + F.linear(y, p[b + "mlp.fc2.weight"], p[b + "mlp.fc2.bias"])
-        return F.layer_norm(x, x.shape[-1:], p["norm.weight"], p["norm.bias"], 1e-6)[:, 0]
+        return F.layer_norm(x, x.shape[-1:], p["norm.weight"], p["norm.bias"], 1e-6)
 
     def forward(self, w, crops):
         features, i = [], 0

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny_run
 import torch
+from dino_train.common.masks import MaskKind
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine.learner import Learner
 from dino_train.engine.optim import parameter_groups
@@ -37,17 +38,23 @@ SETTINGS = {
 CPU = torch.device("cpu")
 
 
-def crops(step, batch=8):
+MASKS = MaskKind(4, 0.5, (0.1, 0.5), 4)
+
+
+def crops(step, batch=8, masked=False):
     g = torch.Generator().manual_seed(step)
     sizes = [32] * 2 + [16] * 3
-    return [torch.randn(batch, 3, size, size, generator=g) for size in sizes]
+    images = [torch.randn(batch, 3, size, size, generator=g) for size in sizes]
+    masks = [torch.stack([torch.from_numpy(MASKS.draw(step, 0, i, i)) for i in range(batch)])] if masked else []
+    return images + masks
 
 
 def run(config, steps=10, own=slice(None)):
     """Losses, weights of student and teacher, and center of some steps."""
     torch.manual_seed(3)
     learner = Learner(config, 2, CPU)
-    losses = [learner.step(step, [crop[own] for crop in crops(step)]).loss for step in range(steps)]
+    masked = config.method == "ibot"
+    losses = [learner.step(step, [crop[own] for crop in crops(step, masked=masked)]).loss for step in range(steps)]
     nets = {"student": learner.student, "teacher": learner.teacher}
     weights = {f"{net}.{k}": v.clone() for net, module in nets.items() for k, v in module.state_dict().items()}
     return losses, weights | {"center": learner.method.center}
@@ -108,6 +115,8 @@ def test_checkpointed_activations_are_recomputed(monkeypatch):
         {"method": "moco", "local_crops_number": 0, "predictor": False, "queue_size": 20, "bn_split": 4},
         {"method": "moco", "local_crops_number": 0},
         {"method": "swav", "queue_size": 16},
+        {"method": "ibot", "patch_head": "untied"},
+        {"method": "ibot", "centering": "sinkhorn", "koleo": 0.1, "registers": 2},
     ],
 )
 def test_a_step_does_not_synchronize(monkeypatch, precision, changes):
@@ -121,7 +130,9 @@ def test_a_step_does_not_synchronize(monkeypatch, precision, changes):
         learner = Learner(replace(PretrainConfig(**SETTINGS, precision=precision), **changes), 2, CPU)
         for step in (0, 1, 2, 3):  # with the last layer frozen and trained
             sizes = (32, 32, *[16] * learner.config.local_crops_number)
-            result = learner.step(step, [torch.randn(8, 3, size, size) for size in sizes])
+            images = [torch.randn(8, 3, size, size) for size in sizes]
+            masks = [torch.zeros(8, 2, 16, dtype=torch.bool)] if learner.config.mask_kind else []
+            result = learner.step(step, images + masks)
         for read in (lambda: result.loss, lambda: bool(result.loss_tensor > 0), result.loss_tensor.tolist):
             with pytest.raises(DataDependentOutputException):
                 read()
@@ -224,6 +235,7 @@ parallel.leave()
         {"accumulate": 2, "norm_last_layer": False, "freeze_last_layer": 2},
         pytest.param({"centering": "sinkhorn"}, marks=pytest.mark.slow),
         pytest.param({"method": "swav", "queue_size": 24}, marks=pytest.mark.slow),  # used from the fourth step on
+        {"method": "ibot", "centering": "sinkhorn", "patch_head": "separate"},
     ],
 )
 def test_two_ranks_equal_one_process_with_the_same_batch(tmp_path, changes):

@@ -11,6 +11,7 @@ import torch
 
 from dino_kernels import CropKind, PixelScale
 from dino_train.common.device import gpu_of
+from dino_train.common.masks import MaskKind
 from dino_train.common.process import processors
 from dino_train.common.scale import pixel_scale
 from dino_train.config.presets import METHODS, PRESET_NAMES, READ_BY
@@ -79,6 +80,18 @@ class PretrainConfig:
     """A prediction head behind the student's projection."""
     drop_path_rate: float = 0.1
     """Stochastic depth of the student, probability at the last block."""
+    registers: int = 0
+    """Learned tokens of a ViT beside class token and patches, which keep its attention maps clean; DINOv2 has 4."""
+    patch_head: Literal["shared", "untied", "separate"] = "shared"
+    """Head of patches: that of the class token, one with a last layer of its own, or a whole one of its own."""
+    patch_out_dim: int = 0
+    """Number of outputs of an untied or a separate head of patches; 0: out_dim."""
+    mask_probability: float = 0.5
+    """Share of the global crops of which patches are hidden from the student."""
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """Range of the share of patches that are hidden of such a crop."""
+    koleo: float = 0.0
+    """Weight of the KoLeo loss, which spreads the class tokens of a batch; DINOv2 has 0.1."""
 
     momentum_teacher: float = 0.996
     """EMA momentum of the teacher at the start. Higher for small batches."""
@@ -122,7 +135,10 @@ class PretrainConfig:
     epochs: int = 100
     """Passes over the data."""
     lr: float = 0.0005
-    """Peak learning rate for a batch of 256; scaled by batch / 256."""
+    """Peak learning rate, see lr_rule."""
+    lr_rule: Literal["linear", "sqrt"] = "linear"
+    """linear: lr is for a batch of 256 and scaled by batch / 256. sqrt: it is for 1024 and scaled by the square root of
+    batch / 1024, as DINOv2 has it."""
     min_lr: float = 1e-6
     """Learning rate at the end."""
     warmup_epochs: int = 10
@@ -220,8 +236,8 @@ class PretrainConfig:
         least |= {"accumulate": 1, "log_interval": 1, "num_workers": 1, "global_crops_size": 1, "local_crops_size": 1}
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "freeze_backbone_steps"):
             least[name] = 0
-        least |= {"head_bottleneck_dim": 1, "sinkhorn_iterations": 1}
-        for name in ("queue_size", "queue_start_epoch", "bn_split", "local_crops_number"):
+        least |= {"head_bottleneck_dim": 1, "sinkhorn_iterations": 1, "koleo": 0}
+        for name in ("queue_size", "queue_start_epoch", "bn_split", "local_crops_number", "registers", "patch_out_dim"):
             least[name] = 0
         for name in ("saveckp_freq", "keep_last", "save_minutes", "knn_freq", "seed", "lr", "clip_grad"):
             least[name] = 0
@@ -278,9 +294,22 @@ class PretrainConfig:
                 self.bn_split,
                 f"a divisor of the {batch} images of a micro-batch, with at least 2 parts",
             )
-        _require(
-            not (self.freeze_patch_embed and self.arch in RESNETS), "freeze_patch_embed", True, "false for a convnet"
-        )
+        if self.arch in RESNETS:
+            _require(not self.freeze_patch_embed, "freeze_patch_embed", True, "false for a convnet")
+            _require(not self.registers, "registers", self.registers, "0 for a convnet")
+            _require(self.method != "ibot", "arch", self.arch, "a ViT for ibot, which hides patches")
+        if self.method == "ibot":
+            low, high = self.mask_ratio
+            _require(0 < self.mask_probability <= 1, "mask_probability", self.mask_probability, "in (0, 1]")
+            _require(0 < low <= high < 1, "mask_ratio", (low, high), "two increasing fractions in (0, 1)")
+            kind = self.mask_kind
+            assert kind is not None
+            _require(
+                kind.masks > 0, "mask_probability", self.mask_probability, "larger: no view of a micro-batch has a mask"
+            )
+            _require(low * kind.side**2 >= 1, "mask_ratio", (low, high), f"of at least one of {kind.side**2} patches")
+            own = self.patch_head != "shared"
+            _require(own or not self.patch_out_dim, "patch_out_dim", self.patch_out_dim, "0 with a shared head")
 
     def _check_pixels(self) -> None:
         _ = self.scale  # raises
@@ -325,6 +354,14 @@ class PretrainConfig:
         both = self.global_crops_size, self.global_crops_scale
         small = CropKind(self.local_crops_size, self.local_crops_scale, **local)
         return (CropKind(*both, **first), CropKind(*both, **second), *[small] * self.local_crops_number)
+
+    @property
+    def mask_kind(self) -> MaskKind | None:
+        """Masks of the global crops; None for methods without."""
+        if self.method != "ibot":
+            return None
+        images = self.batch_size_per_gpu // self.accumulate
+        return MaskKind(self.global_crops_size // self.patch_size, self.mask_probability, self.mask_ratio, images)
 
     @property
     def scale(self) -> PixelScale:

@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mocov2": {"method": "moco"},
     "mocov3": {"method": "moco", "predictor": True, "queue_size": 0, "student_temp": 0.2},
     "swav": {"method": "swav"},
+    "ibot": {"method": "ibot"},
 }
 RATES = (1 / 3, 1.0, 3.0)  # times a method's own learning rate, tried with --sweep
 NOTE = (
@@ -58,7 +59,7 @@ class Compare:
     data: str = str(EMBEDDED_DATA)
     """Folder, .zip or .tar with class folders, as of pretrain and evaluate."""
     methods: tuple[str, ...] = ("dino", "byol", "mocov2", "mocov3", "swav")
-    """Methods, each with the values of --preset demo: dino, dino-sinkhorn, byol, mocov2, mocov3, swav."""
+    """Methods, each with the values of --preset demo: dino, dino-sinkhorn, byol, mocov2, mocov3, swav, ibot."""
     arch: Literal[ARCHS] = "vit_nano"  # type: ignore[valid-type]
     """Backbone."""
     budget_images: int = 48000

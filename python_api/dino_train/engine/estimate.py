@@ -100,10 +100,14 @@ def _activations(learner: Learner) -> int:
         saved = images * sum(side**2 for side in sides) * SAVED[config.arch]
         return int(width * (1.4 * saved + head))
     c, depth = backbone.embed_dim, len(backbone.blocks)
-    tokens = images * sum(1 + (side // backbone.patch_size) ** 2 for side in sides)
+    tokens = images * sum(backbone.lead + (side // backbone.patch_size) ** 2 for side in sides)
     # The norms' results, queries, keys, values, heads and hidden channels; the residual stream twice, in float32.
     block = tokens * c * ((6 + (0 if _recomputed(learner) else 4)) * width + 8)
     saved = (depth - 1) * block  # the last block is of class tokens alone
+    if (masks := config.mask_kind) is not None:  # and with masks of all; the teacher's head sees all patches
+        saved += block
+        head += masks.most * (c + 4 * config.head_hidden_dim + 2 * (config.patch_out_dim or config.out_dim))
+        head += 2 * images * masks.side**2 * 2 * config.head_hidden_dim
     if config.checkpoint_activations:
         saved = depth * tokens * c * (4 + width) + 2 * block
     saved += width * (tokens * config.channels * backbone.patch_size**2 + head)

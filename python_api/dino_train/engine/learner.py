@@ -83,8 +83,9 @@ class Learner:
         self.optimizer = self._optimizer()
         self.gradient_sum = GradientSum(self.student_flat)
         steps = config.epochs * steps_per_epoch
+        batch = config.batch_size_per_gpu * parallel.size()
         self.lr = cosine_schedule(
-            config.lr * config.batch_size_per_gpu * parallel.size() / 256,
+            config.lr * (batch / 256 if config.lr_rule == "linear" else (batch / 1024) ** 0.5),
             config.min_lr,
             steps,
             warmup_steps=config.warmup_epochs * steps_per_epoch,
@@ -127,7 +128,8 @@ class Learner:
 
         Args:
             step: global step, the index into the schedules.
-            crops: V tensors [B, 3, h, w] float32 on the device, the two global crops first.
+            crops: V tensors [B, channels, h, w] float32 on the device, the two global crops first, and what else the
+                method takes of each image.
         """
         self._freeze(step)
         if (stage := self.method.stage(step, self.steps_per_epoch)) != self.stage:

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 FIXED = (
     *("method", "arch", "patch_size", "channels", "global_crops_size", "out_dim", "head_hidden_dim"),
     *("head_bottleneck_dim", "use_bn_in_head", "norm_last_layer", "predictor", "queue_size", "optimizer"),
+    *("registers", "patch_head", "patch_out_dim"),
 )
 # Settings that each process may have of its own.
 OWN = ("allow_changes", "config", "stats", "data", "output_dir", "num_workers", "init_from", "preset")
@@ -434,6 +435,7 @@ class Run:
             device=self.device,
             scale=config.scale,
             scaled_decode=config.scaled_decode,
+            masks=config.mask_kind,
         )
         with closing(iter(loader)) as batches:  # stops its threads, also after an exception
             self._train_on(batches)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dino_kernels import sinkhorn_center
 from dino_train.common import parallel
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.models.resnet import RESNETS, ResNet
@@ -51,8 +52,8 @@ class Method:
         self.config, self.device, self.dtype = config, device, config.dtype(device)
         self.phase: Callable[[str], None] = lambda name: None
 
-    def build_backbone(self, drop_path_rate: float) -> VisionTransformer | ResNet:
-        """The backbone that the configuration asks for."""
+    def build_backbone(self, drop_path_rate: float, **options: Any) -> VisionTransformer | ResNet:
+        """The backbone that the configuration asks for; options are further arguments of a ViT."""
         c = self.config
         return build_backbone(
             c.arch,
@@ -60,6 +61,19 @@ class Method:
             img_size=c.global_crops_size,
             drop_path_rate=drop_path_rate,
             channels=c.channels,
+            registers=c.registers,
+            **options,
+        )
+
+    def sinkhorn(self, logits: Tensor, temp: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Center [K] by which softmax((logits - center) / temp) is balanced over the rows of all ranks; of those that
+        are `counted`, bool [R], where given (paper of SwAV, section 3.1)."""
+        return sinkhorn_center(
+            logits,
+            temp=temp,
+            iterations=self.config.sinkhorn_iterations,
+            counted=counted,
+            combine=parallel.combine_mass(temp),
         )
 
     def warn_of_few_rows(self, rows: int) -> None:
@@ -97,7 +111,8 @@ class Method:
         """The loss of a micro-batch of B images. No value is read on the host: on a GPU it is captured in a CUDA graph.
 
         Args:
-            crops: V tensors [B, channels, h, w] float32, the two global crops first.
+            crops: V tensors [B, channels, h, w] float32, the two global crops first; then masks, bool [B, 2, patches],
+                if the configuration has a `mask_kind`.
             teacher_temp: 0-d, on the device, by the schedule.
         """
         raise NotImplementedError

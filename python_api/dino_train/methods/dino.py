@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_kernels import dino_loss, sinkhorn_center
-from dino_train.common import parallel
+from dino_kernels import dino_loss
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.methods import Method, Part
 from dino_train.models.vit import DINOModel, build_model
@@ -57,6 +56,7 @@ class Dino(Method):
             head_hidden_dim=c.head_hidden_dim,
             head_bottleneck_dim=c.head_bottleneck_dim,
             channels=c.channels,
+            registers=c.registers,
         )
 
     def frozen(self, epoch: int) -> list[nn.Module]:
@@ -75,7 +75,8 @@ class Dino(Method):
             teacher_logits = self.teacher.head.last_layer(teacher_z)
         student_logits = self.student.head.last_layer(student_z)
         sinkhorn = self.config.centering == "sinkhorn"
-        center = self._sinkhorn(teacher_logits, teacher_temp) if sinkhorn else self.center
+        # Both views' rows together, as DINOv2 has it (dinov2/loss/dino_clstoken_loss.py).
+        center = self.sinkhorn(teacher_logits, teacher_temp) if sinkhorn else self.center
         loss, batch_center = dino_loss(
             student_logits,
             teacher_logits,
@@ -86,15 +87,6 @@ class Dino(Method):
         )
         self.phase("loss")
         return Part(loss, center if sinkhorn else batch_center, teacher_z)
-
-    def _sinkhorn(self, teacher_logits: Tensor, teacher_temp: Tensor) -> Tensor:
-        """Center of both views' rows together, as DINOv2 has it (dinov2/loss/dino_clstoken_loss.py)."""
-        return sinkhorn_center(
-            teacher_logits,
-            temp=teacher_temp,
-            iterations=self.config.sinkhorn_iterations,
-            combine=parallel.combine_mass(teacher_temp),
-        )
 
     def after(self, told: Tensor, kept: Tensor, refused: Tensor) -> None:
         center = told if self.config.centering == "sinkhorn" else self.center.lerp(told, 1 - CENTER_MOMENTUM)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_kernels import dino_loss, sinkhorn_center
+from dino_kernels import dino_loss
 from dino_train.common import parallel
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.methods import Method, Part
@@ -84,17 +84,7 @@ class Swav(Method):
             if self.full:  # each rank adds another part of it
                 queue = self.queue.rows[parallel.rank() :: parallel.size()]
                 rows = [torch.cat([own[view], last_layer(queue[:, view].contiguous())]) for view in range(2)]
-            center = torch.stack(
-                [
-                    sinkhorn_center(
-                        scores,
-                        temp=teacher_temp,
-                        iterations=config.sinkhorn_iterations,
-                        combine=parallel.combine_mass(teacher_temp),
-                    )
-                    for scores in rows
-                ]
-            )
+            center = torch.stack([self.sinkhorn(scores, teacher_temp) for scores in rows])
         loss, _ = dino_loss(
             logits,
             torch.cat(own),  # a copy: the gradient is written over logits
