@@ -54,7 +54,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     # The teacher is not used, and so a copy of the student.
     "swav": {"momentum_teacher": 0.0, "momentum_teacher_end": 0.0, "teacher_temp": 0.05},
-    "ibot": {"out_dim": 8192},
+    "ibot": {"out_dim": 8192, "local_crops_number": 10},
 }
 
 # What `--preset demo` changes for a method.
@@ -63,7 +63,7 @@ METHOD_DEMO: dict[str, dict[str, Any]] = {
     "byol": {"augmentation": "small", "global_crops_scale": (0.3, 1.0), "out_dim": 128, "head_hidden_dim": 512},
     "moco": {"augmentation": "small", "global_crops_scale": (0.3, 1.0), "out_dim": 128, "queue_size": 1024},
     "swav": {},
-    "ibot": {"out_dim": 128},
+    "ibot": {"out_dim": 128, "local_crops_number": 4},
 }
 # What it changes for a ResNet, as the published recipes do; with the rate and the decay of ViTs features become worse
 # than random ones.
@@ -122,7 +122,6 @@ _IBOT = {
     "method": "ibot",
     "patch_size": 16,
     "teacher_temp": 0.07,
-    "local_crops_number": 10,
 }
 # dinov2/configs/ssl_default_config.yaml, with its Sinkhorn-Knopp and the 4 registers of arXiv 2309.16588.
 _DINOV2 = {
@@ -132,6 +131,7 @@ _DINOV2 = {
     "koleo": 0.1,
     "registers": 4,
     "out_dim": 65536,
+    "local_crops_number": 8,
     "drop_path_rate": 0.3,
     "epochs": 100,
     "lr": 0.004,
