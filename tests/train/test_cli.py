@@ -1,3 +1,4 @@
+import builtins
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import dino_train
 import pytest
 import torch
+from dino_train import __main__ as start
 from dino_train import cli
 from dino_train.cli import main
 from dino_train.config.presets import PRESETS, recipe
@@ -244,6 +246,26 @@ def test_export_is_the_teachers_backbone(run, tmp_path):
         assert {f"backbone.{name}" for name in file.keys()} == names  # noqa: SIM118
         for name in file.keys():  # noqa: SIM118
             assert torch.equal(file.get_tensor(name), state[f"backbone.{name}"])
+
+
+def test_ctrl_c_while_importing_is_one_line(monkeypatch, capsys):
+    real = builtins.__import__
+
+    def interrupted(name, *arguments):
+        if name == "dino_train.cli":
+            raise KeyboardInterrupt
+        return real(name, *arguments)
+
+    monkeypatch.setattr(start, "tune", lambda: None)
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    assert start.main() == 130
+    assert capsys.readouterr().err == "dino-train: interrupted\n"
+
+
+def test_data_is_stored_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert parsed(monkeypatch, "--data", "my/images").plain()["data"] == f"{tmp_path}/my/images"
+    assert parsed(monkeypatch, "--data", "https://host/{0..3}.tar").plain()["data"] == "https://host/{0..3}.tar"
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

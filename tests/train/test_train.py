@@ -223,6 +223,10 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
         signal.signal(signal.SIGXFSZ, ignored)
     assert checkpoint.load(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["last.pt"]
+    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(checkpoint.CheckpointError, match=f"cannot write {path}: .*No space left on device"):
+        checkpoint.save({"step": 2, "x": torch.zeros(1 << 20)}, path)
+    assert checkpoint.load(path) == {"step": 1}
 
 
 def test_metrics_that_cannot_be_written_are_left_out(tmp_path, caplog):
@@ -495,6 +499,8 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config, monk
         pretrain(config)
     state = checkpoint.load(config.output_dir / "last.pt")
     assert state["step"] == 5 and all(v.isfinite().all() for v in state["student"].values())
+    with pytest.raises(NonFiniteLoss, match="No checkpoint was written before this$"):
+        pretrain(replace(config, batch_size_per_gpu=2, output_dir=config.output_dir / "first"))
 
 
 def test_unreadable_images_are_reported_once_skipped_and_counted(config, caplog, capsys):
@@ -661,6 +667,19 @@ def test_a_collapse_is_reported_once_and_not_during_warmup(caplog, loss, entropy
     assert len(caplog.records) == (1 if expected else 0)
     if expected:
         assert expected in caplog.text
+        assert "same" not in expected or "look at the images: pictures that are nearly black" in caplog.text
+
+
+def test_a_collapse_is_said_again_at_the_end_and_evaluations_with_their_number_of_images(config, capsys, monkeypatch):
+    make_images(config.data, n=60)  # so that three are held out
+    monkeypatch.setattr(train, "plot_curves", lambda folder: folder)
+    monkeypatch.setattr(CollapseWatch, "update", lambda watch, step, row: watch.warned.update(constant="it collapsed"))
+    pretrain(replace(config, epochs=1, knn_freq=1))
+    said = capsys.readouterr().out
+    assert said.count("\nit collapsed\n") == 1
+    assert re.search(r"after 1 epochs: retrieval [\d.]+ % of 3 images \(chance 33.3 %\)  knn10 [\d.]+ %", said)
+    assert re.search(r"knn20 [\d.]+ % of 3 images \(chance 50.0 %\)\n", said)
+    assert re.search(r"best k-NN .* epochs \(3 images, chance 50.0 %\)\n", said)
 
 
 def test_a_temporary_read_error_does_not_discard_the_last_checkpoint(config, monkeypatch):
