@@ -121,6 +121,12 @@ def test_names_of_other_versions_load(tmp_path, here, there):
     assert_is(dino_train.load_backbone(tmp_path / "other.pth"), TEACHER)
 
 
+@pytest.mark.parametrize("value", [np.float32(0.1), np.float16(0.1), np.int64(3), np.uint8(3), np.bool_(True)])
+def test_numpy_scalars_of_any_dtype_load(tmp_path, value):
+    torch.save({**FULL, "best": value}, tmp_path / "checkpoint.pth")
+    assert_is(dino_train.load_backbone(tmp_path / "checkpoint.pth"), TEACHER)
+
+
 def test_published_weights_give_the_expected_features(tmp_path):
     torch.save(TEACHER, tmp_path / "backbone.pth")
     image = torch.randn(3, SIZE, SIZE)

@@ -21,9 +21,9 @@ _numpy_scalar = np.float64(0).__reduce__()[0]
 
 logger = logging.getLogger(__name__)
 
-# Safe types in checkpoints of the reference code: its arguments (with a path set by its SLURM launcher) and learning
-# rates as numpy scalars.
-_REFERENCE_TYPES: list[Any] = [argparse.Namespace, np.dtype, np.dtypes.Float64DType]
+# Safe types in checkpoints of the reference code and others: arguments (with a path set by its SLURM launcher), and
+# rates and accuracies as numpy scalars.
+_REFERENCE_TYPES: list[Any] = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
 # numpy 1 and 2, and Python 3.13 and older, use different names; a file has the names of the versions that wrote it.
 _REFERENCE_TYPES += [(_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 _REFERENCE_TYPES += [(PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
