@@ -29,6 +29,7 @@ from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 RNG = np.random.default_rng(0)
 BANDS = RNG.integers(500, 9000, (20, 24, 4), np.uint16)
+EIGHT = (BANDS >> 5).astype(np.uint8)
 GRAY = RNG.integers(0, 4096, (20, 24), np.uint16)
 
 
@@ -77,6 +78,9 @@ def dicom(values, photometric="MONOCHROME2", intercept=0):
         (tiff(BANDS.transpose(2, 0, 1), photometric="minisblack", planarconfig="separate"), BANDS),
         (tiff(BANDS.transpose(2, 0, 1), photometric="minisblack"), BANDS),  # a page a band
         (tiff(BANDS, photometric="minisblack", planarconfig="contig", compression="lzw", predictor=True), BANDS),
+        (tiff(EIGHT, photometric="rgb", extrasamples=[0]), EIGHT),  # red, green, blue, infrared
+        (tiff(EIGHT.transpose(2, 0, 1), photometric="minisblack"), EIGHT),
+        (tiff(EIGHT[..., 0].astype(np.int8)), EIGHT[..., :1].astype(np.int8).astype(np.float32)),
         (tiff(BANDS.astype(np.float32) / 7, photometric="minisblack", planarconfig="contig"), BANDS.astype("f4") / 7),
         (tiff(BANDS.astype(np.int16), photometric="minisblack", planarconfig="contig"), BANDS.astype(np.float32)),
         (tiff(BANDS[..., :3].transpose(2, 0, 1), photometric="rgb", planarconfig="separate"), BANDS[..., :3]),
@@ -111,6 +115,8 @@ def test_channels_are_converted_where_that_is_plain():
         decode_deep(npy(np.array([object()])), 1)
     with pytest.raises(ValueError, match="empty file"):
         decode_deep(b"", 1)
+    with pytest.raises(ValueError, match="expected real numbers, got complex64"):
+        decode_deep(tiff(GRAY.astype(np.complex64)), 1)
     with pytest.raises(ValueError, match=r"expected numbers \[H, W\] or \[H, W, C\], got float64 \[2\]"):
         decode_deep(npy(np.zeros(2)), 1)
 
@@ -139,7 +145,10 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
         decode_deep(dicom(GRAY), 1)
     assert np.array_equal(decode_deep(pillow(Image.fromarray(GRAY), "TIFF"), 1)[..., 0], GRAY)  # by Pillow
     folder_of(tmp_path, [BANDS[..., :3]] * 4)
-    with pytest.raises(DataError, match="a/000.tif: a TIFF of several channels .*: pip install tifffile"):
+    with pytest.raises(DataError, match="a/000.tif: a TIFF of several pages, .*: pip install tifffile"):
+        is_deep(ImageFolder(tmp_path))
+    (tmp_path / "a/000.tif").write_bytes(tiff(np.stack([GRAY] * 2)))
+    with pytest.raises(DataError, match="a/000.tif: a TIFF of several pages, .*: pip install tifffile"):
         is_deep(ImageFolder(tmp_path))
 
 
@@ -311,8 +320,32 @@ def test_views_of_levels_are_those_of_8_bit_images():
 
 
 def test_only_deep_images_are_measured(tmp_path, caplog):
-    assert not is_deep(ImageFolder(folder_of(tmp_path / "a", [picture(24, 24)] * 3)))
+    color = picture(24, 24)
+    alpha = pillow(Image.fromarray(np.dstack([color, color[..., 0]])), "PNG")
+    assert not is_deep(ImageFolder(folder_of(tmp_path / "a", [color] * 3)))
+    (tmp_path / "a/a/x.png").write_bytes(alpha)
+    assert not caplog.messages
     assert is_deep(ImageFolder(folder_of(tmp_path / "b", [GRAY] * 3)))
+
+
+def test_pages_and_channels_that_rgb_has_no_place_for_are_counted(tmp_path, caplog):
+    film = io.BytesIO()
+    Image.fromarray(picture(8, 8)).save(film, "GIF", save_all=True, append_images=[Image.fromarray(picture(8, 8, 1))])
+    files = {"film.gif": film.getvalue(), "pages.tif": tiff(np.stack([EIGHT[..., 0]] * 2))}
+    files |= {
+        "bands8.tif": tiff(EIGHT, photometric="rgb", extrasamples=[0]),
+        "one.png": pillow(Image.new("L", (8, 8)), "PNG"),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    assert not is_deep(ImageFolder(tmp_path))
+    assert [message.partition("looked at, ")[2] for message in caplog.messages] == [
+        "2 have several pages or frames, of which the first is used",
+        "1 have a fourth channel, which is left out (--channels 4 takes it)",
+    ]
+    caplog.clear()
+    assert is_deep(ImageFolder(folder_of(tmp_path / "b", [BANDS] * 3, ".npy")))
+    assert "of 3 images looked at, 3 have a fourth channel" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Decoding of image files, and the reason if it fails."""
 
-import io
 import re
 import warnings
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dino_kernels import PixelScale
 from dino_train.common.views import View, levels_of
-from dino_train.data.deep import decode_deep, is_deep_file
+from dino_train.data.deep import decode_deep, open_8_bit
 
 try:
     import simplejpeg
@@ -50,10 +49,10 @@ def decode(data: bytes) -> np.ndarray:
             return simplejpeg.decode_jpeg(data, "RGB")
     if not data:
         raise ValueError("empty file")
-    if is_deep_file(data):
+    image = open_8_bit(data)
+    if image is None:
         values = decode_deep(data, 3)
         return values if values.dtype == np.uint8 else _to_8_bit(values)
-    image: Image.Image = Image.open(io.BytesIO(data))
     image.load()
     with suppress(Exception):  # damaged EXIF does not make the image unreadable
         ImageOps.exif_transpose(image, in_place=True)

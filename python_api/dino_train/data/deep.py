@@ -14,7 +14,7 @@ from dino_train.common.views import with_channels
 
 _KEPT = (np.uint8, np.uint16, np.float32)
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BITS, _ORIENTATION, _SAMPLES = 258, 274, 277  # tags of TIFF
+_BITS, _ORIENTATION, _SAMPLES, _FORMAT = 258, 274, 277, 339  # tags of TIFF
 _MIN_IS_WHITE, _PILLOWS = 0, (3, 5, 6)  # palette, CMYK and YCbCr, which Pillow converts
 
 
@@ -34,18 +34,22 @@ class NeedsPackage(ValueError):
     """A library that is not installed reads the file."""
 
 
-def is_deep_file(data: bytes) -> bool:
-    """Whether a file has other values than Pillow's 8-bit gray, palette, RGB or CMYK."""
+def open_8_bit(data: bytes) -> Image.Image | None:
+    """A file of 8-bit gray, palette, RGB or CMYK, opened by Pillow; None if it has other values. Almost any exception
+    may be raised."""
     if data.startswith(b"\x93NUMPY") or data[128:132] == b"DICM":
-        return True
-    if data.startswith(b"\x89PNG"):
-        return data[24:25] == b"\x10"
-    if data[:4] in _TIFF:
-        with suppress(Exception):  # reported when it is decoded
-            tags = Image.open(io.BytesIO(data)).tag_v2  # type: ignore[attr-defined]
-            return max(tags.get(_BITS, (1,))) > 8 or tags.get(_SAMPLES, 1) > 4
-        return True  # Pillow does not know it
-    return False
+        return None
+    if data.startswith(b"\x89PNG") and data[24:25] == b"\x10":
+        return None
+    try:
+        image = Image.open(io.BytesIO(data))
+        tags = image.tag_v2 if data[:4] in _TIFF else {}  # type: ignore[attr-defined]
+        deep = max(tags.get(_BITS, (1,))) > 8 or tags.get(_SAMPLES, 1) > 4 or set(tags.get(_FORMAT, (1,))) != {1}
+    except Exception:
+        if data[:4] in _TIFF:  # tifffile knows more of them
+            return None
+        raise
+    return None if deep else image
 
 
 def decode_deep(data: bytes, channels: int) -> np.ndarray:
@@ -70,20 +74,22 @@ def read_values(data: bytes, channels: int | None = None) -> np.ndarray:
         values = _numpy(data, channels)
     elif data[128:132] == b"DICM":
         values = _dicom(data)
-    elif data[:4] in _TIFF and is_deep_file(data) and (tifffile := _optional("tifffile")):
-        values = _tiff(data, tifffile)
-    elif data.startswith(b"\x89PNG") and is_deep_file(data) and data[25] in (2, 4, 6):  # Pillow keeps 8 of 16 bits
+    elif data[:4] in _TIFF:
+        values = _tiff(data, tifffile) if (tifffile := _optional("tifffile")) else _small_tiff(data)
+    elif data.startswith(b"\x89PNG") and data[24:26] in (b"\x10\2", b"\x10\4", b"\x10\6"):  # Pillow keeps 8 of 16 bits
         values = _require("imagecodecs", "a PNG of several channels of 16 bits").png_decode(data)
     else:
         values = _pillow(data)
     if not values.size:
         raise ValueError(f"it has no pixels, shape {list(values.shape)}")
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"expected real numbers, got {values.dtype}")
     return values if values.ndim == 3 else values[..., None]
 
 
 def _numpy(data: bytes, channels: int | None) -> np.ndarray:
     values = np.load(io.BytesIO(data), allow_pickle=False)
-    if values.ndim not in (2, 3) or values.dtype.kind not in "buif":
+    if values.ndim not in (2, 3):
         raise ValueError(f"expected numbers [H, W] or [H, W, C], got {values.dtype} {list(values.shape)}")
     if values.ndim == 3:
         first, _, last = values.shape
@@ -94,9 +100,6 @@ def _numpy(data: bytes, channels: int | None) -> np.ndarray:
 
 def _pillow(data: bytes) -> np.ndarray:
     image: Image.Image = Image.open(io.BytesIO(data))
-    tags = getattr(image, "tag_v2", {})
-    if isinstance(bits := tags.get(_BITS, ()), tuple) and len(bits) > 1 and max(bits) > 8:
-        raise NeedsPackage("a TIFF of several channels of more than 8 bits needs a package: pip install tifffile")
     image.load()
     with suppress(Exception):  # damaged EXIF does not make the image unreadable
         ImageOps.exif_transpose(image, in_place=True)
@@ -105,8 +108,19 @@ def _pillow(data: bytes) -> np.ndarray:
     return np.asarray(image)
 
 
+def _small_tiff(data: bytes) -> np.ndarray:
+    image = Image.open(io.BytesIO(data))
+    bits = image.tag_v2.get(_BITS, ())  # type: ignore[attr-defined]
+    if getattr(image, "is_animated", False) or (len(bits) > 1 and max(bits) > 8):
+        raise NeedsPackage(
+            "a TIFF of several pages, or of several channels of more than 8 bits, needs a package: pip install tifffile"
+        )
+    return _pillow(data)
+
+
 def _tiff(data: bytes, tifffile: ModuleType) -> np.ndarray:
-    """Bands and pages of one size become channels."""
+    """Bands and pages of one size become channels. What is alone and of 8 bits is left to Pillow, which knows more
+    compressions and colors."""
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what matters is raised
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         places = set[int]()
@@ -115,8 +129,11 @@ def _tiff(data: bytes, tifffile: ModuleType) -> np.ndarray:
                 raise ValueError("damaged (its pages form a circle)")
             places.add(page.offset)
         series = file.series[0]
-        photometric, tag = int(series.keyframe.photometric), series.keyframe.tags.get(_ORIENTATION)
-        if photometric in _PILLOWS:
+        page = series.keyframe
+        photometric, tag = int(page.photometric), page.tags.get(_ORIENTATION)
+        usual = page.samplesperpixel <= 4 and 0 not in page.extrasamples  # no fourth band but alpha
+        of_8_bits = np.max(page.bitspersample) <= 8 and page.sampleformat == 1
+        if photometric in _PILLOWS or (len(series.pages) == 1 and usual and of_8_bits):
             return _pillow(data)
         try:
             values = series.asarray()

@@ -1,20 +1,23 @@
 """What a set of images holds: depth, range, mean and deviation of its channels, sizes, damage and duplicates."""
 
+import io
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from dino_kernels import PixelScale
 from dino_train.common.scale import pixel_scale, ranges_of
 from dino_train.common.views import as_picture, levels_of
 from dino_train.data.decode import UnreadableImage, decoded
-from dino_train.data.deep import NeedsPackage, decode_deep, read_values
+from dino_train.data.deep import NeedsPackage, decode_deep, open_8_bit, read_values
 from dino_train.data.folder import DataError, ImageFolder
 from dino_train.data.threads import in_order
 
@@ -95,17 +98,34 @@ class _Seen:
 
 
 def is_deep(images: ImageFolder) -> bool:
-    """Whether some of the images, 16 evenly spaced, have other values than 8 bits."""
-    for i in np.linspace(0, len(images) - 1, min(16, len(images))).round().astype(int):
-        if images.names[i].lower().endswith((".jpg", ".jpeg", ".webp", ".bmp", ".gif")):
+    """Whether some of the images, 16 evenly spaced, have other values than 8 bits. Logs how many of them have more
+    pages or channels than RGB has."""
+    deep, more = False, Counter[str]()
+    some = np.linspace(0, len(images) - 1, min(16, len(images))).round().astype(int).tolist()
+    for i in some:
+        if images.names[i].lower().endswith((".jpg", ".jpeg", ".bmp")):
             continue
         try:
-            if read_values(images.read(int(i))).dtype not in (np.uint8, bool):
-                return True
+            data = images.read(i)
+            image = open_8_bit(data)
+            more["several pages or frames, of which the first is used"] += getattr(image, "is_animated", False)
+            values = read_values(data)
         except NeedsPackage as error:
-            raise DataError(f"{images.path}: {images.names[int(i)]}: {error}") from error
+            if image is None:
+                raise DataError(f"{images.path}: {images.names[i]}: {error}") from error
+            continue
         except Exception:  # reported when it is to be trained on
             continue
+        deep |= values.dtype not in (np.uint8, bool)
+        more["a fourth channel, which is left out (--channels 4 takes it)"] += values.shape[2] > 3 and not _alpha(data)
+    for what, count in (+more).items():
+        logger.warning("%s: of %d images looked at, %d have %s", images.path, len(some), count, what)
+    return deep
+
+
+def _alpha(data: bytes) -> bool:
+    with suppress(Exception):
+        return Image.open(io.BytesIO(data)).mode == "RGBA"
     return False
 
 
