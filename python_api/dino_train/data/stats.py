@@ -247,19 +247,18 @@ def _by_look(item: tuple[str, _Seen]) -> bytes:
 
 def suited(images: ImageFolder, scale: PixelScale, num_workers: int) -> PixelScale:
     """The scale of a backbone, or for 8-bit RGB and images of more bits one with their own range, which is said."""
-    deep = is_deep(images)
     if not scale.is_8_bit_rgb:
-        if not deep and max(scale.high) > 255:
+        if max(scale.high) > 255 and not is_deep(images):
             logger.warning("%s: images of 8 bits, and the network knows values up to %g", images.path, max(scale.high))
         return scale
-    if not deep:
-        return scale
     stats = sampled(images, scale.channels, num_workers)
-    return PixelScale(stats.scale.low, stats.scale.high, scale.mean, scale.std)
+    return PixelScale(stats.scale.low, stats.scale.high, scale.mean, scale.std) if stats else scale
 
 
-def sampled(images: ImageFolder, channels: int, num_workers: int, value_range: Sequence[float] = ()) -> Stats:
-    """`measure` of some images, evenly spaced, and a log of the range found."""
+def sampled(images: ImageFolder, channels: int, num_workers: int, value_range: Sequence[float] = ()) -> Stats | None:
+    """`measure` of some images, evenly spaced, and a log of the range found; None if they are 8-bit RGB."""
+    if channels == 3 and not is_deep(images):
+        return None
     some = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).round().astype(int).tolist()
     stats = measure(images, channels, num_workers, some, value_range=value_range, looks=False)
     missing = {value for value in stats.nodata if value is not None}

@@ -25,7 +25,7 @@ from dino_train.common.scale import ranges_of, scale_of, scale_settings
 from dino_train.config.pretrain import PretrainConfig, absolute
 from dino_train.data.folder import ImageFolder, pretraining_split
 from dino_train.data.loader import Bad, BadImages, CropLoader, require_batch
-from dino_train.data.stats import is_deep, sampled
+from dino_train.data.stats import sampled
 from dino_train.data.stream import ShardStream, count_samples, is_shards, shard_urls
 from dino_train.engine.estimate import estimate, require_memory, step_seconds, warn_of_shortage
 from dino_train.engine.init_from import init_from
@@ -97,9 +97,10 @@ def _with_scale(config: PretrainConfig, images: ImageFolder) -> PretrainConfig:
             before = scale_settings(scale_of(json.loads(path.read_text()), config.channels))
             missing: dict[str, Any] = {name: value for name, value in before.items() if not getattr(config, name)}
             config = replace(config, **missing)
-    if (config.value_range and config.mean and config.std) or (config.channels == 3 and not is_deep(images)):
+    known = config.value_range and config.mean and config.std
+    stats = None if known else sampled(images, config.channels, config.num_workers, config.value_range)
+    if stats is None:
         return config
-    stats = sampled(images, config.channels, config.num_workers, config.value_range)
     mean, std = config.mean or stats.mean, config.std or stats.std
     return replace(config, value_range=stats.value_range, mean=mean, std=std)
 
