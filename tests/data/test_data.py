@@ -12,6 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 from dino_train.data.decode import UnreadableImage, decode, jpeg_size
+from dino_train.data.deep import decode_deep
 from dino_train.data.folder import DataError, ImageFolder, pretraining_split, split
 from dino_train.data.names import DEEP_SUFFIXES, SUFFIXES
 from pictures import fill, save, zip_of
@@ -230,6 +231,22 @@ def test_pillow_warnings_are_silent(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read", "error::RuntimeWarning")
+def test_libraries_print_nothing_about_a_file_without_its_name(capfd, caplog):
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(file, "TIFF", compression="tiff_adobe_deflate")
+    whole = file.getvalue()
+    damaged = whole.replace(whole[8:20], b"\xff" * 12)
+    for data in (damaged, whole[: len(whole) // 2], b"II*\0" + bytes(200)):
+        with pytest.raises(Exception):  # noqa: B017
+            decode(data)
+    values = io.BytesIO()
+    np.save(values, np.array([[1e300, np.nan], [-np.inf, 2.0]]))
+    assert np.isinf(decode_deep(values.getvalue(), 1)).sum() == 2
+    assert decode(values.getvalue())[1, 1, 0] == 0
+    assert capfd.readouterr().err == "" and not caplog.records
 
 
 def test_missing_files_and_out_of_memory(tmp_path, monkeypatch):

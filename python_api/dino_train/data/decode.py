@@ -1,5 +1,7 @@
 """Decoding of image files, and the reason if it fails."""
 
+import ctypes
+import logging
 import re
 import warnings
 from collections.abc import Callable
@@ -19,8 +21,13 @@ try:
 except ImportError:  # Pillow decodes the same pixels, more slowly
     simplejpeg = None
 
-# Pillow warns about large images and damaged EXIF; relevant problems are reported as unreadable images.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+# Libraries warn without a file's name, of large images and damaged EXIF for one; what matters is raised, and reported
+# with the name. libtiff, which Pillow loads, prints errors that Pillow raises too.
+warnings.filterwarnings("ignore", module=r"(PIL|pydicom|numpy\.lib)\.")
+for _library in ("PIL", "tifffile", "pydicom"):
+    logging.getLogger(_library).setLevel(logging.CRITICAL)
+with suppress(AttributeError, OSError):  # a Pillow without libtiff
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 T = TypeVar("T")

@@ -2,7 +2,6 @@
 
 import importlib
 import io
-import logging
 from collections.abc import Callable
 from contextlib import suppress
 from types import ModuleType
@@ -59,10 +58,11 @@ def decode_deep(data: bytes, channels: int) -> np.ndarray:
     channels are an error. Integers of more than 16 bits, signed ones and float64 become float32. Almost any exception
     may be raised.
     """
-    values = with_channels(read_values(data, channels), channels)
-    if values.dtype == bool:
-        return np.ascontiguousarray(values) * np.uint8(255)
-    return np.ascontiguousarray(values, None if values.dtype in _KEPT else np.float32)
+    with np.errstate(all="ignore"):  # values beyond float32 are infinite, which is allowed for
+        values = with_channels(read_values(data, channels), channels)
+        if values.dtype == bool:
+            return np.ascontiguousarray(values) * np.uint8(255)
+        return np.ascontiguousarray(values, None if values.dtype in _KEPT else np.float32)
 
 
 def read_values(data: bytes, channels: int | None = None) -> np.ndarray:
@@ -121,7 +121,6 @@ def _small_tiff(data: bytes) -> np.ndarray:
 def _tiff(data: bytes, tifffile: ModuleType) -> np.ndarray:
     """Bands and pages of one size become channels. What is alone and of 8 bits is left to Pillow, which knows more
     compressions and colors."""
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what matters is raised
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         places = set[int]()
         for page in file.pages:  # each names the next one; tifffile would follow a circle for ever
