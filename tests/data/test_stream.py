@@ -241,6 +241,7 @@ SAMPLES = {
     "v1.2.png v1.2.json v1.3.png": ("v1.2.png v1.3.png", ""),
     "x.jpg x.png y.txt y.jpeg": ("x.jpg y.jpeg", "x.png"),
     "x.jpg x.jpg y.jpg x.jpg": ("x.jpg y.jpg", "x.jpg x.jpg"),
+    "__a__/x.jpg b/y.jpg": ("__a__/x.jpg b/y.jpg", ""),
     "x.jpg y.jpg x.seg.png y.seg.png": ("x.jpg y.jpg x.seg.png y.seg.png", ""),  # not in a row: samples of their own
     "./x.jpg ../y.jpg .z.jpg __MACOSX/x.jpg @eaDir/x.jpg": ("x.jpg", ""),
 }
@@ -262,6 +263,20 @@ def test_a_shard_has_the_same_images_streamed_and_in_place(tmp_path, names, capl
         assert caplog.text.count("images that are not used") == 2 and name in caplog.text
         assert any("not used" in note and name in note for note in images.notes)
     assert bool(left_out) == bool(caplog.messages)
+
+
+@pytest.mark.parametrize("url", ["{}", "pipe:cat {}"])
+def test_links_in_a_shard_are_named(tmp_path, url, caplog):
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "x.png", picture(1))
+        for name, kind in (("hard.png", tarfile.LNKTYPE), ("soft.png", tarfile.SYMTYPE), ("folder", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "x.png"
+            tar.addfile(info)
+    assert count_samples([url.format(path)], tmp_path) == [1] and len(list(shard_files(url.format(path)))) == 1
+    reason = "a link, which is not followed in a shard"
+    assert caplog.messages[0].endswith(f"not used: 3: hard.png ({reason}), soft.png ({reason}), folder ({reason})")
 
 
 def test_a_folder_of_shards(pattern, tmp_path):

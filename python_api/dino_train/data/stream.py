@@ -12,14 +12,14 @@ shards and starts at its window.
 import json
 import logging
 import os
-from collections.abc import Generator, Iterator, Sequence
+import tarfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from queue import Full, Queue
-from tarfile import ReadError
 from threading import Event, Thread
-from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ from dino_train.common import parallel
 from dino_train.common.files import atomic
 from dino_train.data.archive import plain
 from dino_train.data.folder import Candidate, DataError, Sample, generator
-from dino_train.data.names import is_data, is_image, listed, of_shard
-from dino_train.data.tar_index import members
+from dino_train.data.names import Content, is_data, is_image, listed, of_shard
+from dino_train.data.tar_index import ENCODING, each, members
 
 WINDOW = 1024  # samples shuffled together; up to four windows are in memory, each 100 MB for ImageNet
 
@@ -199,28 +199,34 @@ def _content(data: bytes | None) -> bytes:
 
 
 def shard_files(url: str) -> Iterator[File]:
-    """The images of a shard, in its order, read by WebDataset; the same as of that tar read in place."""
+    """The images of a shard, in its order; the same as of that tar read in place, but for links."""
     return ((f"{url}: {name}", data) for name, data, why in _images(url) if not why)
 
 
-def _images(url: str) -> Iterator[tuple[str, bytes, str]]:
-    """`of_shard` of a shard."""
-    import webdataset
+def _images(url: str) -> Iterator[tuple[str, bytes | None, str]]:
+    """`_of_shard` of a shard that WebDataset opens."""
+    from webdataset import gopen
 
-    numbers = count()
+    with tarfile.open(fileobj=gopen(url), mode="r|*", encoding=ENCODING[0], errors=ENCODING[1]) as tar:
+        yield from _of_shard(each(tar), lambda member: tar.extractfile(member).read())  # type: ignore[union-attr]
 
-    def alone(name: str) -> str:
-        """WebDataset would merge the members of a key: here each has its own, which holds the name."""
-        path = plain(name)
-        if path is None or not is_data(path):
-            return ""
-        return f"{next(numbers)}/{quote(path, safe='', errors='surrogateescape').replace('.', '%2E')}.image"
 
-    samples = webdataset.WebDataset(
-        [url], shardshuffle=False, nodesplitter=None, empty_check=False, seed=0, rename_files=alone, select_files=bool
-    )
-    named = ((sample["__key__"].partition("/")[2], sample["image"]) for sample in samples)
-    return of_shard((unquote(name, errors="surrogateescape"), data) for name, data in named)
+def _of_shard(
+    members: Iterable[tarfile.TarInfo], read: Callable[[tarfile.TarInfo], Content]
+) -> Iterator[tuple[str, Content | None, str]]:
+    """`of_shard` of the images among members, and the links, which a stream cannot follow."""
+    links = []
+
+    def images() -> Iterator[tuple[str, Content]]:
+        for member in members:
+            name = plain(member.name)
+            if name and member.isreg() and is_data(name):
+                yield name, read(member)
+            elif name and (member.issym() or member.islnk()):
+                links.append(name)
+
+    yield from of_shard(images())
+    yield from ((name, None, "a link, which is not followed in a shard") for name in links)
 
 
 def count_samples(urls: Sequence[str], folder: Path) -> list[int]:
@@ -243,10 +249,8 @@ def count_samples(urls: Sequence[str], folder: Path) -> list[int]:
 
 
 def _count(url: str) -> int:
-    """From the headers of a local tar; a stream or a compressed file must be read completely."""
-    path = Path(url.removeprefix("file:"))
     try:
-        reasons = [(name, why) for name, _, why in (_listed_in(path) if path.exists() else None) or _images(url)]
+        reasons = _reasons(url)
     except Exception as error:
         raise DataError(f"cannot read shard {url}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
     if left_out := {name: why for name, why in reasons if why}:
@@ -254,10 +258,11 @@ def _count(url: str) -> int:
     return sum(not why for _, why in reasons)
 
 
-def _listed_in(path: Path) -> Iterator[tuple[str, None, str]] | None:
-    """`of_shard` from the headers of a tar; None if it is compressed."""
-    try:
-        names = [plain(member.name) for member in members(path) if member.isreg()]
-    except ReadError:
-        return None
-    return of_shard((name, None) for name in names if name and is_data(name))
+def _reasons(url: str) -> list[tuple[str, str]]:
+    """Images of a shard, and why they are not used: from the headers of a local tar; a stream or a compressed file must
+    be read completely."""
+    path = Path(url.removeprefix("file:"))
+    if path.exists():
+        with suppress(tarfile.ReadError):  # it is compressed
+            return [(name, why) for name, _, why in _of_shard(members(path), lambda member: None)]
+    return [(name, why) for name, _, why in _images(url)]

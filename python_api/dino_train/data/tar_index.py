@@ -118,9 +118,7 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
     """
     with tarfile.open(path, "r:", encoding=ENCODING[0], errors=ENCODING[1]) as tar, open(path, "rb") as file:
         try:
-            while member := tar.next():
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all members otherwise
-                yield member
+            yield from each(tar)
         except tarfile.TarError as error:
             raise ValueError(str(error)) from error
         # tarfile takes a damaged header and a missing one for the end, which is blocks of zeros.
@@ -132,6 +130,12 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
             raise ValueError("it is cut off: its end is missing")
         if any(rest.strip(b"\0") for rest in iter(lambda: file.read(1 << 20), b"")):
             raise ValueError("there is data after its end: several archives in a row, or a header was overwritten")
+
+
+def each(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while member := tar.next():
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all members otherwise
+        yield member
 
 
 class Store:
