@@ -149,6 +149,30 @@ def test_signals_write_a_checkpoint_and_stop(config, signum, monkeypatch, reques
     assert_same(final_weights(config), final_weights(whole))
 
 
+@pytest.mark.parametrize("evaluation, step", [(0, 0), (1, 5)])
+def test_a_signal_during_an_evaluation_stops_at_once_with_a_checkpoint(config, evaluation, step, monkeypatch):
+    monkeypatch.setattr(train, "plot_curves", lambda folder: folder)
+    config = replace(config, data=make_images(config.data, n=60), batch_size_per_gpu=11, knn_freq=0, epochs=1)
+    whole, retrieval, calls = replace(config, output_dir=config.output_dir / "whole"), train.view_retrieval, []
+    pretrain(whole)
+
+    def interrupted(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == evaluation + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            calls.append("went on")
+        return retrieval(*arguments, **options)
+
+    monkeypatch.setattr(train, "view_retrieval", interrupted)
+    with pytest.raises(train.Interrupted, match=f"stopped at step {step} of 5; --resume continues"):
+        pretrain(config)
+    assert len(calls) == evaluation + 1 and checkpoint.load(config.output_dir / "last.pt")["step"] == step
+    pretrain(replace(config, resume=True))
+    assert_same(final_weights(config), final_weights(whole))
+    steps = [[row["step"] for row in read_metrics(c.output_dir)] for c in (config, whole)]
+    assert steps[0] == steps[1] and "went on" not in calls
+
+
 def test_checkpoint_has_the_reference_keys_and_metrics_are_written(config):
     pretrain(replace(config, saveckp_freq=2, knn_freq=1))
     state = torch.load(config.output_dir / "last.pt", weights_only=True)

@@ -154,7 +154,8 @@ class Run:
         require_memory(self.needed, self.learner)
         self.bad = BadImages(len(self.train_images), self.batch_size, config.max_unreadable)
         self.bad_held_out = BadImages(len(self.held_out or ()), 0)
-        self.stop_signal = 0
+        self.stop_signal, self.stops_at_once = 0, False
+        self.saved = -1  # the step of last.pt
         self.held = ExitStack()  # the log and, of the first rank, the folder's lock
         self.log: RunLog | None = None
         self.begun_from = ""
@@ -194,7 +195,7 @@ class Run:
         try:
             if self.config.resume and checkpoint.exists(self.config.output_dir):
                 with self.progress.doing("reading the checkpoint"):
-                    self.step = self._resume()
+                    self.step = self.saved = self._resume()
             else:
                 self.step = self._start_new()
         except BaseException:
@@ -380,6 +381,7 @@ class Run:
                 for path in checkpoint.numbered(folder)[: -self.config.keep_last]:
                     path.unlink(missing_ok=True)
         checkpoint.save(state, folder / checkpoint.LAST, previous=folder / checkpoint.PREVIOUS)
+        self.saved = self.step
         if not self.config_is_written:  # of a resumed run not before: its settings are then those of the checkpoint
             self._write_config()
 
@@ -442,7 +444,7 @@ class Run:
             self._train_on(batches)
 
     def _train_on(self, batches: Iterator[tuple[list[torch.Tensor], Bad]]) -> None:
-        config, first = self.config, self.step
+        first = self.step
         while self.step < self.total_steps:
             with self.progress.doing("the first step") if self.step == first else nullcontext():
                 began = time.monotonic()
@@ -463,11 +465,11 @@ class Run:
                 self.try_save()
             if stopping and self.step < self.total_steps:
                 self.save()
-                raise Interrupted(
-                    stopping,
-                    f"stopped at step {self.step} of {self.total_steps}; --resume continues from "
-                    f"{config.output_dir / checkpoint.LAST}",
-                )
+                raise self._interrupted(stopping)
+
+    def _interrupted(self, signum: int) -> Interrupted:
+        last = self.config.output_dir / checkpoint.LAST
+        return Interrupted(signum, f"stopped at step {self.step} of {self.total_steps}; --resume continues from {last}")
 
     def _requests(self) -> tuple[int, int]:
         """The stop signal (0 if none) and whether a checkpoint is due, on any rank: all ranks must do the same.
@@ -523,7 +525,24 @@ class Run:
         self.watch.update(self.step, row)
 
     def evaluate(self) -> None:
-        """Evaluate the backbone that the method evaluates: view retrieval after every epoch, k-NN every `knn_freq`."""
+        """Evaluate the backbone that the method evaluates: view retrieval after every epoch, k-NN every `knn_freq`. A
+        signal stops a run of one process here at once."""
+        try:
+            self.stops_at_once = parallel.size() == 1
+            if self.stops_at_once and self.stop_signal:
+                raise KeyboardInterrupt
+            self._evaluate()
+        except KeyboardInterrupt:
+            self.stops_at_once = False
+            if not self.stop_signal:  # not of `_Signals`
+                raise
+            if self.saved != self.step:
+                self.save()
+            raise self._interrupted(self.stop_signal) from None
+        finally:
+            self.stops_at_once = False
+
+    def _evaluate(self) -> None:
         config, method = self.config, self.learner.method
         backbone = getattr(method, method.evaluated).backbone
         epoch, began = self.step // self.steps_per_epoch, time.monotonic()
@@ -618,7 +637,7 @@ def _labelled(images: ImageFolder | ShardStream | None) -> TypeGuard[ImageFolder
 
 class _Signals:
     """Inside this context SIGTERM, SIGHUP, SIGUSR1 (a scheduler's notice) or Ctrl-C stops the run after the current
-    step; a second Ctrl-C kills it.
+    step, or amid an evaluation; a second Ctrl-C kills it.
 
     Under torchrun, further signals do not kill: it may forward a signal that a scheduler has also sent to the ranks,
     and after the first rank has ended it signals the others, which are about to end.
@@ -638,6 +657,8 @@ class _Signals:
         self.run.stop_signal = signum
         if signum == signal.SIGINT and not self.torchrun:
             signal.signal(signum, self.before[signum])
+        if self.run.stops_at_once:
+            raise KeyboardInterrupt
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for signum, handler in self.before.items():
