@@ -14,7 +14,7 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import dino_train
 import numpy as np
@@ -299,6 +299,7 @@ class Package(ModuleType):
             self.calls.append((name, arguments, options))
             if name == self.fails:
                 raise ConnectionError("no network\nmore")
+            return SimpleNamespace(id="its-id", info=SimpleNamespace(run_id="its-id"))
 
         return call
 
@@ -309,6 +310,7 @@ class Package(ModuleType):
 )
 def test_a_tracker_gets_the_settings_and_every_row(config, monkeypatch, caplog, name, begin, log, end):
     package = Package(name)
+    monkeypatch.setattr(train, "plot_curves", lambda folder: folder)
     monkeypatch.setitem(sys.modules, name, package)
     pretrain(replace(config, tracker=name))
     logged = [(call[1][0], call[2]["step"]) for call in package.calls if call[0] == log]
@@ -317,6 +319,9 @@ def test_a_tracker_gets_the_settings_and_every_row(config, monkeypatch, caplog, 
     assert [call[0] for call in package.calls[: len(begin)]] == begin
     settings = package.calls[0][2]["config"] if name == "wandb" else package.calls[1][1][0]
     assert settings["arch"] == "vit_nano" and "run" in package.calls[0][2].values()
+    package.calls.clear()
+    pretrain(replace(config, tracker=name, resume=True))
+    assert [call[0] for call in package.calls] == [begin[0], end] and "its-id" in package.calls[0][2].values()
     for fails in (begin[0], log, end):
         caplog.clear()
         monkeypatch.setitem(sys.modules, name, Package(name, fails))

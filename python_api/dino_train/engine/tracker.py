@@ -1,11 +1,13 @@
 """Metrics and settings of a run for Weights & Biases or MLflow."""
 
 import importlib
+import json
 import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from dino_train.common.files import atomic
 from dino_train.config.pretrain import PretrainConfig
 
 logger = logging.getLogger(__name__)
@@ -27,12 +29,23 @@ class Tracker:
             raise ValueError(f"--tracker {self.name} needs a package: pip install {self.name}") from None
 
     def begin(self) -> None:
-        """Where it sends to is set by its own environment variables, such as WANDB_PROJECT or MLFLOW_TRACKING_URI."""
-        name, settings, package = self.config.output_dir.absolute().name, self.config.plain(), self._package
+        """Where it sends to is set by its own environment variables, such as WANDB_PROJECT or MLFLOW_TRACKING_URI. A
+        resumed run continues the tracker's own, whose id is in tracker.json."""
+        self._try(self._begin)
+
+    def _begin(self) -> None:
+        folder, settings, package = self.config.output_dir, self.config.plain(), self._package
+        name, file = folder.absolute().name, folder / "tracker.json"
+        known = json.loads(file.read_text()).get(self.name) if self.config.resume and file.exists() else None
         if self.name == "wandb":
-            self._try(lambda: package.init(name=name, config=settings, dir=str(self.config.output_dir)))
+            options = {"name": name, "config": settings, "dir": str(folder), "allow_val_change": True}
+            found = package.init(**options, id=known, resume="allow").id
         else:
-            self._try(lambda: (package.start_run(run_name=name), package.log_params(settings)))
+            found = package.start_run(run_id=known, run_name=name).info.run_id
+            if known is None:  # they cannot be changed
+                package.log_params(settings)
+        with atomic(file) as temporary:
+            temporary.write_text(json.dumps({self.name: found}) + "\n")
 
     def log(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl."""
