@@ -19,7 +19,7 @@ from dino_train.data import deep
 from dino_train.data.decode import decode
 from dino_train.data.deep import decode_deep
 from dino_train.data.folder import DataError, ImageFolder
-from dino_train.data.stats import is_deep, measure, sampled
+from dino_train.data.stats import is_deep, measure, sampled, suited
 from dino_train.engine.train import pretrain
 from dino_train.evaluate.protocol import Protocol
 from dino_train.models.weights import Trained, load_trained
@@ -197,6 +197,19 @@ def test_stats_see_the_whole_of_an_image_and_survive_what_is_not_finite(tmp_path
     assert stats.value_range[0] == 0 and 59000 < stats.value_range[1] <= stats.maximum[0] < 60000
     two = [np.array([[0, 1], [1, 0]], np.uint16)] * 4
     assert measure(ImageFolder(folder_of(tmp_path / "two", two, ".npy")), 1, 1).value_range == (0, 1)
+
+
+def test_what_makes_images_nearly_black_is_warned_of(tmp_path, caplog):
+    few = ImageFolder(folder_of(tmp_path / "few", [(GRAY >> 8) << 8] * 3))  # 16 levels
+    assert sampled(few, 3, 1).levels == 16
+    assert "few: only 16 different values: were the images converted to fewer bits?" in caplog.text
+    folder_of(tmp_path / "mixed/a", [GRAY] * 3)
+    mixed = ImageFolder(folder_of(tmp_path / "mixed/b", [picture(24, 24)] * 3).parent)
+    sampled(mixed, 3, 1)
+    assert "mixed: the range is one of all types: those of fewer bits may be nearly black" in caplog.text
+    eight = ImageFolder(folder_of(tmp_path / "eight", [picture(24, 24)] * 3))
+    assert suited(eight, few_bits := pixel_scale(1, (0, 4095)), 1) is few_bits
+    assert "eight: images of 8 bits, and the network knows values up to 4095" in caplog.text
 
 
 def test_the_file_of_stats_is_what_pretrain_takes(tmp_path, capsys):
