@@ -93,6 +93,16 @@ def test_class_folders_are_kept(folder):
     assert arrays["labels"].tolist() == [0, 1] and arrays["classes"].tolist() == ["class0", "class1"]
 
 
+def test_names_that_are_not_utf8_are_escaped_in_parquet(folder):
+    from pyarrow import parquet
+
+    odd = os.fsdecode(b"\xff")
+    (folder / "classes/class1").rename(folder / f"classes/{odd}")
+    assert run(folder, "--out", folder / "out.parquet", data="classes") == 0
+    table = parquet.read_table(folder / "out.parquet").to_pydict()
+    assert table["path"] == ["class0/000.png", "\\udcff/001.png"] and table["class"] == ["class0", "\\udcff"]
+
+
 def test_an_interrupted_call_is_continued(folder, monkeypatch):
     assert run(folder, "--out", folder / "whole.safetensors") == 0
     monkeypatch.setattr(embed, "CHUNK", 8)

@@ -153,10 +153,13 @@ def _write_parquet(features: Features, path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
+    def utf8(name: str) -> str:  # of which parquet's strings are
+        return name.encode(errors="backslashreplace").decode()
+
     values = pyarrow.array(features.values.numpy().ravel())
-    classes = [features.classes[i] if i >= 0 else None for i in features.labels.tolist()]
+    classes = [utf8(features.classes[i]) if i >= 0 else None for i in features.labels.tolist()]
     columns = {
-        "path": features.paths,
+        "path": list(map(utf8, features.paths)),
         "class": pyarrow.array(classes, pyarrow.string()),
         "features": pyarrow.FixedSizeListArray.from_arrays(values, features.values.shape[1]),
     }
