@@ -1,8 +1,10 @@
 import json
+import os
 
 import pytest
 import torch
 from dino_train.cli import main
+from dino_train.common.files import locked
 from dino_train.evaluate import finetune
 from dino_train.evaluate.finetune import Classifier, parameter_groups, rate_factor
 from dino_train.models.resnet import resnet50
@@ -70,6 +72,13 @@ def test_a_pretraining_run_is_not_overwritten(words, tmp_path, capsys):
     assert "run holds a run already: add --resume" in error_of(capsys, *words)
     assert "is not from fine-tuning and cannot be resumed" in error_of(capsys, *words, "--resume")
     assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_a_folder_is_used_by_one_process_at_a_time(words, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out/lock", tmp_path):
+        assert f"out is in use by process {os.getpid()} on " in error_of(capsys, *words)
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("make, layers", [(lambda: vit("vit_nano", patch_size=8, img_size=16), 3), (resnet50, 4)])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_train.common import checkpoint
+from dino_train.common.files import locked
 from dino_train.common.metrics import Metrics
 from dino_train.common.scale import scale_settings
 from dino_train.data.folder import ImageFolder
@@ -118,7 +119,9 @@ class Finetune(Classification):
         train, val = self.split(trained)
         bad, bad_held_out = BadImages(len(train), 0), BadImages(len(val), 0)
         tuning = _Tuning(self, trained, train, val)
-        values = tuning.train(bad, bad_held_out)
+        tuning.folder.mkdir(parents=True, exist_ok=True)
+        with locked(tuning.folder / "lock", tuning.folder):
+            values = tuning.train(bad, bad_held_out)
         log_skipped(bad, "training")
         log_skipped(bad_held_out, "held-out")
         self.report(
@@ -169,7 +172,6 @@ class _Tuning:
             start_step=first,
             total_steps=total,
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
         metrics = Metrics(self.folder, first)
         values: dict[str, float] = {}
         losses: list[Tensor] = []
