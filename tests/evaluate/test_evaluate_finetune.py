@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 from dino_train.cli import main
+from dino_train.common import checkpoint
 from dino_train.common.files import locked
 from dino_train.evaluate import finetune
 from dino_train.evaluate.finetune import Classifier, parameter_groups, rate_factor
@@ -72,6 +73,27 @@ def test_a_pretraining_run_is_not_overwritten(words, tmp_path, capsys):
     assert "run holds a run already: add --resume" in error_of(capsys, *words)
     assert "is not from fine-tuning and cannot be resumed" in error_of(capsys, *words, "--resume")
     assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_a_full_disk_ends_only_the_last_epoch_and_data_is_absolute(words, tmp_path, capsys, monkeypatch, caplog):
+    save = checkpoint.save
+
+    def full(state, *arguments, **options):
+        if state["epoch"] in failing:
+            raise checkpoint.CheckpointError("cannot write last.pt: No space left on device")
+        save(state, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.chdir(tmp_path)
+    words[words.index(tmp_path / "data")] = "data"
+    failing = {1}
+    evaluate(capsys, *words, "--epochs", 2)
+    assert "No space left on device; training continues" in caplog.text
+    state = checkpoint.load(tmp_path / "out/last.pt")
+    assert state["epoch"] == 2 and state["args"]["data"] == str(tmp_path / "data")
+    words[words.index(tmp_path / "out")] = tmp_path / "other"
+    failing = {2}
+    assert "No space left on device" in error_of(capsys, *words, "--epochs", 2)
 
 
 def test_a_folder_is_used_by_one_process_at_a_time(words, tmp_path, capsys):

@@ -239,7 +239,7 @@ class _Tuning:
                 "arch": self.trained.arch,
                 "patch_size": self.trained.patch_size,
                 "global_crops_size": self.trained.image_size,
-                "data": str(self.train_images.path),
+                "data": str(self.train_images.path.absolute()),
                 **scale_settings(self.train_images.scale),
             },
             "classes": self.train_images.classes,
@@ -247,7 +247,12 @@ class _Tuning:
             "epoch": self.epoch,
             "finetune": self._fixed,
         }
-        checkpoint.save(state, self.path, previous=self.folder / checkpoint.PREVIOUS)
+        try:
+            checkpoint.save(state, self.path, previous=self.folder / checkpoint.PREVIOUS)
+        except checkpoint.CheckpointError as error:  # space may become free later
+            if self.epoch == self.options.epochs:
+                raise
+            logging.warning("%s; training continues", error)
 
     def _start_new(self) -> int:
         checkpoint.require_none(self.folder)
