@@ -18,6 +18,7 @@ from dino_train.common.files import atomic
 from dino_train.config.options import WeightsOptions
 from dino_train.config.presets import METHOD_DEFAULTS, PRESETS, recipe
 from dino_train.config.pretrain import PretrainConfig, default_workers
+from dino_train.data.decode import limit_pixels
 from dino_train.data.folder import ImageFolder
 from dino_train.data.pack import pack
 from dino_train.data.stats import channels_of, is_deep, measure
@@ -110,10 +111,13 @@ class Pack:
     """Largest side of an image, in pixels; larger ones are shrunk."""
     quality: int = 90
     """Quality of the JPEGs, 1 to 95. JPEGs that are small enough are copied."""
+    max_megapixels: float = 179
+    """Larger images are left out, but for JPEGs that are shrunk. A thread takes 3 MB or more for a megapixel."""
     num_workers: int = field(default_factory=default_workers)
     """Threads."""
 
     def run(self) -> None:
+        limit_pixels(self.max_megapixels)
         images = ImageFolder(self.data)
         images.log_notes()
         if is_deep(images):

@@ -218,7 +218,7 @@ def test_damaged_files(tmp_path, name, zipped):
 def test_decompression_bomb(tmp_path, monkeypatch):
     images = ImageFolder(fill(tmp_path, "a.png"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)
-    message = r"^a.png: 6.4e-05 megapixels, at most 6.2e-05 are decoded: shrink it, or cut it into tiles$"
+    message = r"^a.png: 6.4e-05 megapixels, at most 6.2e-05 are decoded: cut it into tiles, or .*$"
     with pytest.raises(UnreadableImage, match=message):
         images.load(0)
 

@@ -70,6 +70,7 @@ def test_reads_like_the_folder(root, caplog):
     assert np.array_equal(images.pixels(images.names.index("train/cat/large.JPEG")), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Image size")
 def test_a_jpeg_above_the_limit_is_packed_if_it_is_shrunk(tmp_path, monkeypatch, caplog):
     root = tmp_path / "set"
     save(root / "large.jpg", Image.new("RGB", (200, 100), (200, 30, 40)))
@@ -81,6 +82,12 @@ def test_a_jpeg_above_the_limit_is_packed_if_it_is_shrunk(tmp_path, monkeypatch,
     assert np.abs(images.pixels(0).astype(int) - (200, 30, 40)).max() < 4
     (message,) = caplog.messages
     assert "large.png: 0.02 megapixels, at most 0.004 are decoded" in message
+    for limit, count in ((0.019, 2), (0.02, 3)):
+        out = tmp_path / f"{count}.tar"
+        assert (
+            main(["pack", "--data", str(root), "--out", str(out), "--max-megapixels", str(limit), "--size", "40"]) == 0
+        )
+        assert len(ImageFolder(out)) == count
 
 
 def test_other_programs_can_read_it(root):

@@ -132,6 +132,11 @@ def _to_8_bit(gray: np.ndarray) -> np.ndarray:
     return np.round((gray - low) * (255 / ((high - low) or 1))).astype(np.uint8)
 
 
+def limit_pixels(megapixels: float) -> None:
+    """Images of more are not decoded by this process, but for JPEGs that are shrunk."""
+    Image.MAX_IMAGE_PIXELS = max(1, round(megapixels * 1e6 / 2))  # it warns of these, and refuses twice as many
+
+
 def reason(error: Exception) -> str:
     """Why a file could not be read or decoded, in a few words."""
     text = (str(error).splitlines() or [""])[0] or type(error).__name__
@@ -139,7 +144,10 @@ def reason(error: Exception) -> str:
         return "not an image that Pillow reads"
     if isinstance(error, Image.DecompressionBombError):
         pixels, limit = (int(number) / 1e6 for number in re.findall(r"\d+", text)[:2])
-        return f"{pixels:.4g} megapixels, at most {limit:.4g} are decoded: shrink it, or cut it into tiles"
+        return (
+            f"{pixels:.4g} megapixels, at most {limit:.4g} are decoded: cut it into tiles, or shrink it by "
+            "dino-train pack --max-megapixels"
+        )
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:
