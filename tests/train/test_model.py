@@ -46,8 +46,29 @@ def bicubic(cells, out):
     return weights
 
 
+def antialiased(cells, out):
+    """[out, cells]: weights of the cubic convolution (a = -0.5), as wide as a step where that is more than a cell."""
+    step = cells / out
+    x = (torch.arange(out, dtype=torch.float64)[:, None] + 0.5) * step - 0.5
+    t, a = (x - torch.arange(cells)).abs() / max(step, 1), -0.5
+    near, far = (a + 2) * t**3 - (a + 3) * t**2 + 1, a * (t**3 - 5 * t**2 + 8 * t - 4)
+    weights = torch.where(t <= 1, near, far) * (t < 2)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def rotated(x, rows, cols):
+    """Queries or keys [heads, N, D] with DINOv3's rotary positions: pairs of channels d, d + D/2 as complex numbers."""
+    pairs = torch.complex(*x.chunk(2, dim=-1))
+    frequencies = 2 * math.pi / 100 ** (torch.arange(0, 1, 4 / x.shape[-1], dtype=torch.float64))
+    for i, (row, col) in enumerate(product(range(rows), range(cols)), x.shape[1] - rows * cols):
+        angles = torch.cat((((2 * row + 1) / rows - 1) * frequencies, ((2 * col + 1) / cols - 1) * frequencies))
+        pairs[:, i] *= torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((pairs.real, pairs.imag), dim=-1)
+
+
 def vit_by_hand(p, image, patch, heads, scales=None, mask=None):
-    """One image [3, h, w] through a ViT with parameters p, computed from the definition.
+    """One image [3, h, w] through a ViT with parameters p, computed from the definition; without learned positions,
+    of DINOv3.
 
     scales[i] = (attention, MLP) factors of the branches of block i; mask [patches] is true where the mask token stands.
     Returns the normalized tokens after each block and the last block's attention [heads, N, N].
@@ -60,11 +81,14 @@ def vit_by_hand(p, image, patch, heads, scales=None, mask=None):
         patches = torch.stack(
             [p["mask_token"][0] if hidden else row for hidden, row in zip(mask, patches, strict=True)]
         )
-    pos = p["pos_embed"][0]
+    rope = "pos_embed" not in p
+    eps = 1e-5 if rope else 1e-6
+    pos = torch.zeros(1 + rows * cols, len(patches[0])).to(patches) if rope else p["pos_embed"][0]
     side = round((len(pos) - 1) ** 0.5)
-    grid = pos[1:].reshape(side, side, -1)
-    if (rows, cols) != (side, side):
-        grid = torch.einsum("ia,jb,abc->ijc", bicubic(side, rows), bicubic(side, cols), grid)
+    grid = pos[1:].reshape(-1, cols if rope else side, len(pos[0]))
+    if not rope and (rows, cols) != (side, side):
+        sample = antialiased if "register_tokens" in p else bicubic
+        grid = torch.einsum("ia,jb,abc->ijc", sample(side, rows), sample(side, cols), grid)
     registers = p["register_tokens"][0] if "register_tokens" in p else pos[:0]
     x = torch.cat([p["cls_token"][0] + pos[:1], registers, patches + grid.flatten(0, 1)])
 
@@ -73,7 +97,7 @@ def vit_by_hand(p, image, patch, heads, scales=None, mask=None):
 
     def norm(x, name):
         x = x - x.mean(-1, keepdim=True)
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * p[name + ".weight"] + p[name + ".bias"]
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * p[name + ".weight"] + p[name + ".bias"]
 
     outputs = []
     depth = sum(name.endswith("qkv.weight") for name in p)
@@ -82,11 +106,17 @@ def vit_by_hand(p, image, patch, heads, scales=None, mask=None):
         attn_scale, mlp_scale = (1, 1) if scales is None else scales[i]
         qkv = linear(norm(x, block + "norm1"), block + "attn.qkv")
         q, k, v = qkv.reshape(len(x), 3, heads, -1).permute(1, 2, 0, 3)
+        if rope:
+            q, k = rotated(q, rows, cols), rotated(k, rows, cols)
         weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
         x = x + attn_scale * linear((weights @ v).transpose(0, 1).flatten(1), block + "attn.proj")
-        hidden = linear(norm(x, block + "norm2"), block + "mlp.fc1")
-        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
-        x = x + mlp_scale * linear(hidden, block + "mlp.fc2")
+        if (swiglu := block + "mlp.w12") + ".weight" in p:
+            gate, value = linear(norm(x, block + "norm2"), swiglu).chunk(2, dim=-1)
+            x = x + mlp_scale * linear(gate * torch.sigmoid(gate) * value, block + "mlp.w3")
+        else:
+            hidden = linear(norm(x, block + "norm2"), block + "mlp.fc1")
+            hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+            x = x + mlp_scale * linear(hidden, block + "mlp.fc2")
         outputs.append(norm(x, "norm"))
     return outputs, weights
 
@@ -440,7 +470,7 @@ def nano(seed=0, **kwargs):
 def test_bad_input_messages():
     with pytest.raises(ValueError, match="unknown arch 'vit_huge', choose one of vit_nano, .*resnet50"):
         small_model("vit_huge")
-    with pytest.raises(ValueError, match="unknown arch 'resnet50', choose one of vit_nano, .*vit_base$"):
+    with pytest.raises(ValueError, match="unknown arch 'resnet50', choose one of vit_nano, .*vit_large$"):
         vit("resnet50")
     for patch, size in ((0, 32), (-8, 32), (7, 32), (8, 0), (64, 32)):
         with pytest.raises(ValueError, match=f"divide img_size, got patch_size={patch} and img_size={size}"):

@@ -34,6 +34,7 @@ VIT_SIZES = {
     "vit_small": Size(384, 12, 6),
     "vit_small_12heads": Size(384, 12, 12),
     "vit_base": Size(768, 12, 12),
+    "vit_large": Size(1024, 24, 16),
 }
 ARCHS = (*VIT_SIZES, *RESNETS)
 
@@ -162,7 +163,7 @@ class VisionTransformer(nn.Module):
 
     def _unpacked(self, images: Tensor) -> Tensor:
         """`forward` in torch's own operations, for a trace or an export: of as many images as there will be."""
-        _check_images(images, self.channels, self.patch_size)
+        check_images(images, self.channels, self.patch_size)
         patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
         table = self._table(*map(int, images.shape[2:]))
         # Not len(): a graph would keep the number.
@@ -238,7 +239,7 @@ class VisionTransformer(nn.Module):
     def _embed(self, crops: Sequence[Tensor], masks: Tensor | None = None) -> tuple[Tensor, Packing]:
         """Tokens of all crops [T, C] in list order and how they are packed; `masks` as in `tokens`."""
         for crop in crops:
-            _check_images(crop, self.channels, self.patch_size)
+            check_images(crop, self.channels, self.patch_size)
         runs = [(shape, sum(map(len, run))) for shape, run in groupby(crops, key=lambda crop: crop.shape[2:])]
         tables = {shape: self._table(*shape) for shape in dict(runs)}
         groups = [(count, len(tables[shape])) for shape, count in runs]
@@ -250,29 +251,41 @@ class VisionTransformer(nn.Module):
     def _table(self, h: int, w: int) -> Tensor:
         """Class token, registers and positions of an image of h x w pixels [1 + R + patches, C], to which its patches
         are added."""
-        of_class, positions = self._split(self._positions(h, w))
+        of_class, positions = _split(self._positions(h, w))
         registers = [self.register_tokens] if self.lead > 1 else []
         return torch.cat((self.cls_token + of_class, *registers, positions), dim=1).squeeze(0)
 
-    @staticmethod
-    def _split(positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the class token and of the patches; not two slices, whose gradients would each be padded with zeros."""
-        of_class, rest = positions.split([1, positions.shape[1] - 1], dim=1)
-        return of_class, rest
-
     def _positions(self, h: int, w: int) -> Tensor:
-        """Position embedding [1, 1 + patches, C] for images of h x w pixels (`vision_transformer.py:174`)."""
-        rows, cols = h // self.patch_size, w // self.patch_size
-        cells = self.pos_embed.shape[1] - 1
-        if rows * cols == cells and h == w:
-            return self.pos_embed
-        side = math.isqrt(cells)
-        of_class, grid = self._split(self.pos_embed)
-        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        """Position embedding [1, 1 + patches, C] for images of h x w pixels."""
+        return interpolate_positions(self.pos_embed, h, w, self.patch_size, self.lead - 1)
+
+
+def interpolate_positions(positions: Tensor, h: int, w: int, patch_size: int, registers: int) -> Tensor:
+    """Learned positions [1, 1 + cells, C] of a square grid for images of h x w pixels: [1, 1 + patches, C].
+
+    Bicubic: without registers as DINO and DINOv2 do it (`vision_transformer.py:174`), with registers antialiased and
+    without an offset as DINOv2's models with registers (dinov2/hub/backbones.py).
+    """
+    rows, cols = h // patch_size, w // patch_size
+    cells = positions.shape[1] - 1
+    if rows * cols == cells and h == w:
+        return positions
+    side = math.isqrt(cells)
+    of_class, grid = _split(positions)
+    grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if registers:
+        grid = F.interpolate(grid, size=(rows, cols), mode="bicubic", antialias=True)
+    else:
         # The 0.1 keeps rows and cols from being rounded down; it also shifts the sampled points a little,
         # which published weights were trained with.
         grid = F.interpolate(grid, scale_factor=((rows + 0.1) / side, (cols + 0.1) / side), mode="bicubic")
-        return torch.cat((of_class, grid.flatten(2).transpose(1, 2)), dim=1)
+    return torch.cat((of_class, grid.flatten(2).transpose(1, 2)), dim=1)
+
+
+def _split(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the class token and of the patches; not two slices, whose gradients would each be padded with zeros."""
+    of_class, rest = positions.split([1, positions.shape[1] - 1], dim=1)
+    return of_class, rest
 
 
 def _apply(layer: nn.Module, x: Tensor) -> Tensor:
@@ -350,7 +363,7 @@ class Net(nn.Module):
         if isinstance(self.backbone, VisionTransformer):
             return self.backbone(crops)
         for crop in crops:
-            _check_images(crop, self.backbone.channels, 1)
+            check_images(crop, self.backbone.channels, 1)
         runs = [torch.cat(list(run)) for _, run in groupby(crops, key=lambda crop: crop.shape[2:])]
         return torch.cat([self.backbone(run) for run in runs])
 
@@ -429,7 +442,7 @@ def build_model(
     return DINOModel(backbone, head)
 
 
-def _check_images(images: Tensor, channels: int, min_size: int) -> None:
+def check_images(images: Tensor, channels: int, min_size: int) -> None:
     if images.dim() != 4 or images.shape[1] != channels:
         raise ValueError(
             f"images must have shape [B, {channels}, height, width], got {list(images.shape)}; "
