@@ -242,7 +242,7 @@ def test_bfloat16_features_are_close_and_cached_separately(setting, capsys, tmp_
     torch.save(resnet50().state_dict(), resnet)
     words = ["knn", "--checkpoint", resnet, "--data", data, "--precision", "bfloat16"]
     assert main(["evaluate", *map(str, words)]) == 1
-    assert "precision bfloat16 is for ViTs, resnet50 takes float32 only" in capsys.readouterr().err
+    assert "precision bfloat16 is for ViTs that can be trained, resnet50 takes float32 only" in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_is_only_a_warning(setting, capsys):

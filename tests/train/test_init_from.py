@@ -15,6 +15,7 @@ from dino_train.engine.learner import Learner
 from dino_train.engine.train import Run, pretrain
 from dino_train.models.adapt import adapt, resample_patch
 from dino_train.models.export import export
+from dino_train.models.plain_vit import PLAIN_SIZES, PlainViT
 from dino_train.models.resnet import resnet50
 from dino_train.models.vit import vit
 from dino_train.models.weights import load_trained
@@ -176,7 +177,9 @@ def test_names_of_a_classifier_of_hugging_face(tmp_path):
         assert_is(dino_train.load_backbone(tmp_path / f"{name}.safetensors"), TEACHER)
     del weights["encoder.layer.1.attention.attention.key.weight"]
     save_file(weights, tmp_path / "part.safetensors")
-    with pytest.raises(ValueError, match=r"missing blocks\.1\.attn\.qkv\.weight$"):
+    with pytest.raises(
+        ValueError, match=r"missing blocks\.1\.attn\.qkv\.weight; unexpected blocks\.1\.attn\.q_proj\.weight; "
+    ):
         dino_train.load_backbone(tmp_path / "part.safetensors")
 
 
@@ -191,6 +194,26 @@ def test_layer_scale_is_folded(tmp_path):
     exact, _ = vit_by_hand(parameters, image.double(), PATCH, heads=3, scales=[s.double() for s in scales])
     backbone = dino_train.load_backbone(tmp_path / "dinov2.pth")
     torch.testing.assert_close(backbone(image[None])[0].double(), exact[-1][0], rtol=0, atol=1e-5)
+
+
+def test_parts_that_only_one_side_has_are_left_or_start_anew():
+    tokens = {"register_tokens": torch.ones(1, 4, 96), "mask_token": torch.ones(1, 96)}
+    dinov2 = TEACHER | tokens | {"blocks.1.ls1.gamma": torch.full((96,), 3.0)}
+    plain = vit("vit_nano", patch_size=8, img_size=32)
+    adapted, notes = adapt(dinov2, plain)
+    assert notes == ["layer scale folded", "4 registers left"]
+    plain.load_state_dict(adapted)
+    assert torch.equal(adapted["blocks.1.attn.proj.bias"], 3 * TEACHER["blocks.1.attn.proj.bias"])
+
+    same = vit("vit_nano", patch_size=8, img_size=32, registers=4, mask_token=True)
+    adapted, notes = adapt(TEACHER | tokens, same)
+    assert notes == [] and all(torch.equal(adapted[name], tokens[name]) for name in tokens)
+
+    other = vit("vit_nano", patch_size=8, img_size=32, registers=2, mask_token=True)
+    adapted, notes = adapt(TEACHER | {"register_tokens": tokens["register_tokens"]}, other)
+    assert notes == ["4 registers left", "2 registers are new"]
+    assert all(torch.equal(adapted[name], other.state_dict()[name]) for name in tokens)
+    assert adapt(TEACHER, other)[1] == ["2 registers are new"]
 
 
 @pytest.mark.parametrize("size", [16, 9])
@@ -230,6 +253,14 @@ def test_positions_are_interpolated(size):
     torch.testing.assert_close(grid[:, 0], grid[:, -1])
 
 
+def test_dinov3_is_not_trained(config, tmp_path):
+    with torch.device("meta"):
+        shapes = PlainViT(PLAIN_SIZES["dinov3_vits16"], patch_size=16, registers=4).state_dict()
+    torch.save({name: torch.zeros(1).expand(x.shape) for name, x in shapes.items()}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="x.pth holds a dinov3_vits16, which is not trained here; of DINOv2 ViT-S, B"):
+        init_from(learner(config), tmp_path / "x.pth")
+
+
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
 @pytest.mark.parametrize("arch", ["vit_nano", "resnet50"])
 def test_first_layers_of_other_channels_see_the_same_in_gray_images(arch, channels):
@@ -256,7 +287,7 @@ def test_a_run_from_weights_of_other_sizes_says_what_it_adapts(config, tmp_path,
     [
         (published_vit(depth=4), "of no known architecture"),
         (published_vit(dim=192, depth=12), "x.pth holds a vit_tiny, and --arch is vit_nano"),
-        ({**TEACHER, "register_tokens": torch.zeros(1, 4, 96)}, "unexpected register_tokens"),
+        ({**TEACHER, "cls_token2": torch.zeros(1, 4, 96)}, "unexpected cls_token2"),
         (None, "no checkpoint at"),
     ],
 )

@@ -321,7 +321,7 @@ def test_partial_weights_load_only_on_request(tmp_path, capsys, caplog):
     [
         ({"student": {}, "epoch": 1}, [], "the checkpoint has no 'teacher', only student, epoch"),
         ({"teacher": {}}, [], "expected a backbone's weights, or a teacher and a student, got nothing"),
-        ({"a": torch.zeros(1)}, [], "of no known architecture .vit_nano, .*, resnet50, resnet_nano.: a;"),
+        ({"a": torch.zeros(1)}, [], "of no known architecture .vit_nano, .*, resnet_nano, .*, dinov3_vit7b16.: a;"),
         (TEACHER, ["--arch", "vit_tiny"], r"missing blocks.3.norm1.weight; .*; and 145 more$"),
         (TEACHER, ["--patch-size", "16"], r"pos_embed has shape \[1, 17, 96\], expected \[1, 5, 96\]"),
         ({"teacher": TEACHER, "evil": os.system}, [], r"not loaded for safety \(it asks for posix.system\)$"),

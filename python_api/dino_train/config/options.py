@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dino_train.common.device import pick_device
-from dino_train.models.vit import ARCHS
-from dino_train.models.weights import Trained, load_trained
+from dino_train.models.weights import ALL_ARCHS, Trained, load_trained
 
 
 def require_least(options: object, **least: int) -> None:
@@ -23,7 +22,7 @@ class WeightsOptions:
 
     checkpoint: Path
     """A run's folder, a checkpoint, or a file of published weights."""
-    arch: Literal[ARCHS] | None = None  # type: ignore[valid-type]
+    arch: Literal[ALL_ARCHS] | None = None  # type: ignore[valid-type]
     """Backbone that the weights must be of. Default: what they are of."""
     patch_size: int | None = None
     """Side of a ViT's patch, in pixels, that the weights must be of. Default: what they are of."""

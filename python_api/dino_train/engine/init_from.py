@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dino_train.engine.learner import Learner
 from dino_train.models.adapt import adapt
+from dino_train.models.plain_vit import PLAIN_SIZES
 from dino_train.models.weights import arch_of, backbone_weights, fit, read
 
 
@@ -30,7 +31,10 @@ def init_from(learner: Learner, path: Path) -> str:
     for name, net in nets.items():
         weights, found, left = backbone_weights(state, net=name if whole else "auto")  # type: ignore[arg-type]
         wanted = learner.config.arch
-        if (arch := arch_of(weights, left, args.get("arch", wanted))) != wanted:
+        arch = arch_of(weights, left, args.get("arch", wanted))
+        if arch in PLAIN_SIZES:
+            raise ValueError(f"{path} holds a {arch}, which is not trained here; of DINOv2 ViT-S, B and L are")
+        if arch != wanted:
             raise ValueError(f"{path} holds a {arch}, and --arch is {wanted}")
         weights, notes = adapt(weights, net.backbone)
         fit(net.backbone, weights)

@@ -24,7 +24,7 @@ from dino_train.data.stats import suited
 from dino_train.evaluate import ffmpeg
 from dino_train.evaluate.metrics import jaccard
 from dino_train.evaluate.protocol import Protocol
-from dino_train.models.vit import VisionTransformer
+from dino_train.models.plain_vit import ViT
 from dino_train.models.weights import Trained
 
 CELL = 128  # side of a cell in the sheet, in pixels
@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 
 
 @torch.no_grad()
-def attention_of(backbone: VisionTransformer, view: View, working_size: int, scale: PixelScale) -> Tensor:
+def attention_of(backbone: ViT, view: View, working_size: int, scale: PixelScale) -> Tensor:
     """Attention of the class token to each patch, per head: float32 [heads, rows, columns], on the CPU.
 
     The image is resized so that its short side is about `working_size` and both sides are multiples of the patch size.
@@ -44,7 +44,7 @@ def attention_of(backbone: VisionTransformer, view: View, working_size: int, sca
     size = size_of(view)
     columns, rows = (max(1, round(side * working_size / min(size) / p)) for side in size)
     pixels = to_tensor(resize(view, (columns * p, rows * p)), scale)
-    device = backbone.pos_embed.device
+    device = backbone.cls_token.device
     maps = backbone.attention(pixels[None].to(device))[0, :, 1:].float().cpu()
     return maps.unflatten(1, (rows, columns))
 

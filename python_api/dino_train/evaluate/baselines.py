@@ -15,9 +15,8 @@ from dino_train.evaluate.features import Cache, Features
 from dino_train.evaluate.knn import knn_top
 from dino_train.evaluate.linear import RATES, Probes, block_features, train_probes
 from dino_train.evaluate.protocol import Frozen
-from dino_train.models.resnet import ResNet
-from dino_train.models.vit import VisionTransformer, build_backbone
-from dino_train.models.weights import Trained
+from dino_train.models.names import registers_of
+from dino_train.models.weights import Backbone, Trained, build
 
 K = 10
 PIXELS = 32  # side to which images are downscaled if their pixels are the features
@@ -57,11 +56,12 @@ class Baselines(Frozen):
         lines += [f"{name:16}{row['knn10']:12.1f}  {row['linear']:12.1f}" for name, row in rows.items()]
         self.report({"protocol": "baselines", "train": len(train), "val": len(val), **rows}, "\n".join(lines))
 
-    def untrained(self, trained: Trained) -> VisionTransformer | ResNet:
+    def untrained(self, trained: Trained) -> Backbone:
         """A backbone of the same architecture with random weights."""
         torch.manual_seed(self.seed)
-        backbone = build_backbone(
+        backbone = build(
             trained.arch,
+            registers=registers_of(trained.backbone.state_dict()),
             patch_size=trained.patch_size,
             img_size=trained.image_size,
             channels=trained.backbone.channels,
@@ -73,7 +73,7 @@ class Baselines(Frozen):
         return self._accuracies(self._features(self.cache(trained), raw_pixels, "raw pixels", trained, train, val), -1)
 
     def of_backbone(
-        self, trained: Trained, backbone: VisionTransformer | ResNet, train: ImageFolder, val: ImageFolder
+        self, trained: Trained, backbone: Backbone, train: ImageFolder, val: ImageFolder
     ) -> dict[str, float]:
         """Top-1 in % by a backbone's features: "knn10" and "linear"."""
         cache = Cache(backbone, self.folder / "features")

@@ -19,7 +19,7 @@ from dino_train.data.loader import BadImages, image_loader
 from dino_train.evaluate.features import Cache, Features
 from dino_train.evaluate.metrics import average_precision
 from dino_train.evaluate.protocol import Extraction, log_skipped
-from dino_train.models.vit import VisionTransformer
+from dino_train.models.plain_vit import ViT
 
 GEM_POWER = 4
 FOUND = 20  # only the first 20 results are evaluated (eval_copy_detection.py:293)
@@ -27,7 +27,7 @@ ORIGINAL = "original"
 
 
 @torch.no_grad()
-def class_and_gem(backbone: VisionTransformer, pixels: Tensor) -> Tensor:
+def class_and_gem(backbone: ViT, pixels: Tensor) -> Tensor:
     """Class token and generalized mean of the patch tokens, (mean of max(x, 1e-6)^4)^(1/4), concatenated.
 
     pixels: [B, 3, h, w]. Returns [B, 2 C] (eval_copy_detection.py:150-158).
@@ -148,9 +148,7 @@ class CopyDetection(Extraction):
             "\n".join(f"{block}: mAP {value:.3f}" for block, value in blocks.items()),
         )
 
-    def _extract(
-        self, cache: Cache, backbone: VisionTransformer, scale: PixelScale, images: ImageFolder, title: str
-    ) -> Features:
+    def _extract(self, cache: Cache, backbone: ViT, scale: PixelScale, images: ImageFolder, title: str) -> Features:
         images = images.scaled(scale)
         bad = BadImages(len(images), 0)
         transform = partial(square, self.image_size, scale=images.scale)

@@ -24,6 +24,7 @@ from dino_train.evaluate.features import extract, weights_digest
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.metrics import accuracy, label_ranks
 from dino_train.evaluate.protocol import Classification, log_skipped
+from dino_train.models.plain_vit import ViT
 from dino_train.models.vit import VisionTransformer
 from dino_train.models.weights import Trained
 
@@ -57,13 +58,13 @@ def depth_of(name: str, layers: int) -> int:
 
 def parameter_groups(model: Classifier, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups of AdamW: "scale" is layer_decay^(number of later layers). Weight decay is applied to all
-    tensors of two or more dimensions but the class token and the position embedding."""
+    tensors of two or more dimensions but the class token, registers and the position embedding."""
     backbone = model.backbone
-    layers = len(backbone.blocks) if isinstance(backbone, VisionTransformer) else 4
+    layers = len(backbone.blocks) if isinstance(backbone, ViT) else 4
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         depth = depth_of(name, layers)
-        decayed = parameter.dim() > 1 and not name.endswith(("cls_token", "pos_embed"))
+        decayed = parameter.dim() > 1 and not name.endswith(("cls_token", "register_tokens", "pos_embed"))
         scale = layer_decay ** (layers + 1 - depth)
         group = {"params": [], "scale": scale, "weight_decay": weight_decay if decayed else 0.0}
         groups.setdefault((depth, decayed), group)["params"].append(parameter)

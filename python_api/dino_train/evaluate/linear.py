@@ -20,9 +20,8 @@ from dino_train.evaluate.features import Features
 from dino_train.evaluate.images import training_loader
 from dino_train.evaluate.metrics import accuracy, label_ranks
 from dino_train.evaluate.protocol import Frozen, log_skipped, require_labels
-from dino_train.models.resnet import ResNet
-from dino_train.models.vit import VisionTransformer
-from dino_train.models.weights import Trained, load_linear
+from dino_train.models.plain_vit import ViT
+from dino_train.models.weights import Backbone, Trained, load_linear
 
 # For a batch of 256. The grid of DINOv2, and larger rates for data sets of a few thousand images.
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
@@ -44,7 +43,7 @@ def block_features(backbone: nn.Module, blocks: int, avgpool: bool, pixels: Tens
     Returns:
         [B, (blocks + avgpool) * C].
     """
-    if not isinstance(backbone, VisionTransformer):
+    if not isinstance(backbone, ViT):
         return backbone(pixels)
     maps = backbone.features(pixels, min(blocks, len(backbone.blocks)))
     parts = [tokens[:, 0] for tokens in maps]
@@ -53,9 +52,9 @@ def block_features(backbone: nn.Module, blocks: int, avgpool: bool, pixels: Tens
     return torch.cat(parts, dim=1)
 
 
-def n_features(backbone: VisionTransformer | ResNet, blocks: int, avgpool: bool) -> int:
+def n_features(backbone: Backbone, blocks: int, avgpool: bool) -> int:
     """Length of `block_features`."""
-    parts = min(blocks, len(backbone.blocks)) + avgpool if isinstance(backbone, VisionTransformer) else 1
+    parts = min(blocks, len(backbone.blocks)) + avgpool if isinstance(backbone, ViT) else 1
     return parts * backbone.embed_dim
 
 

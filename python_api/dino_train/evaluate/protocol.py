@@ -18,6 +18,7 @@ from dino_train.data.folder import ImageFolder, part_of, split
 from dino_train.data.loader import BadImages, eval_loader
 from dino_train.data.stats import suited
 from dino_train.evaluate.features import Cache, Features
+from dino_train.models.plain_vit import ViT
 from dino_train.models.vit import VisionTransformer
 from dino_train.models.weights import Trained
 
@@ -37,10 +38,10 @@ class Protocol(WeightsOptions):
         """Folder for results of the checkpoint: the folder of its run."""
         return self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
 
-    def load_vit(self) -> tuple[Trained, VisionTransformer]:
+    def load_vit(self) -> tuple[Trained, ViT]:
         """Like `load`; ValueError if the backbone has no tokens."""
         trained = self.load()
-        if not isinstance(trained.backbone, VisionTransformer):
+        if not isinstance(trained.backbone, ViT):
             raise ValueError(f"{trained.arch} has no tokens and no self-attention; choose a run of a ViT")
         return trained, trained.backbone
 
@@ -126,13 +127,15 @@ class Frozen(Classification):
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of a ViT's GEMMs in the extraction: bfloat16 is two to four times faster on processors and GPUs with
-    bfloat16 instructions."""
+    bfloat16 instructions. Not for DINOv3 and DINOv2's ViT-g."""
 
     def load(self) -> Trained:
         trained = super().load()
         if self.precision == "bfloat16":
             if not isinstance(trained.backbone, VisionTransformer):
-                raise ValueError(f"precision bfloat16 is for ViTs, {trained.arch} takes float32 only")
+                raise ValueError(
+                    f"precision bfloat16 is for ViTs that can be trained, {trained.arch} takes float32 only"
+                )
             hold_copies(trained.backbone, torch.bfloat16)
         return trained
 

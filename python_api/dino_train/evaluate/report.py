@@ -27,7 +27,7 @@ from dino_train.evaluate.attention import attention_of, heat, overlay, to_range
 from dino_train.evaluate.features import extract
 from dino_train.evaluate.knn import nearest
 from dino_train.evaluate.protocol import Protocol
-from dino_train.models.vit import VisionTransformer
+from dino_train.models.plain_vit import ViT
 from dino_train.models.weights import Trained
 
 CELL = 120  # side of an image on the page, in pixels
@@ -176,7 +176,7 @@ def class_of(images: ImageFolder, i: int) -> str:
 
 def attention_rows(trained: Trained, images: ImageFolder) -> Iterator[list[str]]:
     """A row for each readable image: the image, an overlay of its mean attention map, and each map."""
-    assert isinstance(trained.backbone, VisionTransformer)
+    assert isinstance(trained.backbone, ViT)
     size = max(trained.image_size, min(480, 2 * trained.image_size))
     for i in range(len(images)):
         try:
@@ -221,7 +221,7 @@ def pictures(report: "Report", config: Row) -> tuple[str, str, str]:
             raise ValueError(f"no image of {config['data']} is held out")
         queries, gallery = spread(held_out, PICTURES), spread(train, GALLERY)
         neighbors = grid(neighbor_rows(trained, queries, gallery))
-        is_vit = isinstance(trained.backbone, VisionTransformer)
+        is_vit = isinstance(trained.backbone, ViT)
         attention = grid(attention_rows(trained, queries)) if is_vit else f"{trained.arch} has no self-attention."
     except (ValueError, OSError) as error:
         logging.warning("no images: %s", error)

@@ -31,7 +31,7 @@ from dino_train.data.decode import load_file
 from dino_train.evaluate.davis import Video, read_mask, score, validation_videos
 from dino_train.evaluate.features import weights_digest
 from dino_train.evaluate.protocol import Protocol
-from dino_train.models.vit import VisionTransformer
+from dino_train.models.plain_vit import ViT
 
 RGB = PixelScale()
 TEMPERATURE = 0.1  # eval_video_segmentation.py:140
@@ -112,12 +112,10 @@ def working_size(width: int, height: int, short: int, patch: int) -> tuple[int, 
     return (short, long) if height > width else (long, short)
 
 
-def frame_features(
-    backbone: VisionTransformer, frame: Image.Image, size: tuple[int, int], scale: PixelScale = RGB
-) -> Tensor:
+def frame_features(backbone: ViT, frame: Image.Image, size: tuple[int, int], scale: PixelScale = RGB) -> Tensor:
     """Patch tokens of the last block, of norm 1: [h, w, C] float32. The frame is resized to `size` without antialiasing
     (as in OpenCV; :209-232) and normalized as in training (0.228 instead of 0.229 in the reference is an error)."""
-    device = backbone.pos_embed.device
+    device = backbone.cls_token.device
     pixels = torch.from_numpy(np.array(frame)).to(device).permute(2, 0, 1)[None].float()
     pixels = F.interpolate(pixels, size[::-1], mode="bilinear", align_corners=False).round_().div_(255)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (scale.mean, scale.std))
@@ -140,9 +138,7 @@ def labels_of(soft: Tensor, patch: int, size: tuple[int, int]) -> np.ndarray:
 
 
 @torch.no_grad()
-def segment(
-    backbone: VisionTransformer, video: Video, options: Propagation, scale: PixelScale = RGB
-) -> Iterator[np.ndarray]:
+def segment(backbone: ViT, video: Video, options: Propagation, scale: PixelScale = RGB) -> Iterator[np.ndarray]:
     """Labels uint8 [H, W] of each frame: the first annotation, then the propagated labels.
 
     Raises:
@@ -160,7 +156,7 @@ def segment(
     yield first
     inner = working_size(*size, options.image_size, patch)
     small = Image.fromarray(first).resize((inner[0] // patch, inner[1] // patch), Image.Resampling.NEAREST)
-    device = backbone.pos_embed.device
+    device = backbone.cls_token.device
     soft = F.one_hot(torch.from_numpy(np.array(small)).long(), int(first.max()) + 1).float().to(device)
     origin = (frame_features(backbone, frame, inner, scale), soft)
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=options.n_last_frames)
@@ -176,7 +172,7 @@ def segment(
 
 
 def evaluate_videos(
-    backbone: VisionTransformer, root: Path, folder: Path, options: Propagation, scale: PixelScale = RGB
+    backbone: ViT, root: Path, folder: Path, options: Propagation, scale: PixelScale = RGB
 ) -> dict[str, Any]:
     """Segment the validation videos of a DAVIS folder and compare with its annotations.
 
@@ -204,7 +200,7 @@ def evaluate_videos(
                 bar.update(len(video.frames))
             else:
                 _write(folder / video.name, video, segment(backbone, video, options, scale), bar)
-            scores[video.name] = score(video, folder / video.name, options.year, backbone.pos_embed.device)
+            scores[video.name] = score(video, folder / video.name, options.year, backbone.cls_token.device)
     regions, contours = (100 * torch.cat([pair[i] for pair in scores.values()]).mean().item() for i in (0, 1))
     percent = {name: {"J": (100 * j).tolist(), "F": (100 * f).tolist()} for name, (j, f) in scores.items()}
     return {"J&F": (regions + contours) / 2, "J": regions, "F": contours, "videos": percent}

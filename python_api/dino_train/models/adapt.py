@@ -1,4 +1,4 @@
-"""Weights of a backbone that was trained on images of another size, with another patch or other channels."""
+"""Weights of a backbone that was trained on images of another size, with another patch, channels or tokens."""
 
 import math
 from collections.abc import Mapping
@@ -8,17 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_train.models.names import fold_layer_scale, registers_of
+
 FIRST = ("patch_embed.proj.weight", "conv1.weight")
 
 
 def adapt(weights: Mapping[str, Any], backbone: nn.Module) -> tuple[dict[str, Any], list[str]]:
-    """Positions, patch and first layer in the shapes of `backbone`, and in words what was changed.
+    """Weights of the names and shapes of `backbone`, and in words what was changed.
 
-    Positions are interpolated bicubically, a patch is resampled so that its products with smooth images stay the same,
-    and channels are repeated or left, with the same sum of weights. What cannot be adapted is left as it is.
+    Layer scale is folded where the backbone has none. Registers and a mask token are left where it has none or another
+    number, and are its own where the weights lack them. Positions are interpolated bicubically, a patch is resampled
+    so that its products with smooth images stay the same, and channels are repeated or left, with the same sum of
+    weights. What cannot be adapted is left as it is.
     """
-    adapted, notes = dict(weights), []
     wanted = backbone.state_dict()
+    adapted, notes = _parts(weights, wanted)
     for name in FIRST:
         if not _both_have(name, 4, adapted, wanted):
             continue
@@ -35,6 +39,29 @@ def adapt(weights: Mapping[str, Any], backbone: nn.Module) -> tuple[dict[str, An
         if adapted[name].shape[1] == old**2 + 1:
             adapted[name] = _positions(adapted[name], new)
             notes.append(f"positions of {old} x {old} patches interpolated to {new} x {new}")
+    return adapted, notes
+
+
+def _parts(weights: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
+    """With layer scale, registers and a mask token where they are wanted, and without them elsewhere."""
+    adapted, notes = dict(weights), []
+    gammas = {name: torch.ones_like(gamma) for name, gamma in wanted.items() if name.endswith(".gamma")}
+    scaled = any(name.endswith(".gamma") for name in weights)
+    if scaled and not gammas:
+        adapted = fold_layer_scale(adapted)
+        notes.append("layer scale folded")
+    elif gammas and not scaled:
+        adapted |= gammas
+        notes.append("layer scale starts at 1")
+    old, new = registers_of(weights), registers_of(wanted)
+    if old != new:
+        adapted.pop("register_tokens", None)
+        notes += [f"{old} registers left"] * (old > 0) + [f"{new} registers are new"] * (new > 0)
+    for name in ("register_tokens", "mask_token"):
+        if name in wanted:
+            adapted.setdefault(name, wanted[name])
+    if "mask_token" not in wanted:
+        adapted.pop("mask_token", None)
     return adapted, notes
 
 

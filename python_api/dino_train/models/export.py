@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dino_train.common.scale import scale_settings
-from dino_train.models.names import to_huggingface
-from dino_train.models.vit import VIT_SIZES, VisionTransformer
+from dino_train.models.names import to_huggingface, to_timm
+from dino_train.models.plain_vit import PLAIN_SIZES, PlainSize, ViT
+from dino_train.models.vit import VIT_SIZES
 from dino_train.models.weights import Trained
 
 Format = Literal["safetensors", "timm", "huggingface", "onnx"]
@@ -24,12 +25,12 @@ FOLDERS = ("timm", "huggingface")
 def export(trained: Trained, path: Path, form: Format = "safetensors") -> None:
     """Write the backbone for other libraries: complete, or not at all.
 
-    * safetensors: a file of the weights under their own names (which are also timm's); arch, patch and image size are
-      in its metadata.
+    * safetensors: a file of the weights under their own names; arch, patch and image size are in its metadata.
     * timm: a folder for `timm.create_model("local-dir:<folder>", pretrained=True)`, or for the model hub. Its
       model.safetensors is also what `create_model("vit_small_patch16_224.dino", checkpoint_path=...)` takes.
     * huggingface: a folder for `transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False)`, whose
-      `last_hidden_state[:, 0]` are the features, and for `AutoImageProcessor.from_pretrained`.
+      `last_hidden_state[:, 0]` are the features, and for `AutoImageProcessor.from_pretrained`. With registers it is for
+      `Dinov2WithRegistersModel`, of DINOv2's ViT-g for `Dinov2Model`, of DINOv3 for `DINOv3ViTModel`.
     * onnx: a file with input "images" [batch, channels, image_size, image_size] and output "features" [batch, C].
 
     Raises:
@@ -52,11 +53,14 @@ def export(trained: Trained, path: Path, form: Format = "safetensors") -> None:
 
 
 def _safetensors(trained: Trained, path: Path) -> None:
+    _save(trained.backbone.state_dict(), path, _metadata(trained))
+
+
+def _metadata(trained: Trained) -> dict[str, str]:
     metadata = {"arch": trained.arch, "image_size": str(trained.image_size)}
-    if isinstance(trained.backbone, VisionTransformer):
+    if isinstance(trained.backbone, ViT):
         metadata["patch_size"] = str(trained.patch_size)
-    metadata |= _scale(trained)
-    _save(trained.backbone.state_dict(), path, metadata)
+    return metadata | _scale(trained)
 
 
 def _scale(trained: Trained) -> dict[str, str]:
@@ -73,14 +77,12 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
 def _timm(trained: Trained, folder: Path) -> None:
     if trained.arch == "resnet_nano":
         raise ValueError("timm has no resnet_nano; for it there are safetensors and onnx")
-    arch, arguments, classifier, first = "resnet50", {}, "fc", "conv1"
-    if isinstance(trained.backbone, VisionTransformer):
-        # timm has no vit_nano, but every size of ViT is made by the arguments.
-        base = "vit_tiny" if trained.arch == "vit_nano" else trained.arch
-        patch = 8 if trained.patch_size == 8 and base != "vit_tiny" else 16
-        arch, classifier, first = f"{base}_patch{patch}_224", "head", "patch_embed.proj"
-        arguments = {"img_size": trained.image_size, "patch_size": trained.patch_size}
-        arguments |= VIT_SIZES[trained.arch]._asdict()
+    arch, classifier, first = "resnet50", "fc", "conv1"
+    arguments: dict[str, Any] = {}
+    weights = trained.backbone.state_dict()
+    if isinstance(trained.backbone, ViT):
+        arch, arguments = _timm_vit(trained, trained.backbone.lead - 1)
+        weights, classifier, first = to_timm(weights), "head", "patch_embed.proj"
     if trained.backbone.channels != 3:
         arguments, first = {**arguments, "in_chans": trained.backbone.channels}, ""  # timm adapts no first layer then
     preprocessing = {
@@ -101,30 +103,47 @@ def _timm(trained: Trained, folder: Path) -> None:
         "model_args": arguments,
     }
     _write_json(config, folder / "config.json")
-    _safetensors(trained, folder / "model.safetensors")
+    _save(weights, folder / "model.safetensors", _metadata(trained))
+
+
+def _timm_vit(trained: Trained, registers: int) -> tuple[str, dict[str, Any]]:
+    """The name of a model of timm, and the arguments that make it ours."""
+    arguments: dict[str, Any] = {"img_size": trained.image_size, "patch_size": trained.patch_size}
+    size = PLAIN_SIZES.get(trained.arch)
+    if size is None:
+        # timm has no vit_nano, but every size of ViT is made by the arguments.
+        base = "vit_tiny" if trained.arch == "vit_nano" else trained.arch
+        patch = 8 if trained.patch_size == 8 and base in ("vit_small", "vit_base") else 16
+        arguments |= VIT_SIZES[trained.arch]._asdict()
+        arguments |= {"reg_tokens": registers, "no_embed_class": True} if registers else {}
+        return f"{base}_patch{patch}_224", arguments
+    # With layer scale folded and biases of queries and values; the features are those of the class token.
+    arguments |= size._asdict() | {"init_values": None, "qkv_bias": True, "global_pool": "token"}
+    ratio = arguments.pop("hidden_dim") / size.embed_dim
+    swiglu, rope = arguments.pop("swiglu"), arguments.pop("rope")
+    if rope:
+        arguments |= {"mlp_ratio": ratio, "swiglu_mlp": swiglu, "swiglu_align_to": 8, "num_reg_tokens": registers}
+        return "vit_small_patch16_dinov3", arguments
+    arguments |= {"mlp_ratio": 2 * ratio, "reg_tokens": registers, "no_embed_class": registers > 0}
+    return "vit_giant_patch14_dinov2", arguments
 
 
 def _huggingface(trained: Trained, folder: Path) -> None:
     backbone = trained.backbone
-    if not isinstance(backbone, VisionTransformer):
+    if not isinstance(backbone, ViT):
         raise ValueError(f"huggingface takes a ViT, got {trained.arch}; for it there are safetensors, timm and onnx")
-    size = VIT_SIZES[trained.arch]
+    plain = PLAIN_SIZES.get(trained.arch)
+    size = plain or VIT_SIZES[trained.arch]
     config = {
-        "architectures": ["ViTModel"],
-        "model_type": "vit",
         "hidden_size": size.embed_dim,
         "num_hidden_layers": size.depth,
         "num_attention_heads": size.num_heads,
-        "intermediate_size": 4 * size.embed_dim,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": backbone.norm.eps,
-        "qkv_bias": True,
         "image_size": trained.image_size,
         "patch_size": trained.patch_size,
         "num_channels": backbone.channels,
         "torch_dtype": "float32",
+        **_huggingface_kind(plain, size.embed_dim, backbone.lead - 1),
     }
     _write_json(config, folder / "config.json")
     scale, rgb = trained.scale, trained.scale.is_8_bit_rgb
@@ -146,7 +165,25 @@ def _huggingface(trained: Trained, folder: Path) -> None:
         "image_std": scale.std if rgb else [std * (high - low) for low, high, _, std in channels],
     }
     _write_json(processor, folder / "preprocessor_config.json")
-    _save(to_huggingface(backbone.state_dict()), folder / "model.safetensors", _scale(trained))
+    weights = to_huggingface(backbone.state_dict(), config["model_type"])
+    _save(weights, folder / "model.safetensors", _scale(trained))
+
+
+def _huggingface_kind(plain: PlainSize | None, dim: int, registers: int) -> dict[str, Any]:
+    """The model's class and what only its configuration has."""
+    if plain and plain.rope:
+        kind = {"architectures": ["DINOv3ViTModel"], "model_type": "dinov3_vit", "num_register_tokens": registers}
+        mlp = {"hidden_act": "silu" if plain.swiglu else "gelu", "use_gated_mlp": plain.swiglu}
+        return kind | mlp | {"intermediate_size": plain.hidden_dim, "key_bias": True}
+    common = {"hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "qkv_bias": True}
+    if registers:
+        kind = {"architectures": ["Dinov2WithRegistersModel"], "model_type": "dinov2_with_registers"}
+        kind["num_register_tokens"] = registers
+    elif plain:
+        kind = {"architectures": ["Dinov2Model"], "model_type": "dinov2"}
+    else:
+        return {"architectures": ["ViTModel"], "model_type": "vit", "intermediate_size": 4 * dim} | common
+    return kind | common | {"mlp_ratio": 4, "use_swiglu_ffn": plain is not None}
 
 
 def _write_json(values: dict[str, Any], path: Path) -> None:

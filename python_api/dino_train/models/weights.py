@@ -16,16 +16,19 @@ from dino_train.common import checkpoint
 from dino_train.common.checkpoint import CheckpointError
 from dino_train.common.scale import scale_of
 from dino_train.models.adapt import FIRST
-from dino_train.models.names import fold_layer_scale, from_huggingface
+from dino_train.models.names import PERIODS, fold_layer_scale, from_others, is_rotary, registers_of
+from dino_train.models.plain_vit import PLAIN_SIZES, PlainViT
 from dino_train.models.resnet import RESNETS, ResNet
 from dino_train.models.vit import ARCHS, VIT_SIZES, VisionTransformer, build_backbone
 
 logger = logging.getLogger(__name__)
 
+Backbone = VisionTransformer | PlainViT | ResNet
 Choice = Literal["auto", "teacher", "student"]
+ALL_ARCHS = (*ARCHS, *PLAIN_SIZES)
 # Of the backbones of others' checkpoints: MoCo, MoCo v3, solo-learn, lightly and Hugging Face.
 _PREFIXES = {
-    "student": ("encoder_q.", "base_encoder.", "backbone.", "vit."),
+    "student": ("encoder_q.", "base_encoder.", "backbone.", "vit.", "dinov2.", "dinov2_with_registers."),
     "teacher": ("encoder_k.", "momentum_encoder.", "momentum_backbone.", "backbone_momentum."),
 }
 _HEADS = (
@@ -38,7 +41,6 @@ _HEADS = (
     "classifier.",
     "linear.",
     "pooler.",
-    "mask_token",
 )
 _RESNET_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
@@ -47,7 +49,7 @@ _RESNET_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "l
 class Trained:
     """A backbone in eval mode, and what it was trained with."""
 
-    backbone: VisionTransformer | ResNet
+    backbone: Backbone
     net: str  # teacher, student or weights
     arch: str
     patch_size: int
@@ -66,7 +68,7 @@ class Trained:
         return eval_transform(view_of(image, self.scale), self.image_size, self.scale)
 
 
-def load_backbone(path: str | Path, *, net: Choice = "auto", allow_partial: bool = False) -> VisionTransformer | ResNet:
+def load_backbone(path: str | Path, *, net: Choice = "auto", allow_partial: bool = False) -> Backbone:
     """A trained backbone in eval mode on the CPU; arch, patch and image size are read off the weights.
 
     Images are [B, channels, h, w], float, normalized as in training: `backbone.transform(image)` is the evaluation view
@@ -107,16 +109,28 @@ def load_trained(
     """
     state, args = read(path)
     weights, found, left = backbone_weights(state, net=net)
+    weights = fold_layer_scale(weights)
+    weights.pop("mask_token", None)
     arch = arch or arch_of(weights, left, args.get("arch"))
     patch_size, image_size = _sizes(weights, patch_size, args.get("global_crops_size", 224))
     first = next((weights[name] for name in FIRST if name in weights), torch.empty(1, 3))
-    backbone = build_backbone(arch, patch_size=patch_size, img_size=image_size, channels=first.shape[1])
+    sizes = {"patch_size": patch_size, "img_size": image_size, "channels": first.shape[1]}
+    backbone = build(arch, registers=registers_of(weights), **sizes)
+    if PERIODS in (own := backbone.state_dict()):
+        weights.setdefault(PERIODS, own[PERIODS])  # only DINOv3's own files have them
     name = arch if arch in RESNETS else f"{arch}/{patch_size}"
     logger.info("%s: %s, a %s", path, f"{found} ({left})" if left else found, name)
     fit(backbone, weights, allow_partial=allow_partial)
     data = Path(args["data"]) if "data" in args else None
     scale = scale_of(args, backbone.channels)
     return Trained(backbone.eval().to(device), found, arch, patch_size, image_size, data, scale)
+
+
+def build(arch: str, *, registers: int = 0, **options: Any) -> Backbone:
+    """A backbone of a name in ALL_ARCHS with random weights; options and errors as in `build_backbone`."""
+    if arch in PLAIN_SIZES:
+        return PlainViT(PLAIN_SIZES[arch], registers=registers, **options)
+    return build_backbone(arch, registers=registers, **options)
 
 
 def load_linear(path: Path) -> nn.Linear:
@@ -151,8 +165,8 @@ def backbone_weights(state: Mapping[str, Any], *, net: Choice = "auto") -> tuple
     Args:
         state: a state dict of the backbone or of a whole net, a checkpoint with such dicts under "teacher" and
             "student" (DINO, `utils.py:72`), or one with both networks under "state_dict", told apart by prefixes
-            (MoCo, MoCo v3, solo-learn, lightly). Prefixes are removed, heads and classifiers are left, names of
-            Hugging Face's ViTModel are replaced, and layer scale (DINOv2) is folded.
+            (MoCo, MoCo v3, solo-learn, lightly). Prefixes are removed, heads and classifiers are left, and names of
+            Hugging Face, timm and DINOv3 are replaced. A ViT's layer scale and mask token stay.
         net: which network. "auto": the one that the file's method evaluates, the teacher of DINO, else the student.
 
     Returns:
@@ -181,13 +195,12 @@ def backbone_weights(state: Mapping[str, Any], *, net: Choice = "auto") -> tuple
     if "4.0.conv1.weight" in weights:  # lightly numbers the parts of torchvision's ResNet
         parts = {key: key.partition(".") for key in weights}
         weights = {f"{_RESNET_PARTS[parts[key][0]]}.{parts[key][2]}": value for key, value in weights.items()}
-    if "embeddings.cls_token" in weights:
-        weights = from_huggingface(weights)
-    weights = fold_layer_scale(weights)
+    count = len(weights)
+    weights = from_others(weights)
     prefix = ("module." if next(iter(state)).startswith("module.") else "") + prefix
     left = [f"prefix {prefix!r}"] if prefix else []
-    if len(weights) < len(named):
-        left.append(f"{len(named) - len(weights)} tensors of a head")
+    if count < len(named):
+        left.append(f"{len(named) - count} tensors of a head")
     return weights, chosen, f"without {' and '.join(left)}" if left else ""
 
 
@@ -270,11 +283,15 @@ def arch_of(weights: Mapping[str, Any], left: str, said: str | None) -> str:
         if last in weights:
             return arch
     width = getattr(weights.get("cls_token"), "shape", (0,))[-1]
+    kind = is_rotary(weights), "blocks.0.mlp.w12.weight" in weights
+    for arch, plain in PLAIN_SIZES.items():
+        if any(kind) and (plain.rope, plain.swiglu, plain.depth, plain.embed_dim) == (*kind, len(blocks), width):
+            return arch
     for arch, size in sorted(VIT_SIZES.items(), key=lambda item: item[0] != said):
-        if (size.depth, size.embed_dim) == (len(blocks), width):
+        if not any(kind) and (size.depth, size.embed_dim) == (len(blocks), width):
             return arch
     raise ValueError(
-        f"the weights are of no known architecture ({', '.join(ARCHS)}): {_listed(list(weights))}; "
+        f"the weights are of no known architecture ({', '.join(ALL_ARCHS)}): {_listed(list(weights))}; "
         "--arch says what to take them for"
     )
 
