@@ -61,7 +61,7 @@ def test_all_formats_hold_the_features_of_all_readable_images(folder, capsys):
     from pyarrow import parquet
 
     paths = [f"{i:03d}.png" for i in range(20) if i != 7]
-    for suffix in ("safetensors", "npz", "parquet"):
+    for suffix in ("safetensors", "npz", "parquet", "csv"):
         assert run(folder, "--out", folder / f"out.{suffix}", "--json") == 0
         assert json.loads(capsys.readouterr().out) == {
             "images": 19,
@@ -75,12 +75,16 @@ def test_all_formats_hold_the_features_of_all_readable_images(folder, capsys):
     torch.testing.assert_close(saved.values, truth, rtol=1e-4, atol=1e-5)
     arrays = np.load(folder / "out.npz")
     table = parquet.read_table(folder / "out.parquet").to_pydict()
-    for names in (saved.paths, arrays["paths"].tolist(), table["path"]):
+    head, *lines = csv.reader((folder / "out.csv").read_text().splitlines())
+    assert head[:3] == ["path", "class", "feature0"] and {line[1] for line in lines} == {""}
+    assert np.array_equal(np.array([line[2:] for line in lines], np.float32), saved.values.numpy())
+    for names in (saved.paths, arrays["paths"].tolist(), table["path"], [line[0] for line in lines]):
         assert names == paths
     assert np.array_equal(arrays["values"], saved.values) and arrays["classes"].shape == (0,)
     assert np.array_equal(np.array(table["features"], np.float32), saved.values.numpy())
     assert set(table["class"]) == {None} and set(arrays["labels"]) == {-1}
-    assert sorted(path.name for path in folder.glob("out*")) == ["out.npz", "out.parquet", "out.safetensors"]
+    suffixes = ["csv", "npz", "parquet", "safetensors"]
+    assert sorted(path.name for path in folder.glob("out*")) == [f"out.{suffix}" for suffix in suffixes]
 
 
 def test_class_folders_are_kept(folder):
@@ -172,7 +176,7 @@ def test_of_equal_images_each_is_left_out_of_its_own_neighbors():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--out", "x.csv"], "out must end in .safetensors, .npz, .parquet, got x.csv"),
+        (["--out", "x.txt"], "out must end in .safetensors, .npz, .csv, .parquet, got x.txt"),
         (["--neighbors", "19"], "neighbors must be less than the number of images, 19, got 19"),
         (["--neighbors", "-1"], "neighbors must be at least 0, got -1"),
         (["--out", "x.parquet"], "needs pyarrow: pip install pyarrow"),

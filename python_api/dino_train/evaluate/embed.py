@@ -39,7 +39,8 @@ class Embed(Frozen):
     """Folder, .zip or .tar of images. Default: the run's images."""
     out: Path = Path("features.safetensors")
     """File to write. .safetensors: tensors values [n, C] and labels [n], names of images and class folders as bytes
-    that end in zeros. .npz: the same as arrays. .parquet: columns path, class and features; needs pyarrow."""
+    that end in zeros. .npz: the same as arrays. .csv: columns path, class and a column for each feature. .parquet:
+    columns path, class and features; needs pyarrow."""
     neighbors: int = 0
     """Also write the most similar other images of each, with cosines, to OUT-neighbors.csv, and a picture of some."""
 
@@ -49,7 +50,7 @@ class Embed(Frozen):
         if self.out.suffix not in _WRITERS:
             raise ValueError(f"out must end in {', '.join(_WRITERS)}, got {self.out}")
         if self.out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-            raise ValueError("a .parquet file needs pyarrow: pip install pyarrow, or write .safetensors or .npz")
+            raise ValueError("a .parquet file needs pyarrow: pip install pyarrow, or write .csv or .npz")
 
     def run(self) -> None:
         self.check()
@@ -149,6 +150,19 @@ def _write_npz(features: Features, path: Path) -> None:
         )
 
 
+def _classes(features: Features) -> list[str | None]:
+    """Of each image."""
+    return [features.classes[i] if i >= 0 else None for i in features.labels.tolist()]
+
+
+def _write_csv(features: Features, path: Path) -> None:
+    with atomic(path) as temporary, open(temporary, "w", newline="", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", *(f"feature{i}" for i in range(features.values.shape[1]))])
+        for name, of, values in zip(features.paths, _classes(features), features.values.tolist(), strict=True):
+            writer.writerow([name, of, *(f"{value:.9g}" for value in values)])  # 9 digits identify a float32
+
+
 def _write_parquet(features: Features, path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
@@ -157,7 +171,7 @@ def _write_parquet(features: Features, path: Path) -> None:
         return name.encode(errors="backslashreplace").decode()
 
     values = pyarrow.array(features.values.numpy().ravel())
-    classes = [utf8(features.classes[i]) if i >= 0 else None for i in features.labels.tolist()]
+    classes = [None if name is None else utf8(name) for name in _classes(features)]
     columns = {
         "path": list(map(utf8, features.paths)),
         "class": pyarrow.array(classes, pyarrow.string()),
@@ -170,5 +184,6 @@ def _write_parquet(features: Features, path: Path) -> None:
 _WRITERS: dict[str, Callable[[Features, Path], None]] = {
     ".safetensors": Features.save,
     ".npz": _write_npz,
+    ".csv": _write_csv,
     ".parquet": _write_parquet,
 }
