@@ -342,6 +342,11 @@ def test_missing_and_unsuitable_paths(tmp_path, monkeypatch):
     expected = f"{looked} 4 files: .txt 2, "
     assert expected in message(bare) and ".csv 1" in message(bare) and "no suffix 1" in message(bare)
     assert expected in message(zip_of(bare))
+    (bare / "IMG_1.HEIC").write_bytes(b"x")
+    advice = "pictures of these kinds are not read, convert them to JPEG or PNG: .heic 1"
+    assert "5 files: .txt 2, " in message(bare) and message(bare).endswith(f"; {advice}")
+    fill(bare, "a.png")
+    assert advice in ImageFolder(bare).notes and ".heic" not in ImageFolder(bare).notes[1]
     monkeypatch.setattr(os, "scandir", lambda folder: (_ for _ in ()).throw(PermissionError(13, "Denied", folder)))
     assert message(bare) == f"cannot list {bare}: Denied"
 

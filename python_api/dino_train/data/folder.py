@@ -24,7 +24,7 @@ from dino_kernels import PixelScale
 from dino_train.common.views import View, as_picture
 from dino_train.data.archive import Zip
 from dino_train.data.decode import decode, decoded, load_view
-from dino_train.data.names import DEEP_SUFFIXES, SUFFIXES, is_hidden, is_image, junk_of, listed, suffix
+from dino_train.data.names import CAMERA_SUFFIXES, DEEP_SUFFIXES, SUFFIXES, is_hidden, is_image, junk_of, listed, suffix
 from dino_train.data.tar_index import Store
 
 # Names of the parts of a split, the usual one first. `pool`: images to train on that have no labels.
@@ -85,6 +85,8 @@ class ImageFolder:
         names = sorted(filter(is_image, files)) or sorted(file for file in files if suffix(file) in DEEP_SUFFIXES)
         taken = set(names)
         others = Counter(suffix(file) or "no suffix" for file in files if file not in taken)
+        if foreign := Counter({end: others[end] for end in CAMERA_SUFFIXES if end in others}):
+            self.notes.append(f"pictures of these kinds are not read, convert them to JPEG or PNG: {_counted(foreign)}")
         if not names:
             raise DataError(
                 f"no images in {self.path}: looked for {' '.join(SUFFIXES + DEEP_SUFFIXES)} in it and its subfolders, "
@@ -93,8 +95,8 @@ class ImageFolder:
                 + (" (a folder of shards is for pretrain only)" if ".tar" in others else "")
                 + "".join(f"; {note}" for note in self.notes)
             )
-        if others:
-            self.notes.append(f"files whose suffix is not that of an image are not read: {_counted(others)}")
+        if rest := others - foreign:
+            self.notes.append(f"files whose suffix is not that of an image are not read: {_counted(rest)}")
         if junk:
             self.notes.append(f"images in folders of other programs are not used: {_counted(junk)}")
         prefix = ""

@@ -13,6 +13,8 @@ SUFFIXES = (
     *(".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
     *(".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".tga", ".pcx", ".qoi", ".sgi", ".psd"),
 )
+# Pictures that Pillow does not read, of phones and cameras.
+CAMERA_SUFFIXES = (".heic", ".heif", ".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
 # Taken where there are none of these.
 DEEP_SUFFIXES = (".npy", ".dcm", ".dicom")
 # Of systems and other programs, in lower case. Images in folders of _JUNK are counted, since they look like data.
