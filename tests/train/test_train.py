@@ -140,8 +140,9 @@ def test_signals_write_a_checkpoint_and_stop(config, signum, monkeypatch, reques
     handler = signal.SIG_DFL if signal.getsignal(signum) == signal.SIG_IGN else signal.getsignal(signum)
     before = signal.signal(signum, handler)  # nohup, which may run the tests, ignores SIGHUP
     request.addfinalizer(lambda: signal.signal(signum, before))
-    with pytest.raises(train.Interrupted, match="stopped at step 8 of 15; --resume continues") as stop:
+    with pytest.raises(train.Interrupted, match="stopped at step 8 of 15; --resume continues: ") as stop:
         pretrain(config)
+    assert str(stop.value).endswith(f"dino-train pretrain --output-dir {config.output_dir} --resume")
     assert stop.value.signum == signum and signal.getsignal(signum) is handler
     assert checkpoint.load(config.output_dir / "last.pt")["step"] == 8
     monkeypatch.setattr(Learner, "step", update)
@@ -240,7 +241,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # writes beyond 1 MiB fail, as on a full disk
     try:
-        with pytest.raises(checkpoint.CheckpointError, match="cannot write .*last.pt"):
+        with pytest.raises(checkpoint.CheckpointError, match=r"last.pt: (File too large|is the disk full\?)"):
             checkpoint.save({"step": 2, "x": torch.zeros(1 << 20)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -545,6 +546,13 @@ def test_unreadable_images_are_reported_once_skipped_and_counted(config, caplog,
     output = capsys.readouterr().out
     assert "2 of 57 training images could not be read" in output
     assert "1 of 3 held-out images could not be read" in output
+
+
+def test_a_run_of_few_steps_is_told_so_and_commands_to_paste_are_quoted(config, capsys):
+    pretrain(replace(config, epochs=1, output_dir=config.output_dir / "my run"))
+    said = capsys.readouterr().out
+    assert "note: 5 steps in all are few" in said and "raise --epochs to 100 or more" in said
+    assert f"--run '{config.output_dir}/my run'" in said
 
 
 def test_too_many_unreadable_images_stop_the_run_unless_they_are_allowed(config):

@@ -70,7 +70,8 @@ def save(state: dict[str, Any], path: Path, *, previous: Path | None = None) -> 
             os.close(directory)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as either
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or f"is the disk full? ({_first_line(error)})"
+        raise CheckpointError(f"cannot write {path}: {reason}") from error
 
 
 def numbered(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeGuard
 
 import torch
@@ -37,6 +38,7 @@ from dino_train.evaluate import knn_accuracy, view_retrieval
 from dino_train.evaluate.knn import RETRIEVAL_IMAGES
 
 logger = logging.getLogger(__name__)
+FEW_STEPS = 500  # the demo's 744 teach something
 # Settings that shapes of the checkpoint depend on.
 FIXED = (
     *("method", "arch", "patch_size", "channels", "global_crops_size", "out_dim", "head_hidden_dim"),
@@ -175,7 +177,10 @@ class Run:
         """To train on, those of them that k-NN compares with, and held out; takes their scale into the settings."""
         data = self.config.data
         if not data:
-            raise ValueError("there are no images to train on: give --data FOLDER, or --preset demo for embedded ones")
+            reason = "there are no images to train on: give --data FOLDER, or --preset demo for embedded ones"
+            if self.config.resume and not checkpoint.exists(self.config.output_dir):
+                reason = f"{self.config.output_dir} holds no run to resume, and {reason}"
+            raise ValueError(reason)
         with self.progress.doing(f"finding the images of {data}"):
             if is_shards(data):
                 urls = shard_urls(data)
@@ -468,8 +473,12 @@ class Run:
                 raise self._interrupted(stopping)
 
     def _interrupted(self, signum: int) -> Interrupted:
-        last = self.config.output_dir / checkpoint.LAST
-        return Interrupted(signum, f"stopped at step {self.step} of {self.total_steps}; --resume continues from {last}")
+        folder = quote(str(self.config.output_dir))
+        return Interrupted(
+            signum,
+            f"stopped at step {self.step} of {self.total_steps}; --resume continues: "
+            f"dino-train pretrain --output-dir {folder} --resume",
+        )
 
     def _requests(self) -> tuple[int, int]:
         """The stop signal (0 if none) and whether a checkpoint is due, on any rank: all ranks must do the same.
@@ -599,6 +608,12 @@ class Run:
             f"2 + {config.local_crops_number} crops, from step {self.step}; output in {config.output_dir}"
             f"{self.begun_from}{self._values()}\n{self.needed}"
         )
+        if self.total_steps < FEW_STEPS and config.init_from is None:
+            self.progress.say(
+                f"note: {self.total_steps} steps in all are few, and the features will be much like those of random "
+                f"weights: raise --epochs to {-(-FEW_STEPS // self.steps_per_epoch)} or more, or use published weights "
+                "(pretrain --init-from, or embed without training)"
+            )
         if parallel.rank() == 0:
             warn_of_shortage(self.needed, self.learner)
 
@@ -628,7 +643,7 @@ class Run:
                 f"best k-NN (k = 10): {best:.1f} % after {row['step'] // self.steps_per_epoch} epochs "
                 f"({row['knn_images']} images{chance})"
             )
-        say(f"done: {folder / checkpoint.LAST}\nnext: dino-train evaluate report --run {folder}")
+        say(f"done: {folder / checkpoint.LAST}\nnext: dino-train evaluate report --run {quote(str(folder))}")
 
 
 def _labelled(images: ImageFolder | ShardStream | None) -> TypeGuard[ImageFolder]:
