@@ -11,8 +11,8 @@ try:
     from dino_kernels._C import Products
 except ImportError as error:
     raise ImportError(
-        f"the compiled part of dino_kernels does not load ({error}); "
-        "build it with `pip install .` or, in the source tree, `python setup.py build_ext --inplace`"
+        f"the compiled part of dino_kernels does not load ({error}); build it with `pip install .` or, in the source "
+        "tree, `python setup.py build_ext --inplace`; if it is installed, start Python outside the source tree"
     ) from error
 
 # enum class DType in csrc/common/dtype.h

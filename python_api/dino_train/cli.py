@@ -1,9 +1,11 @@
 """The command line: dino-train pretrain | stats | pack | embed | evaluate <protocol> | compare | export | --version."""
 
+import errno
 import importlib
 import io
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,7 +154,8 @@ class Stats:
         with atomic(self.out) as temporary:
             temporary.write_text(json.dumps(stats.plain(), indent=2) + "\n")
         print("\n".join(stats.lines()))
-        print(f"wrote {self.out}, for dino-train pretrain --stats {self.out} --data {self.data}")
+        command = ["dino-train", "pretrain", "--stats", str(self.out), "--data", str(self.data)]
+        print(f"wrote {self.out}, for {shlex.join(command)}")
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ _Evaluate: Any = Annotated[
 
 def _values(argv: Sequence[str], **defaults: str) -> dict[str, str]:
     """Of these flags; the last of each counts."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if flag.startswith("--") and name in defaults:
@@ -306,8 +309,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dino-train: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, NonFiniteLoss) as error:
+    except (ValueError, NonFiniteLoss) as error:
         print(f"dino-train: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"dino-train: error: {_described(error)}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -318,6 +324,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         print(f"dino-train: error: out of memory: {less} ({first_line})", file=sys.stderr)
         return 1
+
+
+def _described(error: OSError) -> str:
+    """With what helps where nothing can be written."""
+    text = ": ".join(str(part) for part in (error.filename, error.strerror) if part) or str(error)
+    if error.errno == errno.ENOSPC:
+        return f"{text}: make room, or write to another disk"
+    if error.errno in (errno.EACCES, errno.EROFS):
+        return f"{text}: choose another place to write to (--output-dir, --out or --output)"
+    return text
 
 
 def _is_out_of_memory(error: Exception) -> bool:

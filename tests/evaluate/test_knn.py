@@ -201,7 +201,7 @@ def test_unreadable_images_are_reported_also_with_cached_features(setting, capsy
     caplog.clear()
     assert evaluate(capsys, *words) == first and first["train"] == 35
     assert "skipped unreadable image train/red/3.png: not in the cached features" in caplog.text
-    assert "1 of 36 training images could not be read" in caplog.text
+    assert "1 of 36 images could not be read (training)" in caplog.text
     assert "there are only 35 training images: larger k use all of them" in caplog.text
 
 

@@ -1,4 +1,5 @@
 import builtins
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import Mock
 
 import dino_train
 import pytest
@@ -215,6 +217,36 @@ def test_errors_are_short_and_say_what_is_wrong(run, tmp_path, capsys, words, me
         code = stop.code
     error = " ".join(capsys.readouterr().err.split())
     assert code in (1, 2) and re.search(message, error) and "Traceback" not in error, error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Expected one of {pretrain, pack, stats, embed, evaluate, compare, export}"),
+        (["pretrain", "--resume", "--output-dir", "none"], "none holds no run to resume, and there are no images"),
+    ],
+)
+def test_commands_without_what_they_need(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert main(words) == 1
+    except SystemExit as stop:  # from tyro
+        assert stop.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: make room, or write to another"),
+        (PermissionError(errno.EACCES, "Permission denied", "a b"), "a b: Permission denied: choose another place"),
+        (OSError("of no kind"), "of no kind\n"),
+    ],
+)
+def test_where_nothing_can_be_written_it_is_said_what_helps(monkeypatch, capsys, error, message):
+    monkeypatch.setattr(cli, "_run", Mock(side_effect=error))
+    assert main(["stats"]) == 1
+    assert capsys.readouterr().err.startswith(f"dino-train: error: {message}")
 
 
 def test_version_is_that_of_both_packages(capsys):

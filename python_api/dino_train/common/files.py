@@ -35,10 +35,10 @@ def locked(path: Path, what: Path) -> Iterator[None]:
         ValueError: another process holds it, so that `what` is in use.
     """
     with _opened(path, what) as file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
         try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
             yield
         finally:
             path.unlink(missing_ok=True)

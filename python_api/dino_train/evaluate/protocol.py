@@ -183,4 +183,6 @@ def require_labels(parts: dict[str, ImageFolder]) -> None:
 def log_skipped(bad: BadImages, what: str) -> None:
     """Log how many images are missing in a result."""
     if bad.count:
-        logging.warning("%d of %d %s images could not be read; the result excludes them", bad.count, bad.n_images, what)
+        logging.warning(
+            "%d of %d images could not be read (%s); the result excludes them", bad.count, bad.n_images, what
+        )
