@@ -230,7 +230,9 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         for setting in fields(self):
             methods = READ_BY.get(setting.name, METHODS)
-            if self.method not in methods and getattr(self, setting.name) != setting.default:
+            value = getattr(self, setting.name)
+            value = tuple(value) if isinstance(value, list) else value  # as JSON has it
+            if self.method not in methods and value != setting.default:
                 raise ValueError(f"{setting.name} is for {' and '.join(methods)}, not for {self.method}")
         least = {"patch_size": 1, "out_dim": 2, "head_hidden_dim": 1, "batch_size_per_gpu": 1, "epochs": 1}
         least |= {"accumulate": 1, "log_interval": 1, "num_workers": 1, "global_crops_size": 1, "local_crops_size": 1}
