@@ -101,6 +101,14 @@ def resize(view: View, size: tuple[int, int]) -> View:
     return np.stack([np.asarray(channel) for channel in resized], -1).clip(0, 255)
 
 
+def whole_patches(view: View, short: int, patch: int, scale: PixelScale) -> Tensor:
+    """The image resized (bicubic) so that its short side is about `short` pixels and both sides are multiples of
+    `patch`, normalized: float32 [C, h, w]."""
+    size = size_of(view)
+    width, height = (patch * max(1, round(side * short / min(size) / patch)) for side in size)
+    return to_tensor(resize(view, (width, height)), scale)
+
+
 def eval_transform(view: View, size: int, scale: PixelScale | None = None) -> Tensor:
     """Evaluation view of an image: short side to round(size * 256 / 224) bicubic, central size x size crop, normalized:
     float32 [C, size, size] (`eval_knn.py:33-38`).

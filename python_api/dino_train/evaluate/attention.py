@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_kernels import PixelScale
-from dino_train.common.views import View, as_picture, resize, size_of, to_tensor
+from dino_train.common.views import View, as_picture, whole_patches
 from dino_train.config.options import require_least
 from dino_train.config.presets import EMBEDDED_DATA
 from dino_train.data.decode import UnreadableImage, decoded, load_view
@@ -23,7 +23,7 @@ from dino_train.data.folder import ImageFolder, split
 from dino_train.data.stats import suited
 from dino_train.evaluate import ffmpeg
 from dino_train.evaluate.metrics import jaccard
-from dino_train.evaluate.protocol import Protocol
+from dino_train.evaluate.protocol import Protocol, dense_size
 from dino_train.models.plain_vit import ViT
 from dino_train.models.weights import Trained
 
@@ -40,13 +40,9 @@ def attention_of(backbone: ViT, view: View, working_size: int, scale: PixelScale
 
     The image is resized so that its short side is about `working_size` and both sides are multiples of the patch size.
     """
-    p = backbone.patch_size
-    size = size_of(view)
-    columns, rows = (max(1, round(side * working_size / min(size) / p)) for side in size)
-    pixels = to_tensor(resize(view, (columns * p, rows * p)), scale)
-    device = backbone.cls_token.device
-    maps = backbone.attention(pixels[None].to(device))[0, :, 1:].float().cpu()
-    return maps.unflatten(1, (rows, columns))
+    pixels = whole_patches(view, working_size, backbone.patch_size, scale)
+    maps = backbone.attention(pixels[None].to(backbone.cls_token.device))[0, :, 1:].float().cpu()
+    return maps.unflatten(1, (pixels.shape[1] // backbone.patch_size, -1))
 
 
 def keep_mass(maps: Tensor, mass: float) -> Tensor:
@@ -182,7 +178,7 @@ class Attention(Protocol):
     def run(self) -> None:
         self.check()
         trained, backbone = self.load_vit()
-        size = self.image_size or max(trained.image_size, min(480, 2 * trained.image_size))
+        size = self.image_size or dense_size(trained)
         look = partial(attention_of, backbone, working_size=size, scale=trained.scale)
         videos = [path for path in self.data if ffmpeg.is_video(path)]
         if self.masks:

@@ -122,8 +122,8 @@ class Classification(Extraction):
 
 
 @dataclass(kw_only=True)
-class Frozen(Classification):
-    """Options of the protocols that classify with features of a frozen backbone."""
+class Precision(Protocol):
+    """The option of the protocols that extract features of a frozen backbone."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of a ViT's GEMMs in the extraction: bfloat16 is two to four times faster on processors and GPUs with
@@ -138,6 +138,11 @@ class Frozen(Classification):
                 )
             hold_copies(trained.backbone, torch.bfloat16)
         return trained
+
+
+@dataclass(kw_only=True)
+class Frozen(Classification, Precision):
+    """Options of the protocols that classify with features of a frozen backbone."""
 
     def cache(self, trained: Trained) -> Cache:
         """Cache of the run's features."""
@@ -160,6 +165,12 @@ class Frozen(Classification):
         features = cache.features(images, loader, forward, bad, kind=self.kind(name, size), title=what)
         log_skipped(bad, what)
         return features
+
+
+def dense_size(trained: Trained) -> int:
+    """Short side in pixels of images whose patches are looked at: twice the training size, which is a finer grid, up to
+    480 and not below the training size."""
+    return max(trained.image_size, min(480, 2 * trained.image_size))
 
 
 def require_labels(parts: dict[str, ImageFolder]) -> None:

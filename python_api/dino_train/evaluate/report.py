@@ -26,7 +26,7 @@ from dino_train.data.loader import BadImages, eval_loader
 from dino_train.evaluate.attention import attention_of, heat, overlay, to_range
 from dino_train.evaluate.features import extract
 from dino_train.evaluate.knn import nearest
-from dino_train.evaluate.protocol import Protocol
+from dino_train.evaluate.protocol import Protocol, dense_size
 from dino_train.models.plain_vit import ViT
 from dino_train.models.weights import Trained
 
@@ -177,7 +177,7 @@ def class_of(images: ImageFolder, i: int) -> str:
 def attention_rows(trained: Trained, images: ImageFolder) -> Iterator[list[str]]:
     """A row for each readable image: the image, an overlay of its mean attention map, and each map."""
     assert isinstance(trained.backbone, ViT)
-    size = max(trained.image_size, min(480, 2 * trained.image_size))
+    size = dense_size(trained)
     for i in range(len(images)):
         try:
             view = squared_view(images.view(i), size)
