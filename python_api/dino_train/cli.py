@@ -35,6 +35,7 @@ from dino_train.evaluate.knn import Knn
 from dino_train.evaluate.linear import Linear
 from dino_train.evaluate.report import Report
 from dino_train.evaluate.retrieval import Retrieval
+from dino_train.evaluate.segmentation import Segmentation
 from dino_train.evaluate.video_segmentation import VideoSegmentation
 from dino_train.models.export import FOLDERS, Format, export
 
@@ -198,6 +199,7 @@ _Evaluate: Any = Annotated[
     | _evaluate(
         "video-segmentation", VideoSegmentation, data=_alias("--data-path"), radius=_alias("--size-mask-neighborhood")
     )
+    | _evaluate("segmentation", Segmentation, data=_alias("--data-path"))
     | _evaluate("attention", Attention, data=_alias("--image"))
     | _evaluate("baselines", Baselines, data=_alias("--data-path"))
     | _evaluate("report", Report, checkpoint=_alias("--run")),

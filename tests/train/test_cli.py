@@ -27,6 +27,7 @@ from dino_train.evaluate.finetune import Finetune
 from dino_train.evaluate.knn import Knn
 from dino_train.evaluate.linear import Linear
 from dino_train.evaluate.retrieval import Retrieval
+from dino_train.evaluate.segmentation import Segmentation
 from safetensors import safe_open
 from tiny_run import TINY, tiny_run
 
@@ -184,7 +185,7 @@ def test_help_documents_every_field(capsys):
     assert "in pixels" in text and "(default: 65536)" in text
 
 
-@pytest.mark.parametrize("protocol", [Knn, Linear, Finetune, Retrieval, CopyDetection, Attention])
+@pytest.mark.parametrize("protocol", [Knn, Linear, Finetune, Retrieval, CopyDetection, Segmentation, Attention])
 def test_help_documents_every_field_of_a_protocol(capsys, protocol):
     name = {"CopyDetection": "copy-detection"}.get(protocol.__name__, protocol.__name__.lower())
     with pytest.raises(SystemExit) as stop:

@@ -44,6 +44,15 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     return np.count_nonzero(a & b) / union if union else 1.0
 
 
+def intersection_over_union(confusion: np.ndarray) -> np.ndarray:
+    """IoU of each class, n_cc / (sum_j n_cj + sum_i n_ic - n_cc): float64 [K]; NaN for classes that never occur.
+
+    confusion: n [K, K], numbers of pixels by true (row) and predicted (column) class.
+    """
+    true, predicted, right = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+    return np.where(true > 0, right / np.maximum(true + predicted - right, 1), np.nan)
+
+
 def mean_average_precision(
     ranks: np.ndarray, positives: Sequence[np.ndarray], passed: Sequence[np.ndarray], ks: Sequence[int]
 ) -> dict[str, float]:
