@@ -3,13 +3,15 @@ import math
 import re
 import shutil
 
+import numpy as np
 import pytest
+import torch
 from browser import CHROMIUM, Browser
 from dino_train.cli import main
 from dino_train.config.presets import EMBEDDED_DATA
 from dino_train.data.folder import ImageFolder
 from dino_train.evaluate import report
-from dino_train.evaluate.report import PANELS, POINTS, checks, draw, spread, thin
+from dino_train.evaluate.report import PANELS, POINTS, checks, draw, principal_colors, spread, thin
 from dino_train.models.weights import load_trained
 from PIL import Image
 from tiny_run import tiny_run
@@ -41,7 +43,7 @@ def test_the_page_shows_the_run(run, page):
         shown = name.replace("_", "_<wbr>")  # allowed line breaks in long names
         assert re.search(rf"<td>{shown}</td><td[^>]*>{re.escape(str(value))}</td>", text), name
     assert '<td class="set">vit_nano</td>' in text and "<td>lr</td><td>0.0005</td>" in text  # bold: not the default
-    assert text.count('"cell"') == 2 * (1 + 1 + 3) + 2 * (1 + 5)  # two held-out images; three heads; five neighbors
+    assert text.count('"cell"') == 2 * (1 + 1 + 3) + 2 * 2 + 2 * (1 + 5)  # two images; three heads; five neighbors
     assert "$" not in re.sub(r"<style>.*</style>", "", text, flags=re.DOTALL)
     # Nothing is loaded from other files: no link, no script, only embedded images.
     assert not re.findall(r"<(?:script|link|iframe|object)\b", text)
@@ -136,6 +138,27 @@ def test_attention_is_of_the_image_not_of_its_thumbnail(run, monkeypatch):
     images.view = lambda i: Image.new("RGB", (500, 450))
     (cells,) = report.attention_rows(trained, images)
     assert seen[0][0].size == (400, 400) and seen[0][1] == 400 and len(cells) == 2 + 3
+
+
+def test_components_of_gradients_are_the_gradients():
+    """Of features along three orthogonal directions, hidden among others; signs: the largest loading is positive."""
+    n, side = 4, 20
+    ramp = torch.linspace(-1, 1, side)
+    of_image = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    zero = torch.zeros(n, side, side)
+    gradients = [zero + ramp, zero + ramp[:, None], zero + of_image[:, None, None]]  # to the right, down, by image
+    directions = torch.linalg.qr(torch.randn(6, 3, generator=torch.Generator().manual_seed(0))).Q.T
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    strengths = (3.0, 2.0, 0.5)
+    parts = zip(strengths, gradients, directions * largest.sign(), strict=True)
+    maps = 7 + sum(strength * each[..., None] * direction for strength, each, direction in parts)
+    colors = principal_colors(maps)
+    assert colors.shape == (n, side, side, 3) and colors.dtype == np.uint8
+    for channel, gradient in enumerate(gradients):
+        low, high = np.percentile(gradient, (1, 99))
+        expected = 255 * ((gradient.numpy() - low) / (high - low)).clip(0, 1)
+        assert abs(colors[..., channel] - expected).max() <= 0.51
+    assert (principal_colors(torch.ones(1, 2, 2, 3)) == 0).all()
 
 
 def test_names_with_html_and_invalid_unicode(run, tmp_path):

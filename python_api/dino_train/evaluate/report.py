@@ -13,12 +13,15 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from dino_train.common.files import atomic
 from dino_train.common.metrics import METRICS, collapse_signs, read_metrics
-from dino_train.common.views import View, as_picture, center_crop, resize, size_of
+from dino_train.common.views import View, as_picture, center_crop, resize, size_of, whole_patches
 from dino_train.config.pretrain import PretrainConfig, default_workers
 from dino_train.data.decode import UnreadableImage
 from dino_train.data.folder import ImageFolder, split
@@ -174,21 +177,62 @@ def class_of(images: ImageFolder, i: int) -> str:
     return images.classes[images.labels[i]] if images.labels else ""
 
 
+def squares(images: ImageFolder, size: int) -> Iterator[tuple[View, str]]:
+    """The readable images as squares of `size` pixels, with the names of their classes."""
+    for i in range(len(images)):
+        try:
+            yield squared_view(images.view(i), size), class_of(images, i) or "image"
+        except UnreadableImage as error:
+            logging.warning("skipped %s", error)
+
+
 def attention_rows(trained: Trained, images: ImageFolder) -> Iterator[list[str]]:
     """A row for each readable image: the image, an overlay of its mean attention map, and each map."""
     assert isinstance(trained.backbone, ViT)
     size = dense_size(trained)
-    for i in range(len(images)):
-        try:
-            view = squared_view(images.view(i), size)
-        except UnreadableImage as error:
-            logging.warning("skipped %s", error)
-            continue
+    for view, name in squares(images, size):
         maps = attention_of(trained.backbone, view, size, images.scale)
         small = squared(as_picture(view), CELL)
         mean = cell(overlay(small, to_range(maps.mean(0))), "mean")
         heads = [cell(heat(m, small.size), f"head {h + 1}") for h, m in enumerate(to_range(maps))]
-        yield [cell(small, class_of(images, i) or "image"), mean, *heads]
+        yield [cell(small, name), mean, *heads]
+
+
+def principal_colors(maps: Tensor) -> np.ndarray:
+    """The first three principal components of features as red, green and blue.
+
+    The components are those of all maps together; of each, the loading with the largest magnitude is positive. A
+    color's 0 and 255 are the 1st and the 99th percentile of its component.
+
+    Args:
+        maps: [n, h, w, C], C of at least 3.
+
+    Returns:
+        uint8 [n, h, w, 3].
+    """
+    x = maps.double() - maps.double().mean((0, 1, 2))
+    _, vectors = torch.linalg.eigh(torch.einsum("nhwc,nhwd->cd", x, x))  # ascending
+    axes = vectors[:, -3:].flip(1)
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    values = (x @ axes).numpy()
+    low, high = np.percentile(values, (1, 99), axis=(0, 1, 2))
+    return np.rint(255 * ((values - low) / np.maximum(high - low, 1e-12)).clip(0, 1)).astype(np.uint8)
+
+
+@torch.no_grad()
+def component_rows(trained: Trained, images: ImageFolder) -> Iterator[list[str]]:
+    """A row for each readable image: the image, and the principal components of its patches' features as colors."""
+    backbone, size = trained.backbone, dense_size(trained)
+    assert isinstance(backbone, ViT)
+    shown, maps = [], []
+    for view, name in squares(images, size):
+        pixels = whole_patches(view, size, backbone.patch_size, images.scale)
+        tokens = backbone.features(pixels[None].to(backbone.cls_token.device))[-1][0, 1:].float().cpu()
+        maps.append(tokens.unflatten(0, (pixels.shape[1] // backbone.patch_size, -1)))
+        shown.append(cell(squared(as_picture(view), CELL), name))
+    for image, colors in zip(shown, principal_colors(torch.stack(maps)), strict=True):
+        side = len(colors) * math.ceil(CELL / len(colors))  # every patch is equally many pixels
+        yield [image, cell(Image.fromarray(colors).resize((side, side), Image.Resampling.NEAREST), "components")]
 
 
 def neighbor_rows(trained: Trained, queries: ImageFolder, gallery: ImageFolder) -> Iterator[list[str]]:
@@ -212,8 +256,8 @@ def neighbor_rows(trained: Trained, queries: ImageFolder, gallery: ImageFolder) 
         yield cells
 
 
-def pictures(report: "Report", config: Row) -> tuple[str, str, str]:
-    """The two image sheets and the caption of the second; if weights or images are not available, the reason."""
+def pictures(report: "Report", config: Row) -> dict[str, str]:
+    """The sheets of images and the caption of the neighbors; if weights or images are not available, the reason."""
     try:
         trained = report.load()
         train, held_out = (part.scaled(trained.scale) for part in split(Path(config["data"])))
@@ -221,16 +265,19 @@ def pictures(report: "Report", config: Row) -> tuple[str, str, str]:
             raise ValueError(f"no image of {config['data']} is held out")
         queries, gallery = spread(held_out, PICTURES), spread(train, GALLERY)
         neighbors = grid(neighbor_rows(trained, queries, gallery))
-        is_vit = isinstance(trained.backbone, ViT)
-        attention = grid(attention_rows(trained, queries)) if is_vit else f"{trained.arch} has no self-attention."
+        attention = components = f"{trained.arch} has no patches and no self-attention."
+        if isinstance(trained.backbone, ViT):
+            attention, components = (grid(rows(trained, queries)) for rows in (attention_rows, component_rows))
     except (ValueError, OSError) as error:
         logging.warning("no images: %s", error)
-        return f"No images: {escape(str(error))}", f"No images: {escape(str(error))}", ""
+        return dict.fromkeys(("attention", "components", "neighbors"), f"No images: {escape(str(error))}") | {
+            "gallery": ""
+        }
     about = (
         f"Held-out images and the {NEIGHBORS} training images, of {len(gallery)}, with the most similar features "
         "(cosine)." + (" Green: of the same class; no label was used in training." if train.labels else "")
     )
-    return attention, neighbors, about
+    return {"attention": attention, "components": components, "neighbors": neighbors, "gallery": about}
 
 
 def tile(title: str, value: str, note: str) -> str:
@@ -309,7 +356,7 @@ def figures(rows: list[Row], log_k: float) -> Iterator[str]:
 
 @dataclass(kw_only=True)
 class Report(Protocol):
-    """One HTML page about a run: curves, checks for collapse, attention, neighbors, options."""
+    """One HTML page about a run: curves, checks for collapse, attention, features, neighbors, options."""
 
     checkpoint: Path
     """A run's folder, with metrics.jsonl and config.json."""
@@ -322,7 +369,7 @@ class Report(Protocol):
         logged = [row for row in rows if "loss" in row]
         log_k = math.log(config["out_dim"])
         verdicts = checks(logged, log_k)
-        attention, neighbors, gallery = pictures(self, config)
+        sheets = pictures(self, config)
         averaged = math.ceil(len(logged) / POINTS)
         page = Template(Path(__file__).with_suffix(".html").read_text("utf-8")).substitute(
             title=escape(str(folder if folder.name else folder.resolve())),
@@ -334,9 +381,7 @@ class Report(Protocol):
             checks="".join(verdict(*each) for each in verdicts),
             averaged=f" Each point of a long curve is a mean of {averaged} lines of the log." if averaged > 1 else "",
             curves="".join(figures(rows, log_k)),
-            attention=attention,
-            gallery=gallery,
-            neighbors=neighbors,
+            **sheets,
             configuration=settings(config),
         )
         path = self.output or folder / "report.html"
