@@ -63,6 +63,20 @@ def test_features_and_attention_are_those_of_the_formula(arch, registers, size):
     torch.testing.assert_close(net.attention(batch)[0], weights[:, 0, kept], **tolerance)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("arch", ["small_vit3plus", "vit_nano"])
+def test_other_dtypes_no_images_and_traces(arch):
+    net = small(arch) if arch in SMALL else shaken(vit(arch, patch_size=7, img_size=28, registers=3))
+    trace, expected = torch.jit.trace(net, images()), net(images(42, 35))
+    torch.testing.assert_close(trace(images()), net(images()), rtol=0, atol=1e-4)
+    assert net.features(images()[:0])[0].shape == (0, 17, net.embed_dim) and net(images()[:0]).shape[0] == 0
+    for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        found = net.to(dtype)(images(42, 35).to(dtype)).float()
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+        net.float()
+
+
 def test_bad_input():
     net = small("small_vit3")
     with pytest.raises(ValueError, match=r"n_blocks must be from 1 to the number of blocks, 2, got 3"):

@@ -27,7 +27,7 @@ class Size(NamedTuple):
 
 
 # vit_nano is ours, for demonstrations on a CPU; vit_small_12heads is MoCo v3's ViT-S (vits.py:117 of
-# facebookresearch/moco-v3); the others are the paper's (`vision_transformer.py:234`).
+# facebookresearch/moco-v3), vit_large DINOv2's ViT-L; the others are the paper's (`vision_transformer.py:234`).
 VIT_SIZES = {
     "vit_nano": Size(96, 3, 3),
     "vit_tiny": Size(192, 12, 3),
@@ -274,7 +274,8 @@ def interpolate_positions(positions: Tensor, h: int, w: int, patch_size: int, re
     of_class, grid = _split(positions)
     grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     if registers:
-        grid = F.interpolate(grid, size=(rows, cols), mode="bicubic", antialias=True)
+        wide = grid.to(torch.promote_types(grid.dtype, torch.float32))  # not implemented for 16 bit
+        grid = F.interpolate(wide, size=(rows, cols), mode="bicubic", antialias=True).to(grid.dtype)
     else:
         # The 0.1 keeps rows and cols from being rounded down; it also shifts the sampled points a little,
         # which published weights were trained with.

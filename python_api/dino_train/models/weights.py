@@ -80,7 +80,7 @@ def load_backbone(path: str | Path, *, net: Choice = "auto", allow_partial: bool
 
     Args:
         path: a run's folder, one of its checkpoints, a .safetensors file, a folder of timm's or Hugging Face's weights,
-            or a .pth of the reference.
+            or a .pth of the reference, DINOv2 or DINOv3.
         net: "teacher" or "student", where the file has both; "auto" is the one that its method evaluates.
         allow_partial: load what matches and warn of the rest, in place of an error.
 
