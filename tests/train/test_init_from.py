@@ -216,6 +216,26 @@ def test_parts_that_only_one_side_has_are_left_or_start_anew():
     assert adapt(TEACHER, other)[1] == ["2 registers are new"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "layer scale folded; 4 registers left"),
+        ({"method": "ibot", "registers": 4}, "layer scale folded"),
+        ({"method": "ibot", "registers": 2}, "layer scale folded; 4 registers left; 2 registers are new"),
+    ],
+)
+def test_tokens_of_dinov2_go_to_the_run_that_has_them(config, tmp_path, changes, words):
+    tokens = {"register_tokens": torch.ones(1, 4, 96), "mask_token": torch.ones(1, 96)}
+    torch.save({**TEACHER, **tokens, "blocks.0.ls1.gamma": torch.ones(96)}, tmp_path / "dinov2.pth")
+    made = learner(config, **changes)
+    assert init_from(made, tmp_path / "dinov2.pth").endswith(f"the backbone (weights); the heads are new; {words}")
+    for net in (made.student, made.teacher):
+        own = net.backbone.state_dict()
+        assert ("mask_token" in own) == ("method" in changes)
+        for name in tokens.keys() & own.keys():
+            assert torch.equal(own[name], tokens[name]) or (name, changes["registers"]) == ("register_tokens", 2)
+
+
 @pytest.mark.parametrize("size", [16, 9])
 def test_larger_patches_give_the_products_of_enlarged_images(size):
     g = torch.Generator().manual_seed(0)

@@ -49,7 +49,7 @@ def images(h=28, w=28, batch=2):
 
 
 @pytest.mark.parametrize(
-    ("arch", "registers"), [("small_vitg", 0), ("small_vitg", 2), ("small_vit3", 4), ("small_vit3plus", 4)]
+    ("arch", "registers"), [("small_vitg", 0), ("small_vitg", 2), ("small_vit3", 0), ("small_vit3plus", 4)]
 )
 @pytest.mark.parametrize("size", [(28, 28), (35, 16)])
 def test_features_and_attention_are_those_of_the_formula(arch, registers, size):
@@ -125,8 +125,9 @@ def test_files_of_dinov3_load(tmp_path, arch):
     assert torch.equal(periods, periods.bfloat16().float()) and not torch.equal(periods, state["rope_embed.periods"])
 
 
-def test_checkpoints_of_dinov2s_training_load(tmp_path):
-    """Blocks in chunks; a mask token, and heads."""
+@pytest.mark.parametrize("mask_token", ["mask_token", "masked_embed"], ids=["DINOv2", "iBOT"])
+def test_checkpoints_of_their_training_load(tmp_path, mask_token):
+    """Blocks in chunks; a token for masked patches, and heads."""
     net = shaken(vit("vit_nano", patch_size=7, img_size=28, registers=2))
     chunks = {"0": "0.0", "1": "1.1", "2": "1.2"}
     state = {}
@@ -134,7 +135,7 @@ def test_checkpoints_of_dinov2s_training_load(tmp_path):
         parts = name.split(".")
         parts[1:2] = [chunks[parts[1]]] if parts[0] == "blocks" else parts[1:2]
         state["backbone." + ".".join(parts)] = tensor
-    state |= {"backbone.mask_token": torch.ones(1, 96), "dino_head.mlp.0.weight": torch.ones(2, 2)}
+    state |= {f"backbone.{mask_token}": torch.ones(1, 96), "dino_head.mlp.0.weight": torch.ones(2, 2)}
     torch.save({"teacher": state}, tmp_path / "teacher_checkpoint.pth")
     found = dino_train.load_backbone(tmp_path / "teacher_checkpoint.pth")
     assert torch.equal(found(images()), net(images()))

@@ -44,7 +44,7 @@ _UNUSED = ("local_cls_norm.", "rope.", "rope_embeddings.")  # the norm of DINOv3
 
 def is_rotary(weights: Mapping[str, Any]) -> bool:
     """Whether weights under the names here are of rotary positions, as DINOv3's are."""
-    return "register_tokens" in weights and "pos_embed" not in weights
+    return "pos_embed" not in weights and ("register_tokens" in weights or PERIODS in weights)
 
 
 def registers_of(weights: Mapping[str, Any]) -> int:
