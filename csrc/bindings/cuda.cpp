@@ -71,11 +71,12 @@ void bind_adamw_ema_step(py::module_& m) {
     bind_launch(m, "adamw_ema_step", step, DINO_FIELD(student), DINO_FIELD(grad), DINO_FIELD(exp_avg),
                 DINO_FIELD(exp_avg_sq), DINO_FIELD(teacher), DINO_FIELD(student_16), DINO_FIELD(teacher_16),
                 DINO_FIELD(student_rows), DINO_FIELD(teacher_rows), DINO_FIELD(steps), DINO_FIELD(decayed),
-                DINO_FIELD(frozen), DINO_FIELD(nonfinite), DINO_FIELD(partials), DINO_FIELD(factors),
-                DINO_FIELD(grad_dtype), DINO_FIELD(student_16_dtype), DINO_FIELD(teacher_16_dtype),
-                DINO_FIELD(rows_dtype), ListField<Args>{"offsets", &Args::offsets, &Args::segments},
-                DINO_FIELD(cleared), DINO_FIELD(rows), DINO_FIELD(channels), DINO_FIELD(lr), DINO_FIELD(weight_decay),
-                DINO_FIELD(momentum), DINO_FIELD(clip_norm), DINO_FIELD(beta1), DINO_FIELD(beta2), DINO_FIELD(eps));
+                DINO_FIELD(frozen), DINO_FIELD(lr_scale), DINO_FIELD(clip_groups), DINO_FIELD(nonfinite),
+                DINO_FIELD(partials), DINO_FIELD(factors), DINO_FIELD(squares), DINO_FIELD(grad_dtype),
+                DINO_FIELD(student_16_dtype), DINO_FIELD(teacher_16_dtype), DINO_FIELD(rows_dtype),
+                ListField<Args>{"offsets", &Args::offsets, &Args::segments}, DINO_FIELD(cleared), DINO_FIELD(rows),
+                DINO_FIELD(channels), DINO_FIELD(lr), DINO_FIELD(weight_decay), DINO_FIELD(momentum),
+                DINO_FIELD(clip_norm), DINO_FIELD(beta1), DINO_FIELD(beta2), DINO_FIELD(eps));
 }
 
 template <void (*Launch)(const cuda::AttentionArgs&, Stream)>

@@ -83,7 +83,8 @@ void bind_flat_step(py::module_& m, const char* name, Fields... own) {
 void bind_adamw_ema_step(py::module_& m) {
     using Args = AdamwEmaArgs;
     bind_flat_step<Args, adamw_ema_step>(m, "adamw_ema_step", DINO_FIELD(exp_avg), DINO_FIELD(exp_avg_sq),
-                                         DINO_FIELD(steps), DINO_FIELD(beta1), DINO_FIELD(beta2), DINO_FIELD(eps));
+                                         DINO_FIELD(steps), DINO_FIELD(lr_scale), DINO_FIELD(clip_groups),
+                                         DINO_FIELD(beta1), DINO_FIELD(beta2), DINO_FIELD(eps));
 }
 
 void bind_sgd_ema_step(py::module_& m) {

@@ -40,10 +40,10 @@ void update_rows(const AdamwEmaArgs& a, int64_t first, int64_t count, const Fact
     update_layer(a, first, count, f);
 }
 
-Factors make_factors(const AdamwEmaArgs& a, int64_t i, const Sums& sums) {
-    double n = double(a.steps[i] + 1);
-    return {float(clip_factor(a, std::sqrt(sums.grad))), float(a.lr / (1 - std::pow(a.beta1, n))),
-            float(1 / std::sqrt(1 - std::pow(a.beta2, n))), float(a.decayed[i] ? 1 - a.lr * a.weight_decay : 1.0)};
+Factors make_factors(const AdamwEmaArgs& a, int64_t i, const Sums&, double clip) {
+    double n = double(a.steps[i] + 1), lr = a.lr_scale ? a.lr * a.lr_scale[i] : a.lr;
+    return {float(clip), float(lr / (1 - std::pow(a.beta1, n))), float(1 / std::sqrt(1 - std::pow(a.beta2, n))),
+            float(a.decayed[i] ? 1 - lr * a.weight_decay : 1.0)};
 }
 
 }  // namespace

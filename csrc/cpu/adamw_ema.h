@@ -7,7 +7,8 @@ namespace dino {
 
 struct AdamwEmaArgs : FlatStepArgs {
     float *exp_avg, *exp_avg_sq;
-    int64_t* steps;  // [segments]
+    int64_t* steps;         // [segments]
+    const float* lr_scale;  // [segments], or null: 1
     double beta1, beta2, eps;
 };
 // Returns whether a gradient's norm was not finite; then nothing was changed.

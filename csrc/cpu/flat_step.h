@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <vector>
 
 #include "common/dtype.h"
@@ -23,6 +24,7 @@ struct FlatStepArgs {
     const int64_t* offsets;  // [segments + 1]
     int64_t segments;
     const bool *decayed, *frozen;                  // [segments]
+    const int64_t* clip_groups;                    // [segments], or null: each is clipped by itself
     double lr, weight_decay, momentum, clip_norm;  // clip_norm 0: none
     // Null, or the normalized rows [rows, channels] of a weight-normed layer, whose v is the last segment and g the one
     // before. They replace the copies of the last segment.
@@ -46,9 +48,9 @@ struct Sums {
     void add(const Sums& x) { grad += x.grad, weights += x.weights, product += x.product; }
 };
 
-// min(1, clip_norm / norm) of a gradient
-inline double clip_factor(const FlatStepArgs& a, double norm) {
-    return a.clip_norm > 0 ? std::min(1.0, a.clip_norm / (norm + 1e-6)) : 1.0;
+// min(1, clip_norm / norm) of a gradient, from the square of its norm
+inline double clip_factor(const FlatStepArgs& a, double square) {
+    return a.clip_norm > 0 ? std::min(1.0, a.clip_norm / (std::sqrt(square) + 1e-6)) : 1.0;
 }
 
 // The optimizer's step (`advance`, of each op) where there is one, and the teacher's, of n weights from i on.
@@ -110,11 +112,11 @@ DINO_INLINE inline void update_layer(const Args& a, int64_t first, int64_t count
 
 // Returns whether a gradient's norm was not finite; then nothing was changed.
 //   measure(args, segment, begin, count): of a part of a segment
-//   make_factors(args, segment, sums): what `advance` takes, from the whole segment's
+//   make_factors(args, segment, sums, clip): what `advance` takes, from the whole segment's
 //   update, update_rows: update_chunk and update_layer, compiled for each instruction set
 template <class Args, class Factors>
 bool flat_step(const Args& a, Sums (*measure)(const Args&, int64_t, int64_t, int64_t),
-               Factors (*make_factors)(const Args&, int64_t, const Sums&),
+               Factors (*make_factors)(const Args&, int64_t, const Sums&, double),
                void (*update)(const Args&, int64_t, int64_t, const Factors*),
                void (*update_rows)(const Args&, int64_t, int64_t, const Factors*)) {
     std::vector<int64_t> first_chunk(a.segments + 1, 0);
@@ -131,13 +133,17 @@ bool flat_step(const Args& a, Sums (*measure)(const Args&, int64_t, int64_t, int
         int64_t begin, count, i = locate(chunk, begin, count);
         if (!a.frozen[i]) sums[chunk] = measure(a, i, begin, count);
     });
-    std::vector<Factors> factors(a.segments);
+    std::vector<Sums> totals(a.segments);
+    std::map<int64_t, double> squares;  // of the gradients that are clipped together
+    auto group = [&](int64_t i) { return a.clip_groups ? a.clip_groups[i] : i; };
     for (int64_t i = 0; i < a.segments; ++i) {
-        Sums total{};
-        for (int64_t chunk = first_chunk[i]; chunk < first_chunk[i + 1]; ++chunk) total.add(sums[chunk]);
-        if (!std::isfinite(total.grad)) return true;
-        factors[i] = make_factors(a, i, total);
+        for (int64_t chunk = first_chunk[i]; chunk < first_chunk[i + 1]; ++chunk) totals[i].add(sums[chunk]);
+        if (!std::isfinite(totals[i].grad)) return true;
+        squares[group(i)] += totals[i].grad;
     }
+    std::vector<Factors> factors(a.segments);
+    for (int64_t i = 0; i < a.segments; ++i)
+        factors[i] = make_factors(a, i, totals[i], clip_factor(a, squares[group(i)]));
     auto factors_of = [&](int64_t i) { return a.frozen[i] ? nullptr : &factors[i]; };
     int64_t last = a.segments - 1;
     parallel_for(first_chunk[a.student_rows ? last : a.segments], a.threads, [&](int64_t chunk) {

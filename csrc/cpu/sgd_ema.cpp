@@ -41,9 +41,9 @@ void update_rows(const SgdEmaArgs& a, int64_t first, int64_t count, const Factor
     update_layer(a, first, count, f);
 }
 
-Factors make_factors(const SgdEmaArgs& a, int64_t i, const Sums& sums) {
+Factors make_factors(const SgdEmaArgs& a, int64_t i, const Sums& sums, double clip) {
     double grad = std::sqrt(sums.grad), weights = std::sqrt(sums.weights), decay = a.decayed[i] ? a.weight_decay : 0;
-    double clip = clip_factor(a, grad), ratio = 1;
+    double ratio = 1;
     if (a.adapted[i] && a.larc && weights > 0)
         ratio = grad > 0 ? a.eta * weights / (clip * grad + decay * weights + a.eps) : 0;
     if (a.adapted[i] && !a.larc && weights > 0) {

@@ -1,7 +1,8 @@
 // Clip, AdamW, the teacher's average and 16-bit copies in one pass: dino_kernels/ops/adamw_ema.py has the formulas.
 //
 // 1. norm_kernel: the sum of squares of each block of 4096 gradients.
-// 2. segment_kernel: a block a segment adds those up, in order, and computes the factors of its update.
+// 2. segment_kernel: a block a segment adds those up, in order, and computes the factors of its update. Where segments
+//    are clipped together, square_kernel has added them up before, and it adds up its group's.
 // 3. update_kernel: each block of weights, moments, teacher and copies; clears the gradient it has read.
 // 4. rows_kernel: a warp a row of the weight-normed last layer of both nets.
 // The segments' offsets are kernel parameters (12 bytes a segment, up to kMost a launch): nothing is uploaded or kept,
@@ -59,18 +60,37 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0 && blockIdx.x == 0 && segments.base == 0) *a.nonfinite = 0;
 }
 
-__global__ void __launch_bounds__(kThreads) segment_kernel(AdamwEmaArgs a, const __grid_constant__ Segments segments) {
-    __shared__ float shared[kThreads / 32];
-    int segment = segments.base + blockIdx.x;
+// The square of the norm of segment blockIdx.x, in thread 0.
+__device__ float square_of_segment(const AdamwEmaArgs& a, const Segments& segments, float* shared) {
     float sum = 0.0f;
     for (int i = segments.first[blockIdx.x] + threadIdx.x; i < segments.first[blockIdx.x + 1]; i += kThreads) {
         sum += a.partials[segments.blocks_before + i];
     }
-    sum = block_sum(sum, shared);
+    return block_sum(sum, shared);
+}
+
+__global__ void __launch_bounds__(kThreads) square_kernel(AdamwEmaArgs a, const __grid_constant__ Segments segments) {
+    __shared__ float shared[kThreads / 32];
+    float square = square_of_segment(a, segments, shared);
+    if (threadIdx.x == 0) a.squares[segments.base + blockIdx.x] = square;
+}
+
+__device__ float square_of_group(const AdamwEmaArgs& a, int64_t group, float* shared) {
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < a.segments; i += kThreads) sum += a.clip_groups[i] == group ? a.squares[i] : 0.0f;
+    return block_sum(sum, shared);
+}
+
+__global__ void __launch_bounds__(kThreads) segment_kernel(AdamwEmaArgs a, const __grid_constant__ Segments segments) {
+    __shared__ float shared[kThreads / 32];
+    int segment = segments.base + blockIdx.x;
+    float sum =
+        a.clip_groups ? square_of_group(a, a.clip_groups[segment], shared) : square_of_segment(a, segments, shared);
     if (threadIdx.x == 0) {
         float norm = sqrtf(sum);
         if (!isfinite(norm)) *a.nonfinite = 1;
         double n = double(a.steps[segment] + 1), lr = read(a.lr);
+        if (a.lr_scale) lr *= a.lr_scale[segment];
         float4 factors;
         factors.x = a.clip_norm > 0 ? fminf(float(a.clip_norm) / (norm + 1e-6f), 1.0f) : 1.0f;
         factors.y = float(lr / -expm1(n * log(a.beta1)));
@@ -213,6 +233,11 @@ void launch_adamw_ema_step(const AdamwEmaArgs& a, Stream stream) {
         in_parts(a, [&](const Segments& part, int64_t blocks) {
             launch(norm_kernel<Grad>, blocks, kThreads, 0, stream, a, part, vectors);
         });
+        if (a.clip_groups) {
+            in_parts(a, [&](const Segments& part, int64_t) {
+                launch(square_kernel, part.count, kThreads, 0, stream, a, part);
+            });
+        }
         in_parts(a, [&](const Segments& part, int64_t) {
             launch(segment_kernel, part.count, kThreads, 0, stream, a, part);
         });

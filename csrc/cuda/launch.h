@@ -62,11 +62,13 @@ struct AdamwEmaArgs {
     // Null, or the normalized rows [rows, channels] of a weight-normed layer, whose v is the last segment and g the one
     // before. They replace the copies of the last segment.
     void *student_rows, *teacher_rows;
-    int64_t* steps;                // [segments]
-    const bool *decayed, *frozen;  // [segments]
+    int64_t* steps;  // [segments], as all of the next
+    const bool *decayed, *frozen;
+    const float* lr_scale;       // or null: 1
+    const int64_t* clip_groups;  // or null: each is clipped by itself
     int* nonfinite;
-    // Scratch: [offsets[segments] / 4096 + segments]; [segments, 4]
-    float *partials, *factors;
+    // Scratch: [offsets[segments] / 4096 + segments]; [segments, 4]; with clip_groups [segments]
+    float *partials, *factors, *squares;
     DType grad_dtype, student_16_dtype, teacher_16_dtype, rows_dtype;
     const int64_t* offsets;  // [segments + 1], on the host
     int64_t segments, cleared, rows, channels;

@@ -8,10 +8,12 @@ __all__ = ["step_cuda"]
 
 def step_cuda(
     student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets, steps,
-    decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps, cleared,
+    decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps, cleared, lr_scale,
+    clip_groups,
 ):  # fmt: skip
     segments = len(offsets) - 1
     partials, factors = student.new_empty(len(student) // 4096 + segments), student.new_empty(segments, 4)
+    squares = None if clip_groups is None else student.new_empty(segments)
     rows, channels = (0, 0) if student_rows is None else student_rows.shape
     backends.kernels().adamw_ema_step(
         student=student.data_ptr(),
@@ -31,9 +33,12 @@ def step_cuda(
         steps=steps.data_ptr(),
         decayed=decayed.data_ptr(),
         frozen=frozen.data_ptr(),
+        lr_scale=address(lr_scale),
+        clip_groups=address(clip_groups),
         nonfinite=nonfinite.data_ptr(),
         partials=partials.data_ptr(),
         factors=factors.data_ptr(),
+        squares=address(squares),
         cleared=cleared,
         rows=rows,
         channels=channels,

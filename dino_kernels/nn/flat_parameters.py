@@ -140,7 +140,8 @@ class FlatParameters:
         Args:
             teacher: of the same layout.
             exp_avg, exp_avg_sq: moments, of `zeros()` at first.
-            options: steps, decayed, frozen, nonfinite, lr, weight_decay, momentum; clip_norm, betas, eps.
+            options: steps, decayed, frozen, nonfinite, lr, weight_decay, momentum; lr_scale, clip_norm, clip_groups,
+                betas, eps.
 
         Raises:
             ValueError: the layouts differ, or as `dino_kernels.adamw_ema_step_`.

@@ -3,9 +3,9 @@
 All parameters lie in flat buffers of N elements; segment i, one parameter tensor, is [offsets[i], offsets[i+1]).
 Per segment that is not frozen, with its own step count n (from 1), and then for every segment:
 
-    g  = grad min(1, clip_norm / (|grad| + 1e-6))                        |grad| the segment's L2 norm
+    g  = grad min(1, clip_norm / (|grad| + 1e-6))                        |grad| the segment's L2 norm, or its group's
     m1 = beta1 m1 + (1 - beta1) g        m2 = beta2 m2 + (1 - beta2) g^2
-    s  = s (1 - lr weight_decay) - lr / (1 - beta1^n) m1 / (sqrt(m2 / (1 - beta2^n)) + eps)
+    s  = s (1 - lr weight_decay) - lr / (1 - beta1^n) m1 / (sqrt(m2 / (1 - beta2^n)) + eps)         lr times lr_scale
     t  = momentum t + (1 - momentum) s
     w_k = g_k v_k / |v_k|                                                of a weight-normed layer of both nets
 
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dino_kernels._core.native import _C
+from dino_kernels._core.native import _C, address
 from dino_kernels._core.registry import custom_op
 from dino_kernels.ops.ema_update import momentum_tensor
 from dino_kernels.ops.flat_step import check, rate, step_cpu, step_reference_
@@ -41,7 +41,9 @@ def adamw_ema_step_(
     lr: float | Tensor,
     weight_decay: float | Tensor,
     momentum: float | Tensor,
+    lr_scale: Tensor | None = None,
     clip_norm: float | None = None,
+    clip_groups: Tensor | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     student_16: Tensor | None = None,
@@ -53,7 +55,7 @@ def adamw_ema_step_(
 
     Formula in the module's docstring; main_dino.py:325-350, utils.py:132-141 and torch.optim.AdamW. Computed in
     float32; a repeated call on the same values is bitwise equal. If the norm of a segment's gradient is infinite or
-    NaN, nothing is changed but `nonfinite`, and the gradient is cleared.
+    NaN, or on a GPU that of a group's, nothing is changed but `nonfinite`, and the gradient is cleared.
 
     Args:
         student, exp_avg, exp_avg_sq, teacher: float32 [N], contiguous: weights, both moments, the teacher's weights.
@@ -67,7 +69,12 @@ def adamw_ema_step_(
         nonfinite: int32 0-d, set to 1 if the step was refused, else to 0.
         lr, weight_decay: floats >= 0 or 0-d tensors on the device of the others.
         momentum: of the teacher, in [0, 1], float or 0-d tensor (1 - momentum is formed in its precision).
+        lr_scale: float32 [S], contiguous, factors of lr; of what is subtracted as weight decay too, since that is
+            lr weight_decay s. None: 1. For the layer decay of DINOv2 (its apply_optim_scheduler, train/train.py).
         clip_norm: largest L2 norm of a segment's gradient, > 0; None does not clip.
+        clip_groups: int64 [S], contiguous, any numbers: segments of the same number are clipped together, by the norm
+            of the gradients of all of them that are not frozen (torch.nn.utils.clip_grad_norm_; DINOv2 has a group for
+            the backbone and one for each head). None: each by itself. Needs a clip_norm.
         betas, eps: of AdamW.
         student_16, teacher_16: [N] float16 or bfloat16, receive the rounded new weights.
         rows: student's and teacher's rows w_k = g_k v_k / |v_k| of a weight-normed layer, written from the new weights;
@@ -90,13 +97,21 @@ def adamw_ema_step_(
         rows,
         moments={"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq},
         offsets=offsets,
-        segments={"steps": (steps, torch.int64), "decayed": (decayed, torch.bool), "frozen": (frozen, torch.bool)},
+        segments={
+            "steps": (steps, torch.int64),
+            "decayed": (decayed, torch.bool),
+            "frozen": (frozen, torch.bool),
+            "lr_scale": (lr_scale, torch.float32),
+            "clip_groups": (clip_groups, torch.int64),
+        },
         nonfinite=nonfinite,
         clip_norm=clip_norm,
         cleared=cleared,
     )
     if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps >= 0):
         raise ValueError(f"betas must be in [0, 1) and eps >= 0, got {betas} and {eps}")
+    if clip_groups is not None and clip_norm is None:
+        raise ValueError("clip_groups needs a clip_norm, got None")
     student_rows, teacher_rows = rows or (None, None)
     torch.ops.dino_kernels.adamw_ema_step_(
         student,
@@ -120,6 +135,8 @@ def adamw_ema_step_(
         *betas,
         eps,
         cleared,
+        lr_scale,
+        clip_groups,
     )
 
 
@@ -139,7 +156,9 @@ def adamw_ema_step_reference_(
     lr: float | Tensor,
     weight_decay: float | Tensor,
     momentum: float | Tensor,
+    lr_scale: Tensor | None = None,
     clip_norm: float | None = None,
+    clip_groups: Tensor | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     student_16: Tensor | None = None,
@@ -154,8 +173,9 @@ def adamw_ema_step_reference_(
         m1.mul_(betas[0]).add_((1 - betas[0]) * g)
         m2.mul_(betas[1]).add_((1 - betas[1]) * g * g)
         n = steps[i].item()
-        s.mul_(1 - lr * weight_decay * decayed[i])
-        s.sub_(lr / (1 - betas[0] ** n) * m1 / ((m2 / (1 - betas[1] ** n)).sqrt() + eps))
+        rate = lr if lr_scale is None else lr * lr_scale[i].to(s.dtype)
+        s.mul_(1 - rate * weight_decay * decayed[i])
+        s.sub_(rate / (1 - betas[0] ** n) * m1 / ((m2 / (1 - betas[1] ** n)).sqrt() + eps))
 
     step_reference_(
         update,
@@ -168,6 +188,7 @@ def adamw_ema_step_reference_(
         nonfinite=nonfinite,
         momentum=momentum,
         clip_norm=clip_norm,
+        clip_groups=clip_groups,
         student_16=student_16,
         teacher_16=teacher_16,
         rows=rows,
@@ -212,10 +233,13 @@ def _step_(
     beta2: float,
     eps: float,
     cleared: int,
+    lr_scale: Tensor | None,
+    clip_groups: Tensor | None,
 ) -> None:
     _step_cpu(
         student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets,
         steps, decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps, cleared,
+        lr_scale, clip_groups,
     )  # fmt: skip
 
 
@@ -224,11 +248,12 @@ def _step_(
 
 def _step_cpu(
     student, grad, exp_avg, exp_avg_sq, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets, steps,
-    decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps, cleared,
+    decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, beta1, beta2, eps, cleared, lr_scale,
+    clip_groups,
 ):  # fmt: skip
     step_cpu(
         _C.adamw_ema_step, student, grad, teacher, student_16, teacher_16, student_rows, teacher_rows, offsets,
         decayed, frozen, nonfinite, lr, weight_decay, momentum, clip_norm, cleared,
         exp_avg=exp_avg.data_ptr(), exp_avg_sq=exp_avg_sq.data_ptr(), steps=steps.data_ptr(),
-        beta1=beta1, beta2=beta2, eps=eps,
+        lr_scale=address(lr_scale), clip_groups=address(clip_groups), beta1=beta1, beta2=beta2, eps=eps,
     )  # fmt: skip

@@ -23,7 +23,7 @@ def check(
     *,
     moments: dict[str, Tensor],
     offsets: Sequence[int],
-    segments: dict[str, tuple[Tensor, torch.dtype]],
+    segments: dict[str, tuple[Tensor | None, torch.dtype]],
     nonfinite: Tensor,
     clip_norm: float | None,
     cleared: int,
@@ -32,7 +32,8 @@ def check(
     _check_buffers(student, grad, moments, teacher, student_16, teacher_16, offsets)
     count = len(offsets) - 1
     for name, (x, dtype) in segments.items():
-        _check_flags(name, x, dtype, [count], student.device)
+        if x is not None:
+            _check_flags(name, x, dtype, [count], student.device)
     _check_flags("nonfinite", nonfinite, torch.int32, [], student.device)
     if rows is not None:
         _check_rows(student, offsets, *rows)
@@ -145,6 +146,7 @@ def step_reference_(
     nonfinite: Tensor,
     momentum: float | Tensor,
     clip_norm: float | None,
+    clip_groups: Tensor | None = None,
     student_16: Tensor | None,
     teacher_16: Tensor | None,
     rows: tuple[Tensor, Tensor] | None,
@@ -163,7 +165,8 @@ def step_reference_(
         if not frozen[i]:
             g = g.to(s.dtype)
             if clip_norm is not None:
-                g = g * (clip_norm / (norms[i] + 1e-6)).clamp(max=1)
+                together = frozen.logical_not() & (clip_groups == clip_groups[i]) if clip_groups is not None else i
+                g = g * (clip_norm / (norms[together].norm() + 1e-6)).clamp(max=1)
             update(i, s, g, *own)
         t.mul_(momentum).add_((1 - momentum) * s)
     grad[: offsets[cleared]].zero_()

@@ -17,7 +17,7 @@ from dino_kernels._core.results import last_segments
 from dino_kernels.triton.common import blend, blend_arguments
 from dino_kernels.triton.weight_norm import forward_triton
 
-__all__ = ["locate", "sum_of_blocks", "table", "update_triton"]
+__all__ = ["locate", "sum_of_blocks", "sum_of_group", "table", "update_triton"]
 
 _BLOCK = 4096  # elements a program
 
@@ -46,6 +46,17 @@ def sum_of_blocks(partials, first, end, BLOCK: tl.constexpr):
     for start in range(first, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
         total += tl.load(partials + i, i < end, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def sum_of_group(partials, blocks, groups, group, programs, BLOCK: tl.constexpr):
+    """Of the partials of all segments for which groups [segments] is `group`; their order is the same for each."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, programs, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        segment = tl.load(blocks + 4 * i, i < programs, other=0)
+        total += tl.load(partials + i, (i < programs) & (tl.load(groups + segment) == group), other=0.0)
     return tl.sum(total, axis=0)
 
 

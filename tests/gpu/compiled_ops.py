@@ -233,14 +233,15 @@ def test_ema_update(momentum):
 
 @pytest.mark.parametrize("dtype", [FULL, BRAIN])
 @pytest.mark.parametrize(
-    "sizes, shape",
+    "sizes, shape, grouped",
     [
-        ([64, 1, 507, 37, 5000, 48, 1536], (37, 40)),
-        ([4096, 16, 8192 + 32, 48, 1536], (37, 40)),
-        ([507, 32, 4096], (32, 128)),
+        ([64, 1, 507, 37, 5000, 48, 1536], (37, 40), False),
+        ([64, 1, 507, 37, 5000, 48, 1536], (37, 40), True),
+        ([4096, 16, 8192 + 32, 48, 1536], (37, 40), False),
+        ([507, 32, 4096], (32, 128), False),
     ],
 )
-def test_adamw_ema(dtype, sizes, shape):
+def test_adamw_ema(dtype, sizes, shape, grouped):
     """The last two segments are weight_g and weight_v of a weight-normalized layer, padded or multiples of a block."""
     offsets = np.cumsum([0, *sizes]).tolist()
     count, names = len(sizes), ("student", "grad", "exp_avg", "exp_avg_sq", "teacher")
@@ -251,6 +252,7 @@ def test_adamw_ema(dtype, sizes, shape):
         "offsets": offsets, "steps": torch.arange(count), "decayed": torch.arange(count) % 2 == 0,
         "frozen": torch.arange(count) == 1, "nonfinite": torch.zeros((), dtype=torch.int32),
         "lr": 0.01, "weight_decay": 0.1, "momentum": 0.9, "clip_norm": 3.0,
+        **({"lr_scale": torch.linspace(0, 1, count), "clip_groups": torch.arange(count) % 2} if grouped else {}),
     }  # fmt: skip
     exact = {name: value.double() for name, value in state.items()}
     copies = {f"{net}_16": torch.zeros(offsets[-1], dtype=BRAIN) for net in ("student", "teacher")}

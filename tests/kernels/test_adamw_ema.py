@@ -122,6 +122,66 @@ def test_against_float64(device, grad_dtype, sizes):
     torch.testing.assert_close(ours["teacher_16"], ours["teacher"].half(), rtol=0, atol=0)
 
 
+def by_segment(count, device="cpu"):
+    """A rate and one of two interleaved clip groups for each segment."""
+    scale = torch.linspace(0, 1, count, device=device)
+    return {"lr_scale": scale, "clip_groups": -(torch.arange(count, device=device) % 2)}
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_rates_and_clip_groups_of_segments_against_float64(device, grad_dtype):
+    """The frozen segment's gradient, whatever it is, is in no group's norm; a rate of 0 changes moments alone."""
+    ours = state(device, SIZES, frozen=(3,), grad_dtype=grad_dtype) | by_segment(len(SIZES), device)
+    ours["grad"][ours["offsets"][3]] = float("nan")
+    before, eager, exact = clone(ours), clone(ours), clone(ours, torch.float64)
+    for _ in range(2):
+        adamw_ema_step_(**ours, **HYPER)
+        adamw_ema_step_reference_(**eager, **HYPER)
+        adamw_ema_step_reference_(**exact, **HYPER)
+    for name in ("student", "exp_avg", "exp_avg_sq", "teacher"):
+        assert_as_accurate(ours[name], eager[name], exact[name], floor=3e-7)
+    assert torch.equal(ours["student"][:64], before["student"][:64]) and ours["nonfinite"] == 0
+    assert not torch.equal(ours["exp_avg"][:64], before["exp_avg"][:64])
+
+
+def test_rates_of_one_and_a_group_for_each_change_nothing(device):
+    plain, ours = state(device), state(device)
+    count = len(SIZES)
+    adamw_ema_step_(**plain, **HYPER)
+    options = {"lr_scale": torch.ones(count, device=device), "clip_groups": torch.arange(count, device=device)}
+    adamw_ema_step_(**ours, **HYPER, **options)
+    for name in ("student", "exp_avg", "exp_avg_sq", "teacher"):
+        if device == "cpu":  # elsewhere the order of the sums differs
+            torch.testing.assert_close(ours[name], plain[name], rtol=1e-6, atol=1e-7)
+
+
+def test_rates_and_clip_groups_are_those_of_torch(device):
+    """AdamW with a group of parameters for each rate, and clip_grad_norm_ for each clip group."""
+    sizes, factors = [50, 300, 7], [0.25, 1.0, 0.5]
+    x = state(device, sizes) | {"steps": torch.zeros(3, dtype=torch.int64, device=device)}
+    x["exp_avg"].zero_()
+    x["exp_avg_sq"].zero_()
+    x |= {"lr_scale": torch.tensor(factors, device=device), "clip_groups": torch.tensor([5, 5, 2], device=device)}
+    parameters = [p.clone().double().requires_grad_() for p in x["student"].split(sizes)]
+    groups = [
+        {"params": [p], "weight_decay": 0.1 * flag} for p, flag in zip(parameters, x["decayed"].tolist(), strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    for step in range(3):
+        g = torch.Generator().manual_seed(step)
+        x["grad"].copy_(torch.randn(sum(sizes), generator=g))
+        for p, grad, group, factor in zip(
+            parameters, x["grad"].double().split(sizes), optimizer.param_groups, factors, strict=True
+        ):
+            p.grad, group["lr"] = grad.clone(), 0.01 * (step + 1) * factor
+        for members in (parameters[:2], parameters[2:]):
+            torch.nn.utils.clip_grad_norm_(members, 3.0)
+        optimizer.step()
+        adamw_ema_step_(**x, **(HYPER | {"lr": 0.01 * (step + 1)}))
+        for p, ours in zip(parameters, x["student"].split(sizes), strict=True):
+            torch.testing.assert_close(ours.double(), p.detach(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("cleared", [3, len(SIZES)])
 def test_clears_the_gradient_of_the_first_segments_also_of_a_refused_step(device, cleared):
     for bad in (0.0, float("nan")):
@@ -220,12 +280,14 @@ def test_settings_as_tensors_and_without_copies(device):
 
 
 @pytest.mark.slow_interpreted
-def test_a_segment_of_more_blocks_than_are_summed_at_once(device, monkeypatch):
+@pytest.mark.parametrize("groups", [None, [0, 0, 1]])
+def test_a_segment_of_more_blocks_than_are_summed_at_once(device, monkeypatch, groups):
     block = 512  # not less than two elements a thread: of those that share one, some may read what another wrote
     monkeypatch.setattr(flat_step, "_BLOCK", block)
     flat_step.table.cache_clear()
     ours = state(device, [3, block * 1030 + 5, 2])
     ours["grad"][block * 1030 :] *= 1000  # what the last blocks hold decides how much is clipped
+    ours["clip_groups"] = groups if groups is None else torch.tensor(groups, device=device)
     eager = clone(ours)
     adamw_ema_step_(**ours, **HYPER)
     adamw_ema_step_reference_(**eager, **HYPER)
@@ -262,7 +324,9 @@ def test_opcheck_and_compile(device):
     args += [torch.empty(2, 4, device=device), torch.empty(2, 4, device=device)]  # rows: segments of 5 and 16 hold them
     args += [x[name] for name in ("offsets", "steps", "decayed", "frozen", "nonfinite")]
     settings = [torch.tensor(value, device=device) for value in (0.01, 0.1, 0.9)]
-    torch.library.opcheck(torch.ops.dino_kernels.adamw_ema_step_.default, (*args, *settings, 3.0, 0.9, 0.999, 1e-8, 1))
+    op, numbers = torch.ops.dino_kernels.adamw_ema_step_.default, (3.0, 0.9, 0.999, 1e-8, 1)
+    for last in ((None, None), by_segment(2, device).values()):
+        torch.library.opcheck(op, (*args, *settings, *numbers, *last))
     eager, compiled = state(device, [5, 16]), state(device, [5, 16])
     adamw_ema_step_(**eager, **HYPER)
     torch.compile(adamw_ema_step_, fullgraph=True, backend="aot_eager")(**compiled, **HYPER)
@@ -288,6 +352,9 @@ def test_opcheck_and_compile(device):
         ({"weight_decay": torch.zeros(2)}, "weight_decay must be a float or a 0-d tensor"),
         ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
         ({"clip_norm": 0.0}, "clip_norm must be > 0 or None, got 0.0"),
+        ({"lr_scale": torch.zeros(2).double()}, r"lr_scale must have shape \[2\], dtype float32"),
+        ({"clip_groups": torch.zeros(3).long()}, r"clip_groups must have shape \[2\], dtype int64.*got \[3\]"),
+        ({"clip_groups": torch.zeros(2).long(), "clip_norm": None}, "clip_groups needs a clip_norm, got None"),
         ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
         ({"rows": (torch.zeros(5, 1),) * 2}, r"the lengths of the last two segments, 4 and 5; got \[\(\[5, 1\]"),
         ({"rows": (torch.zeros(4, 1), torch.zeros(3, 1))}, "rows must be two contiguous tensors"),

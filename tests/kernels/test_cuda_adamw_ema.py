@@ -6,6 +6,7 @@ from cuda_emulated import PROVE, QUICK, emulated, needs_nvcc, use_cuda
 from ptx import launch
 from test_adamw_ema import (  # noqa: F401
     HYPER,
+    by_segment,
     clone,
     state,
     test_a_norm_that_is_not_finite_changes_nothing_but_the_flag,
@@ -14,6 +15,9 @@ from test_adamw_ema import (  # noqa: F401
     test_clears_the_gradient_of_the_first_segments_also_of_a_refused_step,
     test_clips_only_what_is_too_long,
     test_momentum_one_keeps_the_teacher_and_frozen_weights_still_reach_it,
+    test_rates_and_clip_groups_are_those_of_torch,
+    test_rates_and_clip_groups_of_segments_against_float64,
+    test_rates_of_one_and_a_group_for_each_change_nothing,
     test_repeats_bitwise,
     test_rows_of_a_weight_normed_layer,
     test_rows_stay_where_a_step_is_refused,
@@ -52,6 +56,14 @@ def test_a_step_against_float64(quick, grad_dtype, sizes):
     adamw_ema_step_reference_(**exact, **HYPER, cleared=2)
     compare(ours, exact)
     assert torch.equal(ours["grad"].double(), exact["grad"].double())
+
+
+def test_clip_groups_over_more_segments_than_a_launch_takes(quick):
+    ours = state("cpu", [i % 3 + 1 for i in range(1030)], frozen=(1, 1027)) | by_segment(1030)
+    exact = clone(ours, torch.float64)
+    adamw_ema_step_(**ours, **HYPER)
+    adamw_ema_step_reference_(**exact, **HYPER)
+    compare(ours, exact)
 
 
 def test_more_segments_than_a_launch_takes(quick):

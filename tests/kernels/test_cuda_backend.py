@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_emulated import NVCC, emulated, needs_nvcc, use_cuda
-from test_adamw_ema import state
+from test_adamw_ema import by_segment, state
 from test_attention import inputs as attention_inputs
 from test_dino_loss import inputs
 from test_ema_update import lists
@@ -152,7 +152,7 @@ def adamw_ema_arguments():
     rows = [torch.zeros(37, 40) for _ in range(2)]
     segments = [x[name] for name in ("offsets", "steps", "decayed", "frozen", "nonfinite")]
     scalars = [torch.tensor(value, dtype=torch.float64) for value in (0.01, 0.1, 0.9)]
-    return *flat, *rows, *segments, *scalars, 3.0, 0.9, 0.999, 1e-8, 2
+    return *flat, *rows, *segments, *scalars, 3.0, 0.9, 0.999, 1e-8, 2, *by_segment(3).values()
 
 
 def attention_arguments():

@@ -108,8 +108,12 @@ def optimizer(op, moments, **own):
     return (*flat, *settings), step
 
 
-def adamw():
-    return optimizer(adamw_ema_step_, 2, steps=torch.zeros(2, dtype=torch.int64, device="cuda"))
+def adamw(**options):
+    return optimizer(adamw_ema_step_, 2, steps=torch.zeros(2, dtype=torch.int64, device="cuda"), **options)
+
+
+def grouped_adamw():
+    return adamw(lr_scale=torch.rand(2, device="cuda"), clip_groups=torch.zeros(2, dtype=torch.int64, device="cuda"))
 
 
 def lars():
@@ -133,6 +137,7 @@ def known_attention():
         pytest.param(packed_attention, id="attention"),
         pytest.param(known_attention, id="attention of known lengths"),
         pytest.param(adamw, id="adamw_ema_step_"),
+        pytest.param(grouped_adamw, id="adamw_ema_step_ with rates and groups"),
         pytest.param(lars, id="sgd_ema_step_"),
         pytest.param(norm, id="add_layer_norm"),
         pytest.param(gelu, id="bias_gelu"),
