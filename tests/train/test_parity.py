@@ -31,11 +31,20 @@ class PlainDINO:
                 (rest if name.endswith(".bias") or p.dim() == 1 else regularized).append(p)
         groups = [{"params": regularized}, {"params": rest, "weight_decay": 0.0}]
         if config.optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(groups, foreach=False, fused=False)
+            factor = {id(p): self.factor(name) for name, p in self.student.items()}
+            each = [{**g, "params": [p], "factor": factor[id(p)]} for g in groups for p in g["params"]]
+            self.optimizer = torch.optim.AdamW(each, weight_decay=1.0, foreach=False, fused=False)
         elif config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(groups, lr=0, momentum=0.9)
+            self.optimizer = torch.optim.SGD(groups, lr=0, momentum=0.9, weight_decay=1.0)
         else:
             self.optimizer, self.groups, self.buffers = None, groups, {}
+
+    def factor(self, name):
+        """Of the learning rate, for 3 blocks."""
+        rate, patches = self.c.layer_decay, self.c.patch_embed_lr
+        layers = {"blocks.0": rate**3, "blocks.1": rate**2, "blocks.2": rate}
+        layers |= {"patch_embed": rate**4 * patches, "cls_token": rate**4, "pos_embed": rate**4}
+        return next((layers[part] for part in layers if name.startswith(f"backbone.{part}")), 1.0)
 
     def backbone(self, w, images):
         return self.tokens(w, images)[:, 0]
@@ -120,12 +129,14 @@ class PlainDINO:
         for p in self.student.values():
             p.grad = None
         loss.backward()
-        for p in self.student.values():
-            if c.clip_grad and p.grad is not None and (coef := c.clip_grad / (p.grad.norm() + 1e-6)) < 1:
-                p.grad.mul_(coef)
         for name, p in self.student.items():
             if "last_layer" in name and epoch < c.freeze_last_layer:
                 p.grad = None
+        together = [[p] for p in self.student.values()]
+        if c.clip_per_module:
+            together = [[p for name, p in self.student.items() if name.startswith(part)] for part in ("back", "head")]
+        for parameters in together if c.clip_grad else ():
+            torch.nn.utils.clip_grad_norm_(parameters, c.clip_grad)
         self.update(lr, decay)
         with torch.no_grad():
             for name, p in self.student.items():
@@ -136,8 +147,9 @@ class PlainDINO:
         if self.optimizer is None:
             return self.lars(lr, decay)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.param_groups[0]["weight_decay"] = decay
+            group["lr"] = lr * group.get("factor", 1)
+            if group["weight_decay"]:
+                group["weight_decay"] = decay
         self.optimizer.step()
 
     @torch.no_grad()
@@ -174,11 +186,12 @@ def without_key_bias(name, tensor):
     [
         {},
         {"norm_last_layer": False, "clip_grad": 0.02, "freeze_last_layer": 2, "warmup_epochs": 3},
+        {"layer_decay": 0.7, "patch_embed_lr": 0.2, "clip_per_module": True, "clip_grad": 0.1},
         {"optimizer": "sgd", "lr": 0.3, "clip_grad": 0.0},
         {"optimizer": "lars", "lr": 5.0, "freeze_last_layer": 0},
         {"optimizer": "larc", "lr": 20.0, "decay_all": True},
     ],
-    ids=["adamw", "adamw-free-norm", "sgd", "lars", "larc"],
+    ids=["adamw", "adamw-free-norm", "adamw-dinov2", "sgd", "lars", "larc"],
 )
 def test_ten_steps(changes):
     settings = {

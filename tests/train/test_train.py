@@ -592,6 +592,11 @@ def test_bad_options_are_reported(config, changes, message):
         ({"global_crops_size": 20}, "global_crops_size must be a multiple of patch_size 8, got 20"),
         ({"local_crops_size": 4}, "local_crops_size must be at least patch_size 8"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be from 0 to below 1"),
+        ({"layer_decay": 0.0}, "layer_decay must be above 0 and at most 1, got 0.0"),
+        ({"patch_embed_lr": 0.2, "optimizer": "sgd"}, "patch_embed_lr is for adamw, not for sgd"),
+        ({"clip_per_module": True, "optimizer": "lars"}, "clip_per_module is for adamw, not for lars"),
+        ({"layer_decay": 0.9, "arch": "resnet50"}, "layer_decay must be 1 for a convnet, got 0.9"),
+        ({"clip_per_module": True, "clip_grad": 0.0}, "clip_grad must be above 0 with clip_per_module, got 0.0"),
     ],
 )
 def test_config_checks_itself(config, changes, message):

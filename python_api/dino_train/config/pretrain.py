@@ -151,6 +151,13 @@ class PretrainConfig:
     """Weight decay of biases and norms too, as SwAV and MoCo train."""
     clip_grad: float = 3.0
     """Largest L2 norm of each tensor's gradient; 0 turns it off."""
+    clip_per_module: bool = False
+    """Clip the norm of the backbone's whole gradient and of each head's, as DINOv2 does, in place of each tensor's."""
+    layer_decay: float = 1.0
+    """Factor by which the learning rate falls from each layer of a ViT to the one below, from the last norm (and the
+    heads) on; DINOv2: 0.9."""
+    patch_embed_lr: float = 1.0
+    """Factor of the learning rate of a ViT's patch embedding, beside layer_decay; DINOv2: 0.2."""
     freeze_last_layer: int = 1
     """Epochs during which the last layer is not trained."""
     freeze_patch_embed: bool = False
@@ -260,6 +267,7 @@ class PretrainConfig:
             f"a divisor of batch_size_per_gpu {self.batch_size_per_gpu}",
         )
         self._check_method()
+        self._check_rates()
         self._check_pixels()
         if self.arch in RESNETS:
             _require(not self.checkpoint_activations, "checkpoint_activations", True, "false: it is for ViTs")
@@ -312,6 +320,17 @@ class PretrainConfig:
             _require(low * kind.side**2 >= 1, "mask_ratio", (low, high), f"of at least one of {kind.side**2} patches")
             own = self.patch_head != "shared"
             _require(own or not self.patch_out_dim, "patch_out_dim", self.patch_out_dim, "0 with a shared head")
+
+    def _check_rates(self) -> None:
+        for name, default in (("layer_decay", 1), ("patch_embed_lr", 1), ("clip_per_module", False)):
+            if getattr(self, name) != default and self.optimizer != "adamw":
+                raise ValueError(f"{name} is for adamw, not for {self.optimizer}")
+        for name in ("layer_decay", "patch_embed_lr"):
+            value = getattr(self, name)
+            _require(0 < value <= 1, name, value, "above 0 and at most 1")
+            _require(value == 1 or self.arch not in RESNETS, name, value, "1 for a convnet")
+        fits = self.clip_grad > 0 or not self.clip_per_module
+        _require(fits, "clip_grad", self.clip_grad, "above 0 with clip_per_module")
 
     def _check_pixels(self) -> None:
         _ = self.scale  # raises

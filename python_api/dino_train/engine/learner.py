@@ -19,7 +19,9 @@ from dino_train.engine.optim import (
     OptimizerWithEMA,
     SgdWithEMA,
     cosine_schedule,
+    modules_of,
     parameter_groups,
+    rate_factors,
     teacher_temp_schedule,
 )
 from dino_train.methods import build_method
@@ -116,10 +118,18 @@ class Learner:
 
     def _optimizer(self) -> OptimizerWithEMA:
         nets, groups = (self.student_flat, self.teacher_flat), parameter_groups(self.student, self.config.decay_all)
-        clip_norm = self.config.clip_grad or None
-        if self.config.optimizer == "adamw":
-            return AdamWithEMA(*nets, groups, clip_norm)
-        return SgdWithEMA(*nets, groups, clip_norm, self.config.optimizer)
+        config = self.config
+        clip_norm = config.clip_grad or None
+        if config.optimizer != "adamw":
+            return SgdWithEMA(*nets, groups, clip_norm, config.optimizer)
+        factors = config.layer_decay, config.patch_embed_lr
+        return AdamWithEMA(
+            *nets,
+            groups,
+            clip_norm,
+            lr_scale=None if factors == (1, 1) else rate_factors(self.student, *factors),
+            clip_groups=modules_of(self.student) if config.clip_per_module else None,
+        )
 
     def step(self, step: int, crops: list[Tensor]) -> StepResult:
         """One update of student, teacher and the method's state (of DINO, main_dino.py:303-350).

@@ -44,6 +44,35 @@ def parameter_groups(model: nn.Module, decay_all: bool = False) -> list[dict]:
     return [{"params": decayed}, {"params": plain} if decay_all else {"params": plain, "weight_decay": 0.0}]
 
 
+_EMBEDDINGS = ("cls_token", "pos_embed", "patch_embed", "mask_token", "register_tokens")
+
+
+def rate_factors(student: nn.Module, layer_decay: float, patch_embed_lr: float) -> list[float]:
+    """Factor of the learning rate of each parameter of a student with a ViT: layer_decay to the power of the layers
+    above it, and of the patch embedding also patch_embed_lr.
+
+    Block i of D has D - i above it, the embeddings have D + 1, the last norm and the heads none (get_vit_lr_decay_rate
+    of DINOv2, utils/param_groups.py; there register tokens have none either).
+    """
+    depth = len([*student.get_submodule("backbone.blocks").children()])
+    factors = []
+    for name, _ in student.named_parameters():
+        part, *rest = name.split(".")
+        above = 0
+        if part == "backbone" and rest[0] == "blocks":
+            above = depth - int(rest[1])
+        elif part == "backbone" and rest[0] in _EMBEDDINGS:
+            above = depth + 1
+        factors.append(layer_decay**above * (patch_embed_lr if rest[0] == "patch_embed" else 1.0))
+    return factors
+
+
+def modules_of(student: nn.Module) -> list[int]:
+    """Number of the child of the student (backbone, head) that each parameter belongs to."""
+    children = [name for name, _ in student.named_children()]
+    return [children.index(name.split(".")[0]) for name, _ in student.named_parameters()]
+
+
 class OptimizerWithEMA:
     """An optimizer of a student, and the EMA of its teacher, as one pass over flat buffers.
 
@@ -109,18 +138,33 @@ class OptimizerWithEMA:
 
 
 class AdamWithEMA(OptimizerWithEMA):
-    """AdamW (`adamw_ema_step_`)."""
+    """AdamW (`adamw_ema_step_`).
+
+    lr_scale, clip_groups: of each parameter the factor of its rate, and the number of those it is clipped with.
+    """
 
     moments = "exp_avg", "exp_avg_sq"
     settings: ClassVar = {"betas": (0.9, 0.999), "eps": 1e-8}
 
-    def __init__(self, student: FlatParameters, teacher: FlatParameters, groups: list[dict], clip_norm: float | None):
+    def __init__(
+        self,
+        student: FlatParameters,
+        teacher: FlatParameters,
+        groups: list[dict],
+        clip_norm: float | None,
+        lr_scale: list[float] | None = None,
+        clip_groups: list[int] | None = None,
+    ) -> None:
         super().__init__(student, teacher, groups, clip_norm)
+        device = student.weights.device
+        self.lr_scale = None if lr_scale is None else torch.tensor(lr_scale, device=device)
+        self.clip_groups = None if clip_groups is None else torch.tensor(clip_groups, device=device)
         self.segments = {name: i for i, name in enumerate(student.parameters)}
-        self.steps = torch.zeros(len(self.segments), dtype=torch.int64, device=student.weights.device)
+        self.steps = torch.zeros(len(self.segments), dtype=torch.int64, device=device)
 
     def _step(self, **options: Any) -> None:
-        self.student.adamw_ema_step_(self.teacher, *self.buffers, steps=self.steps, **options)
+        options |= {"steps": self.steps, "lr_scale": self.lr_scale, "clip_groups": self.clip_groups}
+        self.student.adamw_ema_step_(self.teacher, *self.buffers, **options)
 
     def state_dict(self) -> dict[str, Any]:
         state, steps = super().state_dict(), self.steps.tolist()
