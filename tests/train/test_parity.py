@@ -62,7 +62,10 @@ class PlainDINO:
         n = math.isqrt(pos.shape[1] - 1)
         if side != n:
             grid = pos[:, 1:].reshape(1, n, n, -1).permute(0, 3, 1, 2)
-            grid = F.interpolate(grid, scale_factor=((side + 0.1) / n, (side + 0.1) / n), mode="bicubic")
+            if "register_tokens" in p:
+                grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
+            else:
+                grid = F.interpolate(grid, scale_factor=((side + 0.1) / n, (side + 0.1) / n), mode="bicubic")
             pos = torch.cat([pos[:, :1], grid.permute(0, 2, 3, 1).reshape(1, side * side, -1)], dim=1)
         x = x + pos
         if "register_tokens" in p:
