@@ -245,6 +245,25 @@ def test_checkpoints_of_other_methods_load(tmp_path, name):
         load_trained(tmp_path / "one.pth", net="teacher")
 
 
+WRAPPED = {
+    "torch.compile": prefixed(TEACHER, "module._orig_mod."),
+    "compiled checkpoint": {"teacher": prefixed(TEACHER, "backbone._orig_mod."), "student": STUDENT},
+    "DeiT": {"model": TEACHER, "optimizer": {}, "epoch": 3},
+    "Lightning": {"state_dict": {**prefixed(TEACHER, "model.backbone."), "criterion.center": torch.zeros(1, 4)}},
+    "DINO of lightly": {
+        "state_dict": {**prefixed(STUDENT, "student_backbone.vit."), **prefixed(TEACHER, "teacher_backbone.vit.")},
+    },
+    "both nets by prefix": {**prefixed(STUDENT, "student.backbone."), **prefixed(TEACHER, "teacher.backbone.")},
+    "iBOT": {"teacher": {**prefixed(TEACHER, "backbone."), "backbone.masked_embed": torch.zeros(1, 96)}},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_known_wrappers_are_removed(tmp_path, name):
+    torch.save(WRAPPED[name], tmp_path / "x.pth")
+    assert_is(load_trained(tmp_path / "x.pth").backbone, TEACHER)
+
+
 def test_vits_of_mocov3_have_12_heads(tmp_path):
     weights = published_vit(dim=384, depth=12, patch=16, size=32)
     torch.save({"state_dict": prefixed(weights, "module.base_encoder.")}, tmp_path / "x.pth.tar")

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,11 +26,19 @@ logger = logging.getLogger(__name__)
 Backbone = VisionTransformer | PlainViT | ResNet
 Choice = Literal["auto", "teacher", "student"]
 ALL_ARCHS = (*ARCHS, *PLAIN_SIZES)
-# Of the backbones of others' checkpoints: MoCo, MoCo v3, solo-learn, lightly and Hugging Face.
+# Of the backbones of others' checkpoints: MoCo, MoCo v3, solo-learn, lightly, Lightning and Hugging Face.
+_STUDENT = ("encoder_q.", "base_encoder.", "student.", "student_backbone.")
+_TEACHER = (
+    *("encoder_k.", "momentum_encoder.", "momentum_backbone.", "backbone_momentum."),
+    *("teacher.", "teacher_backbone."),
+)
+_EITHER = ("backbone.", "vit.", "dinov2.", "dinov2_with_registers.", "model.", "net.")
 _PREFIXES = {
-    "student": ("encoder_q.", "base_encoder.", "backbone.", "vit.", "dinov2.", "dinov2_with_registers."),
-    "teacher": ("encoder_k.", "momentum_encoder.", "momentum_backbone.", "backbone_momentum."),
+    "student": (*_STUDENT, *_EITHER),
+    "teacher": (*_TEACHER, *_EITHER),
+    "auto": ("teacher.", "teacher_backbone.", *_STUDENT, *_EITHER),  # the teacher of DINO, else the student
 }
+_WRAPPERS = ("state_dict", "model")
 _HEADS = (
     "head.",
     "fc.",
@@ -164,9 +172,10 @@ def backbone_weights(state: Mapping[str, Any], *, net: Choice = "auto") -> tuple
 
     Args:
         state: a state dict of the backbone or of a whole net, a checkpoint with such dicts under "teacher" and
-            "student" (DINO, `utils.py:72`), or one with both networks under "state_dict", told apart by prefixes
-            (MoCo, MoCo v3, solo-learn, lightly). Prefixes are removed, heads and classifiers are left, and names of
-            Hugging Face, timm and DINOv3 are replaced. A ViT's layer scale and mask token stay.
+            "student" (DINO, `utils.py:72`), or one with both networks under "state_dict" or "model", told apart by
+            prefixes (MoCo, MoCo v3, solo-learn, lightly). Prefixes, also of torch.compile and Lightning, are removed,
+            heads and classifiers are left, and names of Hugging Face, timm and DINOv3 are replaced. A ViT's layer scale
+            and mask token stay.
         net: which network. "auto": the one that the file's method evaluates, the teacher of DINO, else the student.
 
     Returns:
@@ -182,14 +191,15 @@ def backbone_weights(state: Mapping[str, Any], *, net: Choice = "auto") -> tuple
             raise ValueError(f"the checkpoint has no {chosen!r}, only {', '.join(state)}")
         state = state[chosen]
         net = "auto"  # what is left is one network
-    elif isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    for name in _WRAPPERS:
+        state = state[name] if isinstance(state.get(name), Mapping) else state
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"expected a backbone's weights, or a teacher and a student, got {_listed(list(state))}")
-    named = {key.removeprefix("module."): value for key, value in state.items()}
-    prefix = _prefix(named, net)
-    weights = {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
-    weights = {key: value for key, value in weights.items() if not key.startswith(_HEADS)}
+    names = {_bare(key): key for key in state}  # bare: in the file
+    while prefix := _prefix(names, net):
+        names = {_bare(key.removeprefix(prefix)): name for key, name in names.items() if key.startswith(prefix)}
+        net = "auto"
+    weights = {key: state[name] for key, name in names.items() if not key.startswith(_HEADS)}
     if not weights:
         raise ValueError(f"expected a backbone's weights, got {_listed(list(state))}")
     if "4.0.conv1.weight" in weights:  # lightly numbers the parts of torchvision's ResNet
@@ -197,21 +207,28 @@ def backbone_weights(state: Mapping[str, Any], *, net: Choice = "auto") -> tuple
         weights = {f"{_RESNET_PARTS[parts[key][0]]}.{parts[key][2]}": value for key, value in weights.items()}
     count = len(weights)
     weights = from_others(weights)
-    prefix = ("module." if next(iter(state)).startswith("module.") else "") + prefix
-    left = [f"prefix {prefix!r}"] if prefix else []
-    if count < len(named):
-        left.append(f"{len(named) - count} tensors of a head")
+    bare, name = next(iter(names.items()))
+    left = [f"prefix {name.removesuffix(bare)!r}"] if name != bare else []
+    if count < len(state):
+        left.append(f"{len(state) - count} tensors of a head")
     return weights, chosen, f"without {' and '.join(left)}" if left else ""
 
 
-def _prefix(named: Mapping[str, Any], net: Choice) -> str:
+def _bare(key: str) -> str:
+    """Without what DistributedDataParallel and torch.compile put in front."""
+    key = key.replace("_orig_mod.", "")
+    while key.startswith("module."):
+        key = key.removeprefix("module.")
+    return key
+
+
+def _prefix(keys: Iterable[str], net: Choice) -> str:
     """What the names of a network's backbone begin with."""
-    for prefix in _PREFIXES["student" if net == "auto" else net]:
-        if any(key.startswith(prefix) for key in named):
+    for prefix in _PREFIXES[net]:
+        if any(key.startswith(prefix) for key in keys):
             return prefix
-    others = [prefix for prefixes in _PREFIXES.values() for prefix in prefixes if prefix not in ("backbone.", "vit.")]
-    if net != "auto" and any(key.startswith(tuple(others)) for key in named):
-        raise ValueError(f"the file has no {net}, only {_listed(sorted({key.partition('.')[0] for key in named}))}")
+    if net != "auto" and any(key.startswith((*_STUDENT, *_TEACHER)) for key in keys):
+        raise ValueError(f"the file has no {net}, only {_listed(sorted({key.partition('.')[0] for key in keys}))}")
     return ""
 
 
