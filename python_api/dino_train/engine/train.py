@@ -118,8 +118,8 @@ def dry_run(config: PretrainConfig) -> None:
     if parallel.rank() == 0:
         seconds = step_seconds(config, run.device)
         run.progress.say(
-            f"very roughly {seconds:.2g} s a step and {duration(seconds * run.total_steps)} in all, without reading "
-            "images and evaluations\ndry run: nothing was trained or written"
+            f"very roughly {float(f'{seconds:.2g}'):g} s a step and {duration(seconds * run.total_steps)} in all, "
+            "without reading images and evaluations\ndry run: nothing was trained or written"
         )
     parallel.leave()
 
