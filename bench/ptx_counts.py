@@ -78,6 +78,14 @@ def dino_loss() -> Call:
     return Call("student logit", student.numel(), IMAGES / images, 4.4, differentiated(op, student))
 
 
+def patch_loss() -> Call:
+    """Masked patches of both views, about a third of all."""
+    patches, outputs = 100, OUTPUTS // 8
+    student, teacher, center = (randn(n, outputs) / 16 for n in (patches, patches, 1))
+    op = partial(dino_kernels.patch_loss, teacher=teacher, center=center.float(), weights=torch.full((patches,), 1e-2))
+    return Call("student logit", student.numel(), 3800 / patches, 3 * 2, differentiated(op, student))
+
+
 def sinkhorn() -> Call:
     """Three sweeps over the teacher's logits."""
     outputs = OUTPUTS // 4
@@ -188,8 +196,8 @@ OPS = {
     **{
         op.__name__: op
         for op in (
-            dino_loss, dino_head_loss, sinkhorn, info_nce, add_layer_norm, bias_gelu, mlp, weight_norm, ema_update,
-            adamw_ema, sgd_ema, multicrop,
+            dino_loss, patch_loss, dino_head_loss, sinkhorn, info_nce, add_layer_norm, bias_gelu, mlp, weight_norm,
+            ema_update, adamw_ema, sgd_ema, multicrop,
         )
     },
 }  # fmt: skip

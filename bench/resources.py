@@ -36,6 +36,7 @@ from dino_kernels.triton import ema_update as ema_update_triton
 from dino_kernels.triton import info_nce as info_nce_triton
 from dino_kernels.triton import mlp as mlp_triton
 from dino_kernels.triton import multicrop as multicrop_triton
+from dino_kernels.triton import patch_loss as patch_loss_triton
 from dino_kernels.triton import sgd_ema as sgd_ema_triton
 from dino_kernels.triton import weight_norm as weight_norm_triton
 
@@ -60,6 +61,17 @@ def dino_loss() -> None:
         student = meta(10 * IMAGES, OUTPUTS)
         dino_loss_triton.forward_triton(student, meta(2 * IMAGES, OUTPUTS), center, temp, temp, student)
     dino_loss_triton.scale_triton(student, temp)
+
+
+def patch_loss() -> None:
+    for outputs in (8192, OUTPUTS):
+        student, center, weights = (
+            meta(3800, outputs),
+            meta(outputs, dtype=torch.float32),
+            meta(3800, dtype=torch.float32),
+        )
+        for temp in (torch.tensor(0.1), meta(dtype=torch.float32)):
+            patch_loss_triton.forward_triton(student, student, center, weights, temp, temp, student)
 
 
 def column_mass() -> None:
@@ -198,6 +210,7 @@ def multicrop() -> None:
 
 OPS = (
     dino_loss,
+    patch_loss,
     column_mass,
     dino_head_loss,
     info_nce,

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from bench_dino_loss import einsum_form
 from bench_info_nce import concatenation
+from bench_patch_loss import softmaxes
 from bench_sinkhorn import center_and_softmax, iterations, reference
 from block_cases import add_layer_norm, attention_cases, bias_gelu, linear, mlp
 from gpu_report import OURS
@@ -57,6 +58,36 @@ def dino_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
         results=("loss", "batch center", "grad"),
         providers=providers,
         exact=lambda: run(reference, student.double(), teacher.double(), center.double()),
+    )
+
+
+def patch_loss(device: str, sizes: Sizes, dtype: torch.dtype) -> Case:
+    """Logits of masked patches, half of those of half of the views, to loss, batch center and gradient."""
+    g, outputs = Random(device), sizes.outputs // 8
+    rows = 2 * sizes.images * (sizes.tokens[0] - 1) // 4
+    student, teacher = ((g.normal(rows, outputs) / 16).to(dtype) for _ in range(2))
+    center, weights = g.normal(outputs) / 100, torch.full((rows,), 1 / rows, device=device)
+    overwritten = student.clone()  # by its gradient
+
+    def run(op, student=student, teacher=teacher, center=center):
+        student = student.detach().requires_grad_()
+        loss, batch_center = op(student, teacher, center, weights=weights)
+        return loss.detach(), batch_center, *torch.autograd.grad(loss, student)
+
+    return Case(
+        op="patch_loss, forward + backward",
+        shape=f"student and teacher [{rows}, {outputs}]",
+        dtype=name_of(dtype),
+        bytes=3 * rows * outputs * dtype.itemsize + 8 * outputs,
+        flops=0,
+        results=("loss", "batch center", "grad"),
+        providers={
+            OURS: partial(run, dino_kernels.patch_loss),
+            f"{OURS}, in place": partial(run, partial(dino_kernels.patch_loss, inplace=True), overwritten),
+            "reference": partial(run, softmaxes),
+            "compiled reference": partial(run, compiled(softmaxes)),
+        },
+        exact=lambda: run(softmaxes, student.double(), teacher.double(), center.double()),
     )
 
 
@@ -480,6 +511,7 @@ def late_cases(sizes: Sizes) -> dict[str, Callable[[str], Case]]:
     base = sizes.base()
     return {
         "dino_loss float16": partial(dino_loss, sizes=sizes, dtype=torch.float16),
+        "patch_loss bfloat16": partial(patch_loss, sizes=sizes, dtype=torch.bfloat16),
         "info_nce bfloat16": partial(info_nce, sizes=sizes, dtype=torch.bfloat16),
         "sinkhorn bfloat16": partial(sinkhorn, sizes=sizes, dtype=torch.bfloat16),
         **attention_cases(base, "12 heads", ["197", "37", "packed"]),

@@ -14,7 +14,7 @@ namespace dino {
 namespace {
 
 constexpr int64_t kBlock = 1024;    // elements a block: a few blocks fit the first-level cache
-constexpr int64_t kColumns = 4096;  // columns a task of the mean row
+constexpr int64_t kColumns = 4096;  // most columns a task of the mean row
 
 struct Row {
     const void* data;
@@ -138,9 +138,10 @@ DINO_MULTIVERSION inline void mean_columns(const Matrix& x, const float* weights
 
 // mean [outputs] of the rows whose weight is not zero, or of all without weights; zeros if there are none
 inline void mean_row(const Matrix& x, const float* weights, float* mean, int threads) {
-    parallel_for((x.outputs + kColumns - 1) / kColumns, threads, [&](int64_t task) {
-        int64_t begin = task * kColumns;
-        mean_columns(x, weights, begin, std::min(kColumns, x.outputs - begin), mean + begin);
+    int64_t share = (x.outputs + threads - 1) / threads, columns = std::clamp<int64_t>(share, 512, kColumns);
+    parallel_for((x.outputs + columns - 1) / columns, threads, [&](int64_t task) {
+        int64_t begin = task * columns;
+        mean_columns(x, weights, begin, std::min(columns, x.outputs - begin), mean + begin);
     });
 }
 

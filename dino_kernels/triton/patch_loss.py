@@ -24,7 +24,7 @@ def _column_kernel(
     teacher, weights, partial, arrived, rows, outputs, stride, share,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """partial [shares, K]: sums of a share of the rows. Also sets the counter of the row kernel to zero."""
+    """partial [shares, K]: sums of a share of the rows. Also sets the counter of the last kernel to zero."""
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(1)
     end = tl.minimum((part + 1) * share, rows)
@@ -55,7 +55,7 @@ def _mean_kernel(partial, weights, batch_center, shares, rows, outputs, ROWS: tl
 
 
 @triton.jit
-def _row_kernel(
+def _patch_kernel(
     student, teacher, center, weights, student_temp, teacher_temp, grad, losses, loss, arrived,
     outputs, student_stride, teacher_stride, grad_stride,
     STEP: tl.constexpr, LANES: tl.constexpr,
@@ -77,7 +77,8 @@ def _row_kernel(
         scale = 1.0 / scalar(student_temp)
         log2_scale = scale * LOG2_E
         teacher_log2_scale = LOG2_E / scalar(teacher_temp)
-        teacher_top, teacher_sum = row_exponentials(teacher, center, outputs, teacher_log2_scale, STEP, LANES)
+        # In smaller steps than the student's, since the center needs registers too.
+        teacher_top, teacher_sum = row_exponentials(teacher, center, outputs, teacher_log2_scale, STEP // 2, LANES)
         top, total = row_exponentials(student, None, outputs, log2_scale, STEP, LANES)
         inverse, teacher_inverse = 1.0 / total, 1.0 / teacher_sum
         dot = tl.zeros((LANES,), tl.float32)
@@ -117,7 +118,7 @@ def forward_triton(student, teacher, center, weights, student_temp, teacher_temp
     _mean_kernel[(triton.cdiv(outputs, 128),)](
         partial, weights, batch_center, shares, rows, outputs, ROWS=1024, COLUMNS=128, num_warps=4
     )
-    _row_kernel[(rows,)](
+    _patch_kernel[(rows,)](
         student, teacher, center, weights, argument(student_temp), argument(teacher_temp), grad, losses, loss, arrived,
         outputs, student.stride(0), teacher.stride(0), grad.stride(0), **row_launch(outputs),
     )  # fmt: skip

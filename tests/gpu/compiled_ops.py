@@ -147,6 +147,26 @@ def test_dino_loss(dtype, batch, views, outputs):
     check(D.dino_loss, D.dino_loss_reference, [student], dtype, teacher=teacher, center=randn(outputs, scale=0.1))
 
 
+@pytest.mark.parametrize(
+    "dtype, rows, outputs",
+    [
+        (BRAIN, 12, 4099),
+        (HALF, 5, 777),
+        (FULL, 11, 1024),
+        pytest.param(FULL, 3, 1, marks=pytest.mark.prove),
+        pytest.param(HALF, 1030, 130, marks=pytest.mark.prove),
+        pytest.param(BRAIN, 3, 65536, marks=pytest.mark.prove),
+    ],
+)
+def test_patch_loss(dtype, rows, outputs):
+    student, teacher = (randn(rows, outputs, dtype=dtype, scale=0.3) for _ in range(2))
+    weights = torch.rand(rows)
+    weights[1::3] = 0
+    student[1::3] = teacher[1::3] = torch.nan
+    options = {"teacher": teacher, "center": randn(outputs, scale=0.1), "weights": weights}
+    check(D.patch_loss, D.patch_loss_reference, [student], dtype, **options)
+
+
 @pytest.mark.parametrize("some", [True, False])
 @pytest.mark.parametrize(
     "dtype, rows, outputs",

@@ -11,6 +11,7 @@ from dino_kernels import (
     dino_head_loss,
     dino_loss,
     ema_update_,
+    patch_loss,
     sgd_ema_step_,
     sinkhorn_center,
 )
@@ -41,6 +42,16 @@ def loss(inplace):
 
     def op(student):  # in place over the result of a sum, whose backward pass needs none of its values
         return dino_loss(student + 1, teacher, center, student_temp=temp, inplace=inplace)
+
+    return differentiated(op, uniform(20, 1000))
+
+
+def masked(inplace):
+    teacher, center, weights = uniform(20, 1000), uniform(1000), uniform(20)
+    weights[3::4] = 0
+
+    def op(student):
+        return patch_loss(student + 1, teacher, center, weights=weights, inplace=inplace)
 
     return differentiated(op, uniform(20, 1000))
 
@@ -131,6 +142,8 @@ def known_attention():
     [
         pytest.param(lambda: loss(False), id="dino_loss"),
         pytest.param(lambda: loss(True), id="dino_loss in place"),
+        pytest.param(lambda: masked(False), id="patch_loss"),
+        pytest.param(lambda: masked(True), id="patch_loss in place"),
         pytest.param(lambda: head_loss(False), id="dino_head_loss"),
         pytest.param(lambda: head_loss(True), id="dino_head_loss with logits"),
         pytest.param(sinkhorn, id="sinkhorn_center"),
