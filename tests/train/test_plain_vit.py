@@ -86,10 +86,10 @@ def test_bad_input():
 
 
 def original(net, generator):
-    """The weights of a DINOv3 net as its authors publish them, and the factors of its branches."""
-    state, scales, dim = {}, [], net.embed_dim
+    """The weights of a net as the authors of DINOv3 (or DINOv2) publish them, and the factors of its branches."""
+    state, scales, dim, rope = {}, [], net.embed_dim, hasattr(net, "rope_embed")
     for name, tensor in net.state_dict().items():
-        if name.endswith("mlp.w12.weight") or name.endswith("mlp.w12.bias"):
+        if rope and ".mlp.w12." in name:
             for part, half in zip(("w1", "w2"), tensor.chunk(2), strict=True):
                 state[name.replace("w12", part)] = half
         else:
@@ -123,6 +123,27 @@ def test_files_of_dinov3_load(tmp_path, arch):
     torch.save({**state, "rope_embed.periods": state["rope_embed.periods"].bfloat16()}, tmp_path / "backbone.pth")
     periods = dino_train.load_backbone(tmp_path / "backbone.pth").rope_embed.periods
     assert torch.equal(periods, periods.bfloat16().float()) and not torch.equal(periods, state["rope_embed.periods"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["small_vit3", "small_vit3plus", "small_vitg"])
+def test_original_files_are_read_as_timm_reads_them(tmp_path, arch):
+    timm = pytest.importorskip("timm")
+    state, _ = original(small(arch), torch.Generator().manual_seed(2))
+    if arch == "small_vitg":
+        state = {name.replace("storage", "register"): x for name, x in state.items() if "bias_mask" not in name}
+        name, options, convert = "giant_patch14_reg4_dinov2", {"mlp_ratio": 5.5}, timm.models.vision_transformer
+    else:
+        name = "small_plus_patch16_dinov3_qkvb" if arch.endswith("plus") else "small_patch16_dinov3_qkvb"
+        options = {"global_pool": "token", "mlp_ratio": SMALL[arch].hidden_dim / 64}
+        convert = timm.models.eva
+    shape = {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 7, "img_size": 28, "num_classes": 0}
+    model = timm.create_model(f"vit_{name}", **shape, **options).eval()
+    torch.save(state, tmp_path / "original.pth")
+    found = model.load_state_dict(convert.checkpoint_filter_fn(dict(state), model), strict=False)
+    assert not found.missing_keys
+    expected = dino_train.load_backbone(tmp_path / "original.pth")(images())
+    torch.testing.assert_close(expected, model(images()), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("mask_token", ["mask_token", "masked_embed"], ids=["DINOv2", "iBOT"])
