@@ -215,6 +215,15 @@ def test_parts_that_only_one_side_has_are_left_or_start_anew():
     assert all(torch.equal(adapted[name], other.state_dict()[name]) for name in tokens)
     assert adapt(TEACHER, other)[1] == ["2 registers are new"]
 
+    for block in plain.blocks:
+        for name in ("ls1", "ls2"):
+            setattr(block, name, torch.nn.ParameterDict({"gamma": torch.zeros(96)}))
+    adapted, notes = adapt(TEACHER, plain)
+    assert notes == ["layer scale starts at 1"] and torch.equal(adapted["blocks.2.ls2.gamma"], torch.ones(96))
+    gammas = {name: torch.full((96,), 3.0) for name in adapted.keys() - TEACHER.keys()}
+    adapted, notes = adapt(TEACHER | gammas, plain)
+    assert notes == [] and torch.equal(adapted["blocks.2.ls2.gamma"], gammas["blocks.2.ls2.gamma"])
+
 
 @pytest.mark.parametrize(
     ("changes", "words"),
