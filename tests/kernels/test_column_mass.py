@@ -153,6 +153,8 @@ def test_rows_that_do_not_count_are_not_read(device, outputs):
         assert (nothing[0] == (float("-inf") if given is None else 0)).all() and not nothing[1].any()
         everything = column_mass(logits, given, temp=0.05, counted=torch.ones_like(counted))
         assert torch.equal(everything, column_mass(logits, given, temp=0.05))
+    expected = sinkhorn_center(logits[counted], temp=0.05)
+    torch.testing.assert_close(sinkhorn_center(holes, temp=0.05, counted=counted), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("outputs", [333, pytest.param(9001, marks=pytest.mark.slow)])
