@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,7 @@ _PREFIXES = {
     "auto": ("teacher.", "teacher_backbone.", *_STUDENT, *_EITHER),  # the teacher of DINO, else the student
 }
 _WRAPPERS = ("state_dict", "model")
+_BARE_NAMES = ("cls_token", "embeddings.cls_token", "conv1.weight")
 _HEADS = (
     "head.",
     "fc.",
@@ -222,8 +223,10 @@ def _bare(key: str) -> str:
     return key
 
 
-def _prefix(keys: Iterable[str], net: Choice) -> str:
-    """What the names of a network's backbone begin with."""
+def _prefix(keys: Mapping[str, str], net: Choice) -> str:
+    """What the names of a network's backbone begin with; nothing where they are bare."""
+    if any(key in keys for key in _BARE_NAMES):
+        return ""
     for prefix in _PREFIXES[net]:
         if any(key.startswith(prefix) for key in keys):
             return prefix
