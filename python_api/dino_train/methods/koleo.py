@@ -28,10 +28,9 @@ def koleo(features: Tensor) -> Tensor:
     features = features.float()
     if len(features) == 1:
         return (0 * features).sum()
-    with torch.autocast(features.device.type, enabled=False):
-        x = F.normalize(features, dim=1, eps=_EPS)
-        nearest = (x @ x.t()).detach().fill_diagonal_(float("-inf")).argmax(dim=1)
-        # A product with one-hot rows, because the backward of an index adds its rows in any order.
-        chosen = nearest[:, None] == torch.arange(len(x), device=x.device)
-        distances = F.pairwise_distance(x, chosen.float() @ x, eps=_EPS)
-        return -(distances + _EPS).log().mean()
+    x = F.normalize(features, dim=1, eps=_EPS)
+    nearest = (x @ x.t()).detach().fill_diagonal_(float("-inf")).argmax(dim=1)
+    # A product with one-hot rows, because the backward of an index adds its rows in any order.
+    chosen = nearest[:, None] == torch.arange(len(x), device=x.device)
+    distances = F.pairwise_distance(x, chosen.float() @ x, eps=_EPS)
+    return -(distances + _EPS).log().mean()
