@@ -1,9 +1,9 @@
 """A transformer block over packed sequences of tokens.
 
-    middle = x + scale * attention(norm1(x))        out = middle + scale * mlp(norm2(middle))
+    middle = x + scale * gamma1 * attention(norm1(x))        out = middle + scale * gamma2 * mlp(norm2(middle))
 
-`scale` is drop path's. The block takes norm1(x) and returns the next block's norm1(out), since a sum and the norm that
-reads it are one pass over memory.
+`scale` is drop path's, gamma layer scale's, if any. The block takes norm1(x) and returns the next block's norm1(out),
+since a sum and the norm that reads it are one pass over memory.
 
 Dimensions: S sequences, T tokens of all sequences together, C channels, H heads of D = C / H channels.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dino_kernels._core.device import on_gpu
 from dino_kernels._core.native import DTYPES
 from dino_kernels._core.registry import once_differentiable, without_autograd
-from dino_kernels.nn.layers import Linear, Mlp, watched
+from dino_kernels.nn.layers import LayerScale, Linear, Mlp, watched
 from dino_kernels.nn.packing import Branch, Packing, split_sequences
 from dino_kernels.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from dino_kernels.ops.attention import attention
@@ -59,21 +59,31 @@ class Block(nn.Module):
         dim: channels C, at most 4096.
         num_heads: H, divides dim.
         mlp_ratio: hidden width of the MLP over dim.
+        layer_scale: what the factors gamma1 and gamma2 of each branch's channels start at, parameters ls1.gamma and
+            ls2.gamma [C] (Touvron et al. 2021, arXiv 2103.17239); None: it has none.
     """
 
     named: tuple[nn.Parameter, ...]
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None):
         super().__init__()
         if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
         self.dim = dim
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(self.attn.proj, layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(self.mlp.fc2, layer_scale)
         # What a module finds by name, and a generator of parameters, are slow to ask for at each call.
         self.linears = self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2
+        self.scales = self.ls1, self.ls2
+        # What holds the copies, the bias and the gradients of the last product of each branch.
+        self.ends = tuple(
+            scale if isinstance(scale, LayerScale) else layer
+            for scale, layer in zip(self.scales, self.linears[1::2], strict=True)
+        )
         _name_parameters(self)
         self.register_load_state_dict_post_hook(_name_parameters)  # which may assign other ones
 
@@ -110,13 +120,14 @@ class Block(nn.Module):
             x = x.index_select(0, packing.cu_seqlens[:-1])
             branches = branches[0].class_tokens(), branches[1].class_tokens(), branches[2].class_tokens()
         attn, mlp = self.attn, self.mlp
-        replaced = self.linears != (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)  # as LoRA does: each is called by itself
+        # As LoRA does: each is called by itself.
+        replaced = self.linears != (attn.qkv, attn.proj, mlp.fc1, mlp.fc2) or self.scales != (self.ls1, self.ls2)
         if (copies := self.linears[0].copies) is not None and not replaced:
             x, normed = x.contiguous(), normed.to(copies[0].dtype).contiguous()
             named = *self.named, next_norm.weight, next_norm.bias  # so that autograd sees them
             if not class_only and (fused := self._fused(next_norm, branches)).fits(x, normed):
                 if torch.is_grad_enabled():
-                    return _Fused.apply(x, normed, fused, *named)
+                    return _Fused.apply(x, normed, self, fused, *named)
                 return fused.forward(x, normed)[:2]
             arguments = x, normed, self, next_norm, branches, class_only
             if torch.is_grad_enabled():
@@ -125,9 +136,9 @@ class Block(nn.Module):
             return x, normed
         attention_branch, mlp_branch, next_branch = branches
         attend = self.attn.class_tokens if class_only else self.attn
-        branch = attend(normed, attention_branch.packing)
+        branch = self.ls1(attend(normed, attention_branch.packing))
         x, normed = _add_norm(x, branch, self.norm2, attention_branch, mlp_branch)
-        return _add_norm(x, self.mlp(normed), next_norm, mlp_branch, next_branch)
+        return _add_norm(x, self.ls2(self.mlp(normed)), next_norm, mlp_branch, next_branch)
 
     def watched(self, next_norm: nn.LayerNorm) -> bool:
         """Whether hooks look at the block, at a part of it or at the norm behind it: then `class_only` would hide from
@@ -162,16 +173,31 @@ class Block(nn.Module):
         return self
 
     def _fused(self, next_norm: nn.LayerNorm, branches: tuple[Branch, Branch, Branch]) -> FusedBlock:
-        w_qkv, w_proj, w1, w2 = (layer.copies[0] for layer in self.linears if layer.copies)
-        _, b_qkv, _, b_proj, *norm, _, b1, _, b2 = self.named
-        weights = w_qkv, b_qkv, w_proj, b_proj, *norm, w1, b1, w2, b2, next_norm.weight, next_norm.bias
+        (w_qkv, _, w1, _), (proj, fc2) = (layer.copies[0] for layer in self.linears if layer.copies), self.ends
+        assert proj.copies and fc2.copies
+        _, b_qkv, _, _, *norm, _, b1, _, _ = self.named[:10]
+        first = w_qkv, b_qkv, proj.copies[0], proj.bias, *norm
+        weights = *first, w1, b1, fc2.copies[0], fc2.bias, next_norm.weight, next_norm.bias
         (packing, scale, *_), (_, mlp_scale, *_), _ = branches
         rows = [branch.rows for branch in branches]
         return FusedBlock(weights, self.attn.num_heads, next_norm.eps, packing.cu_seqlens, (scale, mlp_scale), rows)
 
 
 def _name_parameters(block: Block, _: Any = None) -> None:
-    block.named = *block.attn.parameters(), *block.norm2.parameters(), *block.mlp.parameters()
+    parts = block.attn, block.norm2, block.mlp, block.ls1, block.ls2
+    block.named = tuple(parameter for part in parts for parameter in part.parameters())
+
+
+def _gradients_of_ends(block: Block) -> list[tuple[Any, Any]]:
+    """What a backward pass adds the gradients of the weights and biases of `block.ends` to."""
+    return [e.new_gradients() if isinstance(e, LayerScale) else (e.weight.grad, e.bias.grad) for e in block.ends]
+
+
+def _unscale_gradients(block: Block, of_ends: list[tuple[Any, Any]]) -> None:
+    """After that backward pass: those of scaled weights become those of the weights and the scale."""
+    for end, grads in zip(block.ends, of_ends, strict=True):
+        if isinstance(end, LayerScale):
+            end.add_gradients(*grads)
 
 
 def _like(x: Tensor) -> dict[str, Any]:
@@ -188,10 +214,10 @@ class _Fused(torch.autograd.Function):
     """`FusedBlock`. Gradients of weights are added to their .grad in place."""
 
     @staticmethod
-    def forward(ctx, x, normed, block, *parameters):  # type: ignore[override]
-        out, out_normed, kept = block.forward(x, normed)
+    def forward(ctx, x, normed, block, fused, *parameters):  # type: ignore[override]
+        out, out_normed, kept = fused.forward(x, normed)
         ctx.save_for_backward(normed, out, kept)
-        ctx.block, ctx.parameters, ctx.normed_like = block, parameters, _like(out_normed)
+        ctx.block, ctx.fused, ctx.parameters, ctx.normed_like = block, fused, parameters, _like(out_normed)
         ctx.set_materialize_grads(False)
         return out, out_normed
 
@@ -201,7 +227,11 @@ class _Fused(torch.autograd.Function):
         normed, out, kept = ctx.saved_tensors
         grad, grad_normed = _dense(grad, grad_normed, ctx.normed_like)
         grads = [parameter.grad for parameter in ctx.parameters]
-        return *ctx.block.backward_(grad, grad_normed, normed, out, kept, grads), *[None] * 13
+        proj, fc2 = of_ends = _gradients_of_ends(ctx.block)
+        grads = [*grads[:2], *proj, *grads[4:8], *fc2, *grads[-2:]]
+        grad, grad_normed = ctx.fused.backward_(grad, grad_normed, normed, out, kept, grads)
+        _unscale_gradients(ctx.block, of_ends)
+        return grad, grad_normed, None, None, *[None] * len(ctx.parameters)
 
 
 _linear, _add_product_ = without_autograd("linear"), without_autograd("add_product_")
@@ -223,7 +253,7 @@ def _heads_backward(grad: Tensor, normed: Tensor, attn: Any, packing: Packing, *
     in_attention, in_linear = (bias, None) if on_gpu(grad.device) else (None, bias)
     arguments = grad.view_as(heads), qkv, heads, lse, packing.cu_seqlens, packing.flat, qkv.shape[3] ** -0.5
     grad_qkv = _attention_backward_(*arguments, in_attention).flatten(1)
-    return _linear_gradients(grad_qkv, normed, attn.qkv, in_linear)
+    return _linear_gradients(grad_qkv, normed, attn.qkv.copies[0], attn.qkv.weight.grad, in_linear)
 
 
 def _class_heads(normed: Tensor, attn: Any, packing: Packing) -> tuple[Tensor, ...]:
@@ -287,12 +317,12 @@ def _unfused_forward(
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """The block's two results, and what is saved for backward of what lies between."""
-    attn, norm, fc1, fc2 = block.attn, block.norm2, block.mlp.fc1, block.mlp.fc2
-    assert attn.qkv.copies and attn.proj.copies and fc1.copies and fc2.copies
+    attn, norm, fc1, (proj, fc2) = block.attn, block.norm2, block.mlp.fc1, block.ends
+    assert attn.qkv.copies and proj.copies and fc1.copies and fc2.copies
     (packing, scale, rows, _), (_, mlp_scale, mlp_rows, _), (_, _, next_rows, _) = branches
     heads, *attended = (_class_heads if class_only else _heads)(normed, attn, packing)
     heads = heads.to(normed.dtype)
-    branch = _linear(heads, *attn.proj.copies, False)
+    branch = _linear(heads, *proj.copies, False)
     middle, middle_normed, mean, rstd = _norm(x, branch, norm.weight, norm.bias, scale, rows, mlp_rows, norm.eps)
     bias2 = fc2.copies[1] if on_gpu(x.device) else fc2.bias
     branch, hidden = _mlp(middle_normed, fc1.copies[0], fc1.bias, fc2.copies[0], bias2, keep)
@@ -311,10 +341,10 @@ class _Unfused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, normed, block, next_norm, branches, class_only, *_):  # type: ignore[override]
+    def forward(ctx, x, normed, block, next_norm, branches, class_only, *parameters):  # type: ignore[override]
         out, out_normed, *between = _unfused_forward(x, normed, block, next_norm, branches, class_only, keep=True)
         ctx.save_for_backward(normed, out, *between)
-        ctx.modules, ctx.branches, ctx.class_only = (block, next_norm), branches, class_only
+        ctx.modules, ctx.branches, ctx.class_only, ctx.count = (block, next_norm), branches, class_only, len(parameters)
         ctx.normed_like = _like(out_normed)
         ctx.set_materialize_grads(False)
         return out, out_normed
@@ -323,26 +353,28 @@ class _Unfused(torch.autograd.Function):
     @once_differentiable("Block", "torch's own modules")
     def backward(ctx, grad, grad_normed):  # type: ignore[override]
         block, next_norm = ctx.modules
-        attn, fc1, fc2 = block.attn, block.mlp.fc1, block.mlp.fc2
+        attn, fc1, (proj, fc2) = block.attn, block.mlp.fc1, block.ends
         normed, out, heads, middle, middle_normed, mean, rstd, hidden, out_mean, out_rstd, *attended = ctx.saved_tensors
         attention_branch, mlp_branch, next_branch = ctx.branches
         grad, grad_normed = _dense(grad, grad_normed, ctx.normed_like)
         # The gradient of the bias that a branch ends with comes out of the norm's pass, or of the linear layer's;
         # that of queries, keys and values likewise out of the attention's.
-        biases = attn.proj.bias.grad, fc2.bias.grad
+        (into_proj, bias1), (into_fc2, bias2) = of_ends = _gradients_of_ends(block)
+        biases = bias1, bias2
         in_norm, in_linear = (biases, (None, None)) if on_gpu(out.device) else ((None, None), biases)
         stats = out, out_mean, out_rstd
         grad, grad_branch = _norm_gradients(grad, grad_normed, stats, next_norm, mlp_branch, next_branch, in_norm[1])
-        grads = fc1.weight.grad, fc1.bias.grad, fc2.weight.grad, in_linear[1]
+        grads = fc1.weight.grad, fc1.bias.grad, into_fc2, in_linear[1]
         weights = fc1.copies[0], fc1.bias, fc2.copies[0]
         grad_normed = _mlp_backward_(grad_branch, middle_normed, hidden, *weights, *grads)
         stats = middle, mean, rstd
         branches = attention_branch, mlp_branch
         grad, grad_branch = _norm_gradients(grad, grad_normed, stats, block.norm2, *branches, in_norm[0])
-        grad_heads = _linear_gradients(grad_branch, heads, attn.proj, in_linear[0])
+        grad_heads = _linear_gradients(grad_branch, heads, proj.copies[0], into_proj, in_linear[0])
+        _unscale_gradients(block, of_ends)
         attend_backward = _class_heads_backward if ctx.class_only else _heads_backward
         grad_normed = attend_backward(grad_heads, normed, attn, attention_branch.packing, *attended)
-        return grad, grad_normed, *[None] * 16
+        return grad, grad_normed, *[None] * (4 + ctx.count)
 
 
 def _norm_gradients(
@@ -360,10 +392,10 @@ def _norm_gradients(
     return grad, grad_branch if grad_branch.ndim == 2 else grad
 
 
-def _linear_gradients(grad: Tensor, x: Tensor, layer: Any, grad_bias: Tensor | None) -> Tensor:
-    """The gradient of x."""
-    _add_product_(layer.weight.grad, grad, x, grad_bias)
-    return _linear(grad, layer.copies[0], None, True)
+def _linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, into: Tensor, grad_bias: Tensor | None) -> Tensor:
+    """The gradient of x; that of weight is added to `into`."""
+    _add_product_(into, grad, x, grad_bias)
+    return _linear(grad, weight, None, True)
 
 
 def _add_norm(x: Tensor, branch: Tensor, norm: nn.LayerNorm, added: Branch, read: Branch) -> tuple[Tensor, Tensor]:

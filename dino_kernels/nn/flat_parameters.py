@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dino_kernels._core.device import on_gpu
 from dino_kernels._core.native import DTYPES
-from dino_kernels.nn.layers import Linear, PatchEmbed, WeightNormLinear
+from dino_kernels.nn.layers import LayerScale, Linear, PatchEmbed, WeightNormLinear
 from dino_kernels.ops.adamw_ema import adamw_ema_step_
 from dino_kernels.ops.sgd_ema import sgd_ema_step_
 
@@ -92,10 +92,11 @@ class FlatParameters:
     def _give_copies(self, module: nn.Module) -> None:
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         read = self.weights if self.copies is None else self.copies
-        layers = [layer for layer in module.modules() if isinstance(layer, Linear | PatchEmbed | WeightNormLinear)]
+        layers = [m for m in module.modules() if isinstance(m, Linear | PatchEmbed | WeightNormLinear | LayerScale)]
         for layer in layers:
             layer.use_copies(lambda parameter: self.view(read, names[id(parameter)]))
         self._weight_normed = [layer for layer in layers if isinstance(layer, WeightNormLinear)]
+        self._scales = [layer for layer in layers if isinstance(layer, LayerScale)]
         self._segments_of_v = [self._segments[names[id(layer.weight_v)]] for layer in self._weight_normed]
         # The kernels of a step renew the rows of one layer, whose g and v are the last two segments.
         end = list(self.parameters.values())[-2:]
@@ -103,12 +104,14 @@ class FlatParameters:
         self._renewed_by_step = ends[0] if ends else None
 
     def renew(self) -> None:
-        """Write copies, and the rows of weight-normed layers, from the weights: after these were changed by anything
-        but a step of this class."""
+        """Write copies, the rows of weight-normed layers and what layer scale multiplies by, from the weights: after
+        these were changed by anything but a step of this class."""
         if self.copies is not None:
             self.copies.copy_(self.weights)
         for layer in self._weight_normed:
             layer.materialize()
+        for scale in self._scales:
+            scale.materialize()
 
     def overwrite_grads(self) -> None:
         """Has the next backward pass overwrite what weight-normed layers hold as the gradient of v, in place of adding
@@ -185,4 +188,6 @@ class FlatParameters:
         for layer in self._weight_normed + teacher._weight_normed:
             if rows is None or layer not in (ours, theirs):
                 layer.materialize()
+        for scale in self._scales + teacher._scales:
+            scale.materialize()
         self.overwrite_grads()

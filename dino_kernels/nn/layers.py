@@ -20,7 +20,7 @@ from dino_kernels.ops.bias_gelu import bias_gelu, bias_gelu_reference
 from dino_kernels.ops.linear import linear
 from dino_kernels.ops.weight_norm import weight_norm_, weight_norm_product_backward_
 
-__all__ = ["Linear", "Mlp", "PatchEmbed", "WeightNormLinear", "hold_copies"]
+__all__ = ["LayerScale", "Linear", "Mlp", "PatchEmbed", "WeightNormLinear", "hold_copies"]
 
 _linear_op, _add_product_ = without_autograd("linear"), without_autograd("add_product_")
 _CopyOf = Callable[[Tensor], Tensor]
@@ -99,6 +99,57 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, copies: tuple[Tensor
     if not torch.is_grad_enabled():
         return _linear_op(x, weight_copy, bias_copy, False)
     return _Product.apply(x, weight, bias, weight_copy, bias_copy)
+
+
+class LayerScale(nn.Module):
+    """out = gamma x, a factor for each channel of what `layer` returns (Touvron et al. 2021, arXiv 2103.17239).
+
+    Parameter: gamma [C], which starts at `init`. A block with copies of its weights does not call it: since
+    gamma (W h + b) = (gamma W) h + gamma b, its products read `copies` of gamma W and gamma b in place of the layer's.
+    In float16 a gamma near 1e-5 leaves these few digits; bfloat16 has the range.
+    """
+
+    copies: tuple[Tensor, Tensor] | None = None
+    bias: Tensor  # gamma b in float32
+
+    def __init__(self, layer: Linear, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((layer.out_features,), init))
+        self._layers = (layer,)  # in a tuple, or it would be a child of this module too
+
+    def use_copies(self, copy_of: _CopyOf) -> None:
+        (layer,) = self._layers
+        dtype = copy_of(layer.weight).dtype
+        self.bias = torch.empty_like(layer.bias, requires_grad=False)
+        self.copies = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False), self.bias.to(dtype)
+
+    @torch.no_grad()
+    def materialize(self) -> None:
+        """Renew gamma W and gamma b, after the weights changed."""
+        (layer,) = self._layers
+        assert self.copies is not None
+        weight, bias = self.copies
+        torch.mul(layer.weight, self.gamma[:, None], out=weight)
+        torch.mul(layer.bias, self.gamma, out=self.bias)
+        bias.copy_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C], any float dtype, which the result has too."""
+        return x * self.gamma.to(x.dtype)
+
+    def new_gradients(self) -> tuple[Tensor, Tensor]:
+        """Zeros, for a backward pass to add the gradients of gamma W and gamma b to."""
+        (layer,) = self._layers
+        return torch.zeros_like(layer.weight), torch.zeros_like(layer.bias)
+
+    def add_gradients(self, grad_weight: Tensor, grad_bias: Tensor) -> None:
+        """Add the gradients of W, b and gamma, which follow from those of gamma W and gamma b, to their .grad."""
+        (layer,) = self._layers
+        weight, bias, gamma = layer.weight, layer.bias, self.gamma
+        assert weight.grad is not None and bias.grad is not None and gamma.grad is not None
+        weight.grad.addcmul_(gamma[:, None], grad_weight)
+        bias.grad.addcmul_(gamma, grad_bias)
+        gamma.grad.add_((weight * grad_weight).sum(1)).addcmul_(bias, grad_bias)
 
 
 class Mlp(nn.Module):
@@ -233,7 +284,7 @@ class WeightNormLinear(nn.Module):
 def hold_copies(net: nn.Module, dtype: torch.dtype) -> None:
     """Has the layers of a net that is trained no more multiply by copies of their weights, rounded to `dtype` once."""
     for layer in net.modules():
-        if isinstance(layer, Linear | PatchEmbed | WeightNormLinear):
+        if isinstance(layer, Linear | PatchEmbed | WeightNormLinear | LayerScale):
             layer.use_copies(lambda parameter: parameter.detach().to(dtype))
-        if isinstance(layer, WeightNormLinear):
+        if isinstance(layer, WeightNormLinear | LayerScale):
             layer.materialize()

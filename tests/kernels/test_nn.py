@@ -25,16 +25,17 @@ DIM, HEADS, CLASSES = 64, 2, 32
 GROUPS = [(3, 4), (2, 9)]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 PRECISIONS = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
+SCALES = pytest.mark.parametrize("layer_scale", [None, 0.5])
 
 
 class Net(nn.Module):
     """Images of two sizes -> one packing of their patches -> two blocks -> mean tokens -> MLP -> logits."""
 
-    def __init__(self, normed_last: bool) -> None:
+    def __init__(self, normed_last: bool, layer_scale: float | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = PatchEmbed(4, DIM)
-        self.blocks = nn.ModuleList(Block(DIM, HEADS, 2) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(DIM, HEADS, 2, layer_scale) for _ in range(2))
         self.norm = nn.LayerNorm(DIM, eps=1e-6)
         self.mlp = Mlp(DIM, 96)
         layers = [Linear(DIM, CLASSES), WeightNormLinear(CLASSES, CLASSES)]
@@ -57,8 +58,9 @@ def plain(net, images):
 
     def block(x, b):
         q, k, v = linear(norm(x, b.norm1), b.attn.qkv).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        x = x + linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), b.attn.proj)
-        return x + mlp(norm(x, b.norm2), b.mlp)
+        gamma1, gamma2 = (getattr(scale, "gamma", 1.0) for scale in (b.ls1, b.ls2))
+        x = x + gamma1 * linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), b.attn.proj)
+        return x + gamma2 * mlp(norm(x, b.norm2), b.mlp)
 
     def norm(x, n):
         return F.layer_norm(x, (DIM,), n.weight, n.bias, n.eps)
@@ -98,8 +100,9 @@ def assert_like(net, other, dtype):
 
 
 @PRECISIONS
-def test_a_model_trains_as_plain_torch_does(dtype):
-    net, other = Net(True), Net(True)
+@SCALES
+def test_a_model_trains_as_plain_torch_does(dtype, layer_scale):
+    net, other = Net(True, layer_scale), Net(True, layer_scale)
     flat = FlatParameters(net, dtype)
     sgd = [torch.optim.SGD(each.parameters(), lr=0.05, momentum=0.9) for each in (net, other)]
     losses = []
@@ -124,11 +127,12 @@ def test_a_model_trains_as_plain_torch_does(dtype):
 
 
 @PRECISIONS
+@SCALES
 @pytest.mark.parametrize("normed_last", [True, False])
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_the_fused_step_is_the_optimizer_and_a_moving_average(name, dtype, normed_last):
+def test_the_fused_step_is_the_optimizer_and_a_moving_average(name, dtype, normed_last, layer_scale):
     """Of weight-normed layers the kernels renew one at the end; others are renewed after them."""
-    net, other = Net(normed_last), Net(normed_last)
+    net, other = Net(normed_last, layer_scale), Net(normed_last, layer_scale)
     teacher, other_teacher = copy.deepcopy(net).requires_grad_(False), copy.deepcopy(other).requires_grad_(False)
     flat, flat_teacher = FlatParameters(net, dtype), FlatParameters(teacher, dtype)
     assert not len(flat_teacher.grad)
@@ -169,8 +173,9 @@ def test_the_fused_step_is_the_optimizer_and_a_moving_average(name, dtype, norme
 
 
 @PRECISIONS
-def test_without_a_gradient_it_is_the_same(dtype):
-    net = Net(True)
+@SCALES
+def test_without_a_gradient_it_is_the_same(dtype, layer_scale):
+    net = Net(True, layer_scale)
     images, _ = batch(0)
     expected = plain(net, images).detach()
     hold_copies(net, dtype)
@@ -193,6 +198,61 @@ def test_drop_path_skips_sequences_that_it_multiplies_by_zero_on_a_gpu(monkeypat
         net(batch(0)[0], branches).square().sum().backward()
         results.append(flat.grad)
     torch.testing.assert_close(*results)
+
+
+def scaled_block(dtype=torch.float64, copies=None):
+    """A block with layer scale and the norm behind it."""
+    torch.manual_seed(0)
+    net = nn.ModuleList((Block(DIM, HEADS, 2, 1.0), nn.LayerNorm(DIM, eps=1e-6)))
+    for name in ("ls1.gamma", "ls2.gamma", "attn.proj.bias", "mlp.fc2.bias"):
+        nn.init.normal_(net[0].get_parameter(name))
+    net.to(dtype)
+    return net, copies and FlatParameters(net, copies)
+
+
+def gradients(net, parts, drop, class_only):
+    """Of x and of the parameters, after a backward pass over each part of the sequences."""
+    x, of_x = torch.randn(2, 3, 7, DIM, generator=torch.Generator().manual_seed(1)).double(), []
+    for part in (slice(None),) if parts == 1 else (slice(0, 1), slice(1, 2)):
+        tokens = x[part].flatten(0, 2).to(net[1].weight.dtype).requires_grad_()
+        packing = Packing.of([(len(tokens) // 7, 7)], "cpu")
+        torch.manual_seed(7)
+        branches = drop_path(packing, 2, 0.5)[1] if drop else None
+        normed = net[0].norm1(tokens)
+        rows = branches and branches[0].rows
+        out, after = net[0](
+            tokens, normed if rows is None else normed.index_select(0, rows), net[1], packing, branches, class_only
+        )
+        (((out + 0.5).double().square() * torch.arange(DIM)).mean(1) + after.double().cos().sum(1)).sum().backward()
+        of_x.append(tokens.grad)
+    return [torch.cat(of_x), *(parameter.grad.clone() for parameter in net.parameters())]
+
+
+@PRECISIONS
+@pytest.mark.parametrize(
+    "parts, drop, class_only, on_gpu",
+    [(1, False, True, False), (2, False, False, False), (1, True, False, False), (1, False, False, True)],
+)
+def test_gradients_of_layer_scale(monkeypatch, dtype, parts, drop, class_only, on_gpu):
+    """With copies, in micro-batches, of class tokens, with drop path, and as on a GPU, against float64."""
+    exact = gradients(scaled_block()[0], 1, drop, class_only)
+    monkeypatch.setattr("dino_kernels.nn.block.on_gpu", lambda _: on_gpu)
+    monkeypatch.setattr("dino_kernels.nn.block.FusedBlock.fits", lambda *_: not on_gpu)
+    net, _ = scaled_block(torch.float32, dtype)
+    for ours, expected in zip(gradients(net, parts, drop, class_only), exact, strict=True):
+        assert (ours - expected).norm() < TOLERANCE[dtype] * expected.norm()
+
+
+@PRECISIONS
+@pytest.mark.parametrize("name", ["attn.proj", "ls2"])
+def test_layer_scale_where_a_layer_is_replaced(dtype, name):
+    """As LoRA does: the block then calls each layer, and the scale, by itself."""
+    results = []
+    for net, _ in (scaled_block(torch.float32, dtype), scaled_block()):
+        net[0].set_submodule(name, nn.Sequential(net[0].get_submodule(name), nn.Tanh()))
+        results.append(gradients(net, 1, False, False))
+    for ours, expected in zip(*results, strict=True):
+        assert (ours - expected).norm() < TOLERANCE[dtype] * expected.norm()
 
 
 def test_strided_rows_and_gradients_are_taken():
