@@ -212,7 +212,7 @@ def test_a_non_finite_loss_ends_the_run_and_updates_nothing(config, monkeypatch,
     [
         pytest.param({"optimizer": "sgd"}, marks=pytest.mark.slow),
         {"optimizer": "larc", "decay_all": True},
-        {"accumulate": 2, "layer_decay": 0.8, "patch_embed_lr": 0.2, "clip_per_module": True},
+        {"accumulate": 2, "layer_decay": 0.8, "patch_embed_lr": 0.2, "clip_per_module": True, "layer_scale": 0.5},
     ],
 )
 def test_other_optimizers_and_micro_batches(config, changes):

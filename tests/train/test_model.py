@@ -595,6 +595,12 @@ def test_hooks_see_what_flows(backbone):
         torch.testing.assert_close(seen[0].view_as(tokens), tokens, rtol=1e-4, atol=1e-4)
 
 
+def test_a_trace_has_layer_scale():
+    net = small_vit(torch.float32, layer_scale=0.5).eval()
+    exported = torch.export.export(net, (some(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(exported.module()(some(3)), net(some(3)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [16, 24])
 def test_traces_take_other_numbers_of_images(backbone, size):
     with warnings.catch_warnings():

@@ -77,10 +77,10 @@ class PlainDINO:
             q, k, v = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
             weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
             y = (weights @ v).transpose(1, 2).flatten(2)
-            x = x + F.linear(y, p[b + "attn.proj.weight"], p[b + "attn.proj.bias"])
+            x = x + p.get(b + "ls1.gamma", 1.0) * F.linear(y, p[b + "attn.proj.weight"], p[b + "attn.proj.bias"])
             y = F.layer_norm(x, x.shape[-1:], p[b + "norm2.weight"], p[b + "norm2.bias"], 1e-6)
             y = F.gelu(F.linear(y, p[b + "mlp.fc1.weight"], p[b + "mlp.fc1.bias"]))
-            x = x + F.linear(y, p[b + "mlp.fc2.weight"], p[b + "mlp.fc2.bias"])
+            x = x + p.get(b + "ls2.gamma", 1.0) * F.linear(y, p[b + "mlp.fc2.weight"], p[b + "mlp.fc2.bias"])
         return F.layer_norm(x, x.shape[-1:], p["norm.weight"], p["norm.bias"], 1e-6)
 
     def forward(self, w, crops):
@@ -189,7 +189,7 @@ def without_key_bias(name, tensor):
     [
         {},
         {"norm_last_layer": False, "clip_grad": 0.02, "freeze_last_layer": 2, "warmup_epochs": 3},
-        {"layer_decay": 0.7, "patch_embed_lr": 0.2, "clip_per_module": True, "clip_grad": 0.1},
+        {"layer_decay": 0.7, "patch_embed_lr": 0.2, "clip_per_module": True, "clip_grad": 0.1, "layer_scale": 0.1},
         {"optimizer": "sgd", "lr": 0.3, "clip_grad": 0.0},
         {"optimizer": "lars", "lr": 5.0, "freeze_last_layer": 0},
         {"optimizer": "larc", "lr": 20.0, "decay_all": True},

@@ -1,5 +1,6 @@
 """Switches of the step: each combination equals the plain step; no device-to-host sync; several ranks equal one."""
 
+import copy
 import itertools
 import json
 import os
@@ -12,7 +13,9 @@ from dino_train.common.masks import MaskKind
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine.learner import Learner
 from dino_train.engine.optim import parameter_groups
+from dino_train.models.names import fold_layer_scale
 from dino_train.models.vit import vit
+from dino_train.models.weights import backbone_weights
 from tiny_run import torchrun
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -195,6 +198,26 @@ def test_a_state_of_torchs_sgd_and_of_0_1_is_resumed(optimizer, key):
     assert torch.equal(ours.student_flat.weights, resumed.student_flat.weights)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_layer_scale_in_a_checkpoint(precision):
+    """A resumed run goes on bitwise, and an evaluation gets the same backbone with folded weights."""
+    config = PretrainConfig(**SETTINGS, layer_scale=0.5, precision=precision)
+    ours, resumed = Learner(config, 2, CPU), Learner(config, 2, CPU)
+    ours.step(0, crops(0))
+    state = copy.deepcopy(ours.state_dict())
+    assert state["teacher"]["backbone.blocks.2.ls2.gamma"].shape == (96,)
+    resumed.load_state_dict(state)
+    for learner in (ours, resumed):
+        learner.step(1, crops(1))
+    assert torch.equal(ours.student_flat.weights, resumed.student_flat.weights)
+    assert torch.equal(ours.teacher.backbone(crops(2)), resumed.teacher.backbone(crops(2)))
+    evaluated = vit("vit_nano", patch_size=8, img_size=32)
+    evaluated.load_state_dict(fold_layer_scale(backbone_weights(ours.state_dict(), net="teacher")[0]))
+    expected = ours.teacher.backbone(crops(2)).float()
+    tolerance = 1e-5 if precision == "float32" else 2e-2
+    assert (evaluated(crops(2)) - expected).norm() < tolerance * expected.norm()
+
+
 def test_invalid_switches(monkeypatch):
     with pytest.raises(ValueError, match="accumulate must be a divisor of batch_size_per_gpu 8, got 3"):
         PretrainConfig(**SETTINGS, accumulate=3)
@@ -232,7 +255,13 @@ parallel.leave()
     "changes",
     [
         {},
-        {"accumulate": 2, "norm_last_layer": False, "freeze_last_layer": 2},
+        {
+            "accumulate": 2,
+            "norm_last_layer": False,
+            "freeze_last_layer": 2,
+            "layer_scale": 0.5,
+            "clip_per_module": True,
+        },
         pytest.param({"centering": "sinkhorn"}, marks=pytest.mark.slow),
         pytest.param({"method": "swav", "queue_size": 24}, marks=pytest.mark.slow),  # used from the fourth step on
         {"method": "ibot", "centering": "sinkhorn", "patch_head": "separate"},

@@ -596,6 +596,7 @@ def test_bad_options_are_reported(config, changes, message):
         ({"patch_embed_lr": 0.2, "optimizer": "sgd"}, "patch_embed_lr is for adamw, not for sgd"),
         ({"clip_per_module": True, "optimizer": "lars"}, "clip_per_module is for adamw, not for lars"),
         ({"layer_decay": 0.9, "arch": "resnet50"}, "layer_decay must be 1 for a convnet, got 0.9"),
+        ({"layer_scale": 1e-5, "arch": "resnet50"}, "layer_scale must be 0 for a convnet, got 1e-05"),
         ({"clip_per_module": True, "clip_grad": 0.0}, "clip_grad must be above 0 with clip_per_module, got 0.0"),
     ],
 )

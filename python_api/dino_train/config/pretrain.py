@@ -80,6 +80,8 @@ class PretrainConfig:
     """A prediction head behind the student's projection."""
     drop_path_rate: float = 0.1
     """Stochastic depth of the student, probability at the last block."""
+    layer_scale: float = 0.0
+    """Start of the trained factors of each channel of a ViT's branches; DINOv2: 1e-5. 0: none."""
     registers: int = 0
     """Learned tokens of a ViT beside class token and patches, which keep its attention maps clean; DINOv2 has 4."""
     patch_head: Literal["shared", "untied", "separate"] = "shared"
@@ -248,7 +250,7 @@ class PretrainConfig:
         least |= {"head_bottleneck_dim": 1, "sinkhorn_iterations": 1, "koleo": 0}
         for name in ("queue_size", "queue_start_epoch", "bn_split", "local_crops_number", "registers", "patch_out_dim"):
             least[name] = 0
-        for name in ("saveckp_freq", "keep_last", "save_minutes", "knn_freq", "seed", "lr", "clip_grad"):
+        for name in ("saveckp_freq", "keep_last", "save_minutes", "knn_freq", "seed", "lr", "clip_grad", "layer_scale"):
             least[name] = 0
         for name, bound in least.items():
             _require(getattr(self, name) >= bound, name, getattr(self, name), f"at least {bound}")
@@ -307,6 +309,7 @@ class PretrainConfig:
         if self.arch in RESNETS:
             _require(not self.freeze_patch_embed, "freeze_patch_embed", True, "false for a convnet")
             _require(not self.registers, "registers", self.registers, "0 for a convnet")
+            _require(not self.layer_scale, "layer_scale", self.layer_scale, "0 for a convnet")
             _require(self.method != "ibot", "arch", self.arch, "a ViT for ibot, which hides patches")
         if self.method == "ibot":
             low, high = self.mask_ratio

@@ -43,7 +43,7 @@ FEW_STEPS = 500  # the demo's 744 teach something
 FIXED = (
     *("method", "arch", "patch_size", "channels", "global_crops_size", "out_dim", "head_hidden_dim"),
     *("head_bottleneck_dim", "use_bn_in_head", "norm_last_layer", "predictor", "queue_size", "optimizer"),
-    *("registers", "patch_head", "patch_out_dim"),
+    *("registers", "patch_head", "patch_out_dim", "layer_scale"),
 )
 # Settings that each process may have of its own.
 OWN = ("allow_changes", "config", "stats", "data", "output_dir", "num_workers", "init_from", "preset")

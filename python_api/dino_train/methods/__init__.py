@@ -62,6 +62,7 @@ class Method:
             drop_path_rate=drop_path_rate,
             channels=c.channels,
             registers=c.registers,
+            layer_scale=c.layer_scale or None,
             **options,
         )
 

@@ -57,6 +57,7 @@ class Dino(Method):
             head_bottleneck_dim=c.head_bottleneck_dim,
             channels=c.channels,
             registers=c.registers,
+            layer_scale=c.layer_scale or None,
         )
 
     def frozen(self, epoch: int) -> list[nn.Module]:

@@ -58,6 +58,7 @@ class VisionTransformer(nn.Module):
         registers: learned tokens R between class token and patches (Darcet et al. 2024, arXiv 2309.16588). They have no
             position and are no part of what any method returns.
         mask_token: whether it has the token that stands for a masked patch, see `tokens`.
+        layer_scale: as of `Block`.
 
     Raises:
         ValueError: patch_size is below 1 or does not divide img_size; drop_path_rate is out of range.
@@ -75,6 +76,7 @@ class VisionTransformer(nn.Module):
         channels: int = 3,
         registers: int = 0,
         mask_token: bool = False,
+        layer_scale: float | None = None,
     ):
         super().__init__()
         self.checkpoint_activations = False
@@ -93,7 +95,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, embed_dim, channels)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, embed_dim))
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, layer_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -173,8 +175,8 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             qkv = _apply(block.attn.qkv, block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
             out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
-            x = x + _apply(block.attn.proj, out.transpose(1, 2).flatten(2))
-            x = x + _apply(block.mlp.fc2, F.gelu(_apply(block.mlp.fc1, block.norm2(x))))
+            x = x + block.ls1(_apply(block.attn.proj, out.transpose(1, 2).flatten(2)))
+            x = x + block.ls2(_apply(block.mlp.fc2, F.gelu(_apply(block.mlp.fc1, block.norm2(x)))))
         return self.norm(x[:, 0])
 
     def _with_next_norm(self) -> Iterator[tuple[Block, nn.LayerNorm]]:
