@@ -130,6 +130,7 @@ _DINOV2 = {
     "centering": "sinkhorn",
     "koleo": 0.1,
     "registers": 4,
+    "layer_scale": 1e-5,
     "out_dim": 65536,
     "local_crops_number": 8,
     "drop_path_rate": 0.3,
