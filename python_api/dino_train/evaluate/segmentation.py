@@ -32,6 +32,9 @@ from dino_train.models.plain_vit import ViT
 
 IGNORED = 255  # pixels of a mask that count nowhere
 WEIGHT_DECAY = 1e-4  # of the linear layer, as in DINOv2
+# Points a side of a patch where the linear layer is trained. Of patches of 16 pixels all would take 14 times as long;
+# of 8, on shapes, they change its mIoU by 0.1 to 0.3 points.
+SAMPLES = 4
 ROWS = 256  # of pixels that are classified at once, so that the scores of all are never in memory
 
 Item = TypeVar("Item")
@@ -392,13 +395,13 @@ class Segmentation(Extraction, Precision):
     ) -> tuple[int, int, Tensor, Tensor, LinearHead]:
         """Number of images, most frequent class, patches to search [m, C] of norm 1 and their classes [m], and the
         trained layer."""
-        p, device = backbone.patch_size, backbone.cls_token.device
+        side, device = min(SAMPLES, backbone.patch_size), backbone.cls_token.device
         features, labels, masks, pixels = [], [], [], np.zeros(classes, np.int64)
         for tokens, mask in images:
             h, w, _ = tokens.shape
             features.append(tokens.cpu())
             labels.append(patch_labels(mask, (h, w), classes))
-            masks.append(np.array(Image.fromarray(mask).resize((w * p, h * p), Image.Resampling.NEAREST)))
+            masks.append(np.array(Image.fromarray(mask).resize((w * side, h * side), Image.Resampling.NEAREST)))
             pixels += np.bincount(mask[mask != IGNORED], minlength=classes)
         bank, bank_labels = bank_of(features, labels, self.bank)
         head = LinearHead(features, classes).to(device)
