@@ -140,10 +140,11 @@ def flat_steps():
 def adamw_ema() -> None:
     steps = meta(150, dtype=torch.int64)
     for setting, flat, grad, copy, rows, offsets, flags in flat_steps():
-        adamw_ema_triton.step_triton(
-            flat, grad, flat, flat, flat, copy, copy, rows, rows, offsets, steps, flags, flags, meta(dtype=torch.int32),
-            setting, setting, setting, 3.0, 0.9, 0.999, 1e-8, 0,
-        )  # fmt: skip
+        for of_dinov2 in ((None, None), (meta(150, dtype=torch.float32), steps)):
+            adamw_ema_triton.step_triton(
+                flat, grad, flat, flat, flat, copy, copy, rows, rows, offsets, steps, flags, flags,
+                meta(dtype=torch.int32), setting, setting, setting, 3.0, 0.9, 0.999, 1e-8, 0, *of_dinov2,
+            )  # fmt: skip
 
 
 def sgd_ema() -> None:
