@@ -106,7 +106,6 @@ class PlainViT(nn.Module):
         for block in body:
             x = block(x, rope)
         assert isinstance(last, _Block)
-        assert isinstance(last, _Block)
         q, k, _ = last.attn.project(last.norm1(x), rope)
         logits = (q[:, :, :1] @ k.mT).squeeze(2) * q.shape[-1] ** -0.5
         attention = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
