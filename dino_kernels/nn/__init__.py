@@ -11,13 +11,14 @@ for x, y in batches:
 
 from dino_kernels.nn.block import Block
 from dino_kernels.nn.flat_parameters import FlatParameters
-from dino_kernels.nn.layers import Linear, Mlp, PatchEmbed, WeightNormLinear, hold_copies
+from dino_kernels.nn.layers import LayerScale, Linear, Mlp, PatchEmbed, WeightNormLinear, hold_copies
 from dino_kernels.nn.packing import Branch, Packing, drop_path, split_sequences
 
 __all__ = [
     "Block",
     "Branch",
     "FlatParameters",
+    "LayerScale",
     "Linear",
     "Mlp",
     "Packing",

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dino_kernels.nn import WeightNormLinear
+from dino_kernels.nn import LayerScale, WeightNormLinear
 from dino_train.common import checkpoint
 from dino_train.common.machine import local_processes, memory
 from dino_train.config.pretrain import PretrainConfig
@@ -84,6 +84,8 @@ def _weights(learner: Learner) -> int:
     tensors: list[Tensor | None] = [tensor for flat in flats for tensor in (flat.weights, flat.grad, flat.copies)]
     tensors += learner.optimizer.buffers
     tensors += [layer.rows for net in nets for layer in net.modules() if isinstance(layer, WeightNormLinear)]
+    scales = [layer for net in nets for layer in net.modules() if isinstance(layer, LayerScale)]
+    tensors += [copy for scale in scales for copy in scale.copies or ()]
     tensors += [buffer for net in nets for buffer in net.buffers()]
     tensors += [tensor for part in learner.method.state_dict().values() for tensor in part.values()]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
