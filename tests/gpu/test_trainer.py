@@ -238,7 +238,7 @@ OTHER_METHODS = {
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("mocov2", "dinov2") else pytest.param(n, marks=pytest.mark.slow) for n in OTHER_METHODS]
+    "name", [n if n == "dinov2" else pytest.param(n, marks=pytest.mark.slow) for n in OTHER_METHODS]
 )
 def test_other_methods_equal_a_cpu_run(config, name, caplog):
     config = replace(config, **OTHER_METHODS[name], freeze_patch_embed=name == "mocov3")

@@ -264,7 +264,7 @@ parallel.leave()
         },
         pytest.param({"centering": "sinkhorn"}, marks=pytest.mark.slow),
         pytest.param({"method": "swav", "queue_size": 24}, marks=pytest.mark.slow),  # used from the fourth step on
-        {"method": "ibot", "centering": "sinkhorn", "patch_head": "separate"},
+        pytest.param({"method": "ibot", "centering": "sinkhorn", "patch_head": "separate"}, marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_equal_one_process_with_the_same_batch(tmp_path, changes):
