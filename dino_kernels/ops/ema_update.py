@@ -81,11 +81,6 @@ def _update_(targets: list[Tensor], sources: list[Tensor], momentum: Tensor) -> 
     _update_cpu(targets, sources, momentum)
 
 
-@_update_.register_fake
-def _(targets, sources, momentum):
-    return None
-
-
 # --- CPU ---------------------------------------------------------------------------------------------
 
 
