@@ -168,7 +168,9 @@ def test_the_width_of_the_normalized_features_is_a_setting(kind):
 # --- every method ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("mocov2", "dinov2") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_the_operations_of_a_step_are_counted(kind):
     """Not far from those of the blocks' products: 3 times forward for the student, once for the teacher."""
     config = make(kind)
@@ -180,7 +182,7 @@ def test_the_operations_of_a_step_are_counted(kind):
     assert flops_per_image(config) == pytest.approx(expected, rel=0.5)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, kind, precision):
     config = make(kind, precision=precision, accumulate=2)
