@@ -30,12 +30,13 @@ demo: build
 	$(V)/dino-train evaluate attention --checkpoint runs/demo
 	$(V)/dino-train evaluate report --checkpoint runs/demo
 
-# One file at a time on each core, quick files first. `make test-all` then runs the slow tests, each with all threads.
+# One file at a time on each core, quick files first. `make test-all` then runs the slow tests likewise.
+PYTEST = OMP_NUM_THREADS=1 $(V)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test: $(V)/.dev
-	OMP_NUM_THREADS=1 $(V)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 test-all: test
-	$(V)/python -m pytest -m "slow and not prove"
+	$(PYTEST) -m "slow and not prove"
 
 lint: $(V)/.dev
 	$(V)/python -m ruff check .
