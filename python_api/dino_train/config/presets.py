@@ -93,6 +93,18 @@ def recipe(method: str | None, preset: str, arch: str | None = None) -> dict[str
 
 
 _VITS16 = {"arch": "vit_small", "patch_size": 16}
+_VITB16 = {
+    "arch": "vit_base",
+    "patch_size": 16,
+    "epochs": 400,
+    "batch_size_per_gpu": 32,
+    "lr": 0.00075,
+    "min_lr": 2e-6,
+    "clip_grad": 0.3,
+    "freeze_last_layer": 3,
+    "teacher_temp": 0.07,
+    "warmup_teacher_temp_epochs": 50,
+}
 _MOCOV3 = {
     "method": "moco",
     "predictor": True,
@@ -117,11 +129,6 @@ _SWAV = {
     "clip_grad": 0.0,
     "weight_decay": 1e-6,
     "weight_decay_end": 1e-6,
-}
-_IBOT = {
-    "method": "ibot",
-    "patch_size": 16,
-    "teacher_temp": 0.07,
 }
 # dinov2/configs/ssl_default_config.yaml, with its Sinkhorn-Knopp and the 4 registers of arXiv 2309.16588.
 _DINOV2 = {
@@ -161,16 +168,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Arguments published with the ViT-B/16 weights: 32 GPUs x 32 images.
     "vitb16": {
-        "arch": "vit_base",
-        "patch_size": 16,
-        "epochs": 400,
-        "batch_size_per_gpu": 32,
-        "lr": 0.00075,
-        "min_lr": 2e-6,
-        "clip_grad": 0.3,
-        "freeze_last_layer": 3,
-        "teacher_temp": 0.07,
-        "warmup_teacher_temp_epochs": 50,
+        **_VITB16,
         "global_crops_scale": (0.25, 1.0),
         "local_crops_scale": (0.05, 0.25),
         "local_crops_number": 10,
@@ -318,9 +316,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "swav-vits16": {**_VITS16, "method": "swav", "epochs": 300},
     # README of bytedance/ibot: 16 GPUs x 64 images. k-NN 75.2, linear 77.9.
     "ibot-vits16": {
-        **_IBOT,
-        "arch": "vit_small",
+        **_VITS16,
+        "method": "ibot",
         "epochs": 800,
+        "teacher_temp": 0.07,
         "warmup_teacher_temp_epochs": 30,
         "norm_last_layer": False,
         "global_crops_scale": (0.25, 1.0),
@@ -328,15 +327,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Its ViT-B/16 (paper, section 4.1 and appendix B): 32 GPUs x 32 images. k-NN 77.1, linear 79.5.
     "ibot-vitb16": {
-        **_IBOT,
-        "arch": "vit_base",
-        "epochs": 400,
-        "batch_size_per_gpu": 32,
-        "lr": 0.00075,
-        "min_lr": 2e-6,
-        "clip_grad": 0.3,
-        "freeze_last_layer": 3,
-        "warmup_teacher_temp_epochs": 50,
+        **_VITB16,
+        "method": "ibot",
         "global_crops_scale": (0.32, 1.0),
         "local_crops_scale": (0.05, 0.32),
     },
