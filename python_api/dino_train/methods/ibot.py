@@ -100,12 +100,8 @@ class Ibot(Method):
         return IbotModel(backbone, of_class, of_patches)
 
     def frozen(self, epoch: int) -> list[nn.Module]:
-        if epoch >= self.config.freeze_last_layer:
-            return super().frozen(epoch)
-        layers = [self.student.head.last_layer]
-        if self.config.patch_head != "shared":
-            layers.append(self.student.patch_last_layer)
-        return super().frozen(epoch) + layers
+        last_layers = [self.student.head.last_layer, self.student.patch_last_layer]  # which may be one
+        return super().frozen(epoch) + (last_layers if epoch < self.config.freeze_last_layer else [])
 
     def forward(self, crops: list[Tensor], teacher_temp: Tensor) -> Part:
         """With the mean over both views u of all images, and of a view over its hidden patches i:

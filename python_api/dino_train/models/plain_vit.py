@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dino_kernels.nn import PatchEmbed
 from dino_train.models.init import init_linear
-from dino_train.models.vit import VisionTransformer, check_images, interpolate_positions
+from dino_train.models.vit import VisionTransformer, check_images, interpolate_positions, without_registers
 
 
 class PlainSize(NamedTuple):
@@ -92,7 +92,7 @@ class PlainViT(nn.Module):
         if not 1 <= n_blocks <= len(self.blocks):
             raise ValueError(f"n_blocks must be from 1 to the number of blocks, {len(self.blocks)}, got {n_blocks}")
         last = deque(self._outputs(images), maxlen=n_blocks)
-        return [self.norm(self._without_registers(x)) for x in last]
+        return [self.norm(without_registers(x, self.lead)) for x in last]
 
     def attention(self, images: Tensor) -> Tensor:
         """The class token's attention in the last block [B, H, 1 + P], float32 or float64, class token first; each row
@@ -109,7 +109,7 @@ class PlainViT(nn.Module):
         q, k, _ = last.attn.project(last.norm1(x), rope)
         logits = (q[:, :, :1] @ k.mT).squeeze(2) * q.shape[-1] ** -0.5
         attention = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        return self._without_registers(attention.mT).mT
+        return without_registers(attention.mT, self.lead).mT
 
     def _outputs(self, images: Tensor) -> Iterator[Tensor]:
         """Of each block [B, N, C]."""
@@ -133,10 +133,6 @@ class PlainViT(nn.Module):
         if self.lead > 1:
             lead = torch.cat((lead, self.register_tokens), dim=1)
         return torch.cat((lead.expand(images.shape[0], -1, -1), patches), dim=1), rope
-
-    def _without_registers(self, tokens: Tensor) -> Tensor:
-        """[B, 1 + R + P, ...] -> [B, 1 + P, ...]"""
-        return tokens if self.lead == 1 else torch.cat((tokens[:, :1], tokens[:, self.lead :]), dim=1)
 
 
 class Rotation(NamedTuple):

@@ -209,12 +209,8 @@ class VisionTransformer(nn.Module):
         for i, (block, norm) in enumerate(self._with_next_norm()):
             x, normed = block(x, normed, norm, packing)
             if len(self.blocks) - i <= n_blocks:
-                maps.append(self._without_registers(self.norm(x).view(*packing.groups[0], self.embed_dim)))
+                maps.append(without_registers(self.norm(x).view(*packing.groups[0], self.embed_dim), self.lead))
         return maps
-
-    def _without_registers(self, tokens: Tensor) -> Tensor:
-        """[B, 1 + R + patches, ...] -> [B, 1 + patches, ...]"""
-        return tokens if self.lead == 1 else torch.cat((tokens[:, :1], tokens[:, self.lead :]), dim=1)
 
     def attention(self, images: Tensor) -> Tensor:
         """The class token's attention in the last block, without drop path (`vision_transformer.py:216`).
@@ -236,7 +232,7 @@ class VisionTransformer(nn.Module):
         q, k, _ = last.attn.project(normed).unflatten(0, packing.groups[0]).unbind(2)
         logits = torch.einsum("bhd,bnhd->bhn", q[:, 0], k) * q.shape[-1] ** -0.5
         attention = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        return self._without_registers(attention.transpose(1, 2)).transpose(1, 2)
+        return without_registers(attention.transpose(1, 2), self.lead).transpose(1, 2)
 
     def _embed(self, crops: Sequence[Tensor], masks: Tensor | None = None) -> tuple[Tensor, Packing]:
         """Tokens of all crops [T, C] in list order and how they are packed; `masks` as in `tokens`."""
@@ -260,6 +256,11 @@ class VisionTransformer(nn.Module):
     def _positions(self, h: int, w: int) -> Tensor:
         """Position embedding [1, 1 + patches, C] for images of h x w pixels."""
         return interpolate_positions(self.pos_embed, h, w, self.patch_size, self.lead - 1)
+
+
+def without_registers(tokens: Tensor, lead: int) -> Tensor:
+    """[B, 1 + R + patches, ...] -> [B, 1 + patches, ...], where lead = 1 + R."""
+    return tokens if lead == 1 else torch.cat((tokens[:, :1], tokens[:, lead:]), dim=1)
 
 
 def interpolate_positions(positions: Tensor, h: int, w: int, patch_size: int, registers: int) -> Tensor:
