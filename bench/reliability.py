@@ -173,12 +173,15 @@ def checked(check: Callable[..., None], count: int, things: dict[str, tuple]) ->
             pipe.recv()
         name = list(things)[number % len(things)]
         pipe.send((check, (*things[name], number)))
-        failure: Failure | None
+        answered, failure = False, None
         try:
-            failure = pipe.recv() if pipe.poll(FILE_LIMIT) else ("hang", f"longer than {FILE_LIMIT} s")
-        except (EOFError, ConnectionError):
-            failure = "traceback", "the process that read it died"
-        if failure and failure[0] == "hang" or not process.is_alive():
+            if answered := pipe.poll(FILE_LIMIT):
+                failure = pipe.recv()
+            else:
+                failure = "hang", f"longer than {FILE_LIMIT} s"
+        except (EOFError, ConnectionError):  # is_alive() may still be true: the pipe closes first
+            answered, failure = False, ("traceback", "the process that read it died")
+        if not answered:
             process.kill()
             process = None
         yield failure and (failure[0], f"{name}, number {number}: {failure[1]}")
