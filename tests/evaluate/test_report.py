@@ -38,7 +38,7 @@ def test_the_page_shows_the_run(run, page):
     last = [row for row in rows if "loss" in row][-1]
     assert f"<b>{last['loss']:.3f}</b>" in text and f"step {last['step']:,}" in text
     assert f"<b>{[row['knn10'] for row in rows if 'knn10' in row][-1]:.1f} %</b>" in text
-    assert text.count("<svg ") == len(PANELS) - 1  # DINO has no spread
+    assert text.count("<svg ") == len(PANELS) - 2  # DINO has no spread and no patches
     for name, value in json.loads((run / "config.json").read_text()).items():
         shown = name.replace("_", "_<wbr>")  # allowed line breaks in long names
         assert re.search(rf"<td>{shown}</td><td[^>]*>{re.escape(str(value))}</td>", text), name
@@ -70,6 +70,23 @@ def test_checks_for_a_collapse():
     constant = well + [a_row(entropy=1.0, single=1.0)] * 10
     assert [fine for fine, _ in checks(constant, log_k)] == [True, True, False]
     assert [fine for fine, _ in checks([*well, a_row(loss=math.nan)], log_k)] == [False, True, True]
+
+
+def test_checks_for_a_collapse_of_patches():
+    def row(loss=3.0, entropy=3.0, single=2.0):
+        patches = {"patch_entropy": entropy, "patch_kl_to_uniform": math.log(32) - entropy, "patch_loss": 1.0}
+        return {**a_row(loss=loss + 1), "class_loss": loss, **patches, "patch_single_entropy": single}
+
+    log_k = math.log(64)
+    for last, fine in (
+        (row(), [True, True, True, True]),
+        (row(loss=log_k), [True, True, False, True]),  # of class tokens
+        (row(entropy=1.0, single=1.0), [True, False, True, True]),
+        (row(entropy=math.log(32), single=math.log(32)), [True, False, True, True]),
+    ):
+        assert [well for well, _ in checks([row(), *[last] * 10], log_k)] == fine
+    uniform = checks([row(), *[last] * 10], log_k)[1][1]
+    assert uniform == "All patches get the same output in 0 of the last 10 lines, a uniform one in 10."
 
 
 def test_a_long_curve_is_averaged():

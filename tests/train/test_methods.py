@@ -15,6 +15,7 @@ from dino_train.common.metrics import collapse_signs
 from dino_train.config.presets import METHODS, PRESETS, READ_BY, recipe
 from dino_train.config.pretrain import PretrainConfig
 from dino_train.engine.learner import Learner
+from dino_train.engine.watch import CollapseWatch
 from dino_train.methods.flops import flops_per_image
 from dino_train.methods.koleo import koleo
 from dino_train.models.resnet import SplitBatchNorm, split_batch_norm
@@ -235,6 +236,35 @@ def test_a_constant_output_is_seen_as_a_collapse(kind):
     assert collapse_signs({"loss": result.loss, **result.health()}, 0.0) == {"constant": True}
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind]["method"] == "ibot"])
+def test_a_collapse_of_class_tokens_or_of_patches_is_seen(kind, caplog):
+    config = make(kind)
+    learner, log_k = started(config), math.log(config.out_dim)
+    result = learner.step(0, crops(config, 0))
+
+    def signs():
+        row = {"loss": result.loss, **result.health()}
+        watch = CollapseWatch(config.out_dim, quiet_steps=0, patience=1)
+        watch.update(1, row)
+        seen = {sign for sign, here in collapse_signs(row, log_k).items() if here}
+        assert seen == watch.warned.keys()
+        return seen
+
+    assert not signs()
+    whole, method = result.kept, learner.method
+    for i, (center, sign, words) in enumerate(
+        ((method.center, "constant", "every image gets"), (method.patch_center, "constant patches", "every patch gets"))
+    ):
+        result.kept = whole.clone()
+        result.kept[:, i] = whole[:1, i]
+        assert signs() == {sign} and words in caplog.text
+        logits = (method.teacher.patch_last_layer if i else method.teacher.head.last_layer)(result.kept[:1, i])
+        center.copy_(logits)
+        assert signs() == ({"uniform patches"} if i else set())
+    method.losses[0] = log_k
+    assert signs() == {"uniform", "uniform patches"}
+
+
 def test_a_teacher_of_momentum_1_stays_bitwise():
     config = make("byol", momentum_teacher=1.0)
     learner = started(config)
@@ -426,6 +456,7 @@ sys.path[:0] = json.loads(sys.argv[1])
 import test_methods
 from dino_train.common import parallel
 from dino_train.engine.learner import Learner
+from dino_train.engine.watch import CollapseWatch
 parallel.join(torch.device("cpu"))
 parallel.gather = None  # it reads the number of rows on the host, which a step must not
 torch.set_num_threads(1)

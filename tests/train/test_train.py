@@ -702,14 +702,17 @@ def test_other_networks_and_optimizers_run(config, arch, optimizer):
 )
 def test_a_collapse_is_reported_once_and_not_during_warmup(caplog, loss, entropy, single, expected):
     watch = CollapseWatch(64, quiet_steps=100, patience=3)
+    row = {"loss": loss, "teacher_entropy": entropy, "teacher_single_entropy": single}
+    row["teacher_kl_to_uniform"] = np.log(64) - entropy
     for step in range(0, 100, 10):
-        watch.update(step, {"loss": loss, "teacher_entropy": entropy, "teacher_single_entropy": single})
+        watch.update(step, row)
     assert not caplog.records
     for step in range(100, 200, 10):
-        watch.update(step, {"loss": loss, "teacher_entropy": entropy, "teacher_single_entropy": single})
+        watch.update(step, row)
     assert len(caplog.records) == (1 if expected else 0)
     if expected:
         assert expected in caplog.text
+        assert "same" not in expected or "every image gets the same output (entropy 0.50 of 4.16)" in caplog.text
         assert "same" not in expected or "look at the images: pictures that are nearly black" in caplog.text
 
 

@@ -79,12 +79,23 @@ def _tensorboard(folder: Path, step: int):
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
 
 
+def class_loss(row: Mapping[str, float]) -> float:
+    """What is at ln K if outputs are uniform: the loss, or the first term of iBOT's."""
+    return row.get("class_loss", row["loss"])
+
+
 def collapse_signs(row: Mapping[str, float], log_k: float) -> dict[str, bool]:
     """The ways in which outputs collapse, see `CollapseWatch`, in a row of metrics; entropies are in nats."""
     if "spread" in row:
         return {"constant": row["spread"] < 0.1}
-    entropy, single_entropy = row["teacher_entropy"], row["teacher_single_entropy"]
-    return {
-        "uniform": abs(row["loss"] - log_k) < 1e-3 * log_k,
-        "constant": entropy - single_entropy < 1e-3 * log_k and entropy < 0.9 * log_k,
-    }
+
+    def constant(of: str, log_k: float) -> bool:
+        entropy, single_entropy = row[f"{of}_entropy"], row[f"{of}_single_entropy"]
+        return entropy - single_entropy < 1e-3 * log_k and entropy < 0.9 * log_k
+
+    signs = {"uniform": abs(class_loss(row) - log_k) < 1e-3 * log_k, "constant": constant("teacher", log_k)}
+    if "patch_entropy" in row:
+        log_k = row["patch_entropy"] + row["patch_kl_to_uniform"]  # the patches may have another K
+        signs["uniform patches"] = row["patch_single_entropy"] > (1 - 1e-3) * log_k
+        signs["constant patches"] = constant("patch", log_k)
+    return signs

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -109,13 +110,13 @@ class CollapseWatch:
     """Warns if the output does not depend on the image in `patience` consecutive log lines.
 
     Uniform: the loss stays at ln K. Constant: the entropy of the mean output is that of a single output, or the spread
-    of the outputs is near 0, so all images get the same output. Early in a run, during the learning rate warm-up, both
-    are normal.
+    of the outputs is near 0, so all images get the same output. Both likewise of patches, where a method has outputs of
+    them. Early in a run, during the learning rate warm-up, both are normal.
     """
 
     def __init__(self, outputs: int, quiet_steps: int, patience: int = 10) -> None:
         self.log_k, self.quiet_steps, self.patience = math.log(outputs), quiet_steps, patience
-        self.counts = {"uniform": 0, "constant": 0}
+        self.counts = Counter[str]()
         self.warned: dict[str, str] = {}  # the first of each kind
 
     def update(self, step: int, row: Mapping[str, float]) -> None:
@@ -129,18 +130,25 @@ class CollapseWatch:
                 logger.warning("%s", self.warned[kind])
 
     def _text(self, kind: str, step: int, row: Mapping[str, float]) -> str:
+        if kind == "uniform patches":
+            return (
+                f"step {step}: the teacher's outputs at patches are uniform and nothing is learned from them. "
+                "Try a lower --teacher-temp or another --lr"
+            )
         if kind == "uniform":
             return (
                 f"step {step}: the loss stays at ln K = {self.log_k:.2f}, the outputs are uniform and nothing is "
                 "learned. Try a lower --teacher-temp, another --lr or, for DINO, a longer --warmup-teacher-temp-epochs"
             )
-        found = (
-            f"spread {row['spread']:.3f}, 1 is the most"
-            if "spread" in row
-            else f"entropy {row['teacher_entropy']:.2f} of {self.log_k:.2f}"
-        )
+        of = "patch" if kind == "constant patches" else "teacher"
+        if "spread" in row:
+            found = f"spread {row['spread']:.3f}, 1 is the most"
+        else:
+            entropy = row[f"{of}_entropy"]
+            found = f"entropy {entropy:.2f} of {entropy + row[f'{of}_kl_to_uniform']:.2f}"
         return (
-            f"step {step}: every image gets the same output ({found}): the run is collapsing. "
+            f"step {step}: every {'patch' if of == 'patch' else 'image'} gets the same output ({found}): the run is "
+            "collapsing. "
             "Try a lower --lr, a smaller --out-dim or, with a teacher, a higher --momentum-teacher, and look at the "
             "images: pictures that are nearly black or all alike give this too"
         )

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dino_train.common.files import atomic
-from dino_train.common.metrics import METRICS, collapse_signs, read_metrics
+from dino_train.common.metrics import METRICS, class_loss, collapse_signs, read_metrics
 from dino_train.common.views import View, as_picture, center_crop, resize, size_of, whole_patches
 from dino_train.config.pretrain import PretrainConfig, default_workers
 from dino_train.data.decode import UnreadableImage
@@ -55,7 +55,12 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("Loss", "nats", [("loss", "loss")], "ln K, uniform outputs"),
+    Panel(
+        "Loss",
+        "nats",
+        [("loss", "loss"), ("class_loss", "of class tokens"), ("patch_loss", "of hidden patches")],
+        "ln K, uniform outputs",
+    ),
     Panel("k-NN accuracy", "%", [("knn10", "k = 10"), ("knn20", "k = 20")]),
     Panel("View retrieval", "%, recall at 1", [("retrieval", "retrieval")]),
     Panel(
@@ -63,6 +68,11 @@ PANELS = (
         "nats",
         [("teacher_entropy", "of the mean output"), ("teacher_single_entropy", "of one image's output")],
         "ln K",
+    ),
+    Panel(
+        "Teacher entropy of patches",
+        "nats",
+        [("patch_entropy", "of the mean output"), ("patch_single_entropy", "of one patch's output")],
     ),
     Panel("Spread of the outputs", "1 is the most", [("spread", "spread"), ("positive_cosine", "cosine of two views")]),
     Panel("Throughput", "images/s", [("images_per_second", "images/s")]),
@@ -125,12 +135,17 @@ def checks(rows: list[Row], log_k: float) -> list[tuple[bool, str]]:
         return [*found, (constant < len(last), f"{same}the spread of the outputs is {newest['spread']:.2f}.")]
     uniform = sum(sign["uniform"] for sign in signs)
     mean, single = (newest[name] for name in ENTROPIES)
+    if "patch_entropy" in newest:
+        collapsed = [sum(sign.get(f"{kind} patches", False) for sign in signs) for kind in ("constant", "uniform")]
+        text = "All patches get the same output in {} of the last {} lines, a uniform one in {}."
+        found.append((max(collapsed) < len(last), text.format(collapsed[0], len(last), collapsed[1])))
     return [
         *found,
         (
             uniform < len(last),
-            f"The loss is at ln K = {log_k:.2f} (uniform outputs) in {uniform} of the last {len(last)} lines; "
-            f"it is {newest['loss']:.2f} now and was {rows[0]['loss']:.2f} in the first line.",
+            f"The loss{' of class tokens' * ('class_loss' in newest)} is at ln K = {log_k:.2f} (uniform outputs) in "
+            f"{uniform} of the last {len(last)} lines; "
+            f"it is {class_loss(newest):.2f} now and was {class_loss(rows[0]):.2f} in the first line.",
         ),
         (
             constant < len(last),

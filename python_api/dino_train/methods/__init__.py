@@ -127,7 +127,7 @@ class Method:
         """
 
     def health(self, kept: Tensor, teacher_temp: float) -> dict[str, float]:
-        """Numbers for the log. `spread`, or `teacher_entropy` and `teacher_single_entropy`, must be among them: a
+        """Numbers for the log. `spread`, or the entropies of `dino_train.methods.dino.entropies`, must be among them: a
         collapse is seen by these (`dino_train.common.metrics.collapse_signs`)."""
         raise NotImplementedError
 

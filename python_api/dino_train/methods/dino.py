@@ -15,7 +15,7 @@ from dino_train.models.vit import DINOModel, build_model
 CENTER_MOMENTUM = 0.9  # main_dino.py:365
 
 
-def entropies(centered: Tensor, temp: float) -> dict[str, float]:
+def entropies(centered: Tensor, temp: float, of: str = "teacher") -> dict[str, float]:
     """In nats: of the mean output over the batch, its distance from ln K, and of a single output.
 
     At ln K the outputs are uniform; if the first and the last are equal, the output is the same for all images.
@@ -23,9 +23,9 @@ def entropies(centered: Tensor, temp: float) -> dict[str, float]:
     q = (centered / temp).softmax(dim=-1)
     mean = torch.special.entr(q.mean(dim=0)).sum()
     return {
-        "teacher_entropy": mean.item(),
-        "teacher_kl_to_uniform": math.log(q.shape[-1]) - mean.item(),
-        "teacher_single_entropy": torch.special.entr(q).sum(dim=-1).mean().item(),
+        f"{of}_entropy": mean.item(),
+        f"{of}_kl_to_uniform": math.log(q.shape[-1]) - mean.item(),
+        f"{of}_single_entropy": torch.special.entr(q).sum(dim=-1).mean().item(),
     }
 
 

@@ -110,7 +110,8 @@ class Ibot(Method):
             p_ui = softmax((t_ui - patch_center) / teacher_temp)
 
         crops: the last tensor is bool [B, 2, patches], true where a patch is hidden from the student.
-        Told are both centers and the three terms of the loss; kept is the input of the teacher's last layer.
+        Told are both centers and the three terms of the loss; kept the inputs [2 B, 2, D] of the teacher's last layers,
+        of the class tokens and of as many patches, spread over the batch.
         """
         *crops, masks = crops
         masks = masks.transpose(0, 1).flatten(0, 1)  # [2 B, patches], as sequences are packed
@@ -157,7 +158,8 @@ class Ibot(Method):
         self.phase("loss")
         centers = (center, patch_center) if sinkhorn else (batch_center, patch_mean)
         losses = torch.stack([class_loss, hidden_loss, spread])
-        return Part(losses.sum(), torch.cat([*centers, losses.detach()]), z)
+        some = torch.arange(views, device=z.device) * len(patch_z) // views
+        return Part(losses.sum(), torch.cat([*centers, losses.detach()]), torch.stack([z, patch_z[some]], dim=1))
 
     def _hidden(self, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Of masks [2 B, P], as many rows as a micro-batch hides at most, whatever it hides: shapes are fixed.
@@ -180,10 +182,12 @@ class Ibot(Method):
         self.losses.copy_(losses)
 
     def health(self, kept: Tensor, teacher_temp: float) -> dict[str, float]:
-        """The entropies of DINO, of class tokens, and the terms of the loss."""
-        logits = self.teacher.head.last_layer(kept).float()
+        """The entropies of DINO, of class tokens and of patches, and the terms of the loss."""
+        z, patch_z = kept.unbind(1)
+        centered = self.teacher.head.last_layer(z).float() - self.center
+        patch_centered = self.teacher.patch_last_layer(patch_z).float() - self.patch_center
         losses = dict(zip(_LOSSES, self.losses.tolist(), strict=True))
-        return {**entropies(logits - self.center, teacher_temp), **losses}
+        return entropies(centered, teacher_temp) | entropies(patch_centered, teacher_temp, "patch") | losses
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {"method": {"center": self.center, "patch_center": self.patch_center}}
