@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Machine, file and section: those of the first table in docs/performance.md.
 RUNS = {
     "Xeon with AMX": ("step-cpu-2x-xeon-amx-2026-11-27.md", "ViT-S/16, 06:09"),
-    "EPYC (Zen 5, AVX-512, bf16)": ("step-cpu-2x-zen5-2026-11-23.md", "ViT-S/16, 16:31"),
+    "EPYC (Zen 5, AVX-512, bf16)": ("step-cpu-2x-zen5-2026-11-29.md", "DINO, ViT-S/16"),
     "older Xeon (AVX-512, no bf16)": ("step-cpu-2x-xeon-avx512-2026-11-26.md", "ViT-S/16, 22:51"),
 }
 LABELS = {
