@@ -9,14 +9,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from dino_train.common import checkpoint, parallel
-from dino_train.common.device import gpu_of
 from dino_train.config.pretrain import PretrainConfig
-from dino_train.engine.train import Run, pretrain
+from dino_train.engine.resume import set_random_state
+from dino_train.engine.train import pretrain
 from tiny_run import RANKS, assert_same, final_weights, make_images, torchrun
 
 # Executes some code before every step, with the variables `rank` and `number` (of the step).
@@ -191,16 +190,15 @@ def test_each_gpu_restores_its_own_random_state(monkeypatch):
     taken = []
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: taken.append(state.tolist()))
     device = torch.device("cuda", 1)
-    run = SimpleNamespace(device=device, gpu=gpu_of(device))
     before = torch.get_rng_state()
     own = torch.Generator().manual_seed(7).get_state()
     try:
         saved = {"torch": torch.stack([before, own]), "cuda": torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8)}
-        Run._set_random_state(run, saved, 0)
+        set_random_state(saved, device, 0, 0)
         assert torch.get_rng_state().equal(own) and taken == [[3, 4]]
         monkeypatch.setattr(parallel, "size", lambda: 1)
         monkeypatch.setattr(parallel, "rank", lambda: 0)
-        Run._set_random_state(run, {"torch": before, "cuda": []}, 0)  # checkpoint of an earlier version, from a CPU
+        set_random_state({"torch": before, "cuda": []}, device, 0, 0)  # checkpoint of an earlier version, from a CPU
         assert torch.get_rng_state().equal(before) and len(taken) == 1
     finally:
         torch.set_rng_state(before)

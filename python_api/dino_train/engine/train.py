@@ -8,8 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, nullcontext, suppress
-from dataclasses import replace
+from contextlib import ExitStack, closing, nullcontext
 from functools import cached_property
 from pathlib import Path
 from shlex import quote
@@ -22,36 +21,26 @@ from dino_train.common.device import gpu_of, pick_device
 from dino_train.common.files import atomic, locked
 from dino_train.common.metrics import Metrics, read_metrics
 from dino_train.common.process import use_huge_pages
-from dino_train.common.scale import ranges_of, scale_of, scale_settings
-from dino_train.config.pretrain import PretrainConfig, absolute
-from dino_train.data.folder import ImageFolder, pretraining_split
+from dino_train.common.scale import ranges_of
+from dino_train.config.pretrain import PretrainConfig
+from dino_train.data.folder import ImageFolder
 from dino_train.data.loader import Bad, BadImages, CropLoader, require_batch
-from dino_train.data.stats import sampled
-from dino_train.data.stream import ShardStream, count_samples, is_shards, shard_urls
+from dino_train.data.stream import ShardStream, is_shards
 from dino_train.engine.estimate import estimate, require_memory, step_seconds, warn_of_shortage
+from dino_train.engine.images import find_images
 from dino_train.engine.init_from import init_from
 from dino_train.engine.learner import Learner, StepResult
 from dino_train.engine.log import RunLog, duration
+from dino_train.engine.resume import random_states, report_changes, require_fixed, seed_rank, set_random_state
 from dino_train.engine.tracker import Tracker
 from dino_train.engine.watch import CollapseWatch, Progress, plot_curves
 from dino_train.evaluate import knn_accuracy, view_retrieval
 from dino_train.evaluate.knn import RETRIEVAL_IMAGES
 
 logger = logging.getLogger(__name__)
-FEW_STEPS = 500  # the demo's 744 teach something
-# Settings that shapes of the checkpoint depend on.
-FIXED = (
-    *("method", "arch", "patch_size", "channels", "global_crops_size", "out_dim", "head_hidden_dim"),
-    *("head_bottleneck_dim", "use_bn_in_head", "norm_last_layer", "predictor", "queue_size", "optimizer"),
-    *("registers", "patch_head", "patch_out_dim", "layer_scale"),
-)
 # Settings that each process may have of its own.
 OWN = ("allow_changes", "config", "stats", "data", "output_dir", "num_workers", "init_from", "preset")
-# Settings of the call and of the machine.
-UNREPORTED = (
-    *("resume", "allow_changes", "dry_run", "tracker", "config", "stats", "output_dir", "num_workers", "init_from"),
-    "preset",
-)
+FEW_STEPS = 500  # the demo's 744 teach something
 
 
 class Interrupted(Exception):
@@ -91,22 +80,6 @@ def pretrain(config: PretrainConfig, *, on_metrics: Callable[[dict[str, Any]], o
     return config.output_dir / checkpoint.LAST
 
 
-def _with_scale(config: PretrainConfig, images: ImageFolder) -> PretrainConfig:
-    """With the range, mean and deviation of images that are not 8-bit RGB: those of the run that is resumed, or else
-    measured unless they are given."""
-    if config.resume and (path := config.output_dir / "config.json").exists():
-        with suppress(OSError, ValueError):  # measured again
-            before = scale_settings(scale_of(json.loads(path.read_text()), config.channels))
-            missing: dict[str, Any] = {name: value for name, value in before.items() if not getattr(config, name)}
-            config = replace(config, **missing)
-    known = config.value_range and config.mean and config.std
-    stats = None if known else sampled(images, config.channels, config.num_workers, config.value_range)
-    if stats is None:
-        return config
-    mean, std = config.mean or stats.mean, config.std or stats.std
-    return replace(config, value_range=stats.value_range, mean=mean, std=std)
-
-
 def dry_run(config: PretrainConfig) -> None:
     """Print what `pretrain` would train on and need, and about how long it would take.
 
@@ -141,7 +114,8 @@ class Run:
             }
         )
         torch.manual_seed(config.seed)
-        self.train_images, self.labelled, self.held_out = self._find_images()
+        with self.progress.doing(f"finding the images of {config.data}"):
+            self.config, (self.train_images, self.labelled, self.held_out) = find_images(config)
         names = (self.train_images.names, self.held_out.names if self.held_out else [])
         self._require_same({f"the names of the {len(self.train_images)} images in {config.data}": names})
         config = self.config
@@ -172,26 +146,6 @@ class Run:
             raise ValueError(
                 f"the processes differ in {', '.join(names)}: start them with the same settings and images"
             )
-
-    def _find_images(self) -> tuple[ImageFolder | ShardStream, ImageFolder | ShardStream, ImageFolder | None]:
-        """To train on, those of them that k-NN compares with, and held out; takes their scale into the settings."""
-        data = self.config.data
-        if not data:
-            reason = "there are no images to train on: give --data FOLDER, or --preset demo for embedded ones"
-            if self.config.resume and not checkpoint.exists(self.config.output_dir):
-                reason = f"{self.config.output_dir} holds no run to resume, and {reason}"
-            raise ValueError(reason)
-        with self.progress.doing(f"finding the images of {data}"):
-            if is_shards(data):
-                urls = shard_urls(data)
-                if self.config.channels != 3 and not self.config.value_range:
-                    raise ValueError("shards of other images than RGB are not measured: give --stats or --value-range")
-                stream = ShardStream(urls, count_samples(urls, self.config.output_dir))
-                return stream, stream, None
-            images, labelled, held_out = pretraining_split(data)
-            self.config = _with_scale(self.config, images)
-            scale = self.config.scale
-            return images.scaled(scale), labelled.scaled(scale), held_out.scaled(scale)
 
     # --- checkpoints -----------------------------------------------------------------------------
 
@@ -232,7 +186,7 @@ class Run:
             checkpoint.require_none(folder)  # again: a run may have ended since
             self._write_config()
         else:
-            self._seed_rank(0)
+            seed_rank(self.config.seed, 0)
         parallel.barrier()
         return 0
 
@@ -252,16 +206,10 @@ class Run:
         if not isinstance(saved, dict) or not {"step", "sampler", "rng"} <= state.keys():
             raise checkpoint.CheckpointError(f"{path} was not written by dino-train and cannot be resumed from")
         saved = {**PretrainConfig().plain(), **saved}  # an older version's checkpoint lacks settings
-        for name in FIXED:
-            before = saved[name]
-            if before != getattr(self.config, name):
-                raise ValueError(
-                    f"the run in {folder} has {name} {before}, not "
-                    f"{getattr(self.config, name)}: pass the same settings to resume, or another --output-dir"
-                )
+        require_fixed(saved, self.config)
         again = state["sampler"] != self._sampler_state
         step = state["epoch"] * self.steps_per_epoch if again else state["step"]
-        self._report_changes(saved, step)
+        report_changes(saved, self.config, passed=step > self.total_steps)
         self.learner.load_state_dict(state)
         if again:
             logger.warning(
@@ -279,7 +227,7 @@ class Run:
             if last.exists():
                 last.replace(last.with_name("last.damaged.pt"))
             path.replace(last)
-        self._set_random_state(state["rng"], step)
+        set_random_state(state["rng"], self.device, self.config.seed, step)
         threads, before = self._threads(), state.get("threads")  # which older versions did not save
         if None not in (before, threads) and before != threads and parallel.rank() == 0:
             logger.warning(
@@ -294,57 +242,6 @@ class Run:
     def _threads(self) -> int | None:
         """On which the rounding depends; a GPU's does not."""
         return torch.get_num_threads() if self.gpu is None else None
-
-    def _report_changes(self, saved: dict[str, Any], step: int) -> None:
-        """Names the settings that are not those of the interrupted run, and refuses some of them.
-
-        Raises:
-            ValueError: other data, another learning rate or an end that is passed, without `allow_changes`.
-        """
-        changed = {}
-        for name, value in self.config.plain().items():
-            before = saved.get(name)
-            if name == "data" and before:
-                before = absolute(before)  # an older version's checkpoint has it as it was typed
-            same = list(before) == list(value) if isinstance(value, tuple) and before else before == value
-            if not same and name not in UNREPORTED:
-                changed[name] = f"{name} {before} -> {value}"
-        passed = ("epochs",) if step > self.total_steps else ()
-        refused = [name for name in ("data", "lr", *passed) if name in changed]
-        if refused and not self.config.allow_changes:
-            raise ValueError(
-                f"the run in {self.config.output_dir} would continue with "
-                f"{', '.join(changed[name] for name in refused)}: leave that out, or add --allow-changes"
-            )
-        if changed and parallel.rank() == 0:
-            logger.warning("the run continues with %s", ", ".join(changed.values()))
-
-    def _seed_rank(self, step: int) -> None:
-        """Give each rank its own random numbers for drop path; the weights are the same on all ranks."""
-        torch.manual_seed(self.config.seed + 1_000_003 * parallel.rank() + step)
-
-    def _random_states(self) -> dict[str, torch.Tensor]:
-        """Random states of all ranks, one row per rank; every rank must call it."""
-        states = {"torch": torch.get_rng_state()}
-        if self.gpu is not None:
-            states["cuda"] = self.gpu.random_state()
-        return {name: parallel.gather(state[None].to(self.device)).cpu() for name, state in states.items()}
-
-    def _set_random_state(self, saved: dict[str, Any], step: int) -> None:
-        states, rank = torch.atleast_2d(saved["torch"]), parallel.rank()  # older checkpoints have only rank 0
-        if len(states) != parallel.size():
-            if rank == 0:
-                logger.warning(
-                    "the interrupted run had %d processes and this one has %d: it continues, but will not be bitwise "
-                    "identical to a run without the interruption",
-                    len(states),
-                    parallel.size(),
-                )
-            self._seed_rank(step)
-            return
-        torch.set_rng_state(states[rank].clone())  # torch 2.13 crashes on a row with a storage offset
-        if self.gpu is not None and len(saved.get("cuda", ())):  # absent in checkpoints of a CPU run
-            self.gpu.set_random_state(saved["cuda"][rank].clone())
 
     @cached_property
     def _sampler_state(self) -> dict[str, Any]:
@@ -365,7 +262,7 @@ class Run:
             raise NonFiniteLoss(
                 f"the weights are not finite after step {self.step}; they are not saved. {self._advice()}"
             )
-        random_states = self._random_states()
+        states = random_states(self.device)
         if parallel.rank():
             return
         state = {
@@ -376,7 +273,7 @@ class Run:
             "step": self.step,
             "threads": self._threads(),
             "sampler": self._sampler_state,
-            "rng": random_states,
+            "rng": states,
         }
         folder = self.config.output_dir
         epoch, within = divmod(self.step, self.steps_per_epoch)
