@@ -106,7 +106,7 @@ def test_a_run_without_its_images_or_weights_still_has_its_curves(run, tmp_path,
         shutil.copy(run / name, folder)
     assert main(["evaluate", "report", "--run", str(folder)]) == 0
     text = (folder / "report.html").read_text()
-    assert text.count("<svg ") == len(PANELS) - 1 and "No images: no checkpoint at" in text
+    assert text.count("<svg ") == len(PANELS) - 2 and "No images: no checkpoint at" in text
     assert "no images: no checkpoint at" in caplog.text
     shutil.copy(run / "last.pt", folder)
     config = json.loads((run / "config.json").read_text()) | {"data": "/nowhere"}
