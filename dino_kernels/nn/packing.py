@@ -116,7 +116,7 @@ class Branch(NamedTuple):
         return Branch(self.packing, scale, self.sequences, self.sequences)
 
 
-def drop_path(packing: Packing, depth: int, rate: float) -> list[tuple[Branch, Branch, Branch]]:
+def drop_path(packing: Packing, depth: int, rate: float, uniform: bool = False) -> list[tuple[Branch, Branch, Branch]]:
     """Stochastic depth (Huang et al. 2016), drawn from torch's generator, for `depth` blocks in a row.
 
     A sequence's branch is multiplied by a random 0 or 1 / keep, where 1 - keep rises linearly from 0 in the first block
@@ -127,6 +127,7 @@ def drop_path(packing: Packing, depth: int, rate: float) -> list[tuple[Branch, B
         packing: of all sequences.
         depth: number of blocks, >= 1.
         rate: probability in [0, 1).
+        uniform: `rate` is that of every block, as in DINOv2 (dinov2/models/vision_transformer.py:118-121).
 
     Returns:
         For each block the branches of its attention, its MLP and the next block's attention: `drop_path` of `Block`.
@@ -136,12 +137,12 @@ def drop_path(packing: Packing, depth: int, rate: float) -> list[tuple[Branch, B
     """
     if depth < 1 or not 0 <= rate < 1:
         raise ValueError(f"depth must be at least 1 and rate in [0, 1), got {depth} and {rate}")
-    return _draw(packing, depth, rate)
+    return _draw(packing, depth, rate if uniform else 0.0, rate)
 
 
-def _draw(packing: Packing, depth: int, rate: float) -> list[tuple[Branch, Branch, Branch]]:
+def _draw(packing: Packing, depth: int, first: float, last: float) -> list[tuple[Branch, Branch, Branch]]:
     device, sequences = packing.cu_seqlens.device, len(packing.cu_seqlens) - 1
-    keep = 1 - torch.linspace(0, rate, depth, device=device).view(-1, 1, 1)
+    keep = 1 - torch.linspace(first, last, depth, device=device).view(-1, 1, 1)
     kept = torch.rand(depth, 2, sequences, device=device) < keep
     if not on_gpu(device):
         factors = (1 / keep).expand(-1, 2, 1).flatten().numpy()

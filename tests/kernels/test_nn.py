@@ -200,6 +200,15 @@ def test_drop_path_skips_sequences_that_it_multiplies_by_zero_on_a_gpu(monkeypat
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize(("uniform", "first"), [(False, 2000), (True, 1000)])
+def test_drop_path_drops_more_from_block_to_block_or_the_same_from_all(uniform, first):
+    torch.manual_seed(0)
+    branches = drop_path(Packing.of([(2000, 1)], "cpu"), 3, 0.5, uniform)
+    left = [packing.tokens for branch in branches for packing, *_ in branch[:2]]
+    assert left == pytest.approx([first, first, first / 2 + 500, first / 2 + 500, 1000, 1000], abs=100)
+    assert branches[0][0].scale.unique().tolist() == ([2.0] if uniform else [1.0])
+
+
 def scaled_block(dtype=torch.float64, copies=None):
     """A block with layer scale and the norm behind it."""
     torch.manual_seed(0)

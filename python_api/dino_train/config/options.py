@@ -27,7 +27,8 @@ class WeightsOptions:
     patch_size: int | None = None
     """Side of a ViT's patch, in pixels, that the weights must be of. Default: what they are of."""
     net: Literal["auto", "teacher", "student"] = "auto"
-    """Which of the two networks. auto: the one that the method evaluates, the teacher of DINO, else the student."""
+    """Which of the two networks. auto: the one that the method evaluates, the teacher of DINO and iBOT, else the
+    student."""
     allow_partial: bool = False
     """Load the weights that match and warn of the others, in place of an error."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -40,6 +40,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "head_hidden_dim": 4096,
         "momentum_teacher": 0.99,
         "clip_grad": 0.0,
+        "clip_per_module": False,
     },
     "moco": {
         "local_crops_number": 0,
@@ -51,6 +52,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.05,
         "weight_decay_end": 0.05,
         "clip_grad": 0.0,
+        "clip_per_module": False,
     },
     # The teacher is not used, and so a copy of the student.
     "swav": {"momentum_teacher": 0.0, "momentum_teacher_end": 0.0, "teacher_temp": 0.05},
@@ -130,7 +132,8 @@ _SWAV = {
     "weight_decay": 1e-6,
     "weight_decay_end": 1e-6,
 }
-# dinov2/configs/ssl_default_config.yaml, with its Sinkhorn-Knopp and the 4 registers of arXiv 2309.16588.
+# dinov2/configs/ssl_default_config.yaml, with the Sinkhorn-Knopp of its ImageNet-22k recipes and the 4 registers of
+# arXiv 2309.16588. Its epochs are of 1250 steps of 2048 images, two passes over ImageNet-1k.
 _DINOV2 = {
     "method": "ibot",
     "augmentation": "dinov2",
@@ -141,7 +144,11 @@ _DINOV2 = {
     "out_dim": 65536,
     "local_crops_number": 8,
     "drop_path_rate": 0.3,
-    "epochs": 100,
+    "drop_path_uniform": True,
+    "norm_last_layer": False,
+    "freeze_last_layer": 2,
+    "epochs": 200,
+    "warmup_epochs": 20,
     "lr": 0.004,
     "lr_rule": "sqrt",
     "layer_decay": 0.9,
@@ -149,7 +156,7 @@ _DINOV2 = {
     "clip_per_module": True,
     "momentum_teacher": 0.992,
     "teacher_temp": 0.07,
-    "warmup_teacher_temp_epochs": 30,
+    "warmup_teacher_temp_epochs": 60,
     "global_crops_scale": (0.32, 1.0),
     "local_crops_scale": (0.05, 0.32),
 }
@@ -333,7 +340,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "local_crops_scale": (0.05, 0.32),
     },
     # Not published at this size: DINOv2's ViT-S and ViT-B were distilled from ViT-g (its issue 108).
-    # The settings are its ViT-L/16's on ImageNet-1k, linear 82.9, k-NN 81.6: 32 GPUs x 64 images.
+    # Linear 82.9, k-NN 81.6 are its ViT-L/16's on ImageNet-1k, with centering and no registers: 32 GPUs x 64 images.
     "dinov2-vits16": {**_DINOV2, "arch": "vit_small", "patch_size": 16},
     # Not published either; crops of 98 pixels, since patches of 14 do not divide 96.
     "dinov2-vitb14": {**_DINOV2, "arch": "vit_base", "patch_size": 14, "local_crops_size": 98},

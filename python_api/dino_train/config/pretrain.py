@@ -80,6 +80,8 @@ class PretrainConfig:
     """A prediction head behind the student's projection."""
     drop_path_rate: float = 0.1
     """Stochastic depth of the student, probability at the last block."""
+    drop_path_uniform: bool = False
+    """The same probability at all blocks, as DINOv2 has it; else it rises linearly from 0."""
     layer_scale: float = 0.0
     """Start of the trained factors of each channel of a ViT's branches; DINOv2: 1e-5. 0: none."""
     registers: int = 0
@@ -128,8 +130,8 @@ class PretrainConfig:
     """Images a step (of each process, where torchrun starts several)."""
     accumulate: int = 1
     """Gradient accumulation micro-batches that a step's images are split into, for less memory: optimizer, teacher and
-    center are updated once. The crops of all micro-batches are held; batch norm, the assignments of Sinkhorn-Knopp and
-    MoCo version 3's comparison see one micro-batch at a time."""
+    center are updated once. The crops of all micro-batches are held; batch norm, the assignments of Sinkhorn-Knopp,
+    MoCo version 3's comparison, KoLeo and the sizes of iBOT's masks see one micro-batch at a time."""
     bn_split: int = 0
     """Images that share the statistics of a batch norm, as if each so many were on a GPU of their own; 0: all."""
     checkpoint_activations: bool = False

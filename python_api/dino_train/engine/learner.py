@@ -74,6 +74,7 @@ class Learner:
         self.teacher.requires_grad_(False)
         if isinstance(self.student.backbone, VisionTransformer):
             self.student.backbone.checkpoint_activations = config.checkpoint_activations
+            self.student.backbone.drop_path_uniform = config.drop_path_uniform
         self.student_flat = FlatParameters(self.student, self.dtype)
         self.teacher_flat = FlatParameters(self.teacher, self.dtype)
         if parallel.size() > 1:  # all ranks start from the weights and the state of rank 0

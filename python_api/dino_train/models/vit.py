@@ -53,7 +53,7 @@ class VisionTransformer(nn.Module):
         num_heads: attention heads H; divides embed_dim.
         mlp_ratio: hidden width of the MLP over embed_dim.
         drop_path_rate: probability in [0, 1) that a sample skips a branch of the last block; it rises
-            linearly from 0 in the first. Identity in eval mode.
+            linearly from 0 in the first, unless the attribute `drop_path_uniform` is set. Identity in eval mode.
         channels: of an image.
         registers: learned tokens R between class token and patches (Darcet et al. 2024, arXiv 2309.16588). They have no
             position and are no part of what any method returns.
@@ -79,7 +79,7 @@ class VisionTransformer(nn.Module):
         layer_scale: float | None = None,
     ):
         super().__init__()
-        self.checkpoint_activations = False
+        self.checkpoint_activations = self.drop_path_uniform = False
         self.channels = channels
         if patch_size < 1 or img_size < patch_size or img_size % patch_size:
             raise ValueError(
@@ -153,7 +153,8 @@ class VisionTransformer(nn.Module):
     def _run(self, x: Tensor, packing: Packing, class_only: bool) -> Tensor:
         """Normalized tokens past the last block [T, C]; with class_only the first of each sequence [S, C]."""
         dropping, depth = self.training and self.drop_path_rate > 0, len(self.blocks)
-        left = drop_path(packing, depth, self.drop_path_rate) if dropping else [None] * depth
+        uniform = self.drop_path_uniform
+        left = drop_path(packing, depth, self.drop_path_rate, uniform) if dropping else [None] * depth
         normed = self._first_norm(x)
         for i, (block, norm) in enumerate(self._with_next_norm()):
             arguments = (x, normed, norm, packing, left[i], class_only and i == depth - 1)
