@@ -11,7 +11,7 @@ from dino_train.cli import main
 from dino_train.config.presets import EMBEDDED_DATA
 from dino_train.data.folder import ImageFolder
 from dino_train.evaluate import report
-from dino_train.evaluate.report import PANELS, POINTS, checks, draw, principal_colors, spread, thin
+from dino_train.evaluate.report import PANELS, POINTS, checks, draw, principal_colors, spread, thin, tiles
 from dino_train.models.weights import load_trained
 from PIL import Image
 from tiny_run import tiny_run
@@ -85,6 +85,8 @@ def test_checks_for_a_collapse_of_patches():
         (row(entropy=math.log(32), single=math.log(32)), [True, False, True, True]),
     ):
         assert [well for well, _ in checks([row(), *[last] * 10], log_k)] == fine
+    shown = "".join(tiles([{**row(), "images_per_second": 1.0}], {"epochs": 3, "out_dim": 64}))
+    assert "Loss of class tokens</span><b>3.000<" in shown and "ln K = 4.16" in shown
     uniform = checks([row(), *[last] * 10], log_k)[1][1]
     assert uniform == "All patches get the same output in 0 of the last 10 lines, a uniform one in 10."
 

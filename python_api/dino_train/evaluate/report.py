@@ -111,7 +111,8 @@ def draw(panel: Panel, rows: list[Row], log_k: float) -> str:
                 if len(points) < 40:
                     axis.lines[-1].set_marker(".")
         if panel.level and any(ENTROPIES[0] in row for row in rows):
-            axis.axhline(log_k, color="#6b7280", lw=1, ls="--", label=panel.level)
+            level = panel.level + " of class tokens" * any("class_loss" in row for row in rows)
+            axis.axhline(log_k, color="#6b7280", lw=1, ls="--", label=level)
         if len(axis.lines) > 1:
             axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -303,7 +304,8 @@ def tiles(rows: list[Row], config: Row) -> Iterator[str]:
     """The most important numbers."""
     logged = [row for row in rows if "loss" in row]
     yield tile("Epoch", f"{logged[-1]['epoch'] + 1} of {config['epochs']}", f"step {logged[-1]['step']:,}")
-    yield tile("Loss", f"{logged[-1]['loss']:.3f}", f"ln K = {math.log(config['out_dim']):.2f}")
+    title = "Loss of class tokens" if "class_loss" in logged[-1] else "Loss"
+    yield tile(title, f"{class_loss(logged[-1]):.3f}", f"ln K = {math.log(config['out_dim']):.2f}")
     for name, title in (("knn10", "k-NN, k = 10"), ("knn20", "k-NN, k = 20"), ("retrieval", "View retrieval")):
         values = [row[name] for row in rows if name in row]
         if values:

@@ -16,7 +16,8 @@ from dino_train.models.vit import Net, VisionTransformer
 def flops_per_image(config: PretrainConfig) -> float:
     """Floating-point operations of matrix products and convolutions, forward and backward, both networks; a
     multiply-add is 2. What drop path leaves out is counted, what checkpointed activations compute again is not."""
-    meta, batch = torch.device("meta"), 4
+    # Masks are spread over a micro-batch; anything else is the same of each image.
+    meta, batch = torch.device("meta"), config.mask_kind.images if config.mask_kind else 4
     method = build_method(replace(config, precision="float32", drop_path_rate=0.0), meta)
     attention = 0
 

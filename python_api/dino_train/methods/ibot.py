@@ -7,7 +7,6 @@ in place of the centers.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -158,7 +157,8 @@ class Ibot(Method):
         self.phase("loss")
         centers = (center, patch_center) if sinkhorn else (batch_center, patch_mean)
         losses = torch.stack([class_loss, hidden_loss, spread])
-        some = torch.arange(views, device=z.device) * len(patch_z) // views
+        # From the first to the last row: another place in each view, since one place may look alike in all images.
+        some = torch.arange(views, device=z.device) * (len(patch_z) - 1) // (views - 1)
         return Part(losses.sum(), torch.cat([*centers, losses.detach()]), torch.stack([z, patch_z[some]], dim=1))
 
     def _hidden(self, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,9 +168,8 @@ class Ibot(Method):
             int64 [M], the hidden patches among the 2 B * P, filled up with others; float32 [M], the weight of each in
             the mean over views, and within a view over its hidden patches, 0 of others.
         """
-        most = replace(self.mask_kind, images=len(masks) // 2).most
         of_patches = (masks / masks.sum(1, keepdim=True).clamp_min(1) / len(masks)).flatten()
-        hidden = (~masks).flatten().to(torch.int32).argsort(stable=True)[:most]
+        hidden = (~masks).flatten().to(torch.int32).argsort(stable=True)[: self.mask_kind.most]
         return hidden, of_patches[hidden]
 
     def after(self, told: Tensor, kept: Tensor, refused: Tensor) -> None:
