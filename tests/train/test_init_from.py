@@ -124,6 +124,19 @@ def test_a_head_trained_with_free_norms_gets_rows_of_norm_1_where_these_are_kept
         assert made.student.head.last_layer.weight_g.unique().tolist() == [norm]
 
 
+@pytest.mark.parametrize("patch_head", ["untied", "separate"])
+def test_so_do_the_rows_of_the_head_of_patches(config, tmp_path, patch_head):
+    settings = {"method": "ibot", "patch_head": patch_head}
+    before = learner(config, **settings, norm_last_layer=False)
+    with torch.no_grad():
+        before.student.patch_last_layer.weight_g.fill_(3.0)
+    torch.save({**before.state_dict(), "args": before.config.plain()}, tmp_path / "checkpoint.pth")
+    for kept, norm in ((True, 1.0), (False, 3.0)):
+        made = learner(config, **settings, norm_last_layer=kept)
+        assert "with their heads" in init_from(made, tmp_path / "checkpoint.pth")
+        assert made.student.patch_last_layer.weight_g.unique().tolist() == [norm]
+
+
 def test_the_number_of_heads_that_a_file_tells_must_be_that_of_the_run(config, tmp_path):
     weights = vit("vit_small_12heads", patch_size=8, img_size=32).state_dict()
     small = replace(config, arch="vit_small")

@@ -40,8 +40,8 @@ def init_from(learner: Learner, path: Path) -> str:
         fit(net.backbone, weights)
         if whole:
             head = heads[name]
-            if (gains := "head.last_layer.weight_g") in head and learner.config.norm_last_layer:
-                head[gains] = torch.ones_like(head[gains])  # the file may have been trained without
+            if learner.config.norm_last_layer:  # the file may have been trained without
+                head |= {key: torch.ones_like(value) for key, value in head.items() if key.endswith(".weight_g")}
             net.load_state_dict(head, strict=False)
     if whole:
         taken = ["student and teacher with their heads"]
