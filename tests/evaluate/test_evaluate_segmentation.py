@@ -1,4 +1,6 @@
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from dino_train.evaluate.segmentation import (
     label_map,
     masked_split,
     patch_labels,
+    read_mask,
     scores_of,
     train_head,
 )
@@ -175,6 +178,22 @@ def test_masks_with_a_palette_and_a_damaged_image(shapes, weights, tmp_path, cap
     (tmp_path / "data/val/images/a/20.png").write_bytes(b"junk")
     assert evaluate(capsys, *words(weights, tmp_path / "data", "--epochs", 1))["val"] == 7
     assert "1 of 8 images could not be read (held-out)" in caplog.text
+
+
+@pytest.mark.parametrize(("bits", "classes"), [(1, 2), (2, 4), (4, 16), (8, 256)])
+def test_gray_masks_of_fewer_bits_have_the_numbers_that_are_stored(tmp_path, bits, classes):
+    """Pillow spreads 2 and 4 bits over 0 to 255."""
+    mask = np.arange(32 * 32).reshape(32, 32) % classes
+    packed = np.packbits((mask[..., None] >> np.arange(bits)[::-1]) & 1, axis=None).reshape(32, -1).astype(np.uint8)
+    lines = b"".join(b"\0" + line.tobytes() for line in packed)
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 32, 32, bits, 0, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")
+    (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    assert np.array_equal(read_mask(tmp_path / "mask.png"), mask)
 
 
 def test_images_of_16_bits(weights, tmp_path, capsys):

@@ -3,6 +3,7 @@
 Dimensions: h x w patches of an image, C channels of a feature, H x W pixels of a mask, K classes.
 """
 
+import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,8 @@ def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         ValueError: unreadable, not of one channel of 8 bits, or of another size.
     """
     try:
-        with Image.open(path) as image:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
     except (OSError, SyntaxError) as error:  # Pillow raises either for a damaged PNG
         raise ValueError(f"mask {path} cannot be read: {error}") from error
@@ -121,7 +123,11 @@ def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         raise ValueError(
             f"mask {path} has {image.width}x{image.height} pixels, expected {size[0]}x{size[1]} like its image"
         )
-    return np.asarray(image).astype(np.uint8)
+    classes = np.asarray(image).astype(np.uint8)
+    bits, color = data[24:26] if data.startswith(b"\x89PNG") else (8, 0)
+    if color == 0 and 1 < bits < 8:  # gray of 2 or 4 bits, which Pillow spreads over 0 .. 255
+        classes //= 255 // (2**bits - 1)
+    return classes
 
 
 def patch_labels(mask: np.ndarray, grid: tuple[int, int], classes: int) -> Tensor:
