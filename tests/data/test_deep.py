@@ -359,6 +359,8 @@ def test_pages_and_channels_that_rgb_has_no_place_for_are_counted(tmp_path, capl
     caplog.clear()
     assert is_deep(ImageFolder(folder_of(tmp_path / "b", [BANDS] * 3, ".npy")))
     assert "of 3 images looked at, 3 have a fourth channel" in caplog.text
+    assert is_deep(ImageFolder(folder_of(tmp_path / "c", [np.dstack([BANDS, BANDS])] * 3, ".npy")))
+    assert "3 have 8 channels (--channels 8 takes them)" in caplog.text
 
 
 @pytest.mark.parametrize(

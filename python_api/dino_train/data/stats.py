@@ -117,7 +117,10 @@ def is_deep(images: ImageFolder) -> bool:
         except Exception:  # reported when it is to be trained on
             continue
         deep |= values.dtype not in (np.uint8, bool)
-        more["a fourth channel, which is left out (--channels 4 takes it)"] += values.shape[2] > 3 and not _alpha(data)
+        if (found := values.shape[2]) == 4 and not _alpha(data):
+            more["a fourth channel, which is left out (--channels 4 takes it)"] += 1
+        elif found > 4:
+            more[f"{found} channels (--channels {found} takes them)"] += 1
     for what, count in (+more).items():
         logger.warning("%s: of %d images looked at, %d have %s", images.path, len(some), count, what)
     return deep
