@@ -1,4 +1,4 @@
-"""Masks of patches: how many views and patches they hide, and that they depend on seed, epoch and index alone."""
+"""Masks of patches: how many views and patches they hide, and that they depend on seed, epoch, index and row alone."""
 
 import numpy as np
 import pytest

@@ -13,7 +13,8 @@ class MaskKind:
     """Which patches of the two global crops of an image are hidden from the student.
 
     A share of the views has a mask, and the masks' sizes are spread evenly over a range, as in
-    dinov2/data/collate.py:20-46; here within each micro-batch, so that it hides about as many patches as any other.
+    dinov2/data/collate.py:20-46; here within each micro-batch, so that it hides about as many patches as any other. An
+    image's place in it decides whether it has one mask or two and how large they are, where DINOv2 shuffles the masks.
 
     Args:
         side: patches of a row and of a column.

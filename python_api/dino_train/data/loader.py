@@ -7,7 +7,8 @@
     for crops, bad in loader:       # one global step each
         bad_images.add(bad)
 
-A sample depends only on (seed, epoch, index), not on the number of threads or processes, and not on a resume.
+A sample depends only on (seed, epoch, index), not on the number of threads or processes, and not on a resume; the sizes
+of its masks also on its place in the micro-batch.
 """
 
 import logging

@@ -52,7 +52,7 @@ def rate_factors(student: nn.Module, layer_decay: float, patch_embed_lr: float) 
     above it, and of the patch embedding also patch_embed_lr.
 
     Block i of D has D - i above it, the embeddings have D + 1, the last norm and the heads none (get_vit_lr_decay_rate
-    of DINOv2, utils/param_groups.py; there register tokens have none either).
+    of DINOv2, utils/param_groups.py).
     """
     depth = len([*student.get_submodule("backbone.blocks").children()])
     factors = []

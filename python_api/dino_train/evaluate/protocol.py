@@ -126,8 +126,8 @@ class Precision(Protocol):
     """The option of the protocols that extract features of a frozen backbone."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of a ViT's GEMMs in the extraction: bfloat16 is two to four times faster on processors and GPUs with
-    bfloat16 instructions. Not for DINOv3 and DINOv2's ViT-g."""
+    """Precision of a ViT's GEMMs in the extraction: bfloat16 is faster on CPUs with AMX and on a Zen 5, and meant for
+    GPUs. Not for DINOv3 and DINOv2's ViT-g."""
 
     def load(self) -> Trained:
         trained = super().load()
