@@ -127,7 +127,7 @@ def drop_path(packing: Packing, depth: int, rate: float, uniform: bool = False) 
         packing: of all sequences.
         depth: number of blocks, >= 1.
         rate: probability in [0, 1).
-        uniform: `rate` is that of every block, as in DINOv2 (dinov2/models/vision_transformer.py:118-121).
+        uniform: `rate` is that of every block, as in DINOv2 (dinov2/models/vision_transformer.py:117-120).
 
     Returns:
         For each block the branches of its attention, its MLP and the next block's attention: `drop_path` of `Block`.
