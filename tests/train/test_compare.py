@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from unittest.mock import MagicMock
 
 import pytest
 from dino_train.cli import main
@@ -54,7 +55,8 @@ def test_the_process_of_a_run_has_the_settings_of_pretrain(monkeypatch, tmp_path
     order = []
     for name in ("tune", "pretrain", "_stop_with_parent"):
         monkeypatch.setattr(compare, name, lambda *_, name=name: order.append(name))
-    compare._train(PretrainConfig(output_dir=tmp_path))
+    compare._train(PretrainConfig(output_dir=tmp_path), tmp_path / "end.json")
+    assert json.loads((tmp_path / "end.json").read_text())["peak_mib"] > 0
     assert order[0] == "tune" and "pretrain" in order
 
 
@@ -72,6 +74,32 @@ def test_every_variant_trains_at_its_best_rate(tmp_path):
             tried[path.parent.name.split("-")[3]] = json.loads(path.read_text())
         assert len(tried) == 3 and row["sweep_seconds"] > 0
         assert tried[f"{row['rate']:.2g}"] == max(tried.values())
+
+
+@pytest.mark.slow
+def test_a_rate_that_diverges_is_a_result_and_never_chosen(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(compare, "RATES", (1.0, 1e25))
+    options = words(tmp_path, "--methods", "dino", "--equal-time", "false", "--sweep")
+    assert main(options) == 0
+    assert json.loads((tmp_path / "compare/compare.json").read_text())["methods"]["dino"]["rate"] == 1
+    monkeypatch.setattr(compare, "RATES", (1e25,))
+    monkeypatch.setattr(compare, "_train", None)  # known from before
+    assert main(options) == 1
+    assert "dino has diverged with each learning rate: " in capfd.readouterr().err
+
+
+def test_the_peak_memory_of_a_run_that_was_trained_before_is_that_of_its_training(tmp_path, monkeypatch):
+    asked = compare.Compare(output_dir=tmp_path)
+    asked.count = 10
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "end.json").write_text('{"peak_mib": 123, "crops": "2 + 4", "epochs": 1}')
+    (folder / "metrics.jsonl").write_text('{"step": 1, "images_per_second": 5.0}\n')
+    monkeypatch.setattr(compare, "_train", None)
+    evaluation = MagicMock(**{"of_backbone.return_value": {}})
+    monkeypatch.setattr(compare.Compare, "_evaluation", lambda *_: evaluation)
+    monkeypatch.setattr(compare.Compare, "_parts", lambda *_: ())
+    assert asked._trained("dino", folder, 1, 1.0, 0)["peak_mib"] == 123
 
 
 @pytest.mark.slow
@@ -103,6 +131,8 @@ def test_a_run_that_fails_is_named(tmp_path, capfd):
 
 
 def test_wrong_options(tmp_path, capsys):
+    assert main(words(tmp_path, "--methods", "dino", "ibot", "--arch", "resnet_nano")) == 1
+    assert "arch must be a ViT for ibot" in capsys.readouterr().err and not (tmp_path / "compare/dino").exists()
     assert main(words(tmp_path, "--methods", "dino", "nonsense")) == 1
     assert "methods must be among dino, dino-sinkhorn, byol" in capsys.readouterr().err
     assert main(words(tmp_path, "--seeds", "0")) == 1

@@ -9,6 +9,7 @@ import signal
 import statistics
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,6 +88,8 @@ class Compare:
         require_labels({"training": self.train, "held-out": self.val})
         self._require_same()
         epochs = math.ceil(self.budget_images / self.count)
+        for name in self.methods:  # what cannot be trained is refused before the first run
+            self._config(name, self._folder(name, epochs, 1.0, 0), epochs, 1.0, 0)
         results: dict[str, list[Result]] = {}
         rows: dict[str, Result] = {}
         for name in self.methods:
@@ -129,12 +132,21 @@ class Compare:
     def _swept(self, name: str, epochs: int) -> tuple[float, float]:
         """The best factor of the learning rate by k-NN on images that were trained on without labels, and the seconds
         that it took to find."""
-        tried = {factor: self._result(name, epochs, factor, 0) for factor in RATES}
-        best = max(RATES, key=lambda factor: self._validation(self._folder(name, epochs, factor, 0)))
+        tried = {factor: self._outcome(name, epochs, factor, 0) for factor in RATES}
+        trained = [factor for factor in RATES if "diverged" not in tried[factor]]
+        if not trained:
+            raise ValueError(f"{name} has diverged with each learning rate: {tried[RATES[0]]['diverged']}")
+        best = max(trained, key=lambda factor: self._validation(self._folder(name, epochs, factor, 0)))
         return best, sum(result["seconds"] for factor, result in tried.items() if factor != best)
 
     def _result(self, name: str, epochs: int, factor: float, seed: int) -> Result:
-        """Of one run, from its file where it is done."""
+        result = self._outcome(name, epochs, factor, seed)
+        if "diverged" in result:
+            raise ValueError(f"{name} with seed {seed}: {result['diverged']}; --sweep tries lower rates")
+        return result
+
+    def _outcome(self, name: str, epochs: int, factor: float, seed: int) -> Result:
+        """Of one run, from its file where it is done; of one whose loss became infinite "diverged" and its seconds."""
         folder = self._folder(name, epochs, factor, seed)
         return _once(folder / "result.json", lambda: self._trained(name, folder, epochs, factor, seed))
 
@@ -158,11 +170,16 @@ class Compare:
     def _trained(self, name: str, folder: Path, epochs: int, factor: float, seed: int) -> Result:
         config = self._config(name, folder, epochs, factor, seed)
         print(f"{name}, {epochs} epochs, learning rate x {factor:.2g}, seed {seed}", flush=True)
-        process = multiprocessing.get_context("spawn").Process(target=_train, args=(config,))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise ValueError(f"{name} with seed {seed} has failed, see above; the same command goes on from there")
+        end = folder / "end.json"
+        if not end.exists():  # of a run that was trained before, the peak would be that of reading it
+            process = multiprocessing.get_context("spawn").Process(target=_train, args=(config, end))
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise ValueError(f"{name} with seed {seed} has failed, see above; the same command goes on from there")
+        values = json.loads(end.read_text())
+        if "diverged" in values:
+            return values
         evaluation = self._evaluation(folder)
         trained = evaluation.load()
         result = evaluation.of_backbone(trained, trained.backbone, *self._parts(trained))
@@ -171,7 +188,7 @@ class Compare:
         flops = flops_per_image(config)
         result |= {"images_per_second": rate, "seconds": epochs * self.count / rate}
         result |= {"gflop_per_image": flops / 1e9, "tflops": flops * rate / 1e12}
-        return result | json.loads((folder / "peak.json").read_text())
+        return result | values
 
     def _row(self, results: list[Result], factor: float) -> Result:
         """Means and deviations over the seeds; the median of what is a speed."""
@@ -223,17 +240,21 @@ def _over_seeds(results: list[Result]) -> Result:
     return row
 
 
-def _train(config: PretrainConfig) -> None:
-    """In a process of its own, whose peak memory is the run's. If its parent dies it stops, with a checkpoint."""
+def _train(config: PretrainConfig, end: Path) -> None:
+    """In a process of its own, whose peak memory is the run's; writes that, or how it diverged, to `end`. If its parent
+    dies it stops, with a checkpoint."""
     tune()  # a new process has the environment of its parent, but not its allocator's settings
     threading.Thread(target=_stop_with_parent, daemon=True).start()
+    began = time.monotonic()
     try:
         pretrain(config)
-    except (ValueError, OSError, NonFiniteLoss, Interrupted) as error:
+    except NonFiniteLoss as error:
+        _write(end, json.dumps({"diverged": str(error), "seconds": time.monotonic() - began}))
+        return
+    except (ValueError, OSError, Interrupted) as error:
         sys.exit(f"dino-train: error: {error}")
     crops = f"2 + {config.local_crops_number}"
-    values = {"peak_mib": peak_memory(), "crops": crops, "epochs": config.epochs}
-    (config.output_dir / "peak.json").write_text(json.dumps(values))
+    _write(end, json.dumps({"peak_mib": peak_memory(), "crops": crops, "epochs": config.epochs}))
 
 
 def _stop_with_parent() -> None:
