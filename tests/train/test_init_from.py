@@ -19,6 +19,7 @@ from dino_train.models.plain_vit import PLAIN_SIZES, PlainViT
 from dino_train.models.resnet import resnet50
 from dino_train.models.vit import vit
 from dino_train.models.weights import load_trained
+from safetensors.torch import save_file
 from test_model import vit_by_hand
 from test_weights import FULL, PATCH, SIZE, TEACHER, assert_is, full_checkpoint, published_vit
 from tiny_run import make_images
@@ -145,8 +146,10 @@ def test_the_number_of_heads_that_a_file_tells_must_be_that_of_the_run(config, t
         init_from(learner(small), tmp_path / "mocov3.pth")
     init_from(learner(small, arch="vit_small_12heads"), tmp_path / "mocov3.pth")
     torch.save(weights, tmp_path / "untold.pth")
+    save_file(weights, tmp_path / "untold.safetensors")
     for arch in ("vit_small", "vit_small_12heads"):
-        init_from(learner(small, arch=arch), tmp_path / "untold.pth")
+        for name in ("untold.pth", "untold.safetensors"):
+            init_from(learner(small, arch=arch), tmp_path / name)
 
 
 @pytest.mark.parametrize("freeze_patch_embed", [False, True])
@@ -178,7 +181,7 @@ def test_exported_backbones_load_again(tmp_path, form):
 
 
 def test_names_of_a_classifier_of_hugging_face(tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     torch.save(TEACHER, tmp_path / "backbone.pth")
     export(load_trained(tmp_path / "backbone.pth"), tmp_path / "out", "huggingface")

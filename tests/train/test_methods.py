@@ -90,6 +90,16 @@ def test_every_preset_is_valid_with_every_method(preset, method):
     assert len(config.crop_kinds) == 2 + config.local_crops_number
 
 
+def test_a_preset_of_another_method_leaves_what_means_something_else_in_each():
+    swav = PretrainConfig(**recipe("swav", "mocov3-resnet50"))
+    assert (swav.student_temp, swav.out_dim, swav.optimizer, swav.epochs) == (0.1, 65536, "lars", 100)
+    dino = PretrainConfig(**recipe("dino", "mocov2-resnet50"))
+    assert (dino.out_dim, dino.student_temp, dino.momentum_teacher, dino.momentum_teacher_end) == (65536, 0.1, 0.996, 1)
+    for preset, decay in (("resnet50", 1e-4), ("byol-resnet50", 1e-6), ("vits16-vanilla", 0.05)):
+        assert PretrainConfig(**recipe("moco", preset)).weight_decay == decay
+    assert PretrainConfig(**recipe("byol", "demo")).out_dim == 128  # for any method
+
+
 @pytest.mark.parametrize("setting", READ_BY)
 def test_a_setting_that_a_method_does_not_read_is_an_error(setting):
     field = PretrainConfig.__dataclass_fields__[setting]
@@ -114,6 +124,11 @@ def test_a_setting_that_a_method_does_not_read_is_an_error(setting):
         ("mocov3", {"queue_size": 64}, "queue_size must be 0 with a predictor .*, got 64"),
         ("mocov2", {"bn_split": 3}, "bn_split must be a divisor of the 8 images of a micro-batch.*, got 3"),
         ("mocov2", {"bn_split": 8}, "bn_split must be a divisor of the 8 .* with at least 2 parts, got 8"),
+        ("mocov2", {"bn_split": 1}, "bn_split must be a divisor of the 8 .* at least 2, .*, got 1"),
+        ("mocov3", {"bn_split": 4}, r"bn_split must be 0 with a predictor \(MoCo v3\), got 4"),
+        ("mocov3", {"accumulate": 8}, "batch_size_per_gpu / accumulate must be at least 2 for moco, got 1"),
+        ("byol", {"batch_size_per_gpu": 1}, "batch_size_per_gpu / accumulate must be at least 2 for byol, got 1"),
+        ("swav", {"norm_last_layer": False, "arch": "resnet50"}, "norm_last_layer must be true for swav with a conv"),
         ("byol", {"freeze_patch_embed": True, "arch": "resnet50"}, "freeze_patch_embed must be false for a convnet"),
     ],
 )
@@ -179,6 +194,10 @@ def test_the_operations_of_a_step_are_counted(kind):
     views, targets = {"mocov2": (1, 1), "swav": (len(tokens), 0)}.get(kind, (len(tokens), 2))
     expected = 2 * weights * (3 * sum(tokens[:views]) + sum(tokens[:targets]))
     assert flops_per_image(config) == pytest.approx(expected, rel=0.5)
+
+
+def test_operations_are_counted_with_batch_norm_of_parts():
+    assert flops_per_image(make("mocov2", batch_size_per_gpu=16, bn_split=2)) == flops_per_image(make("mocov2"))
 
 
 def test_operations_are_counted_where_few_patches_are_hidden():

@@ -59,6 +59,9 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "ibot": {"out_dim": 8192, "local_crops_number": 10},
 }
 
+# Settings that mean something else in each method.
+_OF_METHOD = ("out_dim", "student_temp", "momentum_teacher", "momentum_teacher_end")
+
 # What `--preset demo` changes for a method.
 METHOD_DEMO: dict[str, dict[str, Any]] = {
     "dino": {},
@@ -86,10 +89,15 @@ def recipe(method: str | None, preset: str, arch: str | None = None) -> dict[str
     values = PRESETS.get(preset, {})
     method = method or values.get("method", "dino")
     read = {name: value for name, value in values.items() if method in READ_BY.get(name, METHODS)}
+    own = METHOD_DEFAULTS[method]
     if values.get("method", "dino") == method:
-        merged = {**METHOD_DEFAULTS[method], **read}
-    else:  # a recipe for another method: only what this one leaves open
-        merged = {**read, **METHOD_DEFAULTS[method]}
+        merged = {**own, **read}
+    else:  # a recipe for another method: only what this one leaves open and what means the same
+        if "method" in values:
+            read = {name: value for name, value in read.items() if name not in _OF_METHOD}
+        if values.get("optimizer", "adamw") != "adamw":  # their decay is of other sizes
+            own = {name: value for name, value in own.items() if not name.startswith("weight_decay")}
+        merged = {**read, **own}
     demo = {**METHOD_DEMO[method], **(CONVNET_DEMO if arch in RESNETS else {})} if preset == "demo" else {}
     return {**merged, **demo, "method": method, "preset": preset}
 
@@ -248,8 +256,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # MoCo v3, arXiv 2104.02057, figure 6 and section 5: 4096 images a step. Linear 71.0.
     "byol-vits16": {
-        **_VITS16,
         "method": "byol",
+        "arch": "vit_small_12heads",
+        "patch_size": 16,
         "epochs": 300,
         "lr": 1e-4,
         "min_lr": 0.0,

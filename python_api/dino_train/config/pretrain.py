@@ -300,18 +300,25 @@ class PretrainConfig:
                 self.queue_size,
                 "0 with a predictor (MoCo v3), at least 1 without one (v2)",
             )
+            _require(not (self.predictor and self.bn_split), "bn_split", self.bn_split, "0 with a predictor (MoCo v3)")
+        if self.method in ("byol", "moco"):
+            images = self.batch_size_per_gpu // self.accumulate
+            _require(images > 1, "batch_size_per_gpu / accumulate", images, f"at least 2 for {self.method}")
         if self.bn_split:
             batch = self.batch_size_per_gpu // self.accumulate
             _require(
-                batch % self.bn_split == 0 and batch > self.bn_split,
+                batch % self.bn_split == 0 and batch > self.bn_split > 1,
                 "bn_split",
                 self.bn_split,
-                f"a divisor of the {batch} images of a micro-batch, with at least 2 parts",
+                f"a divisor of the {batch} images of a micro-batch, at least 2, with at least 2 parts",
             )
         if self.arch in RESNETS:
             _require(not self.freeze_patch_embed, "freeze_patch_embed", True, "false for a convnet")
             _require(not self.registers, "registers", self.registers, "0 for a convnet")
             _require(not self.layer_scale, "layer_scale", self.layer_scale, "0 for a convnet")
+            _require(
+                self.norm_last_layer or self.method != "swav", "norm_last_layer", False, "true for swav with a convnet"
+            )
             _require(self.method != "ibot", "arch", self.arch, "a ViT for ibot, which hides patches")
         if self.method == "ibot":
             low, high = self.mask_ratio

@@ -31,7 +31,7 @@ def init_from(learner: Learner, path: Path) -> str:
     for name, net in nets.items():
         weights, found, left = backbone_weights(state, net=name if whole else "auto")  # type: ignore[arg-type]
         wanted = learner.config.arch
-        arch = arch_of(weights, left, args.get("arch", wanted))
+        arch = arch_of(weights, left, args.get("arch") or wanted)
         if arch in PLAIN_SIZES:
             raise ValueError(f"{path} holds a {arch}, which is not trained here; of DINOv2 ViT-S, B and L are")
         if arch != wanted:

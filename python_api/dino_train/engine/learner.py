@@ -114,7 +114,10 @@ class Learner:
         if parallel.size() == 1 or not normed or self.config.bn_split:
             return
         if self.gpu is None:
-            raise ValueError("batch norm over several processes needs GPUs: run one process, or a ViT without it")
+            raise ValueError(
+                "batch norm (of a ResNet, --use-bn-in-head, the heads of BYOL and MoCo) over several processes needs "
+                "GPUs: run one process, or give --bn-split with version 2 of MoCo"
+            )
         nn.SyncBatchNorm.convert_sync_batchnorm(net)  # as main_dino.py:196-206
 
     def _optimizer(self) -> OptimizerWithEMA:

@@ -11,11 +11,11 @@ from dino_train.common.device import gpu_of
 from dino_train.config.pretrain import PretrainConfig, absolute
 
 logger = logging.getLogger(__name__)
-# Settings that shapes of the checkpoint depend on.
+# Settings that shapes of the checkpoint, or what they hold, depend on.
 FIXED = (
     *("method", "arch", "patch_size", "channels", "global_crops_size", "out_dim", "head_hidden_dim"),
     *("head_bottleneck_dim", "use_bn_in_head", "norm_last_layer", "predictor", "queue_size", "optimizer"),
-    *("registers", "patch_head", "patch_out_dim", "layer_scale"),
+    *("queue_start_epoch", "registers", "patch_head", "patch_out_dim", "layer_scale"),
 )
 # Settings of the call and of the machine.
 UNREPORTED = (

@@ -18,7 +18,7 @@ def flops_per_image(config: PretrainConfig) -> float:
     multiply-add is 2. What drop path leaves out is counted, what checkpointed activations compute again is not."""
     # Masks are spread over a micro-batch; anything else is the same of each image.
     meta, batch = torch.device("meta"), config.mask_kind.images if config.mask_kind else 4
-    method = build_method(replace(config, precision="float32", drop_path_rate=0.0), meta)
+    method = build_method(replace(config, precision="float32", drop_path_rate=0.0, bn_split=0), meta)
     attention = 0
 
     def with_attention(backbone: VisionTransformer) -> Callable[[Tensor, Packing, bool], Tensor]:
