@@ -1,6 +1,7 @@
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from dino_train.config.pretrain import PretrainConfig
 from dino_train.data.folder import ImageFolder
 from dino_train.data.loader import BadImages
 from dino_train.evaluate import features, knn
-from dino_train.evaluate.features import Features, extract
+from dino_train.evaluate.features import Features, extract, weights_digest
 from dino_train.evaluate.knn import extract_features, knn_accuracy, knn_top, nearest, recall_at_1, view_retrieval, vote
 from dino_train.evaluate.metrics import accuracy, label_ranks
 from dino_train.models.resnet import resnet50
+from dino_train.models.vit import vit
 from dino_train.models.weights import load_trained
 from PIL import Image
 from tiny_run import colored_classes, error_of, evaluate, tiny_checkpoint
@@ -200,9 +202,31 @@ def test_unreadable_images_are_reported_also_with_cached_features(setting, capsy
     assert "skipped unreadable image train/red/3.png: empty file" in caplog.text
     caplog.clear()
     assert evaluate(capsys, *words) == first and first["train"] == 35
-    assert "skipped unreadable image train/red/3.png: not in the cached features" in caplog.text
+    assert "skipped unreadable image train/red/3.png: empty file" in caplog.text
     assert "1 of 36 images could not be read (training)" in caplog.text
     assert "there are only 35 training images: larger k use all of them" in caplog.text
+
+
+def test_images_that_can_be_read_again_are_not_left_out(setting, capsys, monkeypatch):
+    run, data = setting
+    words = ["knn", "--checkpoint", run, "--data", data, "--nb-knn", 35]
+    read = Path.read_bytes
+
+    def refused(path):
+        if path.name == "3.png" and path.parent.name == "red" and "train" in path.parts:
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refused)
+        assert evaluate(capsys, *words)["train"] == evaluate(capsys, *words)["train"] == 35
+    assert evaluate(capsys, *words)["train"] == 36
+
+
+def test_the_number_of_heads_is_part_of_what_features_are_cached_by():
+    six, twelve = vit("vit_small", img_size=32), vit("vit_small_12heads", img_size=32)
+    twelve.load_state_dict(six.state_dict())
+    assert weights_digest(six) != weights_digest(twelve)
 
 
 def test_the_images_of_the_run_are_the_default(setting, capsys, caplog):

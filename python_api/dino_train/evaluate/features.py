@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dino_kernels import PixelScale
 from dino_train.common.files import atomic
+from dino_train.data.decode import UnreadableImage
 from dino_train.data.folder import ImageFolder
 from dino_train.data.loader import BadImages, Batch
 
@@ -146,8 +147,9 @@ FORMAT = 2  # of cached features: increase it when decoding, transforms or featu
 
 
 def weights_digest(backbone: nn.Module) -> str:
-    """Identifies weights: SHA-256 of names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
+    """Identifies a backbone: SHA-256 of its attention heads and its weights' names, dtypes, shapes and values."""
+    heads = [module.num_heads for module in backbone.modules() if hasattr(module, "num_heads")]
+    digest = hashlib.sha256(f"{type(backbone).__name__} {heads}".encode())
     for name, tensor in backbone.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -201,9 +203,12 @@ class Cache:
                 logger.warning("%s: extracting again", error)
             else:
                 known = set(features.paths)
-                lost = [images.prefix + name for name in images.names if name not in known]
-                bad.add([(name, "not in the cached features, so it could not be read before") for name in lost])
-                return features
+                lost = [i for i, name in enumerate(images.names) if name not in known]
+                reasons = [_unreadable(images, i) for i in lost]
+                if all(reasons):
+                    bad.add([(images.prefix + images.names[i], str(why)) for i, why in zip(lost, reasons, strict=True)])
+                    return features
+                logger.warning("images that could not be read before can be read now: extracting again")
         values, labels, indices = extract(self.backbone, forward, loader, len(images), bad, title)
         if not len(values):
             raise NoneReadable(f"none of {len(images)} images in {images.path} could be read")
@@ -213,6 +218,15 @@ class Cache:
         except OSError as error:
             logger.warning("features are not cached: %s", error)
         return features
+
+
+def _unreadable(images: ImageFolder, i: int) -> str | None:
+    """Why image i cannot be read, if it cannot."""
+    try:
+        images.view(i)
+    except UnreadableImage as error:
+        return error.reason
+    return None
 
 
 def _identity(images: ImageFolder) -> list[Any]:
