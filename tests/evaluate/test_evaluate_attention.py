@@ -133,6 +133,25 @@ def test_the_border_of_a_voc_mask_is_ignored(tmp_path):
     assert (foreground & counts).tolist() == [[False, True, False], [False, False, True]]
 
 
+def test_a_palette_of_0_and_255_alone_has_no_border(tmp_path):
+    picture = Image.fromarray(np.uint8([[0, 255]])).convert("P")
+    picture.putdata([0, 255])
+    picture.save(tmp_path / "mask.png")
+    foreground, counts = load_mask(tmp_path / "mask.png", (2, 1))
+    assert counts.all() and foreground.tolist() == [[False, True]]
+
+
+def test_images_of_one_name_and_thin_strips(run, tmp_path, capsys, caplog):
+    for name in ("a/x.png", "a/x_2.png", "b/x.png"):
+        noise(tmp_path / name, 20, 20)
+    noise(tmp_path / "b/strip.png", 200, 2)
+    words = [*WORDS, str(run / "run"), "--data", str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main([*words, "--output-dir", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 3 and found["maps"] == len([*(tmp_path / "out").rglob("*.png")]) - 1
+    assert "strip.png is skipped: 200 x 2 pixels are too long and narrow" in caplog.text
+
+
 def test_invalid_masks_are_reported(run, tmp_path, capsys):
     image, mask = noise(tmp_path / "images/a.png", 20, 10), tmp_path / "masks/a.png"
     words = [*WORDS, str(run / "run"), "--data", str(image), "--masks", str(mask.parent)]

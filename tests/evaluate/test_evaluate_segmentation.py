@@ -7,6 +7,7 @@ import pytest
 import torch
 from dino_train.cli import main
 from dino_train.common import checkpoint
+from dino_train.evaluate import davis
 from dino_train.evaluate.metrics import intersection_over_union
 from dino_train.evaluate.segmentation import (
     LinearHead,
@@ -194,6 +195,8 @@ def test_gray_masks_of_fewer_bits_have_the_numbers_that_are_stored(tmp_path, bit
     parts = (b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")
     (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
     assert np.array_equal(read_mask(tmp_path / "mask.png"), mask)
+    if bits > 1:
+        assert np.array_equal(davis.read_mask(tmp_path / "mask.png", 2017), np.where(mask == 255, 0, mask))
 
 
 def test_images_of_16_bits(weights, tmp_path, capsys):

@@ -87,6 +87,18 @@ def as_picture(view: View) -> Image.Image:
     return Image.fromarray(np.rint(shown).astype(np.uint8))
 
 
+def stored_numbers(image: Image.Image, data: bytes) -> np.ndarray:
+    """Of a mask of one channel, uint8 [H, W]: also of a gray PNG of 2 or 4 bits, which Pillow spreads over 0 .. 255.
+
+    data: the file that it was read from.
+    """
+    numbers = np.array(image, np.uint8)
+    bits, color = data[24:26] if data.startswith(b"\x89PNG") else (8, 0)
+    if color == 0 and 1 < bits < 8:
+        numbers //= 255 // (2**bits - 1)
+    return numbers
+
+
 def size_of(view: View) -> tuple[int, int]:
     """(width, height) in pixels."""
     return view.size if isinstance(view, Image.Image) else (view.shape[1], view.shape[0])

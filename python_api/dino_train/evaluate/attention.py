@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_kernels import PixelScale
-from dino_train.common.views import View, as_picture, whole_patches
+from dino_train.common.views import View, as_picture, size_of, whole_patches
 from dino_train.config.options import require_least
 from dino_train.config.presets import EMBEDDED_DATA
 from dino_train.data.decode import UnreadableImage, decoded, load_view
@@ -29,6 +30,7 @@ from dino_train.models.weights import Trained
 
 CELL = 128  # side of a cell in the sheet, in pixels
 SHEET_ROWS = 16
+MOST_ASPECT = 16  # of an image; of a thinner strip each patch of the short side makes many of the long one
 
 Loader = Callable[[], View]
 Item = TypeVar("Item")
@@ -117,8 +119,8 @@ def frame(maps: Tensor, image: Image.Image, mass: float) -> Image.Image:
 def load_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Foreground of a mask, and the pixels that are evaluated: bool [height, width] each.
 
-    In an image with a palette, as in PASCAL VOC, 0 is background and 255 the border, which is ignored; in other images
-    all nonzero pixels are foreground.
+    In an image with a palette, as in PASCAL VOC, 0 is background and 255 the border, which is ignored; in other images,
+    and where a palette has no other numbers than these, all nonzero pixels are foreground.
 
     Args:
         path: PNG. size: (width, height) of its image, in pixels.
@@ -129,7 +131,7 @@ def load_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray
     try:
         with Image.open(path) as picture:
             picture.load()
-    except OSError as error:
+    except (OSError, SyntaxError) as error:  # Pillow raises either for a damaged PNG
         raise ValueError(f"mask {path} cannot be read: {error}") from error
     if picture.size != size:
         raise ValueError(
@@ -138,7 +140,8 @@ def load_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray
     levels = np.asarray(picture)
     if levels.ndim != 2:
         raise ValueError(f"mask {path} has mode {picture.mode}, expected one channel: a palette, gray or 1 bit")
-    return levels > 0, (levels != 255 if picture.mode == "P" else np.ones(levels.shape, bool))
+    bordered = picture.mode == "P" and ((levels > 0) & (levels < 255)).any()
+    return levels > 0, (levels != 255 if bordered else np.ones(levels.shape, bool))
 
 
 def _progress(items: Iterable[Item], unit: str) -> Iterable[Item]:
@@ -212,6 +215,8 @@ class Attention(Protocol):
                 yield path.name, partial(decoded, str(path), path.read_bytes, load)
         if not self.data:
             images = split(trained.data or EMBEDDED_DATA)[1].scaled(trained.scale)
+            if not len(images):
+                raise ValueError(f"no image of {trained.data} is held out: name some with --data")
             for i in range(0, len(images), max(1, len(images) // 8))[:8]:
                 yield images.names[i], partial(images.view, i)
 
@@ -220,9 +225,14 @@ class Attention(Protocol):
         rows: list[np.ndarray] = []
         written: list[Path] = []
         for name, view in self._images(trained):
+            width, height = size_of(view)
+            if max(width, height) > MOST_ASPECT * min(width, height):
+                logging.warning("%s is skipped: %d x %d pixels are too long and narrow", name, width, height)
+                continue
             image = as_picture(view)
             stem = str(Path(name).with_suffix("")).replace("/", "_")
-            stem = stem if stem not in stems else f"{stem}_{len(stems)}"
+            free = (stem if number == 1 else f"{stem}_{number}" for number in count(1))
+            stem = next(each for each in free if each not in stems)
             stems.add(stem)
             maps = look(view)
             written += write_maps(maps, image, self._output / stem, self.threshold)

@@ -7,6 +7,7 @@ of the frame's diagonal (Perazzi et al. 2016, section 5; davis2017-evaluation, m
 Dimensions: N objects, H x W pixels of a frame.
 """
 
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from dino_train.common.views import stored_numbers
 
 TOLERANCE = 0.008  # of the diagonal
 VOID = 255  # ignore label of 2017
@@ -75,7 +78,8 @@ def read_mask(path: Path, year: int, size: tuple[int, int] | None = None) -> np.
         ValueError: not readable, of a different size, or, in 2017, not an indexed PNG.
     """
     try:
-        with Image.open(path) as image:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
     except (OSError, SyntaxError) as error:  # Pillow raises either for a damaged PNG
         raise ValueError(f"{path} cannot be read: {error}") from error
@@ -88,7 +92,7 @@ def read_mask(path: Path, year: int, size: tuple[int, int] | None = None) -> np.
         return (labels > 0).astype(np.uint8)
     if image.mode not in ("P", "L"):
         raise ValueError(f"{path} has colors of mode {image.mode}, expected an indexed PNG whose pixels are labels")
-    labels = np.array(image)
+    labels = stored_numbers(image, data)
     labels[labels == VOID] = 0  # as in davis2017-evaluation
     return labels
 

@@ -18,6 +18,7 @@ from dino_train.common import checkpoint
 from dino_train.common.files import locked
 from dino_train.common.metrics import Metrics
 from dino_train.common.scale import scale_settings
+from dino_train.config.options import require_least
 from dino_train.data.folder import ImageFolder
 from dino_train.data.loader import BadImages, eval_loader
 from dino_train.evaluate.features import extract, weights_digest
@@ -105,6 +106,7 @@ class Finetune(Classification):
 
     def check(self) -> None:
         super().check()
+        require_least(self, seed=0)
         fine = self.epochs >= 1 and 0 < self.lr < math.inf and 0 < self.layer_decay <= 1 and self.weight_decay >= 0
         if not (fine and 0 <= self.drop_path_rate < 1 and 0 <= self.label_smoothing <= 1):
             raise ValueError(

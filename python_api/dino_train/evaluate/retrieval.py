@@ -111,6 +111,9 @@ def multi_scale(backbone: nn.Module, pixels: Tensor) -> Tensor:
         scaled = pixels if scale == 1 else F.interpolate(pixels, scale_factor=scale, mode="bilinear")
         if min(scaled.shape[2:]) >= smallest:  # a very small image uses only the larger scales
             features.append(backbone(scaled))
+    if not features:
+        height, width = pixels.shape[2:]
+        raise ValueError(f"an image of {width} x {height} pixels is smaller than a patch of {smallest}: leave it out")
     return torch.stack(features).mean(dim=0)
 
 

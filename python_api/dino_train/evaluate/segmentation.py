@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dino_train.common.views import size_of, whole_patches
+from dino_train.common.views import size_of, stored_numbers, whole_patches
 from dino_train.config.options import require_least
 from dino_train.data.decode import UnreadableImage
 from dino_train.data.folder import ImageFolder, split
@@ -123,11 +123,7 @@ def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         raise ValueError(
             f"mask {path} has {image.width}x{image.height} pixels, expected {size[0]}x{size[1]} like its image"
         )
-    classes = np.asarray(image).astype(np.uint8)
-    bits, color = data[24:26] if data.startswith(b"\x89PNG") else (8, 0)
-    if color == 0 and 1 < bits < 8:  # gray of 2 or 4 bits, which Pillow spreads over 0 .. 255
-        classes //= 255 // (2**bits - 1)
-    return classes
+    return stored_numbers(image, data)
 
 
 def patch_labels(mask: np.ndarray, grid: tuple[int, int], classes: int) -> Tensor:
