@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -120,6 +121,8 @@ class Pack:
     """Threads."""
 
     def run(self) -> None:
+        if not 0 < self.max_megapixels < math.inf:
+            raise ValueError(f"max_megapixels must be a number above 0, got {self.max_megapixels}")
         limit_pixels(self.max_megapixels)
         images = ImageFolder(self.data)
         images.log_notes()
@@ -142,13 +145,16 @@ class Stats:
     data: Path
     """Folder, .zip or .tar of images."""
     channels: int | None = None
-    """Channels that an image is read as. Default: as many as the first image has, without alpha."""
+    """Channels that an image is read as, 1 to 16. Default: as many as most images have, without alpha; of gray and RGB
+    together 3."""
     out: Path = Path("stats.json")
     """File to write."""
     num_workers: int = field(default_factory=default_workers)
     """Threads."""
 
     def run(self) -> None:
+        if self.channels is not None and not 1 <= self.channels <= 16:
+            raise ValueError(f"channels must be from 1 to 16, got {self.channels}")
         images = ImageFolder(self.data)
         images.log_notes()
         stats = measure(images, self.channels or channels_of(images), self.num_workers)
@@ -334,7 +340,7 @@ def _described(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return f"{text}: make room, or write to another disk"
     if error.errno in (errno.EACCES, errno.EROFS):
-        return f"{text}: choose another place to write to (--output-dir, --out or --output)"
+        return f"{text}: give this user the right to it, or write to another place (--output-dir, --out or --output)"
     return text
 
 

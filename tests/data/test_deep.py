@@ -19,7 +19,7 @@ from dino_train.data import deep
 from dino_train.data.decode import decode
 from dino_train.data.deep import decode_deep
 from dino_train.data.folder import DataError, ImageFolder
-from dino_train.data.stats import is_deep, measure, sampled, suited
+from dino_train.data.stats import channels_of, is_deep, measure, sampled, suited
 from dino_train.engine.train import pretrain
 from dino_train.evaluate.protocol import Protocol
 from dino_train.models.weights import Trained, load_trained
@@ -354,13 +354,34 @@ def test_pages_and_channels_that_rgb_has_no_place_for_are_counted(tmp_path, capl
     assert not is_deep(ImageFolder(tmp_path))
     assert [message.partition("looked at, ")[2] for message in caplog.messages] == [
         "2 have several pages or frames, of which the first is used",
-        "1 have a fourth channel, which is left out (--channels 4 takes it)",
+        "1 have a fourth channel, which is left out (pretrain --channels 4 takes it)",
     ]
     caplog.clear()
     assert is_deep(ImageFolder(folder_of(tmp_path / "b", [BANDS] * 3, ".npy")))
     assert "of 3 images looked at, 3 have a fourth channel" in caplog.text
     assert is_deep(ImageFolder(folder_of(tmp_path / "c", [np.dstack([BANDS, BANDS])] * 3, ".npy")))
-    assert "3 have 8 channels (--channels 8 takes them)" in caplog.text
+    assert "3 have 8 channels (pretrain --channels 8 takes them)" in caplog.text
+
+
+def test_channels_are_those_of_most_images_and_of_gray_and_rgb_three(tmp_path):
+    gray, color = picture(8, 8)[..., 0], picture(8, 8)
+    for name, images, channels in (
+        ("gray", [gray] * 3, 1),
+        ("mixed", [gray] * 3 + [color], 3),
+        ("one", [gray] + [color] * 3, 3),
+        ("bands", [BANDS] * 3 + [BANDS[..., 0]], 4),
+    ):
+        for i, image in enumerate(images):
+            path = tmp_path / name / f"{i}.npy"
+            path.parent.mkdir(exist_ok=True)
+            np.save(path, image)
+        assert channels_of(ImageFolder(tmp_path / name)) == channels
+
+
+@pytest.mark.parametrize("words", [["stats", "--channels", "0"], ["stats", "--channels", "17"]])
+def test_other_numbers_of_channels_are_refused(tmp_path, capsys, words):
+    assert main([*words, "--data", str(tmp_path), "--out", str(tmp_path / "x.json")]) == 1
+    assert "channels must be from 1 to 16, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

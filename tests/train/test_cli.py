@@ -240,7 +240,10 @@ def test_commands_without_what_they_need(tmp_path, monkeypatch, capsys, words, m
     ("error", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: make room, or write to another"),
-        (PermissionError(errno.EACCES, "Permission denied", "a b"), "a b: Permission denied: choose another place"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a b"),
+            "a b: Permission denied: give this user the",
+        ),
         (OSError("of no kind"), "of no kind\n"),
     ],
 )

@@ -118,9 +118,9 @@ def is_deep(images: ImageFolder) -> bool:
             continue
         deep |= values.dtype not in (np.uint8, bool)
         if (found := values.shape[2]) == 4 and not _alpha(data):
-            more["a fourth channel, which is left out (--channels 4 takes it)"] += 1
+            more["a fourth channel, which is left out (pretrain --channels 4 takes it)"] += 1
         elif found > 4:
-            more[f"{found} channels (--channels {found} takes them)"] += 1
+            more[f"{found} channels (pretrain --channels {found} takes them)"] += 1
     for what, count in (+more).items():
         logger.warning("%s: of %d images looked at, %d have %s", images.path, len(some), count, what)
     return deep
@@ -133,17 +133,17 @@ def _alpha(data: bytes) -> bool:
 
 
 def channels_of(images: ImageFolder) -> int:
-    """Of the first image that can be read, without alpha."""
-    for i in range(len(images)):
+    """Of most of 16 evenly spaced images, without alpha; 3 if some are RGB and most are gray."""
+    counts = Counter[int]()
+    for i in np.linspace(0, len(images) - 1, min(16, len(images))).round().astype(int).tolist():
         try:
             values = read_values(images.read(i))
         except Exception:  # reported by `measure`
             continue
         found = values.shape[2]
-        if values.dtype in (np.uint8, bool) and found in (2, 4):
-            return found - 1
-        return int(found)
-    return 3
+        counts[found - (values.dtype in (np.uint8, bool) and found in (2, 4))] += 1
+    most = counts.most_common(1)[0][0] if counts else 3
+    return 3 if most == 1 and 3 in counts else most
 
 
 def measure(
