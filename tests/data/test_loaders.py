@@ -26,6 +26,7 @@ from dino_train.data.loader import (
     eval_loader,
     require_batch,
 )
+from dino_train.data.threads import Threads
 from pictures import fill, save, zip_of
 from PIL import Image
 
@@ -423,3 +424,10 @@ def test_too_few_readable_images():
     evaluation = BadImages(n_images=2, batch_size=0)
     evaluation.add([("a.png", "truncated"), ("b.png", "truncated")])
     assert evaluation.count == 2
+
+
+def test_a_pool_closes_though_a_signal_came_before_the_start_of_a_thread():
+    pool = Threads(1)
+    pool._threads.append(threading.Thread(target=pool._run))
+    pool.close()
+    assert not pool._threads[0].is_alive()

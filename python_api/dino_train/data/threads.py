@@ -48,7 +48,8 @@ class Threads:
             self._work.put(None)
         deadline = time.monotonic() + 2
         for thread in self._threads:
-            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():  # a signal may have come before its start
+                thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         while entry := self._work.get():

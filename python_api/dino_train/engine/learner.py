@@ -115,8 +115,8 @@ class Learner:
             return
         if self.gpu is None:
             raise ValueError(
-                "batch norm (of a ResNet, --use-bn-in-head, the heads of BYOL and MoCo) over several processes needs "
-                "GPUs: run one process, or give --bn-split with version 2 of MoCo"
+                "batch norm over several processes needs GPUs (of a ResNet, --use-bn-in-head, the heads of BYOL and "
+                "MoCo): run one process, or give --bn-split with version 2 of MoCo"
             )
         nn.SyncBatchNorm.convert_sync_batchnorm(net)  # as main_dino.py:196-206
 
