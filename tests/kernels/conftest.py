@@ -13,3 +13,4 @@ def products(request, monkeypatch):
         pytest.skip("needs a processor with AMX")
     monkeypatch.setattr(module, "_PRODUCTS", dict.fromkeys(module._PRODUCTS, request.param))
     monkeypatch.setattr(module, "_SPLIT", 1)
+    return request.param
