@@ -1,6 +1,8 @@
 """Whole images as evaluations see them, of 8-bit RGB and of other channels and depths."""
 
+import io
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -87,16 +89,22 @@ def as_picture(view: View) -> Image.Image:
     return Image.fromarray(np.rint(shown).astype(np.uint8))
 
 
-def stored_numbers(image: Image.Image, data: bytes) -> np.ndarray:
-    """Of a mask of one channel, uint8 [H, W]: also of a gray PNG of 2 or 4 bits, which Pillow spreads over 0 .. 255.
+def open_mask(path: Path) -> Image.Image:
+    """A mask whose pixels are the numbers in the file; Pillow spreads those of gray PNGs of 2 or 4 bits over 0 .. 255.
 
-    data: the file that it was read from.
+    Raises:
+        ValueError: it cannot be read.
     """
-    numbers = np.array(image, np.uint8)
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except (OSError, SyntaxError) as error:  # Pillow raises either for a damaged PNG
+        raise ValueError(f"mask {path} cannot be read: {error}") from error
     bits, color = data[24:26] if data.startswith(b"\x89PNG") else (8, 0)
     if color == 0 and 1 < bits < 8:
-        numbers //= 255 // (2**bits - 1)
-    return numbers
+        return Image.fromarray(np.asarray(image) // (255 // (2**bits - 1)))
+    return image
 
 
 def size_of(view: View) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_kernels import PixelScale
-from dino_train.common.views import View, as_picture, size_of, whole_patches
+from dino_train.common.views import View, as_picture, open_mask, size_of, whole_patches
 from dino_train.config.options import require_least
 from dino_train.config.presets import EMBEDDED_DATA
 from dino_train.data.decode import UnreadableImage, decoded, load_view
@@ -128,11 +128,7 @@ def load_mask(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray
     Raises:
         ValueError: it cannot be read, has a different size or three channels.
     """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-    except (OSError, SyntaxError) as error:  # Pillow raises either for a damaged PNG
-        raise ValueError(f"mask {path} cannot be read: {error}") from error
+    picture = open_mask(path)
     if picture.size != size:
         raise ValueError(
             f"mask {path} has {picture.width}x{picture.height} pixels, expected {size[0]}x{size[1]} like its image"

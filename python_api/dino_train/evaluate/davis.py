@@ -7,7 +7,6 @@ of the frame's diagonal (Perazzi et al. 2016, section 5; davis2017-evaluation, m
 Dimensions: N objects, H x W pixels of a frame.
 """
 
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from dino_train.common.views import stored_numbers
+from dino_train.common.views import open_mask
 
 TOLERANCE = 0.008  # of the diagonal
 VOID = 255  # ignore label of 2017
@@ -77,12 +75,7 @@ def read_mask(path: Path, year: int, size: tuple[int, int] | None = None) -> np.
     Raises:
         ValueError: not readable, of a different size, or, in 2017, not an indexed PNG.
     """
-    try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except (OSError, SyntaxError) as error:  # Pillow raises either for a damaged PNG
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    image = open_mask(path)
     if size is not None and image.size != size:
         raise ValueError(
             f"{path} has {image.width} x {image.height} pixels, expected {size[0]} x {size[1]} like the first frame"
@@ -92,7 +85,7 @@ def read_mask(path: Path, year: int, size: tuple[int, int] | None = None) -> np.
         return (labels > 0).astype(np.uint8)
     if image.mode not in ("P", "L"):
         raise ValueError(f"{path} has colors of mode {image.mode}, expected an indexed PNG whose pixels are labels")
-    labels = stored_numbers(image, data)
+    labels = np.array(image)
     labels[labels == VOID] = 0  # as in davis2017-evaluation
     return labels
 

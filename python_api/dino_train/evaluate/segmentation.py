@@ -3,7 +3,6 @@
 Dimensions: h x w patches of an image, C channels of a feature, H x W pixels of a mask, K classes.
 """
 
-import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dino_train.common.views import size_of, stored_numbers, whole_patches
+from dino_train.common.views import open_mask, size_of, whole_patches
 from dino_train.config.options import require_least
 from dino_train.data.decode import UnreadableImage
 from dino_train.data.folder import ImageFolder, split
@@ -109,12 +108,7 @@ def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     Raises:
         ValueError: unreadable, not of one channel of 8 bits, or of another size.
     """
-    try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except (OSError, SyntaxError) as error:  # Pillow raises either for a damaged PNG
-        raise ValueError(f"mask {path} cannot be read: {error}") from error
+    image = open_mask(path)
     if image.mode not in ("P", "L", "1"):
         raise ValueError(
             f"mask {path} has mode {image.mode}, expected one channel of 8 bits or a palette: the class of each pixel"
@@ -123,7 +117,7 @@ def read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         raise ValueError(
             f"mask {path} has {image.width}x{image.height} pixels, expected {size[0]}x{size[1]} like its image"
         )
-    return stored_numbers(image, data)
+    return np.asarray(image).astype(np.uint8)
 
 
 def patch_labels(mask: np.ndarray, grid: tuple[int, int], classes: int) -> Tensor:
