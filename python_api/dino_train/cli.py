@@ -18,6 +18,7 @@ import tyro
 from dino_train import __version__
 from dino_train.common import checkpoint
 from dino_train.common.files import atomic
+from dino_train.common.scale import require_channels
 from dino_train.config.options import WeightsOptions
 from dino_train.config.presets import METHOD_DEFAULTS, PRESETS, recipe
 from dino_train.config.pretrain import PretrainConfig, default_workers
@@ -153,8 +154,8 @@ class Stats:
     """Threads."""
 
     def run(self) -> None:
-        if self.channels is not None and not 1 <= self.channels <= 16:
-            raise ValueError(f"channels must be from 1 to 16, got {self.channels}")
+        if self.channels is not None:
+            require_channels(self.channels)
         images = ImageFolder(self.data)
         images.log_notes()
         stats = measure(images, self.channels or channels_of(images), self.num_workers)

@@ -10,6 +10,12 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def require_channels(channels: int) -> None:
+    """ValueError if images of so many channels are not taken."""
+    if not 1 <= channels <= 16:
+        raise ValueError(f"channels must be from 1 to 16, got {channels}")
+
+
 def pixel_scale(
     channels: int = 3, value_range: Sequence[float] = (), mean: Sequence[float] = (), std: Sequence[float] = ()
 ) -> PixelScale:
@@ -20,8 +26,7 @@ def pixel_scale(
     Raises:
         ValueError: a number of values that does not fit the channels, or as `PixelScale`.
     """
-    if not 1 <= channels <= 16:
-        raise ValueError(f"channels must be from 1 to 16, got {channels}")
+    require_channels(channels)
     bounds = _each(value_range or (0.0, 255.0), 2 * channels, "value_range", 2)
     mean = mean or (IMAGENET_MEAN if channels == 3 else (0.5,))
     std = std or (IMAGENET_STD if channels == 3 else (0.25,))

@@ -301,16 +301,15 @@ class PretrainConfig:
                 "0 with a predictor (MoCo v3), at least 1 without one (v2)",
             )
             _require(not (self.predictor and self.bn_split), "bn_split", self.bn_split, "0 with a predictor (MoCo v3)")
+        images = self.micro_batch
         if self.method in ("byol", "moco"):
-            images = self.batch_size_per_gpu // self.accumulate
             _require(images > 1, "batch_size_per_gpu / accumulate", images, f"at least 2 for {self.method}")
         if self.bn_split:
-            batch = self.batch_size_per_gpu // self.accumulate
             _require(
-                batch % self.bn_split == 0 and batch > self.bn_split > 1,
+                images % self.bn_split == 0 and images > self.bn_split > 1,
                 "bn_split",
                 self.bn_split,
-                f"a divisor of the {batch} images of a micro-batch, at least 2, with at least 2 parts",
+                f"a divisor of the {images} images of a micro-batch, at least 2, with at least 2 parts",
             )
         if self.arch in RESNETS:
             _require(not self.freeze_patch_embed, "freeze_patch_embed", True, "false for a convnet")
@@ -389,12 +388,17 @@ class PretrainConfig:
         return (CropKind(*both, **first), CropKind(*both, **second), *[small] * self.local_crops_number)
 
     @property
+    def micro_batch(self) -> int:
+        """Images of a process that are computed at once."""
+        return self.batch_size_per_gpu // self.accumulate
+
+    @property
     def mask_kind(self) -> MaskKind | None:
         """Masks of the global crops; None for methods without."""
         if self.method != "ibot":
             return None
-        images = self.batch_size_per_gpu // self.accumulate
-        return MaskKind(self.global_crops_size // self.patch_size, self.mask_probability, self.mask_ratio, images)
+        side = self.global_crops_size // self.patch_size
+        return MaskKind(side, self.mask_probability, self.mask_ratio, self.micro_batch)
 
     @property
     def scale(self) -> PixelScale:

@@ -22,6 +22,7 @@ from dino_train.data.folder import DataError, ImageFolder
 from dino_train.data.threads import in_order
 
 GRID, VALUES = 64, 20_000_000  # pixels a side of an image that are taken, and values in all at most
+LOOKED_AT = 16  # images whose dtype and channels are found before
 SAMPLE = 256  # images that a run measures by itself
 # Ends of the range: outliers, such as metal in X-rays, are beyond.
 PERCENTILES = (0.1, 99.9)
@@ -97,11 +98,16 @@ class _Seen:
     look: bytes
 
 
+def _spaced(images: ImageFolder, most: int) -> list[int]:
+    """Indices of `most` images, evenly spaced, or of all."""
+    return np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int).tolist()
+
+
 def is_deep(images: ImageFolder) -> bool:
     """Whether some of the images, 16 evenly spaced, have other values than 8 bits. Logs how many of them have more
     pages or channels than RGB has."""
     deep, more = False, Counter[str]()
-    some = np.linspace(0, len(images) - 1, min(16, len(images))).round().astype(int).tolist()
+    some = _spaced(images, LOOKED_AT)
     for i in some:
         if images.names[i].lower().endswith((".jpg", ".jpeg", ".bmp")):
             continue
@@ -135,7 +141,7 @@ def _alpha(data: bytes) -> bool:
 def channels_of(images: ImageFolder) -> int:
     """Of most of 16 evenly spaced images, without alpha; 3 if some are RGB and most are gray."""
     counts = Counter[int]()
-    for i in np.linspace(0, len(images) - 1, min(16, len(images))).round().astype(int).tolist():
+    for i in _spaced(images, LOOKED_AT):
         try:
             values = read_values(images.read(i))
         except Exception:  # reported by `measure`
@@ -262,7 +268,7 @@ def sampled(images: ImageFolder, channels: int, num_workers: int, value_range: S
     """`measure` of some images, evenly spaced, and a log of the range found; None if they are 8-bit RGB."""
     if channels == 3 and not is_deep(images):
         return None
-    some = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).round().astype(int).tolist()
+    some = _spaced(images, SAMPLE)
     stats = measure(images, channels, num_workers, some, value_range=value_range, looks=False)
     missing = {value for value in stats.nodata if value is not None}
     logger.warning(

@@ -95,7 +95,7 @@ def _weights(learner: Learner) -> int:
 def _activations(learner: Learner) -> int:
     """Saved for backward, and the memory that the passes over them work in."""
     config, width, backbone = learner.config, learner.dtype.itemsize, learner.student.backbone
-    images, sides = config.batch_size_per_gpu // config.accumulate, [kind.size for kind in config.crop_kinds]
+    images, sides = config.micro_batch, [kind.size for kind in config.crop_kinds]
     rows = images * len(sides)
     head = rows * (backbone.embed_dim + 4 * config.head_hidden_dim) + (rows + 2 * images) * config.out_dim
     if not isinstance(backbone, VisionTransformer):

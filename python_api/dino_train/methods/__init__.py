@@ -79,7 +79,7 @@ class Method:
 
     def warn_of_few_rows(self, rows: int) -> None:
         """Sinkhorn-Knopp over few rows gives targets that are nearly flat or one-hot."""
-        rows *= parallel.size() * self.config.batch_size_per_gpu // self.config.accumulate
+        rows *= parallel.size() * self.config.micro_batch
         rows += self.config.queue_size
         if 10 * rows < self.config.out_dim:
             logger.warning(

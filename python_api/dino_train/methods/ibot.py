@@ -72,7 +72,7 @@ class Ibot(Method):
         self.mask_kind = config.mask_kind
         if config.centering == "sinkhorn":
             self.warn_of_few_rows(2)
-        if config.koleo and config.batch_size_per_gpu == config.accumulate:
+        if config.koleo and config.micro_batch == 1:
             logger.warning("KoLeo compares the images of a micro-batch, and one image has none to be compared with")
 
     def _build(self, drop_path_rate: float, norm_last_layer: bool) -> IbotModel:

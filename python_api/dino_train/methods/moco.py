@@ -34,7 +34,7 @@ class Moco(Method):
         self.teacher = self._build(0.0)
         self.splits = 1
         if config.bn_split:
-            self.splits = config.batch_size_per_gpu // config.accumulate // config.bn_split
+            self.splits = config.micro_batch // config.bn_split
             for net in (self.student, self.teacher):
                 split_batch_norm(net, self.splits)
         rows = F.normalize(torch.randn(config.queue_size, config.out_dim), dim=1)
