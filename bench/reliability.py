@@ -175,12 +175,12 @@ def checked(check: Callable[..., None], count: int, things: dict[str, tuple]) ->
         pipe.send((check, (*things[name], number)))
         answered, failure = False, None
         try:
-            if answered := pipe.poll(FILE_LIMIT):
-                failure = pipe.recv()
+            if pipe.poll(FILE_LIMIT):
+                failure, answered = pipe.recv(), True
             else:
                 failure = "hang", f"longer than {FILE_LIMIT} s"
         except (EOFError, ConnectionError):  # is_alive() may still be true: the pipe closes first
-            answered, failure = False, ("traceback", "the process that read it died")
+            failure = "traceback", "the process that read it died"
         if not answered:
             process.kill()
             process = None
